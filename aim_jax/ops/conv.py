@@ -1,0 +1,50 @@
+"""The short causal depthwise convolution in front of the scans."""
+
+import jax
+import jax.numpy as jnp
+
+from aim_jax.ops.reference import bind_axes, compute_dtype
+
+
+def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"):
+    """Convolves every channel with its own causal filter, carrying the last inputs along.
+
+        y_t = act(bias + sum_k weight_k x_{t - (w - 1) + k}),   k = 0 .. w - 1
+
+    so the last tap weighs the current input. A decode step is the same call with l = 1.
+
+    Args:
+      x: inputs (b, l, c), any l >= 1.
+      weight: filters (w, c).
+      bias: optional bias (c,).
+      initial_state: the w - 1 inputs before x (b, w - 1, c); zeros when None.
+      activation: "silu" or None.
+
+    Returns:
+      y like x, and the last w - 1 inputs (b, w - 1, c) in at least float32, which is the
+      initial state of the positions that follow.
+
+    Raises:
+      ValueError: the shapes do not fit together, or the activation is unknown.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f'causal_conv1d: activation is {activation!r}, expected "silu" or None')
+    sizes = bind_axes("causal_conv1d", x=(x, "blc"), weight=(weight, "wc"), bias=(bias, "c"))
+    b, l, c, w = (sizes[axis] for axis in "blcw")
+    if initial_state is not None and initial_state.shape != (b, w - 1, c):
+        raise ValueError(
+            f"causal_conv1d: initial_state has shape {initial_state.shape}, "
+            f"expected (b, w - 1, c) = {(b, w - 1, c)}"
+        )
+
+    dtype = compute_dtype(x)
+    if initial_state is None:
+        initial_state = jnp.zeros((b, w - 1, c), dtype)
+    inputs = jnp.concatenate([initial_state.astype(dtype), x.astype(dtype)], axis=1)
+    weight = weight.astype(dtype)
+    y = sum(weight[k] * inputs[:, k : k + l] for k in range(w))
+    if bias is not None:
+        y = y + bias.astype(dtype)
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    return y.astype(x.dtype), inputs[:, l:]

@@ -1,0 +1,144 @@
+"""The sequential oracle of both mixers, and the small pieces that every scan shares."""
+
+import jax
+import jax.numpy as jnp
+
+
+def compute_dtype(x):
+    """The dtype of states and decays for an input `x`: never below float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def bind_axes(op, **arrays):
+    """Reads axis sizes off the arrays and checks that all of them agree.
+
+    Args:
+      op: name of the calling function, for the message.
+      **arrays: (array or None, axis letters) by argument name, e.g. x=(x, "blhp"). A letter
+        is bound by the first array that has it; heads h must be a multiple of groups g.
+
+    Returns:
+      The size of every letter, a dict.
+
+    Raises:
+      ValueError: an array has another rank or size than its letters say, or an empty axis.
+    """
+    sizes = {}
+    for name, (array, axes) in arrays.items():
+        if array is None:
+            continue
+        expected = ", ".join(f"{a} = {sizes[a]}" if a in sizes else a for a in axes)
+        if array.ndim == len(axes):
+            for axis, size in zip(axes, array.shape, strict=True):
+                sizes.setdefault(axis, size)
+        if 0 in array.shape or tuple(array.shape) != tuple(sizes.get(a) for a in axes):
+            raise ValueError(f"{op}: {name} has shape {tuple(array.shape)}, expected ({expected})")
+    if sizes.get("h", 0) % sizes.get("g", 1):
+        raise ValueError(f"{op}: {sizes['h']} heads cannot share {sizes['g']} B/C groups evenly")
+    return sizes
+
+
+def step_sizes(dt, dt_bias, dt_softplus, dtype):
+    """The positive step sizes softplus(dt + dt_bias), in `dtype`."""
+    dt = dt.astype(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(dtype)
+    return jax.nn.softplus(dt) if dt_softplus else dt
+
+
+def skip_and_gate(y, x, D, z):
+    """(y + D x) silu(z) in y's dtype, returned in x's; D broadcasts against x, None skips."""
+    if D is not None:
+        y = y + D.astype(y.dtype) * x.astype(y.dtype)
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(y.dtype))
+    return y.astype(x.dtype)
+
+
+def split_length(length, chunk_size):
+    """The number and the length of the fewest equal chunks of at most `chunk_size` positions."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    num_chunks = -(-length // chunk_size)
+    return num_chunks, -(-length // num_chunks)
+
+
+def pad_length(t, length):
+    """Appends zeros to axis 1 of `t` up to `length`."""
+    return jnp.pad(t, [(0, 0), (0, length - t.shape[1])] + [(0, 0)] * (t.ndim - 2))
+
+
+def compose(first, then):
+    """The map h -> a' (a h + s) + s' as one pair: (a, s) o (a', s') = (a a', a' s + s')."""
+    (a, s), (a_then, s_then) = first, then
+    return a * a_then, a_then * s + s_then
+
+
+def recurrence(
+    x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True, initial_state=None
+):
+    """Runs the selective state-space recurrence one position at a time.
+
+        dt_t = softplus(dt_t + dt_bias)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t B_t x_t
+        y_t  = (C_t . h_t + D x_t) silu(z_t)
+
+    Mamba-2 has one decay per head, A of shape (h, 1, 1) (Dao and Gu 2024, eq. 1 and sec. 5);
+    Mamba-1 is the case of heads of size one, A of shape (e, 1, n) (Gu and Dao 2023, alg. 2).
+    This is the oracle that the parallel scans are tested against.
+
+    Args:
+      x: inputs (b, l, h, p).
+      dt: step sizes before bias and softplus (b, l, h).
+      A: negative decay rates, broadcastable to (h, p, n).
+      B: input projections (b, l, g, n); head i uses group i // (h / g).
+      C: output projections (b, l, g, n).
+      D: optional skip weights (h,).
+      z: optional gates, like x.
+      dt_bias: optional bias of dt (h,).
+      dt_softplus: whether softplus is applied to dt.
+      initial_state: optional state before the first position (b, h, p, n); zeros when None.
+
+    Returns:
+      y like x, and the state after the last position (b, h, p, n). States and decays are
+      float32, or float64 for float64 x.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes(
+        "recurrence",
+        x=(x, "blhp"),
+        dt=(dt, "blh"),
+        B=(B, "blgn"),
+        C=(C, "blgn"),
+        D=(D, "h"),
+        z=(z, "blhp"),
+        dt_bias=(dt_bias, "h"),
+        initial_state=(initial_state, "bhpn"),
+    )
+    b, h, p, n, g = (sizes[axis] for axis in "bhpng")
+    if A.ndim != 3 or any(a not in (1, full) for a, full in zip(A.shape, (h, p, n), strict=True)):
+        raise ValueError(
+            f"recurrence: A has shape {tuple(A.shape)}, expected one that broadcasts to "
+            f"(h, p, n) = {(h, p, n)}"
+        )
+
+    dtype = compute_dtype(x)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
+    A = A.astype(dtype)
+    state = jnp.zeros((b, h, p, n), dtype) if initial_state is None else initial_state.astype(dtype)
+
+    def per_head(t):
+        return jnp.repeat(t.astype(dtype), h // g, axis=2)
+
+    def step(state, inputs):
+        x, dt, B, C = inputs
+        dt = dt[..., None, None]
+        state = jnp.exp(dt * A) * state + dt * x[..., None] * B[:, :, None]
+        return state, jnp.sum(state * C[:, :, None], axis=-1)
+
+    inputs = (x.astype(dtype), dt, per_head(B), per_head(C))
+    state, y = jax.lax.scan(step, state, [jnp.moveaxis(t, 1, 0) for t in inputs])
+    D = None if D is None else D[:, None]
+    return skip_and_gate(jnp.moveaxis(y, 0, 1), x, D, z), state

@@ -1,0 +1,177 @@
+"""The Mamba-2 scan by state-space duality: matrix products in chunks, a scan between them."""
+
+import jax
+import jax.numpy as jnp
+
+from aim_jax.ops.reference import (
+    bind_axes,
+    compose,
+    compute_dtype,
+    pad_length,
+    skip_and_gate,
+    split_length,
+    step_sizes,
+)
+
+
+def ssd_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    initial_state=None,
+    chunk_size=64,
+):
+    """Runs the Mamba-2 recurrence as matrix products within chunks and a scan between them.
+
+        dt_t = softplus(dt_t + dt_bias)
+        h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        one decay per head
+        y_t  = (h_t C_t + D x_t) silu(z_t)
+
+    Within a chunk that starts from the state h, and with a_t the running sum of dt_t A in it,
+
+        y_t = sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + exp(a_t) h C_t
+
+    and a whole chunk acts on h as h -> a h + S with one scalar a per head, so the states at the
+    chunk boundaries follow from an associative scan with (a, S) o (a', S') = (a a', a' S + S').
+    (Dao and Gu 2024, sec. 6.)
+
+    Args:
+      x: inputs (b, l, h, p).
+      dt: step sizes before bias and softplus (b, l, h).
+      A: negative decay rates (h,).
+      B: input projections (b, l, g, n); head i uses group i // (h / g).
+      C: output projections (b, l, g, n).
+      D: optional skip weights (h,).
+      z: optional gates, like x.
+      dt_bias: optional bias of dt (h,).
+      dt_softplus: whether softplus is applied to dt.
+      initial_state: optional state before the first position (b, h, p, n); zeros when None.
+      chunk_size: largest chunk length; chunks are made equal, so little is padded.
+
+    Returns:
+      y like x, and the state after the last position (b, h, p, n). Everything is computed in
+      float32, or in float64 for float64 x.
+
+    Raises:
+      ValueError: the shapes do not fit together, or chunk_size is not positive.
+    """
+    sizes = bind_axes(
+        "ssd_scan",
+        x=(x, "blhp"),
+        dt=(dt, "blh"),
+        A=(A, "h"),
+        B=(B, "blgn"),
+        C=(C, "blgn"),
+        D=(D, "h"),
+        z=(z, "blhp"),
+        dt_bias=(dt_bias, "h"),
+        initial_state=(initial_state, "bhpn"),
+    )
+    b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
+    c, q = split_length(l, chunk_size)
+    r = h // g
+    dtype = compute_dtype(x)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
+
+    # Batch, chunk and group are folded into one axis m, so that everything below is a plain
+    # batched matrix product without axes of size one, which XLA handles badly on CPU. A padded
+    # position has dt = 0: it neither decays the state nor adds to it.
+    m = b * c * g
+
+    def fold(t):
+        t = pad_length(t.astype(dtype), c * q).reshape(b, c, q, g, -1)
+        return t.swapaxes(2, 3).reshape(m, q, -1)
+
+    B, C = fold(B), fold(C)
+    inputs = fold(dt[..., None] * x.astype(dtype)).reshape(m, q, r, p).swapaxes(1, 2)
+    # The running sum of dt A as a matrix product: XLA would fuse a cumsum into the exponential
+    # and repeat it for every element of the weights.
+    causal = jnp.tril(jnp.ones((q, q), bool))
+    log_decay = jnp.einsum(
+        "msr,qs->mrq", fold(dt * A.astype(dtype)), causal.astype(dtype), precision="highest"
+    )
+
+    # Masked before the exponential: above the diagonal it would overflow, and a zero put there
+    # afterwards would still give NaN gradients. The diagonal is a constant zero, because the
+    # cancelling gradients of a_t - a_t would drown the small ones of strong decays.
+    log_weights = jnp.where(
+        jnp.tril(causal, -1),
+        log_decay[..., :, None] - log_decay[..., None, :],
+        jnp.where(causal, 0.0, -jnp.inf).astype(dtype),
+    )
+    weights = jnp.einsum("mqn,msn->mqs", C, B)[:, None] * jnp.exp(log_weights)
+    y = jnp.einsum("mrqs,mrsp->mrqp", weights, inputs)
+
+    to_end = jnp.exp(log_decay[..., -1:] - log_decay)
+    outgoing = (to_end[..., None] * inputs).swapaxes(1, 2).reshape(m, q, r * p)
+    states = jnp.einsum("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
+
+    if c > 1 or initial_state is not None:
+        if initial_state is None:
+            initial_state = jnp.zeros((b, h, p, n), dtype)
+        initial_state = initial_state.astype(dtype).reshape(b, 1, h, p * n)
+        decays = jnp.exp(log_decay[..., -1]).reshape(b, c, h, 1)
+        decays = jnp.concatenate([jnp.ones((b, 1, h, 1), dtype), decays], axis=1)
+        states = jnp.concatenate([initial_state, states], axis=1)
+        _, states = jax.lax.associative_scan(compose, (decays, states), axis=1)
+        incoming = states[:, :-1].reshape(m, r * p, n)
+        carried = jnp.einsum("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
+        y = y + jnp.exp(log_decay)[..., None] * carried
+
+    y = y.reshape(b, c, g, r, q, p).transpose(0, 1, 4, 2, 3, 5).reshape(b, c * q, h, p)[:, :l]
+    D = None if D is None else D[:, None]
+    return skip_and_gate(y, x, D, z), states[:, -1].reshape(b, h, p, n)
+
+
+def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True):
+    """Advances the Mamba-2 recurrence of `ssd_scan` by one position.
+
+    Args:
+      state: state before this position (b, h, p, n).
+      x: input (b, h, p).
+      dt: step size before bias and softplus (b, h).
+      A: negative decay rates (h,).
+      B: input projection (b, g, n); head i uses group i // (h / g).
+      C: output projection (b, g, n).
+      D: optional skip weights (h,).
+      z: optional gate, like x.
+      dt_bias: optional bias of dt (h,).
+      dt_softplus: whether softplus is applied to dt.
+
+    Returns:
+      y like x, and the new state (b, h, p, n).
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes(
+        "ssd_step",
+        x=(x, "bhp"),
+        dt=(dt, "bh"),
+        A=(A, "h"),
+        B=(B, "bgn"),
+        C=(C, "bgn"),
+        D=(D, "h"),
+        z=(z, "bhp"),
+        dt_bias=(dt_bias, "h"),
+        state=(state, "bhpn"),
+    )
+    b, h, p, g, n = (sizes[axis] for axis in "bhpgn")
+    dtype = compute_dtype(x)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
+    # Batch and group are folded into one axis m, as in `ssd_scan`.
+    m, r = b * g, h // g
+    decay = jnp.exp(dt * A.astype(dtype)).reshape(m, r, 1, 1)
+    inputs = (dt[..., None] * x.astype(dtype)).reshape(m, r, p, 1)
+    B, C = B.astype(dtype).reshape(m, 1, 1, n), C.astype(dtype).reshape(m, n)
+    state = decay * state.astype(dtype).reshape(m, r, p, n) + inputs * B
+    y = jnp.einsum("mkn,mn->mk", state.reshape(m, r * p, n), C).reshape(b, h, p)
+    D = None if D is None else D[:, None]
+    return skip_and_gate(y, x, D, z), state.reshape(b, h, p, n)
