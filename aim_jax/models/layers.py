@@ -1,0 +1,242 @@
+"""Layers of the AiM stack: norms, causal convolution, label embedding, the adaLN family."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_jax import ops
+
+
+def at_least_fp32(x: jax.Array) -> jax.Array:
+    """x in float32, or wider where it is wider already."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in >= fp32."""
+    x = at_least_fp32(x)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight
+
+
+def gated_rms_norm(
+    x: jax.Array,
+    z: jax.Array,
+    weight: jax.Array,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+) -> jax.Array:
+    """RMSNorm(x * SiLU(z)) * weight, or RMSNorm(x) * weight * SiLU(z) with `norm_before_gate`.
+
+    Args:
+      x, z: (..., e). weight: (e,).
+      group_size: channels that share a mean square; all of them by default.
+    """
+    x, gate = at_least_fp32(x), nn.silu(at_least_fp32(z))
+    x = x if norm_before_gate else x * gate
+    groups = x.reshape(*x.shape[:-1], -1, group_size or x.shape[-1])
+    mean_square = jnp.mean(jnp.square(groups), axis=-1, keepdims=True)
+    normed = (groups * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape) * weight
+    return normed * gate if norm_before_gate else normed
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (b, l, d) * (1 + scale) + shift, with shift and scale (b, d)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with one learned scale per channel.
+
+    Attributes:
+      axis: logical axis of the channels.
+      eps: added to the mean square.
+    """
+
+    axis: str = "embed"
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of x * SiLU(z), gate first, as in the Mamba-2 mixer (arXiv 2405.21060, section 7).
+
+    Attributes:
+      group_size: channels that share a mean square: d_inner / ngroups.
+    """
+
+    group_size: int
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("inner",))
+        weight = self.param("scale", init, (x.shape[-1],))
+        return gated_rms_norm(x, z, weight, eps=self.eps, group_size=self.group_size)
+
+
+class CausalConv1D(nn.Module):
+    """Depthwise causal convolution of width w and SiLU, with carried state.
+
+    Attributes:
+      width: taps; the last one meets the current input.
+      axis: logical axis of the channels.
+    """
+
+    width: int
+    axis: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """x (b, l, c), state (b, w - 1, c) -> (y (b, l, c), the last w - 1 inputs)."""
+        init = uniform_init(self.width)
+        kernel_init = nn.with_logical_partitioning(init, (None, self.axis))
+        bias_init = nn.with_logical_partitioning(init, (self.axis,))
+        kernel = self.param("kernel", kernel_init, (self.width, x.shape[-1]))
+        bias = self.param("bias", bias_init, (x.shape[-1],))
+        y, state = ops.causal_conv1d(x.astype(self.dtype), kernel, bias, initial_state=state)
+        return y, state.astype(self.dtype)
+
+
+def uniform_init(fan_in: int, scale: float = 1.0):
+    """U(-s, s) with s = scale / sqrt(fan_in): the default of the linear layers being matched."""
+    bound = scale * fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def dense(
+    features: int, fan_in: int, axes: tuple[str, str], dtype: str, name: str, scale: float = 1.0
+) -> nn.Dense:
+    """Linear layer without bias whose kernel carries logical axes."""
+    init = nn.with_logical_partitioning(uniform_init(fan_in, scale), axes)
+    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+
+
+def embedding(size: int, features: int, axis: str) -> nn.Embed:
+    """Lookup table (size, features), N(0, 0.02^2)."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
+    return nn.Embed(size, features, embedding_init=init)
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding with a null class; labels are dropped to it at random while training.
+
+    The null class makes classifier-free guidance possible (arXiv 2207.12598).
+
+    Attributes:
+      num_classes: real classes; the null class is row `num_classes`.
+      features: d_model.
+      dropout: probability that a label becomes the null class.
+    """
+
+    num_classes: int
+    features: int
+    dropout: float
+
+    def setup(self):
+        self.table = embedding(self.num_classes + 1, self.features, "class")
+
+    def __call__(self, labels: jax.Array, train: bool = False) -> jax.Array:
+        """labels (b,) int -> (b, d). Needs the 'dropout' rng while training with dropout."""
+        if train and self.dropout:
+            drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropout, labels.shape)
+            labels = jnp.where(drop, self.num_classes, labels)
+        return self.table(labels)
+
+
+class AdaLN(nn.Module):
+    """Modulation of every layer from the class embedding: the adaLN-Group family (AiM, sec. 3.3).
+
+    Layer i uses group i mod `num_groups`:
+
+        m_i = W_g SiLU(c) + b_g + table_i,  g = i mod num_groups
+
+    One group is adaLN-single. As many groups as layers, without tables, is adaLN on every layer; so
+    a grouped model is rewritten as a per-layer one by `group_to_layer`, with equal outputs.
+
+    Attributes:
+      n_layer: layers served.
+      num_groups: linear maps shared among them.
+      parts: modulation vectors per layer: 3, or 6 with an MLP.
+      table: adds a learned vector per layer to the group's output.
+    """
+
+    n_layer: int
+    num_groups: int
+    parts: int
+    table: bool
+
+    @nn.compact
+    def __call__(self, c: jax.Array) -> jax.Array:
+        """c (b, d) -> (n_layer, b, parts, d)."""
+        d = c.shape[-1]
+        # Shared maps start as ordinary linear layers, per-layer ones at zero (identity blocks).
+        init = uniform_init(d) if self.table else nn.initializers.zeros
+        axes = ("adaln_group", "embed", "adaln_part", "modulation")
+        shape = (self.num_groups, d, self.parts, d)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), shape)
+        axes = ("adaln_group", "adaln_part", "modulation")
+        shape = (self.num_groups, self.parts, d)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), shape)
+        group = jnp.arange(self.n_layer) % self.num_groups
+        offset = bias[group]
+        if self.table:
+            axes = ("layers", "adaln_part", "modulation")
+            init = nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), axes)
+            offset = offset + self.param("table", init, (self.n_layer, self.parts, d))
+        shared = jnp.einsum("bd,gdpe->gbpe", nn.silu(c), kernel)
+        return shared[group] + offset[:, None]
+
+
+def group_to_layer(adaln: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Rewrites grouped adaLN parameters as per-layer ones with equal outputs.
+
+    Args:
+      adaln: `kernel` (groups, d, parts, d), `bias` (groups, parts, d), `table` (n_layer, parts, d).
+
+    Returns:
+      `kernel` (n_layer, d, parts, d) and `bias` (n_layer, parts, d).
+    """
+    group = jnp.arange(adaln["table"].shape[0]) % adaln["kernel"].shape[0]
+    return {"kernel": adaln["kernel"][group], "bias": adaln["bias"][group] + adaln["table"]}
+
+
+class FinalLayer(nn.Module):
+    """Last norm, then shift and scale from the class embedding."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        return modulate(RMSNorm(eps=self.eps, name="norm_final")(x), shift, scale)
+
+
+class GatedMLP(nn.Module):
+    """fc2(fc1 x * SiLU(gate x)).
+
+    Attributes:
+      hidden: inner width.
+      out_scale: shrinks the initial output map (residual branches scale by 1/sqrt(n_layer)).
+    """
+
+    hidden: int
+    dtype: str
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        up = dense(self.hidden, d, ("embed", "inner"), self.dtype, "fc1")(x)
+        gate = dense(self.hidden, d, ("embed", "inner"), self.dtype, "gate")(x)
+        out = dense(d, self.hidden, ("inner", "embed"), self.dtype, "fc2", self.out_scale)
+        return out(up * nn.silu(gate))

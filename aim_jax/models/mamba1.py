@@ -1,0 +1,95 @@
+"""Mamba-1 mixer (arXiv 2312.00752): full sequence and single step in one module.
+
+b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolution width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_jax import ops
+from aim_jax.models.layers import CausalConv1D, dense
+from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
+
+
+class Mamba1Cache(NamedTuple):
+    """What the mixer carries from token to token.
+
+    Attributes:
+      conv_x: (b, w-1, e) last inputs of the convolution.
+      ssm_state: (b, e, n) float32.
+    """
+
+    conv_x: jax.Array
+    ssm_state: jax.Array
+
+
+def a_log_init(key, shape) -> jax.Array:
+    """A_log = log(1 .. n) in every channel: the real S4D initialisation."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
+
+
+class Mamba1(nn.Module):
+    """x -> out_proj(selective_scan(conv(x), dt, B, C) * SiLU(z)), with dt, B, C from conv(x).
+
+    Attributes:
+      config: AiMConfig.
+    """
+
+    config: "AiMConfig"  # noqa: F821  (aim.py imports this module)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: Mamba1Cache | None = None
+    ) -> tuple[jax.Array, Mamba1Cache | None]:
+        """x (b, l, d), cache of the inputs before x -> (y (b, l, d), the cache after x).
+
+        Without a cache the sequence starts from zero and no cache is returned.
+        """
+        cfg, (_, l, d) = self.config, x.shape
+        e, n, r, dtype = cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.compute_dtype
+
+        x = x.astype(dtype)
+        xs = dense(e, d, ("embed", "inner"), dtype, "x_proj")(x)
+        z = dense(e, d, ("embed", "inner"), dtype, "z_proj")(x)
+        start = cache or Mamba1Cache(None, None)
+        xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
+
+        dt = dense(r, e, ("inner", "dt_rank"), dtype, "dt_in_proj")(xs)
+        B = dense(n, e, ("inner", "state"), dtype, "B_proj")(xs)
+        C = dense(n, e, ("inner", "state"), dtype, "C_proj")(xs)
+        dt = dense(e, r, ("dt_rank", "inner"), dtype, "dt_proj")(dt)
+
+        inner = ("inner",)
+        dt_bias = self.param(
+            "dt_bias", nn.with_logical_partitioning(inverse_softplus_of_log_uniform, inner), (e,)
+        )
+        A_log = self.param(
+            "A_log", nn.with_logical_partitioning(a_log_init, ("inner", "state")), (e, n)
+        )
+        D = self.param("D", nn.with_logical_partitioning(nn.initializers.ones, inner), (e,))
+        A = -jnp.exp(A_log)
+
+        dt = dt.astype(dt_bias.dtype)
+        if cache is not None and l == 1:
+            y, ssm_state = ops.selective_scan_step(
+                cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0],
+                D=D, z=z[:, 0], dt_bias=dt_bias,
+            )  # fmt: skip
+            y = y[:, None]
+        else:
+            y, ssm_state = ops.selective_scan(
+                xs, dt, A, B, C, D=D, z=z, dt_bias=dt_bias,
+                initial_state=start.ssm_state, chunk_size=cfg.chunk_size,
+            )  # fmt: skip
+        y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y.astype(dtype))
+        return y, cache and Mamba1Cache(conv_x, ssm_state)
+
+
+def init_mamba1_cache(config, batch: int) -> Mamba1Cache:
+    """The zero cache of `batch` sequences for one layer."""
+    conv = jnp.zeros((batch, config.d_conv - 1, config.d_inner), jnp.dtype(config.compute_dtype))
+    return Mamba1Cache(conv, jnp.zeros((batch, config.d_inner, config.d_state), jnp.float32))

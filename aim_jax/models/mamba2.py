@@ -1,0 +1,113 @@
+"""Mamba-2 mixer (arXiv 2405.21060): full sequence and single step in one module.
+
+b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g SSM groups, w width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_jax import ops
+from aim_jax.models.layers import CausalConv1D, GatedRMSNorm, dense
+
+
+class Mamba2Cache(NamedTuple):
+    """What the mixer carries from token to token.
+
+    Attributes:
+      conv_x (b, w-1, e), conv_B (b, w-1, g n), conv_C (b, w-1, g n): last inputs of the
+        convolutions.
+      ssm_state: (b, h, p, n) float32.
+    """
+
+    conv_x: jax.Array
+    conv_B: jax.Array
+    conv_C: jax.Array
+    ssm_state: jax.Array
+
+
+def inverse_softplus_of_log_uniform(key, shape, low: float = 1e-3, high: float = 0.1) -> jax.Array:
+    """dt_bias with softplus(dt_bias) log-uniform in [low, high] (arXiv 2312.00752, section 3.6)."""
+    log_dt = jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high))
+    dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class Mamba2(nn.Module):
+    """x -> out_proj(RMSNorm(ssd(conv(x, B, C), dt) * SiLU(z))).
+
+    The packed input projection and convolution of the published weights are kept as one array per
+    part, so that the model axis of a mesh shards the inner channels and heads and nothing else.
+
+    Attributes:
+      config: AiMConfig.
+    """
+
+    config: "AiMConfig"  # noqa: F821  (aim.py imports this module)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: Mamba2Cache | None = None
+    ) -> tuple[jax.Array, Mamba2Cache | None]:
+        """x (b, l, d), cache of the inputs before x -> (y (b, l, d), the cache after x).
+
+        Without a cache the sequence starts from zero and no cache is returned.
+        """
+        cfg, d = self.config, x.shape[-1]
+        b, l = x.shape[:2]
+        e, h, p, g, n = cfg.d_inner, cfg.n_heads, cfg.headdim, cfg.ngroups, cfg.d_state
+        dtype = cfg.compute_dtype
+
+        x = x.astype(dtype)
+        z = dense(e, d, ("embed", "inner"), dtype, "z_proj")(x)
+        xs = dense(e, d, ("embed", "inner"), dtype, "x_proj")(x)
+        B = dense(g * n, d, ("embed", "state"), dtype, "B_proj")(x)
+        C = dense(g * n, d, ("embed", "state"), dtype, "C_proj")(x)
+        dt = dense(h, d, ("embed", "heads"), dtype, "dt_proj")(x)
+
+        start = cache or Mamba2Cache(None, None, None, None)
+        xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
+        B, conv_B = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_B")(B, start.conv_B)
+        C, conv_C = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_C")(C, start.conv_C)
+
+        heads = ("heads",)
+        dt_bias = self.param(
+            "dt_bias", nn.with_logical_partitioning(inverse_softplus_of_log_uniform, heads), (h,)
+        )
+        A_log = self.param("A_log", nn.with_logical_partitioning(a_log_init, heads), (h,))
+        D = self.param("D", nn.with_logical_partitioning(nn.initializers.ones, heads), (h,))
+        A = -jnp.exp(A_log)
+
+        xs, dt = xs.reshape(b, l, h, p), dt.astype(dt_bias.dtype)
+        B, C = B.reshape(b, l, g, n), C.reshape(b, l, g, n)
+        if cache is not None and l == 1:
+            y, ssm_state = ops.ssd_step(
+                cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, dt_bias=dt_bias
+            )
+        else:
+            y, ssm_state = ops.ssd_scan(
+                xs, dt, A, B, C, D=D, dt_bias=dt_bias,
+                initial_state=start.ssm_state, chunk_size=cfg.chunk_size,
+            )  # fmt: skip
+        y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
+        y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y)
+        return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
+
+
+def a_log_init(key, shape) -> jax.Array:
+    """A_log with -A uniform in [1, 16]."""
+    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
+
+
+def init_mamba2_cache(config, batch: int) -> Mamba2Cache:
+    """The zero cache of `batch` sequences for one layer."""
+    w, gn = config.d_conv - 1, config.ngroups * config.d_state
+    conv = jnp.dtype(config.compute_dtype)
+    return Mamba2Cache(
+        conv_x=jnp.zeros((batch, w, config.d_inner), conv),
+        conv_B=jnp.zeros((batch, w, gn), conv),
+        conv_C=jnp.zeros((batch, w, gn), conv),
+        ssm_state=jnp.zeros((batch, config.n_heads, config.headdim, config.d_state), jnp.float32),
+    )

@@ -1,0 +1,347 @@
+"""VQ tokenizer of LlamaGen (arXiv 2406.06525, section 2.1): images <-> a raster grid of codes.
+
+A VQGAN encoder and decoder (arXiv 2012.09841) around an l2-normalised codebook of low dimension
+(arXiv 2110.04627). Images are NHWC in [-1, 1]; b batch, t tokens (row-major), v codebook entries.
+"""
+
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+NORM_GROUPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """Shape and loss weights of a tokenizer; the defaults are LlamaGen's VQ-f16.
+
+    Attributes:
+      in_channels, out_channels: image channels.
+      ch: base width; ch_mult: width multiplier of each resolution, one 2x downsampling between two.
+      num_res_blocks: residual blocks per resolution in the encoder (the decoder has one more).
+      z_channels: channels between encoder/decoder and the 1x1 quantizer projections.
+      embed_dim, n_embed: codebook dimension and size.
+      beta: weight of the commitment loss.
+      entropy_loss_ratio: weight of the codebook entropy loss (0 turns it off).
+      l2_norm: compare and return unit vectors.
+      dropout: dropout rate inside residual blocks while training.
+      compute_dtype: dtype of the convolutions; parameters and quantization stay float32.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    embed_dim: int = 8
+    n_embed: int = 16384
+    beta: float = 0.25
+    entropy_loss_ratio: float = 0.0
+    l2_norm: bool = True
+    dropout: float = 0.0
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
+        if not self.ch_mult or self.ch % NORM_GROUPS or narrow:
+            raise ValueError(
+                f"VQConfig: ch={self.ch} times each of ch_mult={self.ch_mult} must be a multiple "
+                f"of {NORM_GROUPS}, the number of GroupNorm groups."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side: 16 for f16."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@flax.struct.dataclass
+class Quantized:
+    """What the quantizer returns.
+
+    Attributes:
+      quant: (b, h, w, embed_dim) codebook vectors, with straight-through gradients.
+      indices: (b, t) int32, row-major.
+      vq_loss: () pulls codebook entries towards the encoder's vectors.
+      commit_loss: () beta times the pull of the encoder's vectors towards the codebook.
+      entropy_loss: () entropy_loss_ratio times (sample entropy - entropy of the mean).
+    """
+
+    quant: jax.Array
+    indices: jax.Array
+    vq_loss: jax.Array
+    commit_loss: jax.Array
+    entropy_loss: jax.Array
+
+
+def group_norm(dtype, name: str) -> nn.GroupNorm:
+    # The fast variance E[x^2] - E[x]^2 loses digits that exact parity with released weights needs.
+    return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def conv3x3(features: int, dtype, name: str) -> nn.Conv:
+    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    features: int
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        h = conv3x3(self.features, self.dtype, "conv1")(
+            nn.swish(group_norm(self.dtype, "norm1")(x))
+        )
+        h = nn.swish(group_norm(self.dtype, "norm2")(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = conv3x3(self.features, self.dtype, "conv2")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=self.dtype, name="nin_shortcut")(x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """Residual single-head self-attention over all positions of the feature map."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        h = group_norm(self.dtype, "norm")(x).reshape(b, height * width, c)
+        q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(c)
+        weights = nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
+        h = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
+        h = nn.Dense(c, dtype=self.dtype, name="proj_out")(h)
+        return x + h.reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Zero row below and zero column at the right, then a 3x3 convolution of stride 2."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        padding = ((0, 1), (0, 1))
+        conv = nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv")
+        return conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv3x3(x.shape[-1], self.dtype, "conv")(x)
+
+
+class Encoder(nn.Module):
+    """Images (b, H, W, in_channels) -> features (b, H/f, W/f, z_channels)."""
+
+    config: VQConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        cfg, dtype = self.config, self.config.compute_dtype
+        last = len(cfg.ch_mult) - 1
+        h = conv3x3(cfg.ch, dtype, "conv_in")(x)
+        for i, mult in enumerate(cfg.ch_mult):
+            for j in range(cfg.num_res_blocks):
+                name = f"conv_blocks_{i}_res_{j}"
+                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, name=name)(h, train)
+                if i == last:
+                    h = AttnBlock(dtype, name=f"conv_blocks_{i}_attn_{j}")(h)
+            if i != last:
+                h = Downsample(dtype, name=f"conv_blocks_{i}_downsample")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_0")(h, train)
+        h = AttnBlock(dtype, name="mid_1")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_2")(h, train)
+        h = nn.swish(group_norm(dtype, "norm_out")(h))
+        return conv3x3(cfg.z_channels, dtype, "conv_out")(h)
+
+
+class Decoder(nn.Module):
+    """Features (b, h, w, z_channels) -> images (b, h f, w f, out_channels), not clipped."""
+
+    config: VQConfig
+
+    @nn.compact
+    def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
+        cfg, dtype = self.config, self.config.compute_dtype
+        last = len(cfg.ch_mult) - 1
+        h = conv3x3(cfg.ch * cfg.ch_mult[-1], dtype, "conv_in")(z)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_0")(h, train)
+        h = AttnBlock(dtype, name="mid_1")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_2")(h, train)
+        for i, mult in enumerate(reversed(cfg.ch_mult)):
+            for j in range(cfg.num_res_blocks + 1):
+                name = f"conv_blocks_{i}_res_{j}"
+                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, name=name)(h, train)
+                if i == 0:
+                    h = AttnBlock(dtype, name=f"conv_blocks_{i}_attn_{j}")(h)
+            if i != last:
+                h = Upsample(dtype, name=f"conv_blocks_{i}_upsample")(h)
+        h = nn.swish(group_norm(dtype, "norm_out")(h))
+        return conv3x3(cfg.out_channels, dtype, "conv_out")(h)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x scaled to unit length along the last axis."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+    return x / jnp.maximum(norm, 1e-12)
+
+
+def entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
+    """Mean entropy of the code distributions minus the entropy of their mean; distances (n, v)."""
+    affinity = -distances / temperature
+    probs = jax.nn.softmax(affinity, axis=-1)
+    log_probs = jax.nn.log_softmax(affinity + 1e-5, axis=-1)
+    mean = probs.mean(axis=0)
+    sample_entropy = -jnp.mean(jnp.sum(probs * log_probs, axis=-1))
+    return sample_entropy + jnp.sum(mean * jnp.log(mean + 1e-5))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook entry of every vector, straight-through (arXiv 1711.00937)."""
+
+    config: VQConfig
+
+    def setup(self):
+        cfg = self.config
+
+        def init(key, shape):
+            codebook = jax.random.uniform(
+                key, shape, minval=-1 / cfg.n_embed, maxval=1 / cfg.n_embed
+            )
+            return unit(codebook) if cfg.l2_norm else codebook
+
+        self.embedding = self.param("embedding", init, (cfg.n_embed, cfg.embed_dim))
+
+    @property
+    def codebook(self) -> jax.Array:
+        """The entries (v, embed_dim) as they are compared and returned."""
+        return unit(self.embedding) if self.config.l2_norm else self.embedding
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """z (b, h, w, embed_dim) -> Quantized."""
+        cfg, codebook = self.config, self.codebook
+        z = z.astype(jnp.promote_types(z.dtype, codebook.dtype))
+        z = unit(z) if cfg.l2_norm else z
+        flat = z.reshape(-1, cfg.embed_dim)
+        distances = (
+            jnp.sum(jnp.square(flat), axis=1, keepdims=True)
+            + jnp.sum(jnp.square(codebook), axis=1)
+            - 2 * flat @ codebook.T
+        )
+        indices = jnp.argmin(distances, axis=1)
+        quant = codebook[indices].reshape(z.shape)
+        entropy = jnp.zeros((), z.dtype)
+        if cfg.entropy_loss_ratio:
+            entropy = cfg.entropy_loss_ratio * entropy_loss(distances)
+        return Quantized(
+            quant=z + jax.lax.stop_gradient(quant - z),
+            indices=indices.reshape(z.shape[0], -1).astype(jnp.int32),
+            vq_loss=jnp.mean(jnp.square(quant - jax.lax.stop_gradient(z))),
+            commit_loss=cfg.beta * jnp.mean(jnp.square(jax.lax.stop_gradient(quant) - z)),
+            entropy_loss=entropy,
+        )
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codebook vectors (..., embed_dim) of indices (...)."""
+        return self.codebook[indices]
+
+
+class VQModel(nn.Module):
+    """The tokenizer: `encode_to_tokens` and `decode_tokens`; calling it reconstructs images."""
+
+    config: VQConfig
+
+    def setup(self):
+        cfg = self.config
+        self.encoder = Encoder(cfg)
+        self.quant_conv = nn.Dense(cfg.embed_dim)
+        self.quantize = VectorQuantizer(cfg)
+        self.post_quant_conv = nn.Dense(cfg.z_channels)
+        self.decoder = Decoder(cfg)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, Quantized]:
+        """images (b, H, W, c) in [-1, 1] -> (reconstructions of the same shape, Quantized)."""
+        quantized = self.encode(images, train)
+        return self.decode(quantized.quant, train), quantized
+
+    def prequant(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """images (b, H, W, c) -> vectors before quantization (b, H/f, W/f, embed_dim)."""
+        f = self.config.downsampling
+        if images.ndim != 4 or images.shape[-1] != self.config.in_channels:
+            raise ValueError(
+                f"VQModel: images have shape {images.shape}; expected (batch, height, width, "
+                f"{self.config.in_channels})."
+            )
+        if images.shape[1] % f or images.shape[2] % f:
+            raise ValueError(
+                f"VQModel: image size {images.shape[1]}x{images.shape[2]} is not a multiple of the "
+                f"downsampling factor {f}; resize or pad the images."
+            )
+        return self.quant_conv(self.encoder(images, train).astype(jnp.float32))
+
+    def encode(self, images: jax.Array, train: bool = False) -> Quantized:
+        """images (b, H, W, c) in [-1, 1] -> Quantized."""
+        return self.quantize(self.prequant(images, train))
+
+    def decode(self, quant: jax.Array, train: bool = False) -> jax.Array:
+        """Codebook vectors (b, h, w, embed_dim) -> images (b, h f, w f, c), not clipped."""
+        return self.decoder(self.post_quant_conv(quant), train).astype(jnp.float32)
+
+    def encode_to_tokens(self, images: jax.Array) -> jax.Array:
+        """images (b, H, W, c) in [-1, 1] -> tokens (b, t) int32 in raster order."""
+        return self.encode(images).indices
+
+    def decode_tokens(self, tokens: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
+        """tokens (b, t) in raster order -> images (b, H, W, c), not clipped.
+
+        Args:
+          tokens: int (b, t).
+          grid: (rows, columns) of the token grid; a square one by default.
+        """
+        side = math.isqrt(tokens.shape[1])
+        rows, columns = grid or (side, side)
+        if rows * columns != tokens.shape[1]:
+            raise ValueError(
+                f"decode_tokens: {tokens.shape[1]} tokens do not fill a {rows}x{columns} grid; "
+                "pass grid=(rows, columns)."
+            )
+        return self.decode(self.quantize.lookup(tokens.reshape(-1, rows, columns)))
+
+
+HISTORY_LENGTH = 65536
+
+
+def update_history(history: jax.Array, indices: jax.Array) -> jax.Array:
+    """Shifts the newest indices into a window of recent ones; history (65536,) int32."""
+    new = indices.reshape(-1)[-history.shape[0] :].astype(history.dtype)
+    return jnp.concatenate([history[new.shape[0] :], new])
+
+
+def codebook_usage(history: jax.Array, n_embed: int) -> jax.Array:
+    """Fraction of the codebook that occurs in the history."""
+    return jnp.mean(jnp.zeros(n_embed, jnp.float32).at[history].set(1.0))
+
+
+def init_params(config: VQConfig, key: jax.Array) -> dict:
+    """Random float32 parameters."""
+    side = config.downsampling
+    return VQModel(config).init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
