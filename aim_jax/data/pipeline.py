@@ -1,0 +1,336 @@
+"""Seeded, resumable batches, made with Grain.
+
+Grain draws the indices and one random generator per batch; a single function then gathers the
+batch, so the cost in Python is per batch rather than per example. Batch k is a pure function of
+(seed, k): the whole state of an iterator is the number of batches it has given out.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from aim_jax.data.images import (
+    ArrayImages,
+    FolderImages,
+    ImageSource,
+    check_labels,
+    decode_image,
+)
+
+# The smallest share of the shorter side that a random crop of unspecified scale keeps.
+MIN_CROP = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How pictures become model inputs.
+
+    Attributes:
+      image_size: Side S of the square result.
+      channels: 1 (grey) or 3 (RGB); pictures of the other kind are converted.
+      fit: "resize" scales the shorter side and crops; "pad" centres the untouched picture on
+        black.
+      resize_size: Length the shorter side is scaled to before the crop; `image_size` by default.
+      random_crop: Crop at a random place in training. Without `resize_size` the shorter side is
+        also drawn, from [S, S / 0.8].
+      random_flip: Mirror half of the pictures in training.
+    """
+
+    image_size: int
+    channels: int = 3
+    fit: Literal["resize", "pad"] = "resize"
+    resize_size: int | None = None
+    random_crop: bool = False
+    random_flip: bool = False
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        if self.fit not in ("resize", "pad"):
+            raise ValueError(f"fit must be 'resize' or 'pad', got {self.fit!r}")
+        if self.fit == "pad" and (self.resize_size is not None or self.random_crop):
+            raise ValueError("fit='pad' takes neither resize_size nor random_crop")
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise ValueError(
+                f"resize_size {self.resize_size} is smaller than image_size {self.image_size}"
+            )
+
+
+def preprocess(
+    image: np.ndarray, spec: ImageSpec, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Turns one picture into a model input.
+
+    Args:
+      image: uint8 (H, W, C), C 1 or 3.
+      spec: What to make of it.
+      rng: Draws the crop and the mirroring; None takes the centre crop, unmirrored.
+
+    Returns:
+      float32 (S, S, channels) in [-1, 1]: x / 127.5 - 1.
+
+    Raises:
+      ValueError: the picture is not of that kind, or does not fit into the square of fit="pad".
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise ValueError(
+            f"expected a uint8 picture of shape (H, W, 1) or (H, W, 3), "
+            f"got {image.dtype} {image.shape}"
+        )
+    if spec.fit == "pad":
+        image = _pad(image, spec.image_size)
+    else:
+        image = _resize(image, _shorter_side(spec, rng))
+        image = _crop(image, spec.image_size, rng if spec.random_crop else None)
+    if spec.random_flip and rng is not None and rng.random() < 0.5:
+        image = image[:, ::-1]
+    pixels = _convert(image, spec.channels).astype(np.float32)
+    pixels /= 127.5
+    pixels -= 1.0
+    return pixels
+
+
+def check_images(
+    source: ImageSource, spec: ImageSpec | None = None, *, decode_limit: int = 20_000
+) -> None:
+    """Looks for bad pictures and labels before long work starts.
+
+    Every file of a folder has its header read, and up to `decode_limit` files, evenly spaced, are
+    decoded in full. Labels are checked wherever they are known without decoding; of other sources
+    the first 64 examples are read.
+
+    Args:
+      source: What `open_images` returned.
+      spec: What the pictures are to become; with fit="pad" they must not be too large for it.
+      decode_limit: How many files of a folder to decode.
+
+    Raises:
+      ValueError: no pictures; labels out of range; or files that are damaged or too large, of
+        which it names up to ten.
+    """
+    if not len(source):
+        raise ValueError(f"{source.name} has no pictures in its split {source.split!r}")
+    if isinstance(source, FolderImages):
+        check_labels(source.labels, len(source.class_names), source.name)
+        _check_files(source.paths, spec, decode_limit)
+        return
+    if isinstance(source, ArrayImages):
+        check_labels(source.labels, len(source.class_names), source.name)
+        first = [source[0]]
+    else:
+        first = [source[i] for i in range(min(64, len(source)))]
+        labels = np.array([example["label"] for example in first])
+        check_labels(labels, len(source.class_names), source.name)
+    if spec is not None:
+        for example in first:
+            preprocess(example["image"], spec)
+
+
+def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) -> None:
+    every = -(-len(paths) // decode_limit)
+    threads = min(8, os.cpu_count() or 1)
+
+    def problem(index: int) -> str | None:
+        path = paths[index]
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+                if index % every:
+                    image.verify()
+            if index % every == 0:
+                decode_image(path, path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{path}: {error.__cause__ or error}"
+        if spec is not None and spec.fit == "pad" and max(width, height) > spec.image_size:
+            return f"{path}: {height}x{width} does not fit into {spec.image_size}x{spec.image_size}"
+        return None
+
+    def problems(start: int) -> list[str]:
+        found = map(problem, range(start, len(paths), threads))
+        return [text for text in found if text is not None]
+
+    with ThreadPoolExecutor(threads) as pool:
+        bad = sorted(text for part in pool.map(problems, range(threads)) for text in part)
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(paths)} pictures cannot be used; repair or remove them:\n  "
+            + "\n  ".join(bad[:10] + ["..."] * (len(bad) > 10))
+        )
+
+
+def image_batches(
+    source: ImageSource,
+    spec: ImageSpec,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    train: bool,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> grain.DatasetIterator:
+    """Iterates over batches of pictures.
+
+    In training the examples are shuffled anew each epoch, without end, batches run across the
+    boundary of epochs, and `spec`'s augmentation applies. Otherwise it is one pass in order,
+    without augmentation, whose last batch may be short.
+
+    Args:
+      source: The pictures.
+      spec: How they become inputs.
+      batch_size: Examples per batch over all processes; a multiple of `process_count`.
+      seed: Of order and augmentation, in [0, 2**32).
+      train: See above.
+      process_index: This process; it gets every `process_count`-th example, so that together the
+        processes see each example once, in equally many batches. Outside training its share of
+        the last one may be empty.
+      process_count: Number of processes.
+      workers: Processes that decode and augment; 0 uses threads of this one.
+
+    Returns:
+      An iterator of `{"images": float32 (b, S, S, C), "labels": int32 (b,)}`, where b is
+      `batch_size / process_count`, with `get_state` and `set_state` for an exact resume.
+
+    Raises:
+      ValueError: bad sizes, or the first picture does not suit `spec`.
+    """
+    if len(source):
+        preprocess(source[0]["image"], spec)
+
+    def gather(indices: np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        images = np.empty((len(indices), *2 * (spec.image_size,), spec.channels), np.float32)
+        labels = np.empty(len(indices), np.int32)
+        for row, index in enumerate(indices):
+            example = source[int(index)]
+            images[row] = preprocess(example["image"], spec, rng)
+            labels[row] = example["label"]
+        return {"images": images, "labels": labels}
+
+    in_memory = isinstance(source, ArrayImages)
+    return index_batches(
+        len(source),
+        gather,
+        batch_size,
+        seed=seed,
+        train=train,
+        process_index=process_index,
+        process_count=process_count,
+        threads=1 if in_memory else min(8, os.cpu_count() or 1),
+        workers=workers,
+    )
+
+
+def index_batches(
+    size: int,
+    gather: Callable[[np.ndarray, np.random.Generator | None], Any],
+    batch_size: int,
+    *,
+    seed: int,
+    train: bool,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+    workers: int = 0,
+) -> grain.DatasetIterator:
+    """Iterates over `gather(indices, rng)` for batches of indices into `size` examples.
+
+    The order, the split over processes and the end are those of `image_batches`; `rng` is None
+    outside training.
+
+    Raises:
+      ValueError: no examples, or sizes that do not fit together.
+    """
+    if size < 1:
+        raise ValueError("there are no examples to make batches of")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} is not a positive multiple of process_count {process_count}"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+
+    indices = grain.MapDataset.range(size)
+    if train:
+        indices = indices.shuffle(seed=seed).repeat()
+        if process_count > 1:
+            indices = indices.slice(slice(process_index, None, process_count))
+        batches = indices.batch(batch_size // process_count, batch_fn=np.array)
+        # Processes hold different examples of a batch, so they must not share its random numbers.
+        draws = np.random.SeedSequence([seed, process_index]).generate_state(1)
+        batches = batches.random_map(gather, seed=int(draws[0]))
+    else:
+        batches = indices.batch(batch_size, batch_fn=np.array)
+        batches = batches.map(lambda batch: gather(batch[process_index::process_count], None))
+    dataset = batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    )
+    if workers:
+        # Grain reads its own flags when it starts workers; outside absl.app nobody has parsed them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def _shorter_side(spec: ImageSpec, rng: np.random.Generator | None) -> int:
+    if spec.resize_size is not None:
+        return spec.resize_size
+    if spec.random_crop and rng is not None:
+        return int(rng.integers(spec.image_size, int(spec.image_size / MIN_CROP) + 1))
+    return spec.image_size
+
+
+def _resize(image: np.ndarray, shorter: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if min(height, width) == shorter:
+        return image
+    scale = shorter / min(height, width)
+    size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
+    # Pillow widens the bicubic kernel when it shrinks a picture, which is what avoids aliasing.
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    return resized[..., None] if resized.ndim == 2 else resized
+
+
+def _crop(image: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:
+    spare = image.shape[0] - size, image.shape[1] - size
+    if spare == (0, 0):
+        return image
+    top, left = (n // 2 if rng is None else int(rng.integers(n + 1)) for n in spare)
+    return image[top : top + size, left : left + size]
+
+
+def _pad(image: np.ndarray, size: int) -> np.ndarray:
+    height, width, channels = image.shape
+    if (height, width) == (size, size):
+        return image
+    if height > size or width > size:
+        raise ValueError(
+            f"a picture of {height}x{width} does not fit into {size}x{size}: "
+            "use a larger image_size, or fit='resize'"
+        )
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas = np.zeros((size, size, channels), np.uint8)
+    canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def _convert(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.shape[2] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=2)
+    # ITU-R 601 luma in 16-bit fixed point, as Pillow's mode "L".
+    luma = image.astype(np.int32) @ np.array([19595, 38470, 7471], np.int32) + 0x8000
+    return (luma >> 16)[..., None]
