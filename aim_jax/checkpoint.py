@@ -1,0 +1,266 @@
+"""Checkpoints with Orbax: training runs that resume exactly, and self-describing model directories.
+
+A run directory holds `run.json` (its configuration) and `checkpoints/<step>`. A model directory
+holds `model.json` (configurations, class names, sampling defaults, provenance) and the parameters
+of one or both parts as `aim/` and `vq/`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from aim_jax.models import aim, vq
+from aim_jax.models.aim import AiMConfig
+from aim_jax.models.vq import VQConfig
+
+MODEL_FILE = "model.json"
+RUN_FILE = "run.json"
+FORMAT_VERSION = 1
+SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+# Settings that may change when a run goes on: how long it runs and what it reports, not what it is.
+RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "workdir")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON to a temporary name, then renames it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: state and data iterator, the newest `keep` of them."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, iterator: grain.DatasetIterator) -> None:
+        """Saves in the background; a checkpoint counts only once all of it is written."""
+        if step == self.latest_step():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, step: int, state, iterator: grain.DatasetIterator):
+        """State of a step, with the shardings of `state`; sets the iterator to where it was."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            data=grain.checkpoint.CheckpointRestore(iterator),
+        )
+        return self._manager.restore(step, args=args)["state"]
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Marks a directory as that of this run, or checks that it already is.
+
+    Raises:
+      ValueError: the directory belongs to a run with other settings (each one is named), or holds
+        checkpoints of an unknown run.
+    """
+    workdir = Path(workdir)
+    file, new = workdir / RUN_FILE, json.loads(config.to_json_best_effort())
+    if file.exists():
+        old = json.loads(file.read_text())
+        changed = sorted(
+            key
+            for key in flatten(old).keys() | flatten(new).keys()
+            if key not in RESUMABLE and flatten(old).get(key) != flatten(new).get(key)
+        )
+        if changed:
+            lines = [f"{k}: {flatten(old).get(k)!r} -> {flatten(new).get(k)!r}" for k in changed]
+            raise ValueError(
+                f"{workdir} is the workdir of another run; settings that differ (there -> here): "
+                f"{'; '.join(lines)}. Use another --workdir, or the settings of that run."
+            )
+    elif (workdir / "checkpoints").exists():
+        raise ValueError(
+            f"{workdir} holds checkpoints but no {RUN_FILE}, so it is not known which run they "
+            "belong to; use another --workdir."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(file, new)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model directory in memory; a part that it lacks is None.
+
+    Attributes:
+      name: where it came from.
+      aim_config, aim_params: the autoregressive model, float32 parameters.
+      vq_config, vq_params: the tokenizer, float32 parameters.
+      class_names: one per class, or empty.
+      sampling: defaults of cfg_scale, temperature, top_k, top_p.
+      info: everything else that the directory says of itself (data set, image size, provenance).
+    """
+
+    name: str
+    aim_config: AiMConfig | None = None
+    aim_params: dict | None = None
+    vq_config: VQConfig | None = None
+    vq_params: dict | None = None
+    class_names: tuple[str, ...] = ()
+    sampling: dict = dataclasses.field(default_factory=lambda: dict(SAMPLING_DEFAULTS))
+    info: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not (self.aim_config and self.vq_config):
+            return
+        if self.aim_config.vocab_size != self.vq_config.n_embed:
+            raise ValueError(
+                f"{self.name}: the AiM has a vocabulary of {self.aim_config.vocab_size}, but the "
+                f"tokenizer has {self.vq_config.n_embed} codes; they do not belong together."
+            )
+
+
+def save_model(path: str | os.PathLike, model: Pretrained, dtype: str = "float32") -> Path:
+    """Writes a model directory; it appears, or replaces an older one, only when it is whole.
+
+    Args:
+      path: the directory.
+      model: what to write.
+      dtype: storage type of the parameters, such as "float16" for half the size.
+    """
+    path = Path(path).absolute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        content = {
+            "format": "aim_jax model",
+            "version": FORMAT_VERSION,
+            "dtype": dtype,
+            "aim": model.aim_config and dataclasses.asdict(model.aim_config),
+            "vq": model.vq_config and dataclasses.asdict(model.vq_config),
+            "class_names": list(model.class_names),
+            "sampling": model.sampling,
+            "info": model.info,
+        }
+        with ocp.StandardCheckpointer() as checkpointer:
+            for part, params in (("aim", model.aim_params), ("vq", model.vq_params)):
+                if params is not None:
+                    stored = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+                    checkpointer.save(partial / part, stored)
+        (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def bundled_models() -> dict[str, Path]:
+    """Models that come with the package, by name."""
+    root = Path(str(resources.files("aim_jax"))) / "pretrained"
+    return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{MODEL_FILE}"))}
+
+
+def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
+    """Loads a bundled model by name, or a model directory.
+
+    Args:
+      name_or_path: "fashion_mnist", "cifar10", ...; a model directory; or a training workdir, whose
+        newest exported model (`model/`) is taken.
+
+    Raises:
+      FileNotFoundError: no such model.
+      ValueError: the directory is not a whole model of a version that this library reads.
+    """
+    bundled = bundled_models()
+    path = bundled.get(str(name_or_path), Path(name_or_path))
+    if not (path / MODEL_FILE).is_file() and (path / "model" / MODEL_FILE).is_file():
+        path = path / "model"
+    if not (path / MODEL_FILE).is_file():
+        raise FileNotFoundError(
+            f"no model {str(name_or_path)!r}: expected a directory with {MODEL_FILE} (a training "
+            f"workdir has one in model/ after its first export), or one of {sorted(bundled)}."
+        )
+    try:
+        content = json.loads((path / MODEL_FILE).read_text())
+        if content["version"] != FORMAT_VERSION:
+            raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}")
+        aim_config = content["aim"] and AiMConfig(**content["aim"])
+        vq_config = content["vq"] and VQConfig(**content["vq"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
+    aim_params = aim_config and _load_params(path / "aim", aim.init_params, aim_config)
+    vq_params = vq_config and _load_params(path / "vq", vq.init_params, vq_config)
+    return Pretrained(
+        name=str(name_or_path),
+        aim_config=aim_config,
+        aim_params=aim_params,
+        vq_config=vq_config,
+        vq_params=vq_params,
+        class_names=tuple(content["class_names"]),
+        sampling=SAMPLING_DEFAULTS | content["sampling"],
+        info=content["info"],
+    )
+
+
+def by_path(tree) -> dict[str, Any]:
+    """Leaves of a tree by the string of their path."""
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _load_params(path: Path, init_params, config) -> dict:
+    """Parameters as float32, checked against the shapes that the configuration asks for."""
+    abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; the model directory is not whole.")
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path.absolute()).item_metadata
+        found, wanted = by_path(stored.tree), by_path(abstract)
+        wrong = [f"{k}: missing" for k in sorted(wanted.keys() - found.keys())]
+        wrong += [f"{k}: unexpected" for k in sorted(found.keys() - wanted.keys())]
+        wrong += [
+            f"{k}: shape {tuple(found[k].shape)}, expected {wanted[k].shape}"
+            for k in sorted(wanted.keys() & found.keys())
+            if tuple(found[k].shape) != wanted[k].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit its configuration ({len(wrong)} arrays): "
+                f"{'; '.join(wrong[:5])}"
+            )
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+        )
+        return checkpointer.restore(path.absolute(), target)

@@ -1,0 +1,96 @@
+"""Defaults of the two training programs. Files in `configs/` start from these and change little.
+
+A configuration describes a run; modules never see it. Every field can be overridden on the command
+line: `--config.optimizer.lr=3e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+from aim_jax.checkpoint import SAMPLING_DEFAULTS
+
+
+def _common() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # over all devices
+    config.steps = 100_000
+    config.log_every = 50
+    config.eval_every = 1000
+    config.sample_every = 1000
+    config.save_every = 1000
+    config.keep = 2  # newest checkpoints kept
+    config.ema_decay = 0.0  # 0: no averaged copy of the parameters
+    config.accumulate = 1  # micro-batches per step
+    config.export_dtype = "float32"  # storage type of the exported model directory
+
+    config.optimizer = ConfigDict()
+    config.optimizer.lr = 1e-4
+    config.optimizer.end_lr = 0.0
+    config.optimizer.schedule = "linear"  # or "cosine", "constant"
+    config.optimizer.warmup_steps = 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 1.0  # 0: no clipping
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"  # see aim_jax.data.open_images
+    config.data.dir = ""  # a directory with the pictures; "": tensorflow-datasets' default
+    config.data.image_size = 256
+    config.data.channels = 3
+    config.data.fit = "resize"  # or "pad"
+    config.data.resize_size = 0  # shorter side before the crop; 0: as the pipeline defaults
+    config.data.random_crop = False
+    config.data.random_flip = False
+    config.data.workers = 0  # processes that decode pictures; 0 uses threads
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices along the batch; -1: all that are left
+    config.mesh.model = 1  # devices along heads, inner channels and vocabulary
+    config.mesh.fsdp = False  # shard the embed axis of parameters over "data" as well
+    return config
+
+
+def aim_defaults() -> ConfigDict:
+    """Training of AiM on codes."""
+    config = _common()
+    config.stage = "aim"
+    config.tokenizer = ""  # model directory of the tokenizer, or the name of a bundled model
+    config.codes = ""  # directory with train/ and validation/ token caches; "": encode pictures
+    config.model = ConfigDict()  # fields of AiMConfig
+    config.sample = ConfigDict(SAMPLING_DEFAULTS | {"per_class": 8, "classes": 10})
+    return config
+
+
+def vq_defaults() -> ConfigDict:
+    """Training of the VQ tokenizer on pictures (recipe of arXiv 2406.06525, section 2.1)."""
+    config = _common()
+    config.stage = "vq"
+    config.batch_size = 128
+    config.optimizer.schedule = "constant"
+    config.optimizer.weight_decay = 0.0
+    config.model = ConfigDict()  # fields of VQConfig
+    config.loss = ConfigDict()
+    config.loss.l1 = 0.0
+    config.loss.l2 = 1.0
+    config.sample = ConfigDict({"images": 16})
+    return config
+
+
+def describe_data(data: ConfigDict) -> dict:
+    """A data section as plain values for a model's records, without the place on this machine."""
+    return {k: v for k, v in data.to_dict().items() if k != "dir"}
+
+
+def image_spec(data: ConfigDict):
+    """The `ImageSpec` that a data section describes."""
+    from aim_jax.data import ImageSpec
+
+    return ImageSpec(
+        image_size=data.image_size,
+        channels=data.channels,
+        fit=data.fit,
+        resize_size=data.resize_size or None,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+    )

@@ -1,0 +1,102 @@
+"""Batches of samples for people: progress, labelled grids, single PNGs and npz files."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from aim_jax.checkpoint import Pretrained
+from aim_jax.monitor import Progress
+from aim_jax.pictures import make_grid, save_png, to_rgb
+from aim_jax.sampling import generate
+
+MOST_CLASSES = 20
+
+
+def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
+    """Class names or numbers -> ids; nothing given means all, or the first 20 of many.
+
+    Names are compared without case; underscores and spaces are the same.
+
+    Raises:
+      ValueError: an unknown name or a number out of range, with what there is.
+    """
+    count = model.aim_config.num_classes
+    if not classes:
+        return list(range(min(count, MOST_CLASSES)))
+    plain = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
+    by_name = {plain(name): i for i, name in enumerate(model.class_names)}
+    ids = []
+    for item in classes:
+        number = int(item) if item.strip().isdecimal() else by_name.get(plain(item), -1)
+        if not 0 <= number < count:
+            known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
+            raise ValueError(f"unknown class {item!r}; {model.name} knows {known}.")
+        ids.append(number)
+    return ids
+
+
+def class_name(model: Pretrained, label: int) -> str:
+    """The name of a class, or its number where the model has no names."""
+    return model.class_names[label] if model.class_names else str(label)
+
+
+def generate_many(
+    model: Pretrained, labels: np.ndarray, seed: int, batch_size: int, **settings
+) -> Iterable[np.ndarray]:
+    """Generates any number of images in equal batches, so that one compilation serves all.
+
+    Yields:
+      uint8 (n, H, W, c), n <= batch_size, in the order of the labels.
+    """
+    batch_size = min(batch_size, len(labels))
+    progress = Progress("sampling")
+    for start in range(0, len(labels), batch_size):
+        # The last batch is filled up with images beyond the series, which are dropped.
+        part = np.resize(labels[start : start + batch_size], batch_size)
+        images = generate(model, part, seed, first_index=start, **settings).images
+        done = min(start + batch_size, len(labels))
+        yield np.asarray(images)[: done - start]
+        progress(done, len(labels))
+
+
+def sample_to_directory(
+    model: Pretrained,
+    classes: Sequence[int],
+    per_class: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    pngs: bool = False,
+    npz: bool = False,
+    **settings,
+) -> list[Path]:
+    """Samples `per_class` images of every class and writes a labelled grid.
+
+    Args:
+      model: with tokenizer. classes: ids. out: directory, made if needed.
+      pngs: also one PNG per image. npz: also `samples.npz` (arr_0 uint8 NHWC, labels int32).
+      **settings: cfg_scale, temperature, top_k, top_p; see `generate`.
+
+    Returns:
+      The paths written; the grid first.
+    """
+    labels = np.repeat(np.asarray(classes, np.int32), per_class)
+    images = np.concatenate(list(generate_many(model, labels, seed, batch_size, **settings)))
+    out.mkdir(parents=True, exist_ok=True)
+    names = [class_name(model, label) for label in classes]
+    paths = [save_png(make_grid(images, per_class, names), out / "grid.png")]
+    if pngs:
+        for i, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):
+            name = f"{i:05d}_{class_name(model, label).replace(os.sep, '_').replace(' ', '_')}.png"
+            paths.append(save_png(Image.fromarray(image), out / "images" / name))
+    if npz:
+        partial = out / ".samples.npz.partial"
+        with partial.open("wb") as file:
+            np.savez(file, arr_0=images, labels=labels)
+        os.replace(partial, out / "samples.npz")
+        paths.append(out / "samples.npz")
+    return paths

@@ -1,0 +1,133 @@
+"""The loop that both training programs run: restore, step, report, evaluate, sample, save."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from aim_jax.checkpoint import RunCheckpoints
+from aim_jax.monitor import MetricsWriter, StepLog, StopSignal, say
+from aim_jax.sharding import shard_batch
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a run carries from step to step.
+
+    Attributes:
+      step: () int32, optimizer steps done.
+      params: float32 parameters.
+      opt_state: state of the optimizer.
+      ema: averaged parameters, or None.
+      rng: key from which the randomness of every step is folded.
+      history: (65536,) int32 codes seen last (tokenizer), or None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    rng: jax.Array
+    history: jax.Array | None = None
+
+    @property
+    def eval_params(self):
+        """Parameters to evaluate, sample with and export: the averaged ones if there are any."""
+        return self.params if self.ema is None else self.ema
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one training program gives to the loop.
+
+    Attributes:
+      train_step: (state, batch) -> (state, metrics with "loss").
+      batches: resumable iterator of numpy batches, endless.
+      evaluate: state -> scalars on held-out data.
+      sample: (state, path) writes a picture.
+      export: state writes the model directory.
+    """
+
+    train_step: Callable
+    batches: Iterator
+    evaluate: Callable[[TrainState], dict]
+    sample: Callable[[TrainState, Path], None]
+    export: Callable[[TrainState], None]
+
+
+def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage) -> TrainState:
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Stops early, after saving, on SIGTERM or Ctrl-C; a run that continues repeats an uninterrupted
+    one bit for bit.
+
+    Raises:
+      NonFiniteLossError: naming the step; nothing is saved after it.
+    """
+    checkpoints = RunCheckpoints(workdir, config.keep)
+    step = checkpoints.latest_step() or 0
+    if step:
+        state = checkpoints.restore(step, state, stage.batches)
+        say(f"resumed from step {step} in {workdir}")
+    writer = MetricsWriter(workdir, step)
+    log = StepLog(writer, config.steps, step, config.batch_size)
+    stop = StopSignal()
+
+    def due(every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == config.steps)
+
+    try:
+        while step < config.steps and not stop.received:
+            batch = shard_batch(next(stage.batches), mesh)
+            state, metrics = stage.train_step(state, batch)
+            step += 1
+            log.add(step, metrics)
+            if step == 1 or due(config.log_every):
+                log.report(step)
+            with log.pause():
+                if due(config.eval_every):
+                    scalars = stage.evaluate(state)
+                    writer.write(step, scalars)
+                    say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
+                if due(config.sample_every):
+                    stage.sample(state, Path(workdir) / "samples" / f"step_{step:07d}.png")
+                if due(config.save_every):
+                    log.check()
+                    checkpoints.save(step, state, stage.batches)
+                    stage.export(state)
+        if stop.received:
+            log.check()
+            checkpoints.save(step, state, stage.batches)
+            stage.export(state)
+            say(f"{stop.received}: saved step {step}; the same command continues from there.")
+    finally:
+        stop.restore()
+        checkpoints.close()
+        writer.close()
+    return state
+
+
+def pad_batch(batch: dict, size: int) -> dict:
+    """A batch filled up with zeros to `size` examples; `weights` is 1 for real ones, else 0."""
+    count = len(batch["labels"])
+    padded = {k: np.pad(v, [(0, size - count)] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+    return padded | {"weights": (np.arange(size) < count).astype(np.float32)}
+
+
+def weighted_means(eval_step: Callable, batches, size: int, mesh) -> dict:
+    """Means over all examples of what `eval_step` sums over the examples of a batch.
+
+    Args:
+      eval_step: padded batch -> dict of sums over its real examples, including "count".
+      batches: one pass over this process's share; shorter last batch allowed.
+      size: examples per batch on this process.
+    """
+    sums = [eval_step(shard_batch(pad_batch(batch, size), mesh)) for batch in batches]
+    total = jax.tree.map(lambda *x: np.sum([np.asarray(v, np.float64) for v in x], axis=0), *sums)
+    count = total.pop("count")
+    return {name: value / count for name, value in total.items()}

@@ -1,0 +1,104 @@
+"""Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Arrays with two or more dimensions in the unstacked model. A_log is left out as its authors do.
+DECAYED = ("kernel", "embedding", "table")
+
+
+def decay_mask(params):
+    """True for the leaves that weight decay acts on: matrices, convolutions, embeddings, tables."""
+
+    def is_decayed(path, _):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return names[-1] in DECAYED  # a box of logical axes adds an entry of another kind
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def learning_rate(config, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a constant, linear or cosine course to end_lr.
+
+    Args:
+      config: `lr`, `end_lr`, `warmup_steps`, `schedule`.
+      steps: steps in all.
+
+    Raises:
+      ValueError: an unknown schedule, or a warm-up longer than the training.
+    """
+    rest = steps - config.warmup_steps
+    if rest < 0:
+        raise ValueError(
+            f"optimizer.warmup_steps={config.warmup_steps} exceeds the {steps} steps of the run."
+        )
+    rest = max(rest, 1)
+    courses = {
+        "constant": lambda: optax.constant_schedule(config.lr),
+        "linear": lambda: optax.linear_schedule(config.lr, config.end_lr, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(
+            config.lr, rest, config.end_lr / config.lr if config.lr else 0.0
+        ),
+    }
+    if config.schedule not in courses:
+        raise ValueError(
+            f"optimizer.schedule={config.schedule!r}; expected one of {sorted(courses)}."
+        )
+    warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
+    course = courses[config.schedule]()
+    if not config.warmup_steps:
+        return course
+    return optax.join_schedules([warmup, course], [config.warmup_steps])
+
+
+def make_optimizer(config, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by the global norm."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(clip, adamw)
+
+
+def accumulated_grads(loss_fn, params, batch: dict, rng: jax.Array, parts: int):
+    """Gradient of the mean of `loss_fn(params, batch, rng)` over a batch taken in `parts`.
+
+    Args:
+      loss_fn: returns (loss, (metrics, outputs)): means over the examples it was given, and arrays
+        with one row per example.
+      batch: arrays with a leading batch axis divisible by `parts`.
+      parts: number of equal micro-batches that are differentiated one after the other.
+
+    Returns:
+      (grads, metrics, outputs): means over the micro-batches, and the outputs of all examples.
+    """
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+        grads, (metrics, outputs) = grad_fn(params, batch, rng)
+        return grads, metrics, outputs
+
+    def micro(total, inputs):
+        part, key = inputs
+        grads, (metrics, outputs) = grad_fn(params, part, key)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), outputs
+
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(rng, parts)
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes, (metrics, _) = jax.eval_shape(grad_fn, params, first, rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, metrics))
+    total, outputs = jax.lax.scan(micro, zeros, (split, keys))
+    grads, metrics = jax.tree.map(lambda x: x / parts, total)
+    return grads, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+def update_ema(ema, params, decay: float):
+    """ema <- decay * ema + (1 - decay) * params; None stays None (no averaging)."""
+    if ema is None:
+        return None
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)

@@ -1,0 +1,56 @@
+"""Pictures for people: labelled grids as PNG."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 2
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """uint8 (n, H, W, 1 or 3) -> uint8 (n, H, W, 3)."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else np.asarray(images)
+
+
+def make_grid(
+    images: np.ndarray, columns: int, row_labels: list[str] | None = None, min_side: int = 64
+) -> Image.Image:
+    """Lays images out in rows, each row with a caption at its left.
+
+    Args:
+      images: uint8 (n, H, W, c), row by row.
+      columns: images per row.
+      row_labels: one caption per row.
+      min_side: smaller images are enlarged by a whole factor, pixels kept sharp.
+    """
+    images = to_rgb(images)
+    n, height, width = images.shape[:3]
+    factor = max(1, -(-min_side // height))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = height * factor + MARGIN, width * factor + MARGIN
+    rows = -(-n // columns)
+    font = ImageFont.load_default(size=max(12, min(20, height // 4)))
+    left = 0
+    if row_labels:
+        left = int(max(font.getlength(label) for label in row_labels)) + 12
+    canvas = Image.new("RGB", (left + columns * width + MARGIN, rows * height + MARGIN), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        place = left + MARGIN + column * width, MARGIN + row * height
+        canvas.paste(Image.fromarray(image), place)
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(row_labels or []):
+        draw.text((6, row * height + height // 2), label, fill="black", font=font, anchor="lm")
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
+    """Writes a PNG to a temporary name, then renames it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+    return path

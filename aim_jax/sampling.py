@@ -1,0 +1,230 @@
+"""Class-conditional sampling: guidance, filters, and the jitted generation of images.
+
+b images, t tokens per image, v vocabulary. The order of operations on the logits is guidance,
+temperature, top-k, top-p, draw.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aim_jax.models.aim import AiM, AiMConfig, init_cache
+from aim_jax.models.vq import VQConfig, VQModel
+
+
+class Samples(NamedTuple):
+    """Generated codes (b, t) int32 and images (b, H, W, c) uint8."""
+
+    tokens: jax.Array
+    images: jax.Array
+
+
+def apply_cfg(cond: jax.Array, uncond: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance of logits: uncond + (cond - uncond) * scale.
+
+    Args:
+      cond, uncond: (b, v). scale: () or (b,); 1 is the conditional model.
+    """
+    return uncond + (cond - uncond) * jnp.reshape(scale, (-1, 1))
+
+
+def filter_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """Sets logits below the k-th largest to -inf; ties at the k-th value are all kept.
+
+    Args:
+      logits: (b, v). k: int () or (b,); 0, or anything above v, keeps everything.
+    """
+    return _filter_sorted(logits, k, None)
+
+
+def filter_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Nucleus filter: drops the least likely tokens whose cumulative probability is <= 1 - p.
+
+    The largest logit always stays, and so does any logit equal to the smallest that stays.
+
+    Args:
+      logits: (b, v), already filtered ones at -inf. p: () or (b,) in (0, 1]; 1 keeps everything.
+    """
+    return _filter_sorted(logits, None, p)
+
+
+def filter_logits(logits: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
+    """`filter_top_k`, then `filter_top_p` on the renormalised rest, with a single sort."""
+    return _filter_sorted(logits, k, p)
+
+
+def _filter_sorted(logits, k, p):
+    vocab = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+
+    def at(count):
+        return jnp.take_along_axis(ordered, count - 1, axis=-1)
+
+    threshold = ordered[:, -1:]
+    if k is not None:
+        k = jnp.where(k < 1, vocab, jnp.minimum(k, vocab))
+        threshold = at(jnp.broadcast_to(jnp.reshape(k, (-1, 1)), (logits.shape[0], 1)))
+    if p is not None:
+        p = jnp.reshape(jnp.asarray(p, logits.dtype), (-1, 1))
+        probs = jax.nn.softmax(jnp.where(ordered >= threshold, ordered, -jnp.inf), axis=-1)
+        from_smallest = jnp.cumsum(probs[:, ::-1], axis=-1)[:, ::-1]
+        kept = jnp.sum((from_smallest > 1 - p) & (probs > 0), axis=-1, keepdims=True)
+        nucleus = at(jnp.maximum(kept, 1))
+        threshold = jnp.where(p < 1, jnp.maximum(threshold, nucleus), threshold)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """One token per row from softmax(logits), by the Gumbel-max rule; keys (b,) -> int32 (b,)."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype))(keys)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "guided"))
+def generate_tokens(
+    params: dict,
+    labels: jax.Array,
+    seed: jax.Array,
+    index: jax.Array,
+    cfg_scale: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    *,
+    config: AiMConfig,
+    guided: bool = True,
+) -> jax.Array:
+    """Draws the codes of a batch of images, one after the other, in one compiled loop.
+
+    With guidance every image has two rows, conditional and null class; one token is drawn per
+    image and fed to both. Randomness is a function of (seed, index, position) alone, so an image
+    does not depend on the batch it is in.
+
+    Args:
+      params: AiM parameters. labels: int (b,). seed: int (). index: int (b,), number of each image.
+      cfg_scale, temperature, top_k, top_p: () or (b,); see `apply_cfg` and the filters.
+      config: shape of the model.
+      guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost.
+
+    Returns:
+      int32 (b, num_tokens), raster order.
+    """
+    model, b = AiM(config), labels.shape[0]
+    base = jax.random.key(seed)
+    image_keys = jax.vmap(functools.partial(jax.random.fold_in, base))(index)
+
+    def apply(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    def rows(x):
+        return jnp.concatenate([x, x]) if guided else x
+
+    null = jnp.full_like(labels, config.num_classes)
+    start, modulation = apply("condition", jnp.concatenate([labels, null]) if guided else labels)
+
+    def step(carry, position):
+        x, cache = carry
+        logits, cache = apply("forward", x, modulation, cache)
+        logits = logits[:, 0]
+        if guided:
+            logits = apply_cfg(logits[:b], logits[b:], cfg_scale)
+        logits = filter_logits(logits / jnp.reshape(temperature, (-1, 1)), top_k, top_p)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(image_keys)
+        token = draw(logits, keys)
+        x = rows(apply("embed_codes", token[:, None], position[None]))
+        return (x, cache), token
+
+    carry = (start, init_cache(config, start.shape[0]))
+    _, tokens = jax.lax.scan(step, carry, jnp.arange(config.num_tokens))
+    return tokens.T
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_images(params: dict, tokens: jax.Array, *, config: VQConfig) -> jax.Array:
+    """Codes (b, t) -> images (b, H, W, c) uint8, through the tokenizer's decoder."""
+    return to_uint8(VQModel(config).apply({"params": params}, tokens, method="decode_tokens"))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Images in [-1, 1] (values outside are clipped) -> uint8."""
+    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def check_settings(
+    labels: np.ndarray, num_classes: int, cfg_scale, temperature, top_k, top_p
+) -> None:
+    """Raises ValueError for labels or sampling settings outside their range."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels: expected a non-empty list of class ids, got {labels.dtype} of shape "
+            f"{labels.shape}."
+        )
+    wrong = sorted({int(i) for i in labels if not 0 <= i <= num_classes})
+    if wrong:
+        raise ValueError(
+            f"labels: {wrong} out of range; classes are 0..{num_classes - 1} and {num_classes} is "
+            "the null class (no class)."
+        )
+    for name, value, ok, expected in (
+        ("cfg_scale", cfg_scale, lambda x: math.isfinite(x), "a finite number"),
+        ("temperature", temperature, lambda x: 0 < x < math.inf, "a positive number"),
+        ("top_k", top_k, lambda x: x >= 0 and x == int(x), "an integer >= 0 (0 is off)"),
+        ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1] (1 is off)"),
+    ):
+        bad = [x for x in np.ravel(value).tolist() if not ok(x)]
+        if bad:
+            raise ValueError(f"{name}={bad[0]}: expected {expected}.")
+        if np.ndim(value) and np.shape(value) != labels.shape:
+            raise ValueError(f"{name}: expected one value, or one per label ({labels.size}).")
+
+
+def generate(
+    model,
+    labels,
+    seed: int = 0,
+    *,
+    cfg_scale=None,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    first_index: int = 0,
+) -> Samples:
+    """Generates one image per label.
+
+    Args:
+      model: a `Pretrained` with both parts, from `load_pretrained`.
+      labels: class ids (b,); `num_classes` is the null class.
+      seed: with the image's number it decides the randomness of the image.
+      cfg_scale: guidance; 1 is none. temperature: > 0. top_k: 0 is off; 1 is greedy. top_p: in
+        (0, 1]. Each may be one value or one per image; None takes the model's default.
+      first_index: number of the first image, to continue a series in batches.
+
+    Returns:
+      Samples: tokens (b, t) int32 and images (b, H, W, c) uint8.
+
+    Raises:
+      ValueError: a label or setting out of range, or a model without one of the parts.
+    """
+    if model.aim_params is None or model.vq_params is None:
+        raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
+    chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
+    labels = np.asarray(labels)
+    check_settings(labels, model.aim_config.num_classes, **settings)
+    tokens = generate_tokens(
+        model.aim_params,
+        jnp.asarray(labels, jnp.int32),
+        seed,
+        first_index + jnp.arange(labels.size),
+        *(jnp.asarray(settings[k], jnp.float32) for k in ("cfg_scale", "temperature")),
+        jnp.asarray(settings["top_k"], jnp.int32),
+        jnp.asarray(settings["top_p"], jnp.float32),
+        config=model.aim_config,
+        guided=bool(np.any(np.asarray(settings["cfg_scale"]) != 1)),
+    )
+    return Samples(tokens, decode_images(model.vq_params, tokens, config=model.vq_config))

@@ -1,0 +1,95 @@
+"""Mesh and shardings: one ordered table maps the logical axes of parameters to mesh axes."""
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# Logical axis -> mesh axis: tensor parallelism over heads, inner channels and vocabulary.
+RULES = (
+    ("vocab", "model"),
+    ("inner", "model"),
+    ("heads", "model"),
+    ("embed", None),
+    ("layers", None),
+    ("state", None),
+    ("dt_rank", None),
+    ("position", None),
+    ("class", None),
+    ("adaln_group", None),
+    ("adaln_part", None),
+    ("modulation", None),
+)
+BATCH = PartitionSpec("data")
+
+
+def parameter_rules(fsdp: bool = False):
+    """`RULES`, or with the embed axis sharded over "data" as well (fully sharded parameters)."""
+    return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in RULES)
+
+
+def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
+    """Mesh ('data', 'model') over all devices; -1 takes what the other axis leaves.
+
+    Raises:
+      ValueError: data * model is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data == -1:
+        data = len(devices) // model
+    if data * model != len(devices):
+        raise ValueError(
+            f"mesh: data={data} times model={model} is {data * model}, but there are "
+            f"{len(devices)} devices; set config.mesh so that the product fits."
+        )
+    return Mesh(
+        np.asarray(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+    )
+
+
+def partition_specs(boxed, rules=RULES):
+    """PartitionSpec of every leaf of a tree boxed with logical axes; unboxed leaves replicate.
+
+    Raises:
+      ValueError: a logical axis that the table does not name (it would replicate silently).
+    """
+    table = dict(rules)
+
+    def mesh_axis(axis, path):
+        if axis is not None and axis not in table:
+            raise ValueError(
+                f"sharding: {jax.tree_util.keystr(path)} has the logical axis {axis!r}, for which "
+                f"the rules have no entry; known are {sorted(table)}."
+            )
+        return table.get(axis)
+
+    def spec(path, leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return PartitionSpec()
+        return PartitionSpec(*(mesh_axis(axis, path) for axis in leaf.names))
+
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=is_box)
+
+
+def shardings(boxed, mesh: Mesh, rules=RULES):
+    """NamedSharding of every leaf of a (possibly abstract) boxed tree."""
+    specs = partition_specs(boxed, rules)
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def create_sharded(make, mesh: Mesh, rules=RULES):
+    """Runs `make()` under jit so that every array is born sharded, and unboxes the result.
+
+    Args:
+      make: a function without arguments that returns a tree, possibly boxed.
+    """
+    abstract = jax.eval_shape(make)
+    return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
+
+
+def shard_batch(batch: dict, mesh: Mesh) -> dict:
+    """This process's part of a batch -> global arrays split over the data axis."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,278 @@
+"""Training of AiM: next-code prediction under a class label (arXiv 2408.12245, section 3)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from aim_jax import loop, sampling
+from aim_jax.checkpoint import Pretrained, claim_workdir, load_pretrained, save_model
+from aim_jax.config import image_spec
+from aim_jax.data import (
+    TokenCache,
+    check_images,
+    fingerprint,
+    image_batches,
+    open_images,
+    token_batches,
+)
+from aim_jax.loop import Stage, TrainState
+from aim_jax.models.aim import AiM, AiMConfig, init_params
+from aim_jax.models.vq import VQModel
+from aim_jax.monitor import say
+from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
+from aim_jax.pictures import make_grid, save_png
+from aim_jax.sharding import create_sharded, make_mesh, parameter_rules
+
+
+def create_train_state(
+    config: AiMConfig, optimizer: optax.GradientTransformation, seed: int, ema: bool = False
+) -> TrainState:
+    """A fresh state; parameters (and their copies in it) are boxed with their logical axes."""
+    rng = jax.random.PRNGKey(seed)
+    params = init_params(config, jax.random.fold_in(rng, 1))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        rng=rng,
+    )
+
+
+def loss_fn(params, batch: dict, rng: jax.Array, config: AiMConfig):
+    """Mean cross entropy of all codes, in nats per token, with class and token dropout."""
+    logits = AiM(config).apply(
+        {"params": params}, batch["codes"], batch["labels"], train=True, rngs={"dropout": rng}
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean()
+    return loss, ({"loss": loss}, None)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    *,
+    config: AiMConfig,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, dict]:
+    """One optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
+    rng = jax.random.fold_in(state.rng, state.step)
+    loss = lambda params, part, key: loss_fn(params, part, key, config)  # noqa: E731
+    grads, metrics, _ = accumulated_grads(loss, state.params, batch, rng, accumulate)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_decay)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def eval_step(params, batch: dict, *, config: AiMConfig) -> dict:
+    """Sums over the real examples of a padded batch: nats per token, and their count."""
+    logits = AiM(config).apply({"params": params}, batch["codes"], batch["labels"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(axis=-1)
+    return {"val_loss": jnp.sum(loss * batch["weights"]), "count": jnp.sum(batch["weights"])}
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+    """Trains as the configuration says, and leaves checkpoints, metrics, samples and a model.
+
+    Args:
+      config: see `aim_jax.config.aim_defaults`.
+      workdir: of this run alone; an interrupted run in it is continued.
+
+    Raises:
+      ValueError, FileNotFoundError: a configuration, cache or workdir that does not fit, before
+        any work starts.
+    """
+    workdir = Path(workdir)
+    tokenizer = open_tokenizer(config.tokenizer)
+    data = open_codes(config, tokenizer)
+    model_config = AiMConfig(**config.model)
+    check_fit(model_config, tokenizer, data)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    claim_workdir(workdir, config)
+
+    state = create_sharded(
+        lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0),
+        mesh,
+        parameter_rules(config.mesh.fsdp),
+    )
+    say(
+        f"AiM with {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
+        f"{data.train_size} training and {data.validation_size} validation images of "
+        f"{model_config.num_tokens} tokens; {mesh.size} {jax.devices()[0].platform} device(s)"
+    )
+    if data.unigram_entropy is not None:
+        say(f"unigram entropy of the codes: {data.unigram_entropy:.3f} nats per token")
+
+    step = jax.jit(
+        lambda state, batch: train_step(
+            state, batch, config=model_config, optimizer=optimizer,
+            accumulate=config.accumulate, ema_decay=config.ema_decay,
+        ),
+        donate_argnums=0,
+    )  # fmt: skip
+    evaluation = jax.jit(lambda params, batch: eval_step(params, batch, config=model_config))
+    local_size = config.batch_size // jax.process_count()
+
+    def evaluate(state):
+        batches = data.validation_batches()
+        one = lambda batch: evaluation(state.eval_params, data.encode(batch))  # noqa: E731
+        return loop.weighted_means(one, batches, local_size, mesh)
+
+    def as_model(state) -> Pretrained:
+        return Pretrained(
+            name=str(workdir),
+            aim_config=model_config,
+            aim_params=state.eval_params,
+            vq_config=tokenizer.vq_config,
+            vq_params=tokenizer.vq_params,
+            class_names=data.class_names,
+            sampling={name: config.sample[name] for name in tokenizer.sampling},
+            info={**tokenizer.info, "aim_steps": int(state.step), "seed": config.seed},
+        )
+
+    def sample(state, path):
+        classes = range(min(config.sample.classes, model_config.num_classes))
+        labels = np.repeat(list(classes), config.sample.per_class)
+        images = np.asarray(sampling.generate(as_model(state), labels, config.seed).images)
+        names = [data.class_names[i] if data.class_names else str(i) for i in classes]
+        save_png(make_grid(images, config.sample.per_class, names), path)
+
+    def export(state):
+        save_model(workdir / "model", as_model(state), config.export_dtype)
+
+    def encode_and_step(state, batch):
+        return step(state, data.encode(batch))
+
+    stage = Stage(encode_and_step, data.train_batches(), evaluate, sample, export)
+    return loop.run(config, workdir, mesh, state, stage)
+
+
+def open_tokenizer(name_or_path: str) -> Pretrained:
+    """The tokenizer of a model directory.
+
+    Raises:
+      ValueError: none was given, or the directory holds no tokenizer.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "config.tokenizer is empty: give the model directory of a trained tokenizer "
+            "(--config.tokenizer=DIR, made by launch/train_vq.py), or a bundled model's name."
+        )
+    tokenizer = load_pretrained(name_or_path)
+    if tokenizer.vq_params is None:
+        raise ValueError(f"{name_or_path} holds no tokenizer.")
+    return tokenizer
+
+
+class CodeData:
+    """Training and validation codes from token caches.
+
+    Attributes:
+      unigram_entropy: nats per token of the codes' marginal distribution: what a model that
+        ignores class, position and context would reach.
+    """
+
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained):
+        expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
+        self._train, self._validation = (
+            TokenCache.open(Path(config.codes) / split, expected)
+            for split in ("train", "validation")
+        )
+        self._config = config
+        self.class_names = self._train.class_names
+        self.num_tokens, self.vocab_size = self._train.num_tokens, self._train.vocab_size
+        self.train_size, self.validation_size = len(self._train), len(self._validation)
+        frequency = np.bincount(self._train.codes.ravel(), minlength=self.vocab_size)
+        p = frequency[frequency > 0] / frequency.sum()
+        self.unigram_entropy = float(-(p * np.log(p)).sum())
+
+    def encode(self, batch: dict) -> dict:
+        """The batch as it is: it holds codes already."""
+        return batch
+
+    def train_batches(self):
+        """Endless shuffled batches of this process."""
+        return self._batches(self._train, train=True)
+
+    def validation_batches(self):
+        """One pass over this process's share of the validation codes."""
+        return self._batches(self._validation, train=False)
+
+    def _batches(self, cache, train):
+        return token_batches(
+            cache, self._config.batch_size, seed=self._config.seed, train=train,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+
+class EncodedImages:
+    """Training and validation pictures, encoded by the frozen tokenizer as they are needed."""
+
+    unigram_entropy = None
+
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained):
+        data, vq = config.data, tokenizer.vq_config
+        self._config, self._spec = config, image_spec(data)
+        self._train, self._validation = (
+            open_images(data.name, split, data.dir or None) for split in ("train", "validation")
+        )
+        for source in (self._train, self._validation):
+            check_images(source, self._spec)
+        self.class_names = self._train.class_names
+        self.num_tokens = (data.image_size // vq.downsampling) ** 2
+        self.vocab_size = vq.n_embed
+        self.train_size, self.validation_size = len(self._train), len(self._validation)
+        self._encode = jax.jit(
+            lambda params, images: VQModel(vq).apply(
+                {"params": params}, images, method="encode_to_tokens"
+            )
+        )
+        self._params = tokenizer.vq_params
+
+    def encode(self, batch: dict) -> dict:
+        """The batch with `codes` in the place of `images`."""
+        codes = self._encode(self._params, batch["images"])
+        return {k: v for k, v in batch.items() if k != "images"} | {"codes": codes}
+
+    def train_batches(self):
+        """Endless shuffled batches of this process."""
+        return self._batches(self._train, train=True)
+
+    def validation_batches(self):
+        """One pass over this process's share of the validation pictures."""
+        return self._batches(self._validation, train=False)
+
+    def _batches(self, source, train):
+        return image_batches(
+            source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+            workers=self._config.data.workers if train else 0,
+        )  # fmt: skip
+
+
+def open_codes(config: ConfigDict, tokenizer: Pretrained) -> CodeData | EncodedImages:
+    """The data that a configuration names: token caches, or pictures to encode on the way."""
+    return CodeData(config, tokenizer) if config.codes else EncodedImages(config, tokenizer)
+
+
+def check_fit(model: AiMConfig, tokenizer: Pretrained, data: CodeData | EncodedImages) -> None:
+    """Raises ValueError where model, tokenizer and data disagree in a size."""
+    for name, ours, theirs, whose in (
+        ("vocab_size", model.vocab_size, tokenizer.vq_config.n_embed, "the tokenizer's codebook"),
+        ("vocab_size", model.vocab_size, data.vocab_size, "the data"),
+        ("num_tokens", model.num_tokens, data.num_tokens, "the data"),
+        ("num_classes", model.num_classes, len(data.class_names), "the data"),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"config.model.{name}={ours}, but {whose} has {theirs}; set it to {theirs}."
+            )

@@ -1,0 +1,49 @@
+"""Samples images from a trained model into a labelled PNG grid.
+
+Examples:
+  python launch/sample.py --checkpoint fashion_mnist --out samples
+  python launch/sample.py --checkpoint cifar10 --classes cat,ship,3 --per_class 16 --cfg_scale 3
+
+--checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from aim_jax.launching import errors_in_one_line
+
+flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
+flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
+flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed; image i of a seed is always the same.", lower_bound=0)
+flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default if not given.")
+flags.DEFINE_float("temperature", None, "Divides the logits. The model's default if not given.")
+flags.DEFINE_integer("top_k", None, "Keep the k likeliest codes; 0 is off.")
+flags.DEFINE_float("top_p", None, "Keep the likeliest codes up to this probability; 1 is off.")
+flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
+flags.DEFINE_string("out", "samples", "Directory for the results.")
+flags.DEFINE_bool("pngs", False, "Also write one PNG per image.")
+flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, labels int32.")
+
+
+def main(_):
+    from aim_jax.checkpoint import load_pretrained
+    from aim_jax.gallery import class_ids, sample_to_directory
+
+    f = flags.FLAGS
+    names = ("cfg_scale", "temperature", "top_k", "top_p")
+    settings = {name: f[name].value for name in names}
+    with errors_in_one_line():
+        model = load_pretrained(f.checkpoint)
+        classes = class_ids(model, f.classes)
+        for path in sample_to_directory(
+            model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
+            pngs=f.pngs, npz=f.npz, **settings,
+        ):  # fmt: skip
+            print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

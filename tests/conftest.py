@@ -1,0 +1,78 @@
+"""Eight host devices before JAX is imported; shared tiny models and data."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+
+from aim_jax.checkpoint import Pretrained, save_model
+from aim_jax.models import AiMConfig, VQConfig
+from aim_jax.models.aim import init_params as init_aim
+from aim_jax.models.vq import init_params as init_vq
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the tests read configs/, launch/ and benchmarks/
+
+# Every program and test compiles its own functions; equal ones are compiled once per test run.
+_cache = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+TINY_AIM = AiMConfig(
+    vocab_size=16, num_classes=3, num_tokens=4, d_model=16, n_layer=2, d_state=8, headdim=8,
+    adaln="group", num_groups=1, chunk_size=4,
+)  # fmt: skip
+TINY_VQ = VQConfig(
+    in_channels=1, out_channels=1, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8,
+    embed_dim=4, n_embed=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Pretrained:
+    """A random AiM and tokenizer of 8x8 grey pictures, three classes."""
+    noise = lambda key: lambda x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
+    aim = nn.unbox(jax.jit(init_aim, static_argnums=0)(TINY_AIM, jax.random.key(0)))
+    return Pretrained(
+        name="tiny",
+        aim_config=TINY_AIM,
+        aim_params=jax.tree.map(noise(jax.random.key(1)), aim),
+        vq_config=TINY_VQ,
+        vq_params=jax.jit(init_vq, static_argnums=0)(TINY_VQ, jax.random.key(2)),
+        class_names=("boat", "house", "old tree"),
+        sampling={"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_model, tmp_path_factory) -> Path:
+    """`tiny_model` on disk."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> Path:
+    """Class folders of 8x8 pictures: 3 classes, 16 training and 4 validation pictures each."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("validation", 4)):
+        for c, name in enumerate(("boat", "house", "old tree")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (8, 8)) + 80 * c
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root

@@ -1,0 +1,136 @@
+"""Guidance, filters, the draw, and whole generated images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aim_jax import generate
+from aim_jax.models import AiM
+from aim_jax.sampling import (
+    apply_cfg,
+    draw,
+    filter_logits,
+    filter_top_k,
+    filter_top_p,
+    generate_tokens,
+    to_uint8,
+)
+
+
+def kept(logits):
+    return np.asarray(logits) > -np.inf
+
+
+def test_apply_cfg_mixes_logits():
+    cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+    np.testing.assert_allclose(apply_cfg(cond, uncond, 3.0), [[3.0, -2.0]])
+    np.testing.assert_allclose(apply_cfg(cond, uncond, 1.0), cond)
+    both = apply_cfg(jnp.tile(cond, (2, 1)), jnp.tile(uncond, (2, 1)), jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(both, jnp.concatenate([cond, uncond]))
+
+
+def test_top_k_keeps_ties_and_zero_is_off():
+    logits = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    np.testing.assert_array_equal(kept(filter_top_k(logits, 2)), [[1, 0, 1, 1, 0]])
+    np.testing.assert_array_equal(kept(filter_top_k(logits, 1)), [[1, 0, 0, 0, 0]])
+    for off in (0, 5, 99):
+        assert kept(filter_top_k(logits, off)).all()
+
+
+def test_top_p_drops_the_small_tail():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    for p, expected in ((0.4, 1), (0.6, 2), (0.9, 3), (0.97, 4), (1.0, 4), (1e-6, 1)):
+        assert kept(filter_top_p(logits, p)).sum() == expected, p
+
+
+def test_filters_compose_and_take_one_setting_per_image():
+    logits = jax.random.normal(jax.random.key(0), (3, 40)) * 2
+    k, p = jnp.array([5, 0, 17]), jnp.array([0.7, 0.5, 1.0])
+    together = filter_logits(logits, k, p)
+    one_by_one = filter_top_p(filter_top_k(logits, k), p)
+    np.testing.assert_array_equal(kept(together), kept(one_by_one))
+    assert kept(together)[2].sum() == 17
+    np.testing.assert_array_equal(
+        np.where(kept(together), logits, 0), np.where(kept(together), together, 0)
+    )
+
+
+def test_drawn_tokens_follow_the_filtered_softmax():
+    n, vocab = 20_000, 12
+    logits = jax.random.normal(jax.random.key(1), (1, vocab)) * 1.5
+    filtered = filter_logits(logits / 0.8, jnp.array(8), jnp.array(0.95))
+    keys = jax.random.split(jax.random.key(2), n)
+    tokens = np.asarray(jax.jit(draw)(jnp.broadcast_to(filtered, (n, vocab)), keys))
+    p = np.asarray(jax.nn.softmax(filtered[0]), np.float64)
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[p == 0].sum() == 0
+    support = p > 0
+    chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
+    # 99.9 % quantile of chi-square with 7 degrees of freedom; fewer survive the filters.
+    assert 2 <= support.sum() <= 8 and chi_square < 24.3
+
+
+def tokens_of(model, labels, first=0, cfg_scale=2.0, k=0, guided=True, seed=3):
+    labels = jnp.asarray(labels, jnp.int32)
+    index = first + jnp.arange(len(labels))
+    settings = (jnp.float32(cfg_scale), jnp.float32(1.0), jnp.int32(k), jnp.float32(1.0))
+    return np.asarray(
+        generate_tokens(
+            model.aim_params, labels, seed, index, *settings, config=model.aim_config, guided=guided
+        )
+    )
+
+
+def test_an_image_depends_on_its_seed_and_index_only(tiny_model):
+    labels = [0, 1, 2, 1]
+    together = tokens_of(tiny_model, labels)
+    alone = [tokens_of(tiny_model, labels[i : i + 1], first=i)[0] for i in range(4)]
+    np.testing.assert_array_equal(together, alone)
+    assert (together != tokens_of(tiny_model, labels, seed=4)).any()
+    assert (together != tokens_of(tiny_model, labels, first=4)).any()
+
+
+def test_guidance_one_is_the_conditional_model(tiny_model):
+    labels = [0, 1, 2, 1]
+    guided = tokens_of(tiny_model, labels, cfg_scale=1.0)
+    np.testing.assert_array_equal(guided, tokens_of(tiny_model, labels, guided=False))
+
+
+def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model):
+    labels = jnp.array([0, 1, 2, 1])
+    tokens = tokens_of(tiny_model, labels, k=1, guided=False)
+    logits = AiM(tiny_model.aim_config).apply({"params": tiny_model.aim_params}, tokens, labels)
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
+def test_generate_returns_pictures_and_is_deterministic(tiny_model):
+    samples = generate(tiny_model, [0, 1, 2, 1], seed=3)
+    assert samples.images.shape == (4, 16 // 2, 16 // 2, 1) and samples.images.dtype == jnp.uint8
+    np.testing.assert_array_equal(samples.tokens, tokens_of(tiny_model, [0, 1, 2, 1]))
+    assert len({image.tobytes() for image in np.asarray(samples.images)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ([0, 4], {}, r"labels: \[4\] out of range"),
+        ([-1], {}, "out of range"),
+        ([], {}, "non-empty"),
+        ([0.5], {}, "class ids"),
+        ([0], {"top_p": 0.0}, r"top_p=0.0: expected in \(0, 1\]"),
+        ([0], {"top_p": 1.5}, "top_p"),
+        ([0], {"top_k": -1}, "top_k"),
+        ([0], {"temperature": 0.0}, "temperature"),
+        ([0], {"cfg_scale": float("nan")}, "cfg_scale"),
+        ([0], {"cfg_scale": [1.0, 2.0]}, "one per label"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tiny_model, labels, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model, labels, **settings)
+
+
+def test_to_uint8_clips_and_rounds():
+    values = to_uint8(jnp.array([-2.0, -1.0, 0.0, 1.0, 3.0, 1.6 / 127.5 - 1]))
+    np.testing.assert_array_equal(values, [0, 0, 128, 255, 255, 2])

@@ -1,0 +1,281 @@
+"""Both training programs on small real files: learning, resuming, stopping, refusing."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from aim_jax import loop, train, train_vq
+from aim_jax.checkpoint import load_pretrained
+from aim_jax.config import aim_defaults, image_spec, vq_defaults
+from aim_jax.data import extract_codes, fingerprint, open_images, write_token_cache
+from aim_jax.models import VQModel
+from aim_jax.monitor import NonFiniteLossError
+from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, make_optimizer, update_ema
+from tests.conftest import TINY_AIM, TINY_VQ
+
+
+def small(config, folder):
+    config.steps, config.batch_size, config.log_every = 6, 8, 1
+    config.eval_every = config.save_every = config.sample_every = 3
+    config.optimizer.lr = 1e-2
+    config.ema_decay = 0.5
+    config.data.update(name="folder", dir=str(folder), image_size=8, channels=1)
+    return config
+
+
+@pytest.fixture
+def vq_config(picture_folder):
+    config = small(vq_defaults(), picture_folder)
+    config.model.update({k: v for k, v in vars(TINY_VQ).items()})
+    config.sample.images = 4
+    return config
+
+
+@pytest.fixture(scope="session")
+def codes(picture_folder, tiny_model, tmp_path_factory):
+    """Token caches of the picture folder under the tiny tokenizer."""
+    root = tmp_path_factory.mktemp("codes")
+    spec = image_spec(small(vq_defaults(), picture_folder).data)
+    encode = jax.jit(
+        lambda x: VQModel(TINY_VQ).apply(
+            {"params": tiny_model.vq_params}, x, method="encode_to_tokens"
+        )
+    )
+    for split in ("train", "validation"):
+        source = open_images("folder", split, picture_folder)
+        write_token_cache(
+            root / split,
+            extract_codes(encode, source, spec, 8, flip=split == "train"),
+            tokenizer=fingerprint(tiny_model.vq_config, tiny_model.vq_params),
+            vocab_size=16, grid=(2, 2), class_names=source.class_names,
+            views=("centre", "flip") if split == "train" else ("centre",),
+        )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def aim_config(picture_folder, codes, tiny_model_dir):
+    config = small(aim_defaults(), picture_folder)
+    config.tokenizer, config.codes = str(tiny_model_dir), str(codes)
+    config.model.update({k: v for k, v in vars(TINY_AIM).items()})
+    config.sample.per_class = 2
+    return config
+
+
+def records(workdir):
+    """Loss by step, and evaluation records, of a run's metrics file."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+def assert_same_run(workdir_a, a, workdir_b, b):
+    assert records(workdir_a) == records(workdir_b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def interrupt(monkeypatch, at, action):
+    """Runs `action` when the loop takes its `at`-th batch."""
+    calls = []
+
+    def shard_batch(batch, mesh):
+        calls.append(None)
+        if len(calls) == at:
+            action()
+        return original(batch, mesh)
+
+    original = loop.shard_batch
+    monkeypatch.setattr(loop, "shard_batch", shard_batch)
+
+
+def test_tokenizer_run_leaves_everything_and_resumes_exactly(vq_config, tmp_path, monkeypatch):
+    whole = train_vq.train(vq_config, tmp_path / "a")
+    for name in ("metrics.jsonl", "samples/step_0000003.png", "checkpoints/6", "model/model.json"):
+        assert (tmp_path / "a" / name).exists(), name
+    assert list((tmp_path / "a" / "tensorboard").iterdir())
+    rows = records(tmp_path / "a")
+    assert {"val_psnr", "val_usage", "val_perplexity"} <= rows[3].keys()
+    assert rows[-2]["loss"] < rows[0]["loss"]
+
+    # SIGTERM while step 2 is prepared: step 2 is finished, saved, and the run ends by itself.
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = train_vq.train(vq_config, tmp_path / "b")
+    assert int(stopped.step) == 2 and (tmp_path / "b" / "checkpoints" / "2").is_dir()
+    again = train_vq.train(vq_config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
+
+    model = load_pretrained(tmp_path / "b")
+    jax.tree.map(np.testing.assert_array_equal, model.vq_params, whole.ema)
+    assert model.class_names == ("boat", "house", "old tree")
+
+
+def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path, monkeypatch):
+    whole = train.train(aim_config, tmp_path / "a")
+
+    def die():
+        raise KeyboardInterrupt  # nothing of the loop's own saving runs
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 5, die)
+        train.train(aim_config, tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["3"]
+    again = train.train(aim_config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
+    assert load_pretrained(tmp_path / "b").aim_config == TINY_AIM
+
+
+def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path):
+    aim_config.steps = 2
+    cached = train.train(aim_config, tmp_path / "a")
+    aim_config.codes = ""
+    encoded = train.train(aim_config, tmp_path / "b")
+    a, b = records(tmp_path / "a"), records(tmp_path / "b")
+    assert int(cached.step) == int(encoded.step) == 2
+    # The cache draws flipped views and pictures were not flipped here; validation is the same data.
+    assert abs(a[-1]["val_loss"] - b[-1]["val_loss"]) < 0.05
+
+
+def test_devices_and_accumulation_do_not_change_a_step(aim_config):
+    optimizer = make_optimizer(aim_config.optimizer, 10)
+    codes = jax.random.randint(jax.random.key(0), (8, 4), 0, 16)
+    batch = {"codes": codes, "labels": jnp.arange(8) % 3}
+    model = TINY_AIM.__class__(**{**vars(TINY_AIM), "class_dropout": 0.0})
+
+    def one_step(data, tensor, fsdp, accumulate):
+        mesh = train.make_mesh(data, tensor, jax.devices()[: data * tensor])
+        state = train.create_sharded(
+            lambda: train.create_train_state(model, optimizer, 0), mesh, train.parameter_rules(fsdp)
+        )
+        step = jax.jit(
+            lambda s, b: train.train_step(
+                s, b, config=model, optimizer=optimizer, accumulate=accumulate
+            )
+        )
+        return step(state, loop.shard_batch(jax.tree.map(np.asarray, batch), mesh))
+
+    reference, metrics = one_step(1, 1, False, 1)
+    for arrangement in ((8, 1, False, 1), (2, 2, True, 1), (1, 1, False, 4)):
+        state, other = one_step(*arrangement)
+        np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-6)
+        np.testing.assert_allclose(other["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+        for x, y in zip(
+            jax.tree.leaves(state.opt_state), jax.tree.leaves(reference.opt_state), strict=True
+        ):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+def test_model_learns_a_small_batch_by_heart():
+    optimizer = optax.adam(1e-2)
+    model = TINY_AIM.__class__(**{**vars(TINY_AIM), "class_dropout": 0.0})
+    state = nn.unbox(train.create_train_state(model, optimizer, 0))
+    rng = np.random.default_rng(0)
+    batch = {"codes": rng.integers(0, 16, (6, 4)), "labels": np.arange(6) % 3}
+    step = jax.jit(lambda s, b: train.train_step(s, b, config=model, optimizer=optimizer))
+    losses = []
+    for _ in range(150):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    # Two sequences share a label, so half of the first codes stay a coin toss: log(2) / 4.
+    assert losses[0] > 2.5 and losses[-1] < np.log(2) / 4 + 0.03
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(aim_config, tmp_path):
+    aim_config.optimizer.lr = 1e30
+    with pytest.raises(NonFiniteLossError, match=r"loss of step [23] is"):
+        train.train(aim_config, tmp_path / "run")
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_workdir_of_another_run_is_refused(aim_config, tmp_path):
+    aim_config.steps = 1
+    train.train(aim_config, tmp_path / "run")
+    aim_config.optimizer.lr = 0.5
+    with pytest.raises(ValueError, match=r"another run.*optimizer.lr: 0.01 -> 0.5"):
+        train.train(aim_config, tmp_path / "run")
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not known which run"):
+        train.train(aim_config, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 32, "vocab_size=32, but the tokenizer's codebook has 16"),
+        ("num_tokens", 16, "num_tokens=16, but the data has 4"),
+        ("num_classes", 10, "num_classes=10, but the data has 3"),
+        ("headdim", 7, "not a multiple of headdim=7"),
+    ],
+)
+def test_model_that_does_not_fit_is_refused(aim_config, tmp_path, field, value, message):
+    aim_config.model[field] = value
+    with pytest.raises(ValueError, match=message):
+        train.train(aim_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_or_foreign_tokenizer_is_refused(aim_config, vq_config, tmp_path):
+    vq_config.steps, vq_config.seed = 1, 7
+    train_vq.train(vq_config, tmp_path / "vq")
+    aim_config.tokenizer = str(tmp_path / "vq")
+    with pytest.raises(ValueError, match="was made with the tokenizer"):
+        train.train(aim_config, tmp_path / "run")
+    aim_config.tokenizer = ""
+    with pytest.raises(ValueError, match=r"config.tokenizer is empty"):
+        train.train(aim_config, tmp_path / "run")
+
+
+def test_pictures_of_a_wrong_size_are_refused(vq_config, tmp_path):
+    vq_config.data.image_size = 10
+    with pytest.raises(ValueError, match="image_size=10 is not a multiple"):
+        train_vq.train(vq_config, tmp_path / "run")
+    vq_config.data.update(image_size=8, channels=3)
+    with pytest.raises(ValueError, match="channels=3"):
+        train_vq.train(vq_config, tmp_path / "run")
+
+
+def test_schedules():
+    optimizer = aim_defaults().optimizer
+    optimizer.update(lr=1.0, end_lr=0.1, warmup_steps=10)
+    for name, middle in (("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)):
+        optimizer.schedule = name
+        schedule = learning_rate(optimizer, 110)
+        np.testing.assert_allclose(
+            [schedule(i) for i in (0, 5, 10, 60)], [0, 0.5, 1, middle], atol=1e-6
+        )
+    optimizer.schedule = "step"
+    with pytest.raises(ValueError, match="'step'; expected one of"):
+        learning_rate(optimizer, 110)
+    optimizer.update(schedule="linear", warmup_steps=200)
+    with pytest.raises(ValueError, match="exceeds the 110 steps"):
+        learning_rate(optimizer, 110)
+
+
+def test_decay_mask_names_matrices_and_tables(tiny_model):
+    mask = decay_mask(tiny_model.aim_params)
+    decayed = {
+        jax.tree_util.keystr(path) for path, on in jax.tree_util.tree_leaves_with_path(mask) if on
+    }
+    assert "['layers']['mixer']['out_proj']['kernel']" in decayed
+    assert "['token_embedding']['embedding']" in decayed and "['adaln']['table']" in decayed
+    kinds = {name.split("'")[-2] for name in decayed}
+    assert kinds == {"kernel", "embedding", "table"}
+
+
+def test_accumulated_gradients_and_ema():
+    def loss(p, batch, rng):
+        rows = batch["x"] * p["w"]
+        return jnp.mean(rows**2), ({"mean": rows.mean()}, rows)
+
+    params, batch = {"w": jnp.float32(2.0)}, {"x": jnp.arange(8.0)}
+    one = accumulated_grads(loss, params, batch, jax.random.key(0), 1)
+    four = accumulated_grads(loss, params, batch, jax.random.key(0), 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, four)
+    assert update_ema(None, params, 0.9) is None
+    np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75)["w"], 1.25)
