@@ -28,8 +28,9 @@ MODEL_FILE = "model.json"
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-# Settings that may change when a run goes on: how long it runs and what it reports, not what it is.
-RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "workdir")
+# Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
+RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "codes")
+RESUMABLE += ("data.dir", "mesh.data", "mesh.model", "mesh.fsdp")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -102,8 +103,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             f"{workdir} holds checkpoints but no {RUN_FILE}, so it is not known which run they "
             "belong to; use another --workdir."
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(file, new)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(file, new)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,10 @@ def get_config():
     config.tokenizer = "runs/cifar10_vq"
     config.codes = "codes/cifar10"
     config.batch_size = 64
-    config.steps = 2000
+    config.steps = 800
     config.log_every = 50
-    config.eval_every = config.save_every = 250
-    config.sample_every = 500
+    config.eval_every = config.save_every = 200
+    config.sample_every = 200
     config.export_dtype = "float16"
     config.ema_decay = 0.995
     config.optimizer.lr = 3e-3

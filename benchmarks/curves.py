@@ -1,0 +1,54 @@
+"""Draws the curves of training runs: what the model cards show.
+
+Example:
+  python benchmarks/curves.py --workdirs runs/cifar10_vq,runs/cifar10 --out curves.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from absl import app, flags
+
+from aim_jax.launching import errors_in_one_line
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("workdirs", None, "Workdirs of training runs, one row of plots each.")
+flags.DEFINE_string("out", "curves.png", "Picture to write.")
+flags.mark_flag_as_required("workdirs")
+
+SHOWN = {
+    "vq": (("rec_loss", "val_rec_l2"), ("val_psnr",), ("codebook_usage", "val_usage")),
+    "aim": (("loss", "val_loss"), ("grad_norm",), ("examples_per_second",)),
+}
+
+
+def draw(workdirs: list[Path], out: Path) -> None:
+    """Writes one picture with a row of three plots per run."""
+    figure, axes = plt.subplots(len(workdirs), 3, figsize=(12, 3 * len(workdirs)), squeeze=False)
+    for row, workdir in zip(axes, workdirs, strict=True):
+        stage = json.loads((workdir / "run.json").read_text())["stage"]
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for plot, names in zip(row, SHOWN[stage], strict=True):
+            for name in names:
+                points = [(r["step"], r[name]) for r in rows if name in r and r["step"] > 1]
+                plot.plot(*zip(*points, strict=True), label=name)
+            plot.set_xlabel("step")
+            plot.set_title(workdir.name)
+            plot.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=80)
+
+
+def main(_):
+    with errors_in_one_line():
+        draw([Path(workdir) for workdir in FLAGS.workdirs], Path(FLAGS.out))
+        print(FLAGS.out)
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

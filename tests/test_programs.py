@@ -1,0 +1,109 @@
+"""The programs in launch/ as a user meets them, and the pictures and texts they share."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aim_jax.gallery import class_ids, sample_to_directory
+from aim_jax.monitor import MetricsWriter, duration
+from aim_jax.pictures import make_grid
+from tests.conftest import ROOT
+
+PROGRAMS = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def run(*command):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_shows_an_example(program):
+    source = program.read_text()
+    docstring = source.split('"""')[1]
+    assert "Example" in docstring and f"python {program.relative_to(ROOT)} " in docstring
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_builds_its_model(config):
+    from aim_jax.config import image_spec
+    from aim_jax.models import AiMConfig, VQConfig
+    from aim_jax.optim import learning_rate
+
+    spec = importlib.util.spec_from_file_location(config.stem, config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    built = module.get_config()
+    {"aim": AiMConfig, "vq": VQConfig}[built.stage](**built.model)
+    learning_rate(built.optimizer, built.steps)
+    image_spec(built.data)
+    assert f"--config configs/{config.name} --workdir runs/{config.stem}\n" in module.__doc__
+
+
+def test_help_and_one_line_errors(tmp_path):
+    shown = run("launch/sample.py", "--help")
+    assert "python launch/sample.py --checkpoint" in shown.stdout and "--cfg_scale" in shown.stdout
+    wrong = run("launch/sample.py", "--checkpoint", tmp_path, "--out", tmp_path / "out")
+    assert wrong.returncode == 1 and not (tmp_path / "out").exists()
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: no model")
+    assert "Traceback" not in wrong.stderr
+    wrong = run("launch/train.py", "--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w")
+    assert wrong.returncode == 1 and "launch/train_vq.py runs it" in wrong.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_samples_come_as_grid_pngs_and_npz(tiny_model, tmp_path):
+    paths = sample_to_directory(
+        tiny_model, [0, 2], 3, tmp_path, seed=5, batch_size=4, pngs=True, npz=True
+    )
+    assert paths[0] == tmp_path / "grid.png" and len(paths) == 1 + 6 + 1
+    assert all(path.is_file() for path in paths)
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays["arr_0"].shape == (6, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["labels"], [0, 0, 0, 2, 2, 2])
+    picture = np.asarray(Image.open(tmp_path / "images" / "00005_old_tree.png"))
+    np.testing.assert_array_equal(picture[..., 0], arrays["arr_0"][5, ..., 0])
+    by_two = tmp_path / "by_two"
+    sample_to_directory(tiny_model, [0, 2], 3, by_two, seed=5, batch_size=2, npz=True)
+    np.testing.assert_array_equal(np.load(by_two / "samples.npz")["arr_0"], arrays["arr_0"])
+
+
+def test_class_names_and_ids(tiny_model):
+    assert class_ids(tiny_model, []) == [0, 1, 2]
+    assert class_ids(tiny_model, ["House", "old_tree", "0"]) == [1, 2, 0]
+    for wrong in ("castle", "3", "-1"):
+        with pytest.raises(ValueError, match=f"unknown class '{wrong}'.*boat, house, old tree"):
+            class_ids(tiny_model, [wrong])
+
+
+def test_grid_places_images_and_captions():
+    images = np.zeros((6, 8, 8, 1), np.uint8)
+    images[4] = 200
+    grid = np.asarray(make_grid(images, 3, ["first", "second"]))
+    right = grid[:, -(3 * 66 + 2) :]
+    assert right.shape == (2 * 66 + 2, 200, 3)
+    assert (right[70:130, 70:130] == 200).all() and (right[4:60, 70:130] == 0).all()
+    captions = grid[:, : -(3 * 66 + 2)]
+    assert (captions[:66] < 128).any() and (captions[66:] < 128).any()
+
+
+def test_metrics_of_repeated_steps_are_dropped(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a kill
+    MetricsWriter(tmp_path, first_step=2).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": 2.0}']
+
+
+def test_duration():
+    assert (duration(59.6), duration(61), duration(7322)) == ("1:00", "1:01", "2:02:02")
