@@ -6,6 +6,7 @@ layers. All of that is linear, so gradients are converted exactly as weights are
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -226,10 +227,12 @@ def _shapes(init) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
+@functools.cache
 def _aim_shapes(config: AiMConfig) -> dict[str, tuple[int, ...]]:
     return _shapes(lambda: aim.init_params(config, jax.random.key(0)))
 
 
+@functools.cache
 def _vq_shapes(config: VQConfig) -> dict[str, tuple[int, ...]]:
     return _shapes(lambda: vq.init_params(config, jax.random.key(0)))
 

@@ -97,8 +97,12 @@ def accumulated_grads(loss_fn, params, batch: dict, rng: jax.Array, parts: int):
     return grads, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
 
-def update_ema(ema, params, decay: float):
-    """ema <- decay * ema + (1 - decay) * params; None stays None (no averaging)."""
+def update_ema(ema, params, decay: float, step: jax.Array):
+    """ema <- r * ema + (1 - r) * params with r = min(decay, (1 + step) / (10 + step)).
+
+    The rate grows with the steps, so that the average forgets the random start. None stays None.
+    """
     if ema is None:
         return None
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)

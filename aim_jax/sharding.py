@@ -89,6 +89,11 @@ def create_sharded(make, mesh: Mesh, rules=RULES):
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
 
 
+def replicate(tree, mesh: Mesh):
+    """A whole copy of every array on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
     """This process's part of a batch -> global arrays split over the data axis."""
     sharding = NamedSharding(mesh, BATCH)

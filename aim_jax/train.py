@@ -1,5 +1,6 @@
 """Training of AiM: next-code prediction under a class label (arXiv 2408.12245, section 3)."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from aim_jax.models.vq import VQModel
 from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
 from aim_jax.pictures import make_grid, save_png
-from aim_jax.sharding import create_sharded, make_mesh, parameter_rules
+from aim_jax.sharding import create_sharded, make_mesh, parameter_rules, replicate
 
 
 def create_train_state(
@@ -68,7 +69,7 @@ def train_step(
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay)
+    ema = update_ema(state.ema, params, ema_decay, state.step)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -91,11 +92,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         any work starts.
     """
     workdir = Path(workdir)
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
     tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
     data = open_codes(config, tokenizer)
     model_config = AiMConfig(**config.model)
     check_fit(model_config, tokenizer, data)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     claim_workdir(workdir, config)
 

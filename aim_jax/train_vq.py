@@ -81,7 +81,7 @@ def train_step(
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay)
+    ema = update_ema(state.ema, params, ema_decay, state.step)
     state = state.replace(
         step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history
     )

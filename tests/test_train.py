@@ -277,5 +277,6 @@ def test_accumulated_gradients_and_ema():
     one = accumulated_grads(loss, params, batch, jax.random.key(0), 1)
     four = accumulated_grads(loss, params, batch, jax.random.key(0), 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, four)
-    assert update_ema(None, params, 0.9) is None
-    np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75)["w"], 1.25)
+    assert update_ema(None, params, 0.9, 0) is None
+    np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 100)["w"], 1.25)
+    np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 0)["w"], 1.9)

@@ -35,9 +35,11 @@ def gated_rms_norm(
     """
     x, gate = at_least_fp32(x), nn.silu(at_least_fp32(z))
     x = x if norm_before_gate else x * gate
-    groups = x.reshape(*x.shape[:-1], -1, group_size or x.shape[-1])
-    mean_square = jnp.mean(jnp.square(groups), axis=-1, keepdims=True)
-    normed = (groups * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape) * weight
+    if group_size in (None, x.shape[-1]):  # XLA is slow on CPU where an axis of groups has size one
+        normed = rms_norm(x, weight, eps)
+    else:
+        groups = x.reshape(*x.shape[:-1], -1, group_size)
+        normed = rms_norm(groups, weight.reshape(-1, group_size), eps).reshape(x.shape)
     return normed * gate if norm_before_gate else normed
 
 

@@ -32,7 +32,9 @@ def bind_axes(op, **arrays):
             for axis, size in zip(axes, array.shape, strict=True):
                 sizes.setdefault(axis, size)
         if 0 in array.shape or tuple(array.shape) != tuple(sizes.get(a) for a in axes):
-            raise ValueError(f"{op}: {name} has shape {tuple(array.shape)}, expected ({expected})")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(array.shape)}, expected non-empty ({expected})"
+            )
     if sizes.get("h", 0) % sizes.get("g", 1):
         raise ValueError(f"{op}: {sizes['h']} heads cannot share {sizes['g']} B/C groups evenly")
     return sizes
