@@ -177,6 +177,8 @@ def save_model(path: str | os.PathLike, model: Pretrained, dtype: str = "float32
                 if params is not None:
                     stored = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
                     checkpointer.save(partial / part, stored)
+        for file in partial.rglob("commit_success.txt"):
+            file.write_text("")  # Orbax notes the local path there, which is nobody's business
         (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():

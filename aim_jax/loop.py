@@ -90,14 +90,14 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
             if step == 1 or due(config.log_every):
                 log.report(step)
             with log.pause():
-                if due(config.save_every):
-                    log.check()
-                    checkpoints.save(step, state, stage.batches)
-                    stage.export(state)
                 if due(config.eval_every):
                     scalars = stage.evaluate(state)
                     writer.write(step, scalars)
                     say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
+                if due(config.save_every):
+                    log.check()
+                    checkpoints.save(step, state, stage.batches)
+                    stage.export(state)
                 if due(config.sample_every):
                     stage.sample(state, Path(workdir) / "samples" / f"step_{step:07d}.png")
         if stop.received:

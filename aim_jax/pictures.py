@@ -46,6 +46,17 @@ def make_grid(
     return canvas
 
 
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures in one row, aligned at the top, on white."""
+    size = sum(p.width for p in pictures), max(p.height for p in pictures)
+    canvas = Image.new("RGB", size, "white")
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width
+    return canvas
+
+
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
     """Writes a PNG to a temporary name, then renames it."""
     path = Path(path)

@@ -66,7 +66,7 @@ def train_step(
     rng = jax.random.fold_in(state.rng, state.step)
     loss = lambda params, part, key: loss_fn(params, part, key, config)  # noqa: E731
     grads, metrics, _ = accumulated_grads(loss, state.params, batch, rng, accumulate)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_decay, state.step)

@@ -78,7 +78,7 @@ def train_step(
     grads, metrics, indices = accumulated_grads(loss, state.params, batch, rng, accumulate)
     history = update_history(state.history, indices)
     metrics["codebook_usage"] = codebook_usage(history, config.n_embed)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_decay, state.step)

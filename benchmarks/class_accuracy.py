@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "fashion_mnist", "Bundled model, model directory or workdir.")
 flags.DEFINE_string("data", "", "Directory with the real pictures.")
 flags.DEFINE_integer("per_class", 100, "Generated pictures per class.", lower_bound=1)
-flags.DEFINE_integer("epochs", 4, "Epochs of training of the classifier.", lower_bound=1)
+flags.DEFINE_integer("epochs", 3, "Epochs of training of the classifier.", lower_bound=1)
 flags.DEFINE_integer("seed", 1, "Seed of classifier and samples.", lower_bound=0)
 flags.DEFINE_float("cfg_scale", None, "Guidance; the model's default if not given.")
 flags.DEFINE_float("temperature", None, "The model's default if not given.")
@@ -45,10 +45,10 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for width in (32, 64, 128):
+        for width in (16, 32, 64):
             x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), use_bias=False)(x)))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = nn.relu(nn.GroupNorm(8)(nn.Conv(128, (3, 3), use_bias=False)(x)))
+        x = nn.relu(nn.GroupNorm(8)(nn.Conv(64, (3, 3), use_bias=False)(x)))
         return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
 
 

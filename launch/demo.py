@@ -18,8 +18,11 @@ flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
 
 
 def main(_):
+    from PIL import Image
+
     from aim_jax.checkpoint import bundled_models, load_pretrained
     from aim_jax.gallery import class_ids, sample_to_directory
+    from aim_jax.pictures import save_png, side_by_side
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
     with errors_in_one_line():
@@ -31,6 +34,8 @@ def main(_):
             grids += sample_to_directory(
                 model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class
             )
+        together = side_by_side([Image.open(grid) for grid in grids])
+        grids.append(save_png(together, Path(f.out) / "samples.png"))
     print(f"\nPictures, {time.monotonic() - start:.0f} s after the start:")
     for path in grids:
         print(f"  {path.resolve()}")

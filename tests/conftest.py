@@ -38,14 +38,14 @@ TINY_AIM = AiMConfig(
     adaln="group", num_groups=1, chunk_size=4,
 )  # fmt: skip
 TINY_VQ = VQConfig(
-    in_channels=1, out_channels=1, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8,
+    in_channels=1, out_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8,
     embed_dim=4, n_embed=16,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Pretrained:
-    """A random AiM and tokenizer of 8x8 grey pictures, three classes."""
+    """A random AiM and tokenizer of 4x4 grey pictures, three classes."""
     noise = lambda key: lambda x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
     aim = nn.unbox(jax.jit(init_aim, static_argnums=0)(TINY_AIM, jax.random.key(0)))
     return Pretrained(
@@ -67,7 +67,7 @@ def tiny_model_dir(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory) -> Path:
-    """Class folders of 8x8 pictures: 3 classes, 16 training and 4 validation pictures each."""
+    """Class folders of 4x4 pictures: 3 classes, 16 training and 4 validation pictures each."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 4)):
@@ -75,6 +75,6 @@ def picture_folder(tmp_path_factory) -> Path:
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 80, (8, 8)) + 80 * c
+                pixels = rng.integers(0, 80, (4, 4)) + 80 * c
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return root

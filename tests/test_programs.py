@@ -65,7 +65,7 @@ def test_samples_come_as_grid_pngs_and_npz(tiny_model, tmp_path):
     assert paths[0] == tmp_path / "grid.png" and len(paths) == 1 + 6 + 1
     assert all(path.is_file() for path in paths)
     arrays = np.load(tmp_path / "samples.npz")
-    assert arrays["arr_0"].shape == (6, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_0"].shape == (6, 4, 4, 1) and arrays["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(arrays["labels"], [0, 0, 0, 2, 2, 2])
     picture = np.asarray(Image.open(tmp_path / "images" / "00005_old_tree.png"))
     np.testing.assert_array_equal(picture[..., 0], arrays["arr_0"][5, ..., 0])
@@ -83,7 +83,7 @@ def test_class_names_and_ids(tiny_model):
 
 
 def test_grid_places_images_and_captions():
-    images = np.zeros((6, 8, 8, 1), np.uint8)
+    images = np.zeros((6, 4, 4, 1), np.uint8)
     images[4] = 200
     grid = np.asarray(make_grid(images, 3, ["first", "second"]))
     right = grid[:, -(3 * 66 + 2) :]

@@ -47,7 +47,7 @@ def test_any_downsampling_factor(mult, factor):
 
 @pytest.fixture(scope="module")
 def forward(tiny_model):
-    images = jax.random.uniform(jax.random.key(3), (3, 8, 8, 1), minval=-1)
+    images = jax.random.uniform(jax.random.key(3), (3, 4, 4, 1), minval=-1)
     variables = {"params": tiny_model.vq_params}
 
     @jax.jit
@@ -130,7 +130,7 @@ def test_usage_counts_distinct_codes_in_the_history():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 8, 8, 3), r"expected \(batch, height, width, 1\)"), ((1, 8, 10, 1), "not a multiple")],
+    [((1, 8, 8, 3), r"expected \(batch, height, width, 1\)"), ((1, 8, 9, 1), "not a multiple")],
 )
 def test_images_of_the_wrong_shape_are_refused(tiny_model, shape, message):
     with pytest.raises(ValueError, match=message):
