@@ -227,7 +227,7 @@ def test_extracted_codes(tmp_path, rng):
 
 def test_extract_codes_program(tmp_path, tiny_model, picture_folder):
     described = vq_defaults().data
-    described.update(name="folder", dir=str(picture_folder), image_size=8, channels=1)
+    described.update(name="folder", dir=str(picture_folder), image_size=4, channels=1)
     info = {"data": described.to_dict()}
     model = save_model(tmp_path / "model", dataclasses.replace(tiny_model, info=info))
     program = [sys.executable, ROOT / "launch" / "extract_codes.py"]
@@ -246,7 +246,7 @@ def test_extract_codes_program(tmp_path, tiny_model, picture_folder):
     assert train.class_names == ("boat", "house", "old tree")
     assert (train.vocab_size, train.grid) == (16, (2, 2))
     source = open_images("folder", "train", picture_folder)
-    [batch] = image_batches(source, ImageSpec(8, 1), 48, train=False)
+    [batch] = image_batches(source, ImageSpec(4, 1), 48, train=False)
     np.testing.assert_array_equal(train.labels, batch["labels"])
     vq = VQModel(tokenizer.vq_config)
     for view, images in enumerate([batch["images"], batch["images"][:, :, ::-1]]):
