@@ -1,5 +1,8 @@
 """Compares the library with golden vectors of the official implementation, array by array.
 
+Example:
+  python benchmarks/parity.py tests/golden
+
 The vectors come in folders: `config.json` and weights beside an `expected.npz` (an AiM or a
 tokenizer), an `expected.npz` alone (both chained, with the weights of sibling folders), or bare
 `.npz` files (sampling filters, operators). Kinds are told by what the files hold; sizes, seeds and
