@@ -6,9 +6,11 @@ of one or both parts as `aim/` and `vq/`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -27,6 +30,7 @@ from aim_jax.models.vq import VQConfig
 MODEL_FILE = "model.json"
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
+CHUNK_BYTES = 32 * 2**20
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
 RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "codes")
@@ -76,6 +80,11 @@ class RunCheckpoints:
         self._manager.close()
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this directory would go on from a checkpoint."""
+    return any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+
+
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Marks a directory as that of this run, or checks that it already is.
 
@@ -90,7 +99,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         changed = sorted(
             key
             for key in flatten(old).keys() | flatten(new).keys()
-            if key not in RESUMABLE and flatten(old).get(key) != flatten(new).get(key)
+            # A run of an older version has no entry for what is off by default.
+            if key not in RESUMABLE
+            and (flatten(old).get(key) or None) != (flatten(new).get(key) or None)
         )
         if changed:
             lines = [f"{k}: {flatten(old).get(k)!r} -> {flatten(new).get(k)!r}" for k in changed]
@@ -148,37 +159,48 @@ class Pretrained:
                 f"tokenizer has {self.vq_config.n_embed} codes; they do not belong together."
             )
 
+    def with_position_offset(self, offset: int) -> "Pretrained":
+        """The same model with position row j + `offset` for code j; see `AiMConfig`."""
+        if self.aim_config is None:
+            raise ValueError(f"{self.name} holds no AiM, so it has no positions.")
+        config = dataclasses.replace(self.aim_config, position_offset=offset)
+        return dataclasses.replace(self, aim_config=config)
 
-def save_model(path: str | os.PathLike, model: Pretrained, dtype: str = "float32") -> Path:
+
+def save_model(
+    path: str | os.PathLike, model: Pretrained, dtype: str | None = "float32", files: Mapping = {}
+) -> Path:
     """Writes a model directory; it appears, or replaces an older one, only when it is whole.
 
     Args:
       path: the directory.
-      model: what to write.
-      dtype: storage type of the parameters, such as "float16" for half the size.
+      model: what to write; parameters that are NumPy arrays already are written without a copy.
+      dtype: storage type of the parameters, such as "float16" for half the size; None keeps theirs.
+      files: further files, by name: functions that write to the path they are given.
     """
     path = Path(path).absolute()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        leaves = jax.tree.leaves((model.aim_params, model.vq_params))
         content = {
             "format": "aim_jax model",
             "version": FORMAT_VERSION,
-            "dtype": dtype,
+            "dtype": dtype or sorted({str(x.dtype) for x in leaves}),
             "aim": model.aim_config and dataclasses.asdict(model.aim_config),
             "vq": model.vq_config and dataclasses.asdict(model.vq_config),
             "class_names": list(model.class_names),
             "sampling": model.sampling,
             "info": model.info,
         }
-        with ocp.StandardCheckpointer() as checkpointer:
-            for part, params in (("aim", model.aim_params), ("vq", model.vq_params)):
-                if params is not None:
-                    stored = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-                    checkpointer.save(partial / part, stored)
+        for part, params in (("aim", model.aim_params), ("vq", model.vq_params)):
+            if params is not None:
+                _save_params(partial / part, params, dtype)
         for file in partial.rglob("commit_success.txt"):
             file.write_text("")  # Orbax notes the local path there, which is nobody's business
+        for name, write in files.items():
+            write(partial / name)
         (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
@@ -196,16 +218,11 @@ def bundled_models() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{MODEL_FILE}"))}
 
 
-def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
-    """Loads a bundled model by name, or a model directory.
-
-    Args:
-      name_or_path: "fashion_mnist", "cifar10", ...; a model directory; or a training workdir, whose
-        newest exported model (`model/`) is taken.
+def find_model(name_or_path: str | os.PathLike) -> Path:
+    """The model directory that a bundled name, a model directory or a training workdir means.
 
     Raises:
       FileNotFoundError: no such model.
-      ValueError: the directory is not a whole model of a version that this library reads.
     """
     bundled = bundled_models()
     path = bundled.get(str(name_or_path), Path(name_or_path))
@@ -216,6 +233,23 @@ def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
             f"no model {str(name_or_path)!r}: expected a directory with {MODEL_FILE} (a training "
             f"workdir has one in model/ after its first export), or one of {sorted(bundled)}."
         )
+    return path
+
+
+def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False) -> Pretrained:
+    """Loads a bundled model by name, or a model directory.
+
+    Args:
+      name_or_path: "fashion_mnist", "cifar10", ...; a model directory; or a training workdir, whose
+        newest exported model (`model/`) is taken.
+      as_stored: parameters as NumPy arrays in the types that they are stored in, instead of float32
+        on the first device.
+
+    Raises:
+      FileNotFoundError: no such model.
+      ValueError: the directory is not a whole model of a version that this library reads.
+    """
+    path = find_model(name_or_path)
     try:
         content = json.loads((path / MODEL_FILE).read_text())
         if content["version"] != FORMAT_VERSION:
@@ -224,8 +258,9 @@ def load_pretrained(name_or_path: str | os.PathLike) -> Pretrained:
         vq_config = content["vq"] and VQConfig(**content["vq"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
-    aim_params = aim_config and _load_params(path / "aim", aim.init_params, aim_config)
-    vq_params = vq_config and _load_params(path / "vq", vq.init_params, vq_config)
+    load = functools.partial(_load_params, as_stored=as_stored)
+    aim_params = aim_config and load(path / "aim", aim.init_params, aim_config)
+    vq_params = vq_config and load(path / "vq", vq.init_params, vq_config)
     return Pretrained(
         name=str(name_or_path),
         aim_config=aim_config,
@@ -243,12 +278,37 @@ def by_path(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _load_params(path: Path, init_params, config) -> dict:
-    """Parameters as float32, checked against the shapes that the configuration asks for."""
+def _checkpointer() -> ocp.Checkpointer:
+    """Reads and writes parameter trees without holding a second copy of them.
+
+    Orbax copies NumPy arrays before it saves them, because it usually saves while they change.
+    """
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers))
+
+
+def _save_params(path: Path, params: dict, dtype: str | None) -> None:
+    params = nn.unbox(params)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
+    # A whole array is packed in memory before it is written, so large ones go in pieces.
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    args = ocp.args.PyTreeSave(
+        params, save_args=save_args, ocdbt_target_data_file_size=2 * CHUNK_BYTES
+    )
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=args)
+
+
+def _load_params(path: Path, init_params, config, as_stored: bool) -> dict:
+    """Parameters, checked against the shapes that the configuration asks for."""
     abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     if not path.is_dir():
         raise ValueError(f"{path} is missing; the model directory is not whole.")
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path.absolute()).item_metadata
         found, wanted = by_path(stored.tree), by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(wanted.keys() - found.keys())]
@@ -264,7 +324,10 @@ def _load_params(path: Path, init_params, config) -> dict:
                 f"{'; '.join(wrong[:5])}"
             )
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+        how = (
+            ocp.RestoreArgs(restore_type=np.ndarray)
+            if as_stored
+            else ocp.ArrayRestoreArgs(dtype=jnp.float32, sharding=sharding)
         )
-        return checkpointer.restore(path.absolute(), target)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(lambda _: how, abstract))
+        return checkpointer.restore(path.absolute(), args=args)

@@ -21,6 +21,7 @@ def _common() -> ConfigDict:
     config.keep = 2  # newest checkpoints kept
     config.ema_decay = 0.0  # 0: no averaged copy of the parameters
     config.accumulate = 1  # micro-batches per step
+    config.init = ""  # model directory or bundled model whose weights training starts from
     config.export_dtype = "float32"  # storage type of the exported model directory
 
     config.optimizer = ConfigDict()

@@ -35,6 +35,16 @@ class TrainState:
     rng: jax.Array
     history: jax.Array | None = None
 
+    def with_params(self, params) -> "TrainState":
+        """The state with other parameters, given as host arrays, and with the averages of those."""
+
+        def place(old, new):
+            return jax.device_put(np.asarray(new, old.dtype), old.sharding)
+
+        placed = jax.tree.map(place, self.params, params)
+        ema = None if self.ema is None else jax.tree.map(place, self.ema, params)
+        return self.replace(params=placed, ema=ema)
+
     @property
     def eval_params(self):
         """Parameters to evaluate, sample with and export: the averaged ones if there are any."""

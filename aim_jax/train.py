@@ -10,7 +10,13 @@ import optax
 from ml_collections import ConfigDict
 
 from aim_jax import loop, sampling
-from aim_jax.checkpoint import Pretrained, claim_workdir, load_pretrained, save_model
+from aim_jax.checkpoint import (
+    Pretrained,
+    claim_workdir,
+    has_checkpoint,
+    load_pretrained,
+    save_model,
+)
 from aim_jax.config import image_spec
 from aim_jax.data import (
     TokenCache,
@@ -21,6 +27,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.loop import Stage, TrainState
+from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.models.vq import VQModel
 from aim_jax.monitor import say
@@ -99,6 +106,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     model_config = AiMConfig(**config.model)
     check_fit(model_config, tokenizer, data)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    fresh = config.init and not has_checkpoint(workdir)
+    start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config)
 
     state = create_sharded(
@@ -106,6 +115,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         mesh,
         parameter_rules(config.mesh.fsdp),
     )
+    if start is not None:
+        state = state.with_params(start)
     say(
         f"AiM with {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
         f"{data.train_size} training and {data.validation_size} validation images of "
@@ -156,6 +167,20 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     stage = Stage(encode_and_step, data.train_batches(), evaluate, sample, export)
     return loop.run(config, workdir, mesh, state, stage)
+
+
+def open_start(name_or_path: str, config: AiMConfig) -> dict:
+    """Parameters of a trained AiM, made to fit the model to train; says what had to be changed.
+
+    Raises:
+      FileNotFoundError, ValueError: no such model, it holds no AiM, or one of another shape.
+    """
+    start = load_pretrained(name_or_path, as_stored=True)
+    if start.aim_params is None:
+        raise ValueError(f"config.init={name_or_path!r} holds no AiM.")
+    params, changes = adapt_aim(start.aim_params, start.aim_config, config)
+    say("\n  ".join([f"weights of {name_or_path}", *changes]))
+    return params
 
 
 def open_tokenizer(name_or_path: str) -> Pretrained:

@@ -9,10 +9,17 @@ import optax
 from ml_collections import ConfigDict
 
 from aim_jax import loop
-from aim_jax.checkpoint import Pretrained, claim_workdir, save_model
+from aim_jax.checkpoint import (
+    Pretrained,
+    claim_workdir,
+    has_checkpoint,
+    load_pretrained,
+    save_model,
+)
 from aim_jax.config import describe_data, image_spec
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.loop import Stage, TrainState
+from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.vq import (
     HISTORY_LENGTH,
     VQConfig,
@@ -108,6 +115,20 @@ def eval_step(params, batch: dict, *, config: VQConfig) -> dict:
     }
 
 
+def open_start(name_or_path: str, config: VQConfig) -> dict:
+    """Parameters of a trained tokenizer of the same shape.
+
+    Raises:
+      FileNotFoundError, ValueError: no such model, it holds no tokenizer, or one of another shape.
+    """
+    start = load_pretrained(name_or_path, as_stored=True)
+    if start.vq_params is None:
+        raise ValueError(f"config.init={name_or_path!r} holds no tokenizer.")
+    check_same(start.vq_config, config, VQ_SHAPE)
+    say(f"weights of {name_or_path}")
+    return start.vq_params
+
+
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, pictures and a model.
 
@@ -131,11 +152,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     check_fit(model_config, config.data)
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    fresh = config.init and not has_checkpoint(workdir)
+    start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config)
 
     state = create_sharded(
         lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0), mesh
     )
+    if start is not None:
+        state = state.with_params(start)
     say(
         f"VQ-f{model_config.downsampling} with "
         f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "

@@ -22,6 +22,12 @@ flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default 
 flags.DEFINE_float("temperature", None, "Divides the logits. The model's default if not given.")
 flags.DEFINE_integer("top_k", None, "Keep the k likeliest codes; 0 is off.")
 flags.DEFINE_float("top_p", None, "Keep the likeliest codes up to this probability; 1 is off.")
+flags.DEFINE_enum(
+    "position_offset",
+    None,
+    ["0", "1"],
+    "Code j is at position row j + this. Converted weights: 1, as their sampler; 0, as trained.",
+)
 flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
 flags.DEFINE_string("out", "samples", "Directory for the results.")
 flags.DEFINE_bool("pngs", False, "Also write one PNG per image.")
@@ -37,6 +43,8 @@ def main(_):
     settings = {name: f[name].value for name in names}
     with errors_in_one_line():
         model = load_pretrained(f.checkpoint)
+        if f.position_offset is not None:
+            model = model.with_position_offset(int(f.position_offset))
         classes = class_ids(model, f.classes)
         for path in sample_to_directory(
             model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from aim_jax import ops
@@ -200,7 +201,7 @@ class AdaLN(nn.Module):
         return shared[group] + offset[:, None]
 
 
-def group_to_layer(adaln: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def group_to_layer(adaln: dict) -> dict:
     """Rewrites grouped adaLN parameters as per-layer ones with equal outputs.
 
     Args:
@@ -209,8 +210,39 @@ def group_to_layer(adaln: dict[str, jax.Array]) -> dict[str, jax.Array]:
     Returns:
       `kernel` (n_layer, d, parts, d) and `bias` (n_layer, parts, d).
     """
-    group = jnp.arange(adaln["table"].shape[0]) % adaln["kernel"].shape[0]
+    group = np.arange(adaln["table"].shape[0]) % adaln["kernel"].shape[0]
     return {"kernel": adaln["kernel"][group], "bias": adaln["bias"][group] + adaln["table"]}
+
+
+def layer_to_group(adaln: dict, num_groups: int) -> tuple[dict, float]:
+    """The grouped adaLN parameters nearest to per-layer ones.
+
+    A shared map is the mean of its layers' maps, which is nearest in the sum of squares; what
+    differs between their biases goes into the tables. So outputs stay equal where the layers of a
+    group have equal kernels, and only there.
+
+    Args:
+      adaln: `kernel` (n_layer, d, parts, d), `bias` (n_layer, parts, d).
+      num_groups: 1 is adaLN-single.
+
+    Returns:
+      `kernel` (num_groups, d, parts, d), `bias` (num_groups, parts, d), `table` (n_layer, parts, d)
+      as NumPy arrays; and the relative error of the kernels: |k - k_group| / |k| over all layers.
+    """
+    kernel, bias = np.asarray(adaln["kernel"]), np.asarray(adaln["bias"])
+    shared = np.empty((num_groups, *kernel.shape[1:]), kernel.dtype)
+    lost = total = 0.0
+    for g in range(num_groups):
+        members = kernel[g::num_groups]
+        shared[g] = members.mean(axis=0, dtype=np.float64)
+        for member in members:
+            lost += np.sum(np.square(member - shared[g], dtype=np.float64))
+            total += np.sum(np.square(member, dtype=np.float64))
+    means = [bias[g::num_groups].mean(axis=0, dtype=np.float64) for g in range(num_groups)]
+    center = np.stack(means).astype(bias.dtype)
+    table = bias - center[np.arange(len(bias)) % num_groups]
+    error = float(np.sqrt(lost / total)) if total else 0.0
+    return {"kernel": shared, "bias": center, "table": table}, error
 
 
 class FinalLayer(nn.Module):

@@ -5,27 +5,23 @@ A rule renames a tensor, permutes its axes, cuts a packed projection into parts 
 layers. All of that is linear, so gradients are converted exactly as weights are.
 """
 
-import dataclasses
 import functools
 import math
-import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from types import EllipsisType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
 
 from aim_jax.models import aim, vq
 from aim_jax.models.aim import AiMConfig
 from aim_jax.models.vq import VQConfig
 
-WEIGHTS_FILE = "model.safetensors"
 AIM_PREFIX, VQ_PREFIX = "mamba.", "vqvae."
 TOKEN_EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"
 TIED_HEAD = "mamba.lm_head.weight"
@@ -185,41 +181,63 @@ def _slots(rules: list[Rule], shapes: dict[str, tuple[int, ...]]) -> dict[str, S
     return slots
 
 
-def _convert(tensors: Mapping[str, np.ndarray], rules, shapes, known: set[str]) -> dict:
+def _convert(tensors: Mapping, rules, shapes, known: set[str], dtype) -> dict:
     slots = _slots(rules, shapes)
-    problems = [f"{key}: missing" for key in slots if key not in tensors]
-    problems += [f"{key}: unexpected" for key in tensors if key not in slots and key not in known]
-    problems += [
-        f"{key}: shape {tuple(tensors[key].shape)}, expected {slot.shape}"
-        for key, slot in slots.items()
-        if key in tensors and tuple(tensors[key].shape) != slot.shape
-    ]
-    if problems:
-        raise ValueError(
-            f"the tensors do not fit the configuration ({len(problems)} keys):\n  "
-            + "\n  ".join(problems)
-        )
-    dtype = np.result_type(np.float32, *(tensors[key].dtype for key in slots))
-    params = {path: np.empty(shape, dtype) for path, shape in shapes.items()}
+    missing = slots.keys() - tensors.keys()
+    problems = [f"{key}: missing, expected {slots[key].shape}" for key in missing]
+    problems += [f"{key}: unexpected" for key in tensors.keys() - slots.keys() - known]
+    for key in slots.keys() & tensors.keys():
+        given = tensors[key]
+        if tuple(given.shape) != slots[key].shape:
+            problems.append(f"{key}: shape {tuple(given.shape)}, expected {slots[key].shape}")
+        elif not jnp.issubdtype(given.dtype, jnp.floating):
+            problems.append(f"{key}: {given.dtype}, expected a floating type")
+    _refuse(problems, "the tensors do not fit the configuration")
+
+    params = {}
     for key, slot in slots.items():
         sizes = [shape[0] for shape in slot.part_shapes]
-        pieces = np.split(np.asarray(tensors[key]), np.cumsum(sizes)[:-1])
-        for (path, layer, shape), piece in zip(slot.parts, pieces, strict=True):
-            params[path][layer] = _to_ours(piece, slot.axes, shape)
+        tensor = np.asarray(tensors[key])
+        for (path, layer, shape), piece in zip(
+            slot.parts, np.split(tensor, np.cumsum(sizes)[:-1]), strict=True
+        ):
+            wanted = tensor.dtype if dtype is None else np.dtype(dtype)
+            if path not in params:
+                params[path] = np.empty(shapes[path], wanted)
+            elif params[path].dtype != (wider := jnp.promote_types(params[path].dtype, wanted)):
+                params[path] = params[path].astype(wider)
+            with np.errstate(over="ignore"):  # what overflows is no longer finite, and refused
+                params[path][layer] = _to_ours(piece, slot.axes, shape)
+            if not np.isfinite(params[path][layer]).all():
+                if np.isfinite(piece).all():
+                    problems.append(f"{key}: too large for {params[path].dtype}")
+                else:
+                    problems.append(f"{key}: not finite, expected {slot.shape} finite numbers")
+                break
+    _refuse(problems, "the tensors hold numbers that no model can use")
     return unflatten_dict(params, sep="/")
 
 
-def _export(params, rules) -> dict[str, np.ndarray]:
+def _refuse(problems: list[str], what: str) -> None:
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise ValueError(f"{what} ({len(problems)} keys):\n  {lines}")
+
+
+def _export(params, rules) -> tuple[dict, Iterator]:
+    """Shape and dtype by official key, and an iterator of the tensors in that order."""
     flat = {k: np.asarray(v) for k, v in flatten_dict(nn.unbox(params), sep="/").items()}
-    return {
-        key: np.concatenate(
-            [
-                _to_official(flat[path][layer], slot.axes, shape)
-                for (path, layer, _), shape in zip(slot.parts, slot.part_shapes, strict=True)
-            ]
-        )
-        for key, slot in _slots(rules, {k: v.shape for k, v in flat.items()}).items()
-    }
+    slots = _slots(rules, {k: v.shape for k, v in flat.items()})
+
+    def tensor(slot: Slot) -> np.ndarray:
+        pieces = [
+            _to_official(flat[path][layer], slot.axes, shape)
+            for (path, layer, _), shape in zip(slot.parts, slot.part_shapes, strict=True)
+        ]
+        return np.concatenate(pieces)
+
+    shapes = {key: (slot.shape, flat[slot.parts[0][0]].dtype) for key, slot in slots.items()}
+    return shapes, ((key, tensor(slot)) for key, slot in slots.items())
 
 
 def _shapes(init) -> dict[str, tuple[int, ...]]:
@@ -246,22 +264,24 @@ def official_shapes(config: AiMConfig | VQConfig) -> dict[str, tuple[int, ...]]:
     return {key: slot.shape for key, slot in slots.items()}
 
 
-def convert_aim(tensors: Mapping[str, np.ndarray], config: AiMConfig) -> dict:
+def convert_aim(tensors: Mapping, config: AiMConfig, dtype="float32") -> dict:
     """Official AiM tensors, or gradients with respect to them, as our parameter tree.
 
     Args:
-      tensors: by official key. The output matrix, tied to the token embedding, may be left out.
-      config: shape of the model, see `aim_config_from_official`.
+      tensors: arrays, or what turns into arrays (`LazyTensor`), by official key; read one at a
+        time. The output matrix, tied to the token embedding, may be left out.
+      config: shape of the model, see `aim_config_from_official` and `infer_aim_config`.
+      dtype: of the result; None keeps the tensors' own (the widest where several become one array).
 
     Returns:
-      Arrays of at least float32, layers stacked.
+      NumPy arrays, layers stacked.
 
     Raises:
-      ValueError: naming every missing, unexpected or misshapen key; or an output matrix that
-        differs from the token embedding.
+      ValueError: naming every key that is missing, unexpected, misshapen or not finite, with the
+        shape expected; or an output matrix that differs from the token embedding.
     """
-    params = _convert(tensors, aim_rules(config), _aim_shapes(config), {TIED_HEAD})
-    if TIED_HEAD in tensors and not np.array_equal(tensors[TIED_HEAD], tensors[TOKEN_EMBEDDING]):
+    params = _convert(tensors, aim_rules(config), _aim_shapes(config), {TIED_HEAD}, dtype)
+    if TIED_HEAD in tensors and not _equal(tensors[TIED_HEAD], tensors[TOKEN_EMBEDDING]):
         raise ValueError(
             f"{TIED_HEAD} differs from {TOKEN_EMBEDDING}; only models whose output matrix is the "
             "token embedding (tie_embeddings) can be converted."
@@ -269,157 +289,42 @@ def convert_aim(tensors: Mapping[str, np.ndarray], config: AiMConfig) -> dict:
     return params
 
 
-def convert_vq(tensors: Mapping[str, np.ndarray], config: VQConfig) -> dict:
+def _equal(a, b) -> bool:
+    return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def convert_vq(tensors: Mapping, config: VQConfig, dtype="float32") -> dict:
     """Official tokenizer tensors, or gradients with respect to them, as our parameter tree.
 
     Args:
-      tensors: by official key; the buffer with the history of codebook usage is left aside.
-      config: shape of the tokenizer, see `vq_config_from_official`.
+      tensors: as for `convert_aim`; the buffer with the history of codebook usage is left aside.
+      config: shape of the tokenizer, see `vq_config_from_official` and `infer_vq_config`.
+      dtype: of the result; None keeps the tensors' own.
 
     Returns:
-      Arrays of at least float32.
+      NumPy arrays.
 
     Raises:
-      ValueError: naming every missing, unexpected or misshapen key.
+      ValueError: naming every key that is missing, unexpected, misshapen or not finite.
     """
-    return _convert(tensors, vq_rules(config), _vq_shapes(config), {USAGE_HISTORY})
+    return _convert(tensors, vq_rules(config), _vq_shapes(config), {USAGE_HISTORY}, dtype)
 
 
 def export_aim(params: Mapping, config: AiMConfig) -> dict[str, np.ndarray]:
     """The inverse of `convert_aim`: our parameters or gradients by official key, head left out."""
-    return _export(params, aim_rules(config))
+    return dict(stream_official(params, config)[1])
 
 
 def export_vq(params: Mapping, config: VQConfig) -> dict[str, np.ndarray]:
     """The inverse of `convert_vq`: our parameters or gradients by official key."""
-    return _export(params, vq_rules(config))
+    return dict(stream_official(params, config)[1])
 
 
-def load_official(
-    path: str | os.PathLike,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Reads a safetensors file of official weights.
-
-    Args:
-      path: the file, or a directory that holds it as model.safetensors.
+def stream_official(params: Mapping, config: AiMConfig | VQConfig) -> tuple[dict, Iterator]:
+    """The official tensors of a parameter tree one at a time, for trees that fill the memory.
 
     Returns:
-      The tensors of AiM and those of the tokenizer, by official key; one of them may be empty.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: keys that belong to neither part.
+      (shape, dtype) by official key, and an iterator of (key, array) in the same order.
     """
-    path = Path(path)
-    path = path / WEIGHTS_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected official weights as safetensors.")
-    tensors = load_file(path)
-    parts = tuple(
-        {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        for prefix in (AIM_PREFIX, VQ_PREFIX)
-    )
-    strange = sorted(tensors.keys() - parts[0].keys() - parts[1].keys())
-    if strange:
-        raise ValueError(
-            f"{path}: {len(strange)} keys start with neither {AIM_PREFIX!r} nor {VQ_PREFIX!r}: "
-            f"{', '.join(strange[:10])}"
-        )
-    return parts
-
-
-# Options of the official configurations: ours by name; those with a single value that this library
-# has; and those without effect on converted weights (initialisation, choice of kernels, dropout
-# that the official code accepts and never applies).
-_AIM_FIELDS = {
-    name: name
-    for name in (
-        "d_model", "n_layer", "vocab_size", "num_classes", "num_tokens", "num_groups",
-        "d_intermediate",
-    )
-} | {"token_drop": "token_dropout"}  # fmt: skip
-_AIM_FIXED = {"rms_norm": True, "tie_embeddings": True, "attn_layer_idx": []}
-_AIM_FREE = {"attn_cfg", "fused_add_norm", "residual_in_fp32", "pad_vocab_size_multiple"} | {
-    "mixer_drop",
-    "mlp_drop",
-}
-_MIXER_FIELDS = {
-    "Mamba1": ("d_state", "d_conv", "expand"),
-    "Mamba2": ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"),
-}
-_MIXER_DEFAULTS = {
-    "Mamba1": {"mixer": "mamba1", "d_state": 16},
-    "Mamba2": {"mixer": "mamba2", "d_state": 128},
-}
-_MIXER_FIXED = {
-    "Mamba1": {"bias": False, "conv_bias": True},
-    "Mamba2": {
-        "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False,
-        "dt_limit": [0.0, math.inf], "bias": False, "conv_bias": True,
-    },
-}  # fmt: skip
-_MIXER_FREE = {
-    "Mamba1": {"dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "use_fast_path"},
-    "Mamba2": {"dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init"}
-    | {"use_mem_eff_path"},
-}
-_VQ_FIELDS = tuple(f.name for f in dataclasses.fields(VQConfig) if f.name != "compute_dtype")
-_VQ_FREE = {"show_usage"}
-
-
-def aim_config_from_official(config: Mapping, **overrides) -> AiMConfig:
-    """The shape of an official AiM.
-
-    Args:
-      config: the flat config.json beside the official weights.
-      **overrides: fields of AiMConfig to set besides. `position_offset` is 1 unless given, which
-        is how the official sampler places codes; the official training forward is 0.
-
-    Raises:
-      ValueError: an option is missing, unknown, or has a value that this library does not support.
-    """
-    config = dict(config)
-    mixer = dict(config.pop("ssm_cfg", None) or {})
-    group = config.pop("adaln_group", False)
-    required = ("d_model", "n_layer", "vocab_size", "num_classes", "num_tokens")
-    fields = _read("config", config, _AIM_FIELDS, _AIM_FIXED, _AIM_FREE, required)
-    layer = mixer.pop("layer", "Mamba1")
-    if layer not in _MIXER_FIELDS:
-        raise ValueError(f"ssm_cfg: layer={layer!r}; expected one of {sorted(_MIXER_FIELDS)}.")
-    dt_rank = mixer.pop("dt_rank", "auto") if layer == "Mamba1" else "auto"
-    names = {name: name for name in _MIXER_FIELDS[layer]}
-    fields |= _MIXER_DEFAULTS[layer]
-    fields |= _read("ssm_cfg", mixer, names, _MIXER_FIXED[layer], _MIXER_FREE[layer])
-    fields |= {"adaln": "group" if group else "layer", "position_offset": 1}
-    ours = AiMConfig(**(fields | overrides))
-    if dt_rank not in ("auto", ours.dt_rank):
-        raise ValueError(
-            f"ssm_cfg: dt_rank={dt_rank!r} is not supported; expected 'auto', ceil(d_model / 16) = "
-            f"{ours.dt_rank}."
-        )
-    return ours
-
-
-def vq_config_from_official(config: Mapping, **overrides) -> VQConfig:
-    """The shape of an official tokenizer, from its flat config.json; `overrides` are set besides.
-
-    Raises:
-      ValueError: an option is unknown or not supported.
-    """
-    names = {name: name for name in _VQ_FIELDS}
-    return VQConfig(**(_read("config", dict(config), names, {}, _VQ_FREE) | overrides))
-
-
-def _read(what: str, config: dict, fields: dict, fixed: dict, free: set, required=()) -> dict:
-    """Our fields of an official configuration; raises ValueError for what does not fit."""
-    known = fields.keys() | fixed.keys() | free
-    unknown, missing = sorted(config.keys() - known), sorted(set(required) - config.keys())
-    if unknown:
-        raise ValueError(f"{what}: unknown options {unknown}; known are {sorted(known)}.")
-    if missing:
-        raise ValueError(f"{what}: options {missing} are missing.")
-    for name, value in fixed.items():
-        given = config.get(name, value)
-        if (list(given) if isinstance(given, tuple) else given) != value:
-            raise ValueError(f"{what}: {name}={given!r} is not supported; expected {value!r}.")
-    return {ours: config[name] for name, ours in fields.items() if name in config}
+    rules = aim_rules if isinstance(config, AiMConfig) else vq_rules
+    return _export(params, rules(config))

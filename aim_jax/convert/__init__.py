@@ -1,0 +1,48 @@
+"""Official PyTorch weights as ours, and ours as official ones.
+
+`rules` maps tensors, `configs` maps configurations, `files` reads and writes files, and
+`directories` turns a whole checkpoint into a model directory and back.
+"""
+
+from aim_jax.convert.configs import (
+    aim_config_from_official,
+    infer_aim_config,
+    infer_vq_config,
+    official_aim_config,
+    official_vq_config,
+    vq_config_from_official,
+)
+from aim_jax.convert.directories import load_official, to_jax, to_torch
+from aim_jax.convert.files import WeightsError, open_weights
+from aim_jax.convert.rules import (
+    TIED_HEAD,
+    USAGE_HISTORY,
+    convert_aim,
+    convert_vq,
+    export_aim,
+    export_vq,
+    official_shapes,
+    stream_official,
+)
+
+__all__ = [
+    "TIED_HEAD",
+    "USAGE_HISTORY",
+    "WeightsError",
+    "aim_config_from_official",
+    "convert_aim",
+    "convert_vq",
+    "export_aim",
+    "export_vq",
+    "infer_aim_config",
+    "infer_vq_config",
+    "load_official",
+    "official_aim_config",
+    "official_shapes",
+    "official_vq_config",
+    "open_weights",
+    "stream_official",
+    "to_jax",
+    "to_torch",
+    "vq_config_from_official",
+]

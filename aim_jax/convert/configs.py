@@ -1,0 +1,226 @@
+"""Shapes of the published models: from their config.json, from their tensors, and back."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from aim_jax.models.aim import AiMConfig
+from aim_jax.models.vq import VQConfig
+
+# Options of the official configurations: ours by name; those with a single value that this library
+# has; and those without effect on converted weights (initialisation, choice of kernels, dropout
+# that the official code accepts and never applies).
+_AIM_FIELDS = {
+    name: name
+    for name in (
+        "d_model", "n_layer", "vocab_size", "num_classes", "num_tokens", "num_groups",
+        "d_intermediate",
+    )
+} | {"token_drop": "token_dropout"}  # fmt: skip
+_AIM_FIXED = {"rms_norm": True, "tie_embeddings": True, "attn_layer_idx": []}
+_AIM_FREE = {"attn_cfg", "fused_add_norm", "residual_in_fp32", "pad_vocab_size_multiple"} | {
+    "mixer_drop",
+    "mlp_drop",
+}
+_MIXER_FIELDS = {
+    "Mamba1": ("d_state", "d_conv", "expand"),
+    "Mamba2": ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"),
+}
+_MIXER_DEFAULTS = {
+    "Mamba1": {"mixer": "mamba1", "d_state": 16},
+    "Mamba2": {"mixer": "mamba2", "d_state": 128},
+}
+_MIXER_FIXED = {
+    "Mamba1": {"bias": False, "conv_bias": True},
+    "Mamba2": {
+        "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False,
+        "dt_limit": [0.0, math.inf], "bias": False, "conv_bias": True,
+    },
+}  # fmt: skip
+_MIXER_FREE = {
+    "Mamba1": {"dt_min", "dt_max", "dt_init_floor", "dt_init", "dt_scale", "use_fast_path"},
+    "Mamba2": {"dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init"}
+    | {"use_mem_eff_path"},
+}
+_VQ_FIELDS = tuple(f.name for f in dataclasses.fields(VQConfig) if f.name != "compute_dtype")
+_VQ_FREE = {"show_usage"}
+
+
+def aim_config_from_official(config: Mapping, **overrides) -> AiMConfig:
+    """The shape of an official AiM.
+
+    Args:
+      config: the flat config.json beside the official weights.
+      **overrides: fields of AiMConfig to set besides. `position_offset` is 1 unless given, which
+        is how the official sampler places codes; the official training forward is 0.
+
+    Raises:
+      ValueError: an option is missing, unknown, or has a value that this library does not support.
+    """
+    config = dict(config)
+    mixer = dict(config.pop("ssm_cfg", None) or {})
+    group = config.pop("adaln_group", False)
+    required = ("d_model", "n_layer", "vocab_size", "num_classes", "num_tokens")
+    fields = _read("config", config, _AIM_FIELDS, _AIM_FIXED, _AIM_FREE, required)
+    layer = mixer.pop("layer", "Mamba1")
+    if layer not in _MIXER_FIELDS:
+        raise ValueError(f"ssm_cfg: layer={layer!r}; expected one of {sorted(_MIXER_FIELDS)}.")
+    dt_rank = mixer.pop("dt_rank", "auto") if layer == "Mamba1" else "auto"
+    names = {name: name for name in _MIXER_FIELDS[layer]}
+    fields |= _MIXER_DEFAULTS[layer]
+    fields |= _read("ssm_cfg", mixer, names, _MIXER_FIXED[layer], _MIXER_FREE[layer])
+    fields |= {"adaln": "group" if group else "layer", "position_offset": 1}
+    ours = AiMConfig(**(fields | overrides))
+    if dt_rank not in ("auto", ours.dt_rank):
+        raise ValueError(
+            f"ssm_cfg: dt_rank={dt_rank!r} is not supported; expected 'auto', ceil(d_model / 16) = "
+            f"{ours.dt_rank}."
+        )
+    return ours
+
+
+def vq_config_from_official(config: Mapping, **overrides) -> VQConfig:
+    """The shape of an official tokenizer, from its flat config.json; `overrides` are set besides.
+
+    Raises:
+      ValueError: an option is unknown or not supported.
+    """
+    names = {name: name for name in _VQ_FIELDS}
+    return VQConfig(**(_read("config", dict(config), names, {}, _VQ_FREE) | overrides))
+
+
+def _read(what: str, config: dict, fields: dict, fixed: dict, free: set, required=()) -> dict:
+    """Our fields of an official configuration; raises ValueError for what does not fit."""
+    known = fields.keys() | fixed.keys() | free
+    unknown, missing = sorted(config.keys() - known), sorted(set(required) - config.keys())
+    if unknown:
+        raise ValueError(f"{what}: unknown options {unknown}; known are {sorted(known)}.")
+    if missing:
+        raise ValueError(f"{what}: options {missing} are missing.")
+    for name, value in fixed.items():
+        given = config.get(name, value)
+        if (list(given) if isinstance(given, tuple) else given) != value:
+            raise ValueError(f"{what}: {name}={given!r} is not supported; expected {value!r}.")
+    return {ours: config[name] for name, ours in fields.items() if name in config}
+
+
+def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> AiMConfig:
+    """The shape of an official AiM whose config.json is missing, from its tensors.
+
+    Everything that shapes tell is read from them. With Mamba-2 they give the product of `ngroups`
+    and `d_state` only; one group is assumed, as in every published model.
+
+    Args:
+      shapes: by official key.
+      **overrides: fields of AiMConfig to set besides; `position_offset` is 1 unless given.
+
+    Raises:
+      ValueError: naming a tensor that is missing or has a strange number of axes or size.
+    """
+    shape = _shape_reader("AiM", shapes, "mamba.backbone.")
+    vocab_size, d = shape("embeddings.word_embeddings.weight", 2)
+    layers = _count(shapes, r"mamba\.backbone\.layers\.(\d+)\.")
+    mlp = "mamba.backbone.layers.0.mlp.fc2.weight" in shapes
+    fields = {
+        "vocab_size": vocab_size,
+        "d_model": d,
+        "num_tokens": shape("embeddings.position_embeddings.weight", 2)[0] - 1,
+        "num_classes": shape("cls_embed.embedding_table.weight", 2)[0] - 1,
+        "n_layer": layers,
+        "d_intermediate": shape("layers.0.mlp.fc2.weight", 2)[1] if mlp else 0,
+        "d_conv": shape("layers.0.mixer.conv1d.weight", 3)[2],
+        "position_offset": 1,
+    }
+    if "mamba.backbone.adaln_group.1.weight" in shapes:
+        groups = _divide(shape("adaln_group.1.weight", 2)[0], (6 if mlp else 3) * d, "adaln_group")
+        fields |= {"adaln": "group", "num_groups": groups}
+    inner = shape("layers.0.mixer.out_proj.weight", 2)[1]
+    fields["expand"] = _divide(inner, d, "out_proj")
+    if "mamba.backbone.layers.0.mixer.x_proj.weight" in shapes:
+        fields |= {"mixer": "mamba1", "d_state": shape("layers.0.mixer.A_log", 2)[1]}
+    else:
+        heads = shape("layers.0.mixer.A_log", 1)[0]
+        packed = shape("layers.0.mixer.in_proj.weight", 2)[0] - 2 * inner - heads
+        fields |= {
+            "headdim": _divide(inner, heads, "A_log"),
+            "d_state": _divide(packed, 2, "in_proj"),
+        }
+    return AiMConfig(**(fields | overrides))
+
+
+def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> VQConfig:
+    """The shape of an official tokenizer from its tensors; `overrides` are set besides.
+
+    Args:
+      shapes: by official key.
+
+    Raises:
+      ValueError: naming a tensor that is missing or has a strange number of axes or size.
+    """
+    shape = _shape_reader("tokenizer", shapes, "vqvae.")
+    ch, in_channels, *_ = shape("encoder.conv_in.weight", 4)
+    levels = _count(shapes, r"vqvae\.encoder\.conv_blocks\.(\d+)\.")
+    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv2.weight", 4)[0] for i in range(levels)]
+    n_embed, embed_dim = shape("quantize.embedding.weight", 2)
+    fields = {
+        "in_channels": in_channels,
+        "out_channels": shape("decoder.conv_out.weight", 4)[0],
+        "ch": ch,
+        "ch_mult": tuple(_divide(width, ch, "conv_blocks") for width in widths),
+        "num_res_blocks": _count(shapes, r"vqvae\.encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "z_channels": shape("encoder.conv_out.weight", 4)[0],
+        "embed_dim": embed_dim,
+        "n_embed": n_embed,
+    }
+    return VQConfig(**(fields | overrides))
+
+
+def _shape_reader(what: str, shapes: Mapping, prefix: str):
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        key = prefix + name
+        if key not in shapes:
+            raise ValueError(f"these are not the weights of an official {what}: {key} is missing.")
+        if len(shapes[key]) != rank or 0 in shapes[key]:
+            raise ValueError(f"{key}: shape {tuple(shapes[key])}, expected {rank} axes.")
+        return shapes[key]
+
+    return shape
+
+
+def _count(shapes: Mapping, pattern: str) -> int:
+    """How many different numbers the pattern finds in the keys: 0, 1, 2, ... without a gap."""
+    found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    if found != set(range(len(found))):
+        raise ValueError(
+            f"{pattern.replace(chr(92), '')}: {len(found)} of them, numbered up to {max(found)}."
+        )
+    return len(found)
+
+
+def _divide(size: int, unit: int, what: str) -> int:
+    if size < unit or size % unit:
+        raise ValueError(f"{what}: a size of {size} is not a multiple of {unit}.")
+    return size // unit
+
+
+def official_aim_config(config: AiMConfig) -> dict:
+    """The flat config.json of an official AiM of this shape; inverse of `aim_config_from_official`.
+
+    Fields without an official counterpart (position offset, class dropout, dtypes, what changes
+    speed only) are left out.
+    """
+    layer = config.mixer.capitalize()
+    flat = {name: getattr(config, ours) for name, ours in _AIM_FIELDS.items()}
+    names = [name for name in _MIXER_FIELDS[layer] if name != "chunk_size"]  # speed only
+    mixer = {name: getattr(config, name) for name in names}
+    return (
+        flat
+        | _AIM_FIXED
+        | {"adaln_group": config.adaln == "group", "ssm_cfg": {"layer": layer} | mixer}
+    )
+
+
+def official_vq_config(config: VQConfig) -> dict:
+    """The flat config of an official tokenizer; inverse of `vq_config_from_official`."""
+    return {name: getattr(config, name) for name in _VQ_FIELDS}

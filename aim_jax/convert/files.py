@@ -1,0 +1,416 @@
+"""Files of PyTorch weights, read tensor by tensor and refused whole if anything in them is wrong.
+
+A checkpoint may be larger than half of the memory, so nothing here holds more than one tensor of
+it. Files are untrusted: a pickle is only read by torch's weights-only loader, which runs no code.
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+CONFIG = "config.json"
+# What a directory may hold, best first.
+HUB_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")
+ZIP_MAGIC = b"PK\x03\x04"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+REOPEN_AFTER = 128 * 2**20  # bytes read through one memory map before it is made anew
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class WeightsError(ValueError):
+    """A file of weights that is damaged, hostile, or not what was expected."""
+
+
+class LazyTensor(NamedTuple):
+    """A tensor that is read from its file whenever it is turned into an array.
+
+    Attributes:
+      shape, dtype: of the array.
+      read: returns it, as a copy of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None):
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+class WeightFiles(NamedTuple):
+    """An opened checkpoint.
+
+    Attributes:
+      tensors: by the key in the file.
+      files: the files that hold them.
+      config: content of the config.json beside them, or None.
+    """
+
+    tensors: dict[str, LazyTensor]
+    files: tuple[Path, ...]
+    config: dict | None = None
+
+
+def open_weights(path: str | os.PathLike) -> WeightFiles:
+    """Opens weights without reading any tensor.
+
+    Args:
+      path: a .safetensors file; a zip pickle of torch (.bin, .pt, .pth); an index of several such
+        files (*.index.json); or a directory that holds one of them under its usual name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      WeightsError: the file is not what it says, or reading it would need torch and there is none.
+    """
+    path = Path(path)
+    if _kind(path) == "directory":
+        found = [path / name for name in HUB_FILES if _kind(path / name, missing=True)]
+        if not found:
+            raise FileNotFoundError(
+                f"{path}: holds no weights; expected one of {', '.join(HUB_FILES)}, or give the "
+                "file itself."
+            )
+        path = found[0]
+    # Only the names of the hub say that a config.json beside them is theirs.
+    config = path.parent / CONFIG
+    belongs = path.name in HUB_FILES and _kind(config, missing=True)
+    config = read_json(config) if belongs else None
+    if path.name.endswith(".index.json"):
+        return _open_index(path)._replace(config=config)
+    return WeightFiles(_open_file(path), (path,), config)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; WeightsError if it is none, or names something twice."""
+    return _parse_json(path.read_bytes(), path)
+
+
+def _parse_json(text: bytes, where) -> dict:
+    def unique(pairs):
+        # Which of two entries of one name counts depends on the reader, so neither may.
+        twice = [name for name, count in Counter(k for k, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice[:5])} stands there twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where}: is not readable JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{where}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _kind(path: Path, missing: bool = False) -> str | None:
+    """ "file" or "directory"; None where `missing` is allowed and nothing is there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if missing:
+            return None
+        raise FileNotFoundError(f"{path}: no such file or directory.") from None
+    except OSError as error:
+        why = "is a symbolic link in a loop" if error.errno == errno.ELOOP else error.strerror
+        raise WeightsError(f"{path}: {why}.") from None
+    except ValueError as error:  # a null character in the name
+        raise WeightsError(f"{str(path)!r}: {error}.") from None
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if not stat.S_ISREG(mode):
+        raise WeightsError(f"{path}: is neither a file nor a directory.")
+    return "file"
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    if _kind(path) == "directory":
+        raise WeightsError(f"{path}: is a directory, expected a file of weights.")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(ZIP_MAGIC):
+        return _open_torch(path)
+    if start[8:] == b"{":
+        return _open_safetensors(path)
+    raise WeightsError(
+        f"{path}: is neither a safetensors file nor a zip file of torch.save (it starts with "
+        f"{start[:8].hex(' ') or 'nothing'}); a file of an older torch must be saved anew by a "
+        "newer one, and a page saved in its place downloaded again."
+    )
+
+
+def _open_index(path: Path) -> WeightFiles:
+    """Several files and the index that tells which of them holds which key."""
+    index = read_json(path)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{path}: has no weight_map, so it is no index of weights.")
+    names = sorted({str(name) for name in places.values()})
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise WeightsError(f"{path}: names files outside its directory: {', '.join(outside[:5])}.")
+    missing = [name for name in names if not _kind(path.parent / name, missing=True)]
+    if missing:
+        raise FileNotFoundError(
+            f"{path}: {len(missing)} of {len(names)} files are missing: {', '.join(missing[:5])}."
+        )
+    shards = {name: _open_file(path.parent / name) for name in names}
+    tensors, problems = {}, []
+    for name, shard in shards.items():
+        for key, tensor in shard.items():
+            if places.get(key) != name:
+                problems.append(f"{key}: in {name}, expected in {places.get(key, 'no file')}")
+            tensors[key] = tensor
+    problems += [f"{key}: not in {name}" for key, name in places.items() if key not in tensors]
+    if problems:
+        raise WeightsError(
+            f"{path}: does not describe its files ({len(problems)} keys):\n  "
+            + "\n  ".join(problems)
+        )
+    return WeightFiles(tensors, tuple(path.parent / name for name in names))
+
+
+# safetensors
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a safetensors file. The library checks sizes and offsets; names are ours to check.
+
+    A tensor is read through a map of its own, because the pages of a map stay in memory.
+    """
+
+    def refuse(why) -> WeightsError:
+        return WeightsError(
+            f"{path}: is not a whole safetensors file ({why}); download or copy it again."
+        )
+
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
+            raise refuse(f"its header is said to have {length:,} bytes")
+        header = file.read(length)
+    _parse_json(header, f"{path}, header")
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            described = {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise refuse(str(error).splitlines()[0]) from None
+
+    def read(key: str) -> np.ndarray:
+        try:
+            with safe_open(path, "numpy") as file:
+                return np.array(file.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise refuse(str(error).splitlines()[0]) from None
+
+    unknown = [f"{k}: {dtype}" for k, (_, dtype) in described.items() if dtype not in DTYPES]
+    if unknown:
+        raise WeightsError(
+            f"{path}: tensors of types that are no weights: {', '.join(unknown[:5])}; "
+            f"expected {', '.join(DTYPES)}."
+        )
+    return {
+        key: LazyTensor(shape, DTYPES[dtype], lambda key=key: read(key))
+        for key, (shape, dtype) in described.items()
+    }
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file one tensor at a time (the library would want all of them at once).
+
+    Args:
+      path: the file to write; the caller gives it its final name when it is whole.
+      shapes: shape and dtype by key, in the order of `tensors`.
+      tensors: pairs of key and array.
+      metadata: strings for the header.
+    """
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for key, (shape, dtype) in shapes.items():
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        name = DTYPE_NAMES[np.dtype(dtype)]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (key, array), (expected, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
+            if (key, array.shape, array.dtype) != (expected, tuple(shape), dtype):
+                raise ValueError(f"{key}: {array.dtype}{array.shape} is not as announced.")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+# Pickles of torch
+
+
+def import_torch(path: Path, purpose: str):
+    """The torch module; WeightsError that names the extra if it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise WeightsError(
+            f"{path}: {purpose} a pickle of torch needs torch, which is not installed: "
+            "pip install 'aim_jax[torch]'; safetensors files need no torch."
+        ) from None
+    return torch
+
+
+def _open_torch(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a zip file that torch.save wrote."""
+    _check_zip(path)
+    torch = import_torch(path, "reading")
+    numpy_dtypes = {
+        torch.float64: np.dtype(np.float64),
+        torch.float32: np.dtype(np.float32),
+        torch.float16: np.dtype(np.float16),
+        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+        torch.int64: np.dtype(np.int64),
+        torch.int32: np.dtype(np.int32),
+    }
+
+    def load() -> dict:
+        try:
+            # Training programs put their parsed arguments beside the weights; a Namespace is
+            # nothing but names and values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a hostile pickle can make the loader raise anything
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise WeightsError(
+                f"{path}: torch's weights-only loader refuses it ({why[0][:300]}); it is damaged, "
+                "or holds more than tensors and would run code when loaded. Nothing of it was run."
+            ) from None
+        return _state_dict(path, content, torch.Tensor)
+
+    def copy_of(tensor) -> np.ndarray:
+        tensor = tensor.detach().contiguous()
+        dtype = numpy_dtypes[tensor.dtype]
+        raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        return np.array(raw.numpy()).view(dtype)
+
+    state, used = load(), 0
+
+    def read(key: str) -> np.ndarray:
+        # What was read through a memory map stays resident, so the map is made anew now and then.
+        nonlocal state, used
+        if used > REOPEN_AFTER:
+            state, used = None, 0
+            state = load()
+        used += state[key].nbytes
+        return copy_of(state[key])
+
+    strange = [
+        f"{key}: {tensor.dtype}, {tensor.layout}, {tensor.device}"
+        for key, tensor in state.items()
+        if tensor.dtype not in numpy_dtypes
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.is_quantized
+    ]
+    if strange:
+        raise WeightsError(f"{path}: tensors that are no plain weights: {', '.join(strange[:5])}.")
+    # Views may repeat what little is stored; an output matrix tied to the embedding is one.
+    size = path.stat().st_size
+    wide = [key for key, t in state.items() if t.nbytes > t.untyped_storage().nbytes()]
+    if wide or sum(t.nbytes for t in state.values()) > 2 * size:
+        raise WeightsError(
+            f"{path}: declares more numbers than its {size:,} bytes hold: "
+            f"{', '.join(wide[:5]) or 'many views of the same ones'}."
+        )
+    return {
+        key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], lambda key=key: read(key))
+        for key, t in state.items()
+    }
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses zip files that torch.save would not have written: packed, doubled, or cut short."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise WeightsError(
+            f"{path}: is not a whole zip file ({error}); download or copy it again."
+        ) from None
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names):
+        raise WeightsError(f"{path}: holds entries of the same name.")
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise WeightsError(f"{path}: holds packed entries, which torch.save does not write.")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise WeightsError(f"{path}: says that it holds more than its size.")
+
+
+def _state_dict(path: Path, content, tensor_type) -> dict:
+    """The tensors of a checkpoint, which training programs nest under "model" or "state_dict"."""
+    for name in ("state_dict", "model"):
+        inner = content.get(name) if isinstance(content, dict) else None
+        if isinstance(inner, dict):
+            content = inner
+    if not isinstance(content, dict) or not content:
+        raise WeightsError(
+            f"{path}: expected tensors by name, alone or under 'model' or 'state_dict'; found "
+            f"{type(content).__name__}."
+        )
+    wrong = [str(k) for k, v in content.items() if not isinstance(v, tensor_type)]
+    wrong += [repr(k) for k in content if not isinstance(k, str)]
+    tensors = {k: v for k, v in content.items() if isinstance(v, tensor_type)}
+    if wrong or not tensors:
+        what = f"entries that are no tensors: {', '.join(wrong[:5])}" if wrong else "no tensors"
+        raise WeightsError(f"{path}: {what}.")
+    return tensors
+
+
+def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str | None) -> None:
+    """Turns a safetensors file into a zip pickle of torch.
+
+    Args:
+      path: the file to write.
+      source: the safetensors file.
+      aliases: further keys, and the keys whose tensors they share.
+      nest: key of the outer dictionary that holds the tensors, or None for none.
+    """
+    torch = import_torch(path, "writing")
+    from safetensors.torch import load_file
+
+    tensors = load_file(source)
+    tensors |= {alias: tensors[key] for alias, key in aliases.items()}
+    torch.save({nest: tensors} if nest else tensors, path)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""Conversion of checkpoints of the published sizes: time, peak memory, exactness, and a sample.
+
+Example:
+  python benchmarks/conversion.py --sizes B,L,XL --work /tmp/conversion
+
+Writes random weights under the official keys and shapes, with the tokenizer, as one safetensors
+file; converts them with launch/convert.py to a model directory and back; compares every tensor bit
+by bit; samples one guided picture from the model directory. Each step is a process of its own,
+whose peak resident memory is given as a multiple of the file. Ends with status 1 on a difference.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from aim_jax import convert
+from aim_jax.convert.files import SAFETENSORS, write_safetensors
+from aim_jax.models import PRESETS, AiMConfig, VQConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def random_tensor(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Values of the size that trained models have, so that sampling stays finite."""
+    name = key.removesuffix(".weight").rsplit(".", 1)[-1]
+    if name == "A_log":
+        return np.log(rng.uniform(1, 16, shape)).astype(np.float32)
+    if name == "dt_bias":
+        return np.log(np.expm1(np.exp(rng.uniform(np.log(1e-3), np.log(0.1), shape))))
+    noise = rng.standard_normal(shape, np.float32)
+    if len(shape) == 1 and key.endswith(".weight"):  # norms
+        return 1 + 0.1 * noise
+    fan_in = np.prod(shape[1:], dtype=int) if len(shape) > 1 else shape[0]
+    return noise * (0.02 if "embed" in key else fan_in**-0.5)
+
+
+def write_random_official(
+    path: Path, aim: AiMConfig | None, vq: VQConfig | None, dtype=np.float32, seed: int = 0
+) -> None:
+    """Writes random weights under official keys, one tensor at a time."""
+    rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
+    sizes = {}
+    for config in (aim, vq):
+        sizes |= convert.official_shapes(config) if config else {}
+    tensors = ((key, random_tensor(key, shape, rng).astype(dtype)) for key, shape in sizes.items())
+    described = {key: (shape, dtype) for key, shape in sizes.items()}
+    write_safetensors(path, described, tensors, {"format": "pt"})
+
+
+def measure(*command) -> tuple[float, int]:
+    """Runs a program; its seconds, and its peak resident memory in bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command[0]} ended with status {os.waitstatus_to_exitcode(status)}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - start, usage.ru_maxrss * unit
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Keys whose tensors are not equal bit by bit, or in one file only."""
+    a, b = convert.open_weights(one).tensors, convert.open_weights(other).tensors
+    wrong = sorted(a.keys() ^ b.keys())
+    for key in a.keys() & b.keys():
+        x, y = np.asarray(a[key]), np.asarray(b[key])
+        same = x.dtype == y.dtype and x.shape == y.shape
+        if not same or x.tobytes() != y.tobytes():
+            wrong.append(key)
+    return wrong
+
+
+def run(size: str, dtype: str, work: Path, sample: bool) -> list[str]:
+    work.mkdir(parents=True, exist_ok=True)
+    source, model, back = work / SAFETENSORS, work / "model", work / "back.safetensors"
+    write_random_official(source, PRESETS[size], VQConfig(), DTYPES[dtype])
+    total = source.stat().st_size
+    print(f"AiM-{size} + VQ-f16, {dtype}: {total / 1e9:.2f} GB", flush=True)
+    steps = [
+        ("to-jax", ["launch/convert.py", "to-jax", "--weights", source, "--out", model]),
+        ("to-torch", ["launch/convert.py", "to-torch", "--checkpoint", model, "--out", back]),
+    ]
+    if sample:
+        command = ["launch/sample.py", "--checkpoint", model, "--classes", "207", "--per_class", 1]
+        steps.append(("sample", [*command, "--out", work / "samples"]))
+    for name, command in steps:
+        seconds, peak = measure(*command)
+        print(
+            f"  {name:9}{seconds:7.1f} s   peak {peak / 1e9:5.2f} GB = {peak / total:.2f} x the "
+            "file",
+            flush=True,
+        )
+    wrong = [key for key in differences(source, back) if key != convert.USAGE_HISTORY]
+    print(f"  round trip: {len(wrong)} of {len(convert.open_weights(source).tensors)} differ")
+    found = convert.infer_aim_config(
+        {key: t.shape for key, t in convert.open_weights(source).tensors.items()}
+    )
+    if found != dataclasses.replace(PRESETS[size], position_offset=1):
+        wrong.append(f"inferred {found}")
+    return wrong
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", default="B", help="of B, L, XL, 1B, separated by commas")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--work", type=Path, required=True, help="empty directory for the files")
+    parser.add_argument("--nosample", action="store_true", help="leave the picture out")
+    args = parser.parse_args(argv)
+    wrong = []
+    for size in args.sizes.split(","):
+        folder = args.work / f"{size}_{args.dtype}"
+        if folder.exists():
+            parser.error(f"{folder} exists already")
+        wrong += run(size, args.dtype, folder, not args.nosample)
+    for line in wrong:
+        print(line)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Converts official PyTorch weights into a model directory, and back.
+
+Examples:
+  python launch/convert.py to-jax --weights aim-large --out models/aim_l
+  python launch/convert.py to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
+  python launch/convert.py to-torch --checkpoint models/aim_l --out aim_l.safetensors
+
+Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
+directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
+tells more.
+"""
+
+import argparse
+from pathlib import Path
+
+from aim_jax.launching import errors_in_one_line
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    programs = parser.add_subparsers(dest="program", required=True)
+    jax = programs.add_parser("to-jax", help="official weights -> model directory")
+    jax.add_argument("--weights", required=True, help="file or directory of official weights")
+    jax.add_argument("--vq", help="tokenizer to take, if --weights holds none or another one")
+    jax.add_argument("--config", help="config.json of the weights; by default the one beside them")
+    jax.add_argument("--out", required=True, help="model directory to make")
+    jax.add_argument(
+        "--position_offset",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: positions of the official sampler; 0: of the official training",
+    )
+    jax.add_argument("--adaln", choices=("layer", "single", "group"), help="another arrangement")
+    jax.add_argument("--num_groups", type=int, default=4, help="with --adaln group (default 4)")
+    jax.add_argument(
+        "--approximate",
+        action="store_true",
+        help="allow an arrangement that cannot express the model exactly",
+    )
+    jax.add_argument("--class_names", help="text file, one name per line (ImageNet's for 1000)")
+    torch = programs.add_parser("to-torch", help="model directory -> official weights")
+    torch.add_argument("--checkpoint", required=True, help="model directory, workdir, bundled name")
+    torch.add_argument(
+        "--out",
+        required=True,
+        help="*.safetensors, *.bin, *.pt (tokenizer alone), "
+        "or a directory for config.json and model.safetensors",
+    )
+    for program in (jax, torch):
+        program.add_argument("--dtype", choices=DTYPES, help="by default that of the source")
+    return parser.parse_args(argv)  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    from aim_jax import convert
+    from aim_jax.monitor import say
+
+    with errors_in_one_line():
+        if args.program == "to-torch":
+            out = convert.to_torch(args.checkpoint, args.out, args.dtype)
+        else:
+            names = args.class_names and tuple(Path(args.class_names).read_text().splitlines())
+            adaln = "group" if args.adaln == "single" else args.adaln
+            out = convert.to_jax(
+                args.weights, args.out, vq=args.vq, config=args.config, dtype=args.dtype,
+                position_offset=args.position_offset, adaln=adaln,
+                num_groups=1 if args.adaln == "single" else args.num_groups,
+                approximate=args.approximate, class_names=names,
+            )  # fmt: skip
+        say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
