@@ -5,12 +5,14 @@ holds `model.json` (configurations, class names, sampling defaults, provenance) 
 of one or both parts as `aim/` and `vq/`.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from aim_jax.models import aim, vq
@@ -329,5 +332,30 @@ def _load_params(path: Path, init_params, config, as_stored: bool) -> dict:
             if as_stored
             else ocp.ArrayRestoreArgs(dtype=jnp.float32, sharding=sharding)
         )
-        args = ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(lambda _: how, abstract))
-        return checkpointer.restore(path.absolute(), args=args)
+        restored = {}
+        for group in _large_alone(flatten_dict(abstract)):
+            args = ocp.args.PyTreeRestore(
+                unflatten_dict(group),
+                restore_args=unflatten_dict(dict.fromkeys(group, how)),
+                partial_restore=True,
+            )
+            restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
+            _give_back_freed_memory()
+    return unflatten_dict(restored)
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps what threads freed, here as much again as a third of a large model."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _large_alone(leaves: dict) -> Iterator[dict]:
+    """Groups of arrays to restore together: every large one alone, largest first, then the rest.
+
+    While it is unpacked an array needs its size again, so not all of them may be at once.
+    """
+    large = {k: x for k, x in leaves.items() if x.size * x.dtype.itemsize > 2 * CHUNK_BYTES}
+    for key in sorted(large, key=lambda key: -large[key].size):
+        yield {key: large[key]}
+    yield {k: x for k, x in leaves.items() if k not in large}

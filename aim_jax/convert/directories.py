@@ -106,7 +106,9 @@ def _config(tensors, config, read, infer, **overrides):
     # Before anything is built from a size that no file could fill.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
         if isinstance(value, int) and value > size:
             raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all weights.")
     return config
@@ -150,6 +152,8 @@ def to_jax(
     opened = files.open_weights(weights)
     official = opened.config if config is None else files.read_json(Path(config))
     aim_tensors, vq_tensors = official_keys(opened.tensors, weights)
+    if not aim_tensors and not vq_tensors:
+        raise WeightsError(f"{weights}: holds neither an AiM nor a tokenizer.")
     sources, vq_official = list(opened.files), None if aim_tensors else official
     if vq is not None:
         vq_opened = files.open_weights(vq)

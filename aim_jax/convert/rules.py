@@ -234,7 +234,8 @@ def _export(params, rules) -> tuple[dict, Iterator]:
             _to_official(flat[path][layer], slot.axes, shape)
             for (path, layer, _), shape in zip(slot.parts, slot.part_shapes, strict=True)
         ]
-        return np.concatenate(pieces)
+        # In row-major order, which is all that the safetensors library writes correctly.
+        return np.ascontiguousarray(np.concatenate(pieces))
 
     shapes = {key: (slot.shape, flat[slot.parts[0][0]].dtype) for key, slot in slots.items()}
     return shapes, ((key, tensor(slot)) for key, slot in slots.items())
