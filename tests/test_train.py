@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,11 +12,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from aim_jax import loop, train, train_vq
-from aim_jax.checkpoint import load_pretrained
+from aim_jax import convert, loop, train, train_vq
+from aim_jax.checkpoint import Pretrained, load_pretrained, save_model
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
 from aim_jax.data import extract_codes, fingerprint, open_images, write_token_cache
 from aim_jax.models import VQModel
+from aim_jax.models.layers import group_to_layer
 from aim_jax.monitor import NonFiniteLossError
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, make_optimizer, update_ema
 from tests.conftest import TINY_AIM, TINY_VQ
@@ -281,3 +283,38 @@ def test_accumulated_gradients_and_ema():
     assert update_ema(None, params, 0.9, 0) is None
     np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 100)["w"], 1.25)
     np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 0)["w"], 1.9)
+
+
+def test_training_starts_from_converted_weights(
+    aim_config, vq_config, tiny_model, tmp_path, monkeypatch
+):
+    """Official weights, converted, as the start: another adaLN arrangement, the same tokenizer."""
+    monkeypatch.setattr(loop, "run", lambda config, workdir, mesh, state, stage: state)
+    ours = save_model(tmp_path / "ours", tiny_model)
+    official = convert.to_torch(ours, tmp_path / "w.safetensors")
+    start = convert.to_jax(official, tmp_path / "start")
+    aim_config.init = vq_config.init = str(start)
+    aim_config.model.update(adaln="layer")
+    state = train.train(aim_config, tmp_path / "aim")
+    expected = tiny_model.aim_params | {"adaln": group_to_layer(tiny_model.aim_params["adaln"])}
+    for params in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    state = train_vq.train(vq_config, tmp_path / "vq")
+    for params in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, params, tiny_model.vq_params)
+
+    # Going on from a checkpoint needs the start no more; a new run does.
+    shutil.rmtree(start)
+    (tmp_path / "aim" / "checkpoints" / "3").mkdir(parents=True)
+    train.train(aim_config, tmp_path / "aim")
+    with pytest.raises(FileNotFoundError, match="no model"):
+        train.train(aim_config, tmp_path / "new")
+
+    vq_config.model.n_embed, vq_config.init = 8, str(ours)
+    with pytest.raises(ValueError, match="n_embed: 16 in the weights, 8 in the model"):
+        train_vq.train(vq_config, tmp_path / "new")
+    alone = Pretrained("t", vq_config=TINY_VQ, vq_params=state.params)
+    aim_config.init = str(save_model(tmp_path / "alone", alone))
+    with pytest.raises(ValueError, match="holds no AiM"):
+        train.train(aim_config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
