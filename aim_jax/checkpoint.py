@@ -33,7 +33,8 @@ from aim_jax.models.vq import VQConfig
 MODEL_FILE = "model.json"
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 8 * 2**20  # written at once
+LARGE_BYTES = 64 * 2**20  # read alone
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
 RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "codes")
@@ -355,7 +356,7 @@ def _large_alone(leaves: dict) -> Iterator[dict]:
 
     While it is unpacked an array needs its size again, so not all of them may be at once.
     """
-    large = {k: x for k, x in leaves.items() if x.size * x.dtype.itemsize > 2 * CHUNK_BYTES}
+    large = {k: x for k, x in leaves.items() if x.size * x.dtype.itemsize > LARGE_BYTES}
     for key in sorted(large, key=lambda key: -large[key].size):
         yield {key: large[key]}
     yield {k: x for k, x in leaves.items() if k not in large}

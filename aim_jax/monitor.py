@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricsWriter:
@@ -28,6 +27,8 @@ class MetricsWriter:
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
             os.replace(partial, self._path)
+        from tensorboardX import SummaryWriter  # brings torch in where it is installed: seconds
+
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
