@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_jax.models.aim import AiM, AiMConfig, init_cache
+from aim_jax.decode import decode_step, init_caches, split_layers
+from aim_jax.models.aim import AiM, AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
 
 
@@ -127,18 +128,18 @@ def generate_tokens(
     start, modulation = apply("condition", jnp.concatenate([labels, null]) if guided else labels)
 
     def step(carry, position):
-        x, cache = carry
-        logits, cache = apply("forward", x, modulation, cache)
-        logits = logits[:, 0]
+        x, caches = carry
+        logits, caches = decode_step(params, layers, x, modulation, caches, config)
         if guided:
             logits = apply_cfg(logits[:b], logits[b:], cfg_scale)
         logits = filter_logits(logits / jnp.reshape(temperature, (-1, 1)), top_k, top_p)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(image_keys)
         token = draw(logits, keys)
         x = rows(apply("embed_codes", token[:, None], position[None]))
-        return (x, cache), token
+        return (x, caches), token
 
-    carry = (start, init_cache(config, start.shape[0]))
+    layers = split_layers(params, config)
+    carry = (start, init_caches(config, start.shape[0]))
     _, tokens = jax.lax.scan(step, carry, jnp.arange(config.num_tokens))
     return tokens.T
 

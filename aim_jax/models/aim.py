@@ -263,17 +263,17 @@ class AiM(nn.Module):
             None starts from zero and returns none.
         """
         carry, cache = self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)
-        hidden, residual = carry
+        return self.logits(*carry, modulation.final), cache
+
+    def logits(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
+        """What the last block leaves, (b, l, d) twice, and its modulation -> (b, l, v)."""
         x = self.norm_f(hidden + residual)
         self.sow("intermediates", "norm_f_out", x)
-        x = self.final_layer(x, modulation.final[0, :, 0], modulation.final[0, :, 1])
+        x = self.final_layer(x, final[0, :, 0], final[0, :, 1])
         self.sow("intermediates", "final_out", x)
         dtype = self.config.compute_dtype
         table = self.token_embedding.embedding.astype(dtype)
-        logits = jnp.einsum(
-            "bld,vd->blv", x.astype(dtype), table, preferred_element_type=jnp.float32
-        )
-        return logits, cache
+        return jnp.einsum("bld,vd->blv", x.astype(dtype), table, preferred_element_type=jnp.float32)
 
 
 def init_cache(config: AiMConfig, batch: int) -> Cache:
