@@ -8,6 +8,7 @@ import pytest
 from aim_jax import generate
 from aim_jax.models import AiM
 from aim_jax.sampling import (
+    _invert,
     apply_cfg,
     draw,
     filter_logits,
@@ -69,6 +70,50 @@ def test_drawn_tokens_follow_the_filtered_softmax():
     chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
     # 99.9 % quantile of chi-square with 7 degrees of freedom; fewer survive the filters.
     assert 2 <= support.sum() <= 8 and chi_square < 24.3
+
+
+def sorted_filter(logits, ks, ps):
+    """Both filters as their definition says, with a sort, in float64."""
+    kept = np.zeros(logits.shape, bool)
+    for row, (x, k, p) in enumerate(zip(logits.astype(np.float64), ks, ps, strict=True)):
+        kth = np.sort(x)[::-1][k - 1] if 0 < k < x.size else -np.inf
+        probs = np.where(x >= kth, np.exp(x - x.max()), 0)
+        probs /= probs.sum()
+        at_most = np.array([probs[x <= value].sum() for value in x])  # ties go together
+        kept[row] = (x >= kth) & ((at_most > 1 - p) | (x == x.max()) | (p == 1))
+    return kept
+
+
+def test_filters_are_those_of_the_definition():
+    """Random rows with ties, infinities, negative zeros and extreme magnitudes."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((60, 97)).astype(np.float32) * 4
+    logits[:20] = np.round(logits[:20])  # many ties
+    logits[5, ::2] = -np.inf
+    logits[6] = np.where(rng.random(97) < 0.5, 0.0, -0.0)
+    logits[7] *= 1e30
+    logits[8] = logits[8] * 1e-40
+    k, p = rng.integers(0, 100, 60), rng.choice([0.05, 0.3, 0.77, 0.95, 1.0], 60)
+    found = filter_logits(jnp.asarray(logits), jnp.asarray(k), jnp.asarray(p, jnp.float32))
+    expected = sorted_filter(logits, k, p) & (logits > -np.inf)
+    # A negative zero counts as smaller than a zero, so a tie between the two may be cut.
+    rows = np.arange(60) != 6
+    np.testing.assert_array_equal(kept(found)[rows], expected[rows])
+    np.testing.assert_array_equal(np.asarray(found)[kept(found)], logits[kept(found)])
+
+
+def test_the_draw_never_leaves_the_filter():
+    """Also where all but a few of many tokens are gone, and at the ends of the random range."""
+    rng = np.random.default_rng(1)
+    logits = np.full((4000, 1000), -np.inf, np.float32)
+    for row, count in enumerate(rng.integers(1, 5, 4000)):
+        logits[row, rng.choice(1000, count, replace=False)] = rng.standard_normal(count) * 9
+    keys = jax.random.split(jax.random.key(0), 4000)
+    tokens = np.asarray(jax.jit(draw)(jnp.asarray(logits), keys))
+    assert np.isfinite(logits[np.arange(4000), tokens]).all()
+    weights = jnp.array([[0.0, 2.0, 0.0, 1.0, 0.0]])
+    for target, index in ((0.0, 1), (1.999, 1), (2.0, 3), (2.999, 3), (3.0, 3), (99.0, 3)):
+        assert int(_invert(weights, jnp.array([target]))[0][0]) == index, target
 
 
 def tokens_of(model, labels, first=0, cfg_scale=2.0, k=0, guided=True, seed=3):
