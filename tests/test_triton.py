@@ -1,0 +1,567 @@
+"""The Triton kernels: interpreted against the library's own operations and golden vectors."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
+pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
+
+from aim_jax import ops, sampling
+from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
+from aim_jax.ops import triton as kernels
+from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
+from tests.test_ops import assert_close
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def normal(rng, *shape, dtype=np.float32):
+    return rng.normal(size=shape).astype(dtype)
+
+
+def golden_arrays(name):
+    return {key: array.astype(np.float32) for key, array in np.load(GOLDEN / name).items()}
+
+
+# Mamba-2, both forms of the decode step
+
+
+def mamba2_layer(b, h, p, n, g, w=4, layers=3, tokens=5, dtype="float32", seed=0):
+    """Random parameters of a stack of layers, and what in_proj gives each of them per token."""
+    rng = np.random.default_rng(seed)
+    c = h * p + 2 * g * n
+    parameters = {
+        "conv_weight": normal(rng, layers, w, c),
+        "conv_bias": normal(rng, layers, c),
+        "dt_bias": normal(rng, layers, h) - 2,
+        "A": -np.exp(normal(rng, layers, h)),
+        "D": normal(rng, layers, h),
+        "norm_scale": normal(rng, layers, h * p),
+    }
+    projected = normal(rng, tokens, layers, b, h * p + c + h)
+    return parameters, jnp.asarray(projected, dtype)
+
+
+def mamba2_expected(parameters, projected, h, p, n, g, initial=None):
+    """Gated norm and final state of one layer over (tokens, b, columns), by the library's ops."""
+    x = jnp.swapaxes(projected, 0, 1).astype(jnp.float32)
+    b, l, _ = x.shape
+    e = h * p
+    z, xBC, dt = jnp.split(x, [e, x.shape[-1] - h], axis=-1)
+    xBC, _ = ops.causal_conv1d(xBC, parameters["conv_weight"], parameters["conv_bias"])
+    xs, B, C = jnp.split(xBC, [e, e + g * n], axis=-1)
+    y, state = ops.ssd_scan(
+        xs.reshape(b, l, h, p), dt, parameters["A"], B.reshape(b, l, g, n), C.reshape(b, l, g, n),
+        D=parameters["D"], dt_bias=parameters["dt_bias"], initial_state=initial,
+    )  # fmt: skip
+    y = gated_rms_norm(y.reshape(b, l, e), z, parameters["norm_scale"], group_size=e // g)
+    return jnp.swapaxes(y, 0, 1), state
+
+
+def gated_norm(y, sum_squares, g):
+    """Finishes the gated norm that a step kernel has begun."""
+    b, e = y.shape
+    mean_square = sum_squares.reshape(b, g, -1).sum(axis=-1, keepdims=True) / (e // g)
+    y = y.astype(jnp.float32).reshape(b, g, -1) * jax.lax.rsqrt(mean_square + 1e-5)
+    return y.reshape(b, e)
+
+
+@functools.partial(jax.jit, static_argnames=("step", "g"))
+def decode(step, parameters, projected, caches, g):
+    """Runs `step` as a model does: a scan over layers inside a scan over tokens."""
+    tokens, layers = projected.shape[:2]
+
+    def layer_step(position, caches, inputs):
+        layer, projected = inputs
+        y, sum_squares, *caches = step(projected, *caches, layer, position, **parameters)
+        return tuple(caches), gated_norm(y, sum_squares, g)
+
+    def token_step(caches, inputs):
+        position, projected = inputs
+        xs = (jnp.arange(layers), projected)
+        return jax.lax.scan(functools.partial(layer_step, position), caches, xs)
+
+    return jax.lax.scan(token_step, caches, (jnp.arange(tokens), projected))
+
+
+def conv_cache(parameters, b, dtype="float32"):
+    layers, w, c = parameters["conv_weight"].shape
+    return jnp.zeros((layers, b, w, c), dtype)
+
+
+# (rows, heads, headdim, state, groups, width)
+SIZES = {
+    "odd": (2, 4, 3, 5, 2, 4),
+    "one row": (1, 3, 8, 16, 1, 4),
+    "powers of two": (2, 2, 16, 8, 1, 2),
+    "many heads": (1, 8, 2, 3, 2, 3),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mamba2_step_walks_along_the_scan(size):
+    b, h, p, n, g, w = SIZES[size]
+    parameters, projected = mamba2_layer(b, h, p, n, g, w)
+    initial = normal(np.random.default_rng(1), 3, b, h, p, n)
+    caches = (conv_cache(parameters, b), jnp.asarray(initial))
+    (conv, state), y = decode(kernels.mamba2_step, parameters, projected, caches, g)
+    for layer in range(3):
+        own = {name: array[layer] for name, array in parameters.items()}
+        expected = mamba2_expected(own, projected[:, layer], h, p, n, g, initial[layer])
+        assert_close(y[:, layer], expected[0], 1e-5, "y")
+        assert_close(state[layer], expected[1], 1e-5, "state")
+    # The rings hold the last w inputs, that of position t in slot t mod w.
+    for t in range(5 - w, 5):
+        now = projected[t, :, :, h * p : projected.shape[-1] - h] if t >= 0 else jnp.zeros(())
+        np.testing.assert_array_equal(conv[:, :, t % w], jnp.broadcast_to(now, conv[:, :, 0].shape))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mamba2_step_with_a_bfloat16_state(dtype):
+    b, h, p, n, g, w = SIZES["odd"]
+    parameters, projected = mamba2_layer(b, h, p, n, g, w, dtype=dtype)
+    caches = (conv_cache(parameters, b, dtype), jnp.zeros((3, b, h, p, n), jnp.bfloat16))
+    (conv, state), y = decode(kernels.mamba2_step, parameters, projected, caches, g)
+    assert (conv.dtype, state.dtype) == (dtype, jnp.bfloat16)
+    caches = (conv_cache(parameters, b), jnp.zeros((3, b, h, p, n), jnp.float32))
+    (_, exact), y_exact = decode(
+        kernels.mamba2_step, parameters, projected.astype(jnp.float32), caches, g
+    )
+    # Five steps, each rounding the state to 8 bits.
+    assert_close(state, exact, 5 * 2**-8)
+    assert_close(y, y_exact, 5 * 2**-7)
+    assert np.any(state.astype(jnp.float32) != exact)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dual_step_walks_along_the_scan(size):
+    """Two tiles of 32 tokens; the caches start as NaN, so no row is read before it is written."""
+    b, h, p, n, g, w = SIZES[size]
+    tokens = 35 if size == "odd" else 3
+    parameters, projected = mamba2_layer(b, h, p, n, g, w, layers=2, tokens=tokens)
+    caches = (
+        conv_cache(parameters, b),
+        jnp.full((2, b, tokens, h, p), jnp.nan),
+        jnp.full((2, b, tokens, g, n), jnp.nan),
+        jnp.full((2, b, tokens, h), jnp.nan),
+    )
+    _, y = decode(kernels.dual_step, parameters, projected, caches, g)
+    for layer in range(2):
+        own = {name: array[layer] for name, array in parameters.items()}
+        expected, _ = mamba2_expected(own, projected[:, layer], h, p, n, g)
+        assert_close(y[:, layer], expected, 1e-5)
+
+
+def test_dual_step_with_bfloat16_caches():
+    b, h, p, n, g, w = SIZES["odd"]
+    parameters, projected = mamba2_layer(b, h, p, n, g, w, layers=1, dtype="bfloat16")
+    caches = (
+        conv_cache(parameters, b, "bfloat16"),
+        jnp.full((1, b, 5, h, p), jnp.nan, jnp.bfloat16),
+        jnp.full((1, b, 5, g, n), jnp.nan, jnp.bfloat16),
+        jnp.full((1, b, 5, h), jnp.nan),
+    )
+    _, y = decode(kernels.dual_step, parameters, projected, caches, g)
+    own = {name: array[0] for name, array in parameters.items()}
+    expected, _ = mamba2_expected(own, projected[:, 0], h, p, n, g)
+    assert_close(y, expected[:, None], 2**-6)
+
+
+def one_step(step, layer=1, **changed):
+    """One call on caches whose other layers are NaN; `changed` replaces arguments by name."""
+    b, h, p, n, g, w = SIZES["odd"]
+    parameters, projected = mamba2_layer(b, h, p, n, g, w)
+    rng = np.random.default_rng(2)
+    caches = {"conv_cache": normal(rng, 3, b, w, h * p + 2 * g * n)}
+    if step is kernels.mamba2_step:
+        caches["state"] = normal(rng, 3, b, h, p, n)
+    else:
+        caches |= {"inputs": normal(rng, 3, b, 8, h, p), "B_cache": normal(rng, 3, b, 8, g, n)}
+        caches["log_decay"] = -np.exp(normal(rng, 3, b, 8, h)).cumsum(axis=2)
+    for cache in caches.values():
+        cache[np.arange(3) != layer] = np.nan
+    arguments = caches | {"layer": 1, "position": 3, "projected": projected[0, 0], **parameters}
+    return caches, jax.jit(step)(**arguments | changed)
+
+
+STEPS = (kernels.mamba2_step, kernels.dual_step)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_touches_its_own_layer_only(step):
+    caches, (y, sum_squares, *updated) = one_step(step)
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(sum_squares))
+    for before, after in zip(caches.values(), updated, strict=True):
+        assert np.all(np.isnan(after[0])) and np.all(np.isnan(after[2]))
+        assert np.all(np.isfinite(after[1])) and np.any(after[1] != before[1])
+        # Of rings and token caches it writes one slot or row and leaves the rest.
+        if before.ndim > 3 and before is not caches.get("state"):
+            assert np.sum(np.any(after[1] != before[1], axis=(0, *range(2, before.ndim - 1)))) == 1
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_argument_of_a_step_matters(step):
+    """A test of the tests: a kernel that ignored one of its arguments would be seen."""
+    caches, outputs = one_step(step)
+    parameters, projected = mamba2_layer(*SIZES["odd"])
+    arguments = caches | parameters | {"projected": projected[0, 0]}
+    for name, array in arguments.items():
+        _, changed = one_step(step, **{name: array * 1.01})
+        assert np.any(changed[0] != outputs[0]), name
+    for name, value in (("position", 2), ("layer", 0)):
+        assert not np.array_equal(one_step(step, **{name: value})[1][0], outputs[0]), name
+
+
+def inverse_silu(y):
+    """The x > -1.27 with silu(x) = y, for y above silu's minimum; by bisection."""
+    low, high = np.full_like(y, -1.27), np.abs(y) + 5
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = middle / (1 + np.exp(-middle)) < y
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return low
+
+
+def test_mamba2_step_matches_golden():
+    """The golden x, B, C come after a convolution. They are scaled into the range of silu, and the
+    result, which is linear in each of them, is scaled back.
+    """
+    golden = dict(np.load(GOLDEN / "ops" / "mamba2_state_update.npz"))
+    b, h, p, n = golden["state"].shape
+    flat = {name: golden[name].reshape(b, -1) for name in ("z", "x", "B", "C", "dt")}
+    s = {name: 0.2 / np.abs(flat[name]).max() for name in "xBC"}
+    xBC = [inverse_silu(flat[name] * s[name]) for name in "xBC"]
+    c = h * p + 2 * n
+    y, _, _, state = kernels.mamba2_step(
+        np.concatenate([flat["z"], *xBC, flat["dt"]], axis=1).astype(np.float32),
+        np.zeros((1, b, 1, c), np.float32),
+        (golden["state"][None] * s["x"] * s["B"]).astype(np.float32),
+        0,
+        0,
+        conv_weight=np.ones((1, 1, c), np.float32),
+        conv_bias=np.zeros((1, c), np.float32),
+        dt_bias=golden["dt_bias"][None].astype(np.float32),
+        A=golden["A"][None].astype(np.float32),
+        D=(golden["D"][None] * s["B"] * s["C"]).astype(np.float32),
+        norm_scale=np.ones((1, h * p), np.float32),
+    )
+    assert_close(y / (s["x"] * s["B"] * s["C"]), golden["out"].reshape(b, -1), 1e-5)
+    assert_close(state[0] / (s["x"] * s["B"]), golden["new_state"], 1e-5)
+
+
+def test_a_prefix_becomes_a_ring():
+    rng = np.random.default_rng(0)
+    x, weight, bias = normal(rng, 2, 7, 5), normal(rng, 1, 4, 5), normal(rng, 1, 5)
+    whole, _ = ops.causal_conv1d(x, weight[0], bias[0])
+    for prefix in (1, 4, 6):
+        _, window = ops.causal_conv1d(x[:, :prefix], weight[0], bias[0])
+        ring = kernels.conv_ring(window, prefix)[None]
+        for t in range(prefix, 7):
+            y, ring = kernels.conv_step(x[:, t], ring, 0, t, conv_weight=weight, conv_bias=bias)
+            assert_close(y, whole[:, t], 1e-6)
+
+
+# Mamba-1
+
+
+def test_conv_step_matches_golden():
+    golden = golden_arrays("ops/causal_conv1d.npz")
+    window = golden["update_state"].swapaxes(1, 2)[:, 1:]
+    extra = np.full((2, 3), np.nan, np.float32)  # columns of no concern to the convolution
+    y, ring = kernels.conv_step(
+        np.concatenate([golden["update_x"], extra], axis=1),
+        kernels.conv_ring(window, 6)[None],
+        0,
+        6,
+        conv_weight=golden["weight"].T[None],
+        conv_bias=golden["bias"][None],
+    )
+    assert_close(y, golden["update_out_silu"], 1e-6)
+    order = [(7 + k) % 4 for k in range(4)]
+    assert_close(ring[0][:, order], golden["update_new_state"].swapaxes(1, 2), 0)
+
+
+def mamba1_arguments(b=3, e=5, n=3, layers=2, state_dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "x": normal(rng, b, e),
+        "dt": normal(rng, b, e),
+        "BC": normal(rng, b, 4 + 2 * n),
+        "projected": normal(rng, b, 2 * e),
+        "state": jnp.asarray(normal(rng, layers, b, e, n), state_dtype),
+        "layer": 1,
+        "dt_bias": normal(rng, layers, e) - 2,
+        "A": -np.exp(normal(rng, layers, e, n)),
+        "D": normal(rng, layers, e),
+    }
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(3, 5, 3), (1, 70, 16)])
+def test_mamba1_step_walks_along_the_steps(size, state_dtype):
+    b, e, n = size
+    arguments = mamba1_arguments(b, e, n, state_dtype=state_dtype)
+    state = arguments.pop("state")
+    expected = state[1].astype(jnp.float32)
+    own = {name: arguments[name][1] for name in ("A", "D", "dt_bias")}
+    B, C, z = arguments["BC"][:, 4 : 4 + n], arguments["BC"][:, 4 + n :], arguments["projected"]
+    untouched = np.asarray(state[0])
+    for _ in range(3):
+        y, state = kernels.mamba1_step(state=state, **arguments)
+        y_expected, expected = ops.selective_scan_step(
+            expected, arguments["x"], arguments["dt"], own["A"], B, C,
+            D=own["D"], z=z[:, e:], dt_bias=own["dt_bias"],
+        )  # fmt: skip
+        tolerance = 1e-5 if state_dtype == "float32" else 2**-6
+        assert_close(y, y_expected, tolerance)
+        assert_close(state[1], expected, tolerance)
+        arguments["x"] = arguments["x"] * 0.5
+    np.testing.assert_array_equal(state[0], untouched)
+    assert state.dtype == state_dtype
+
+
+def test_every_argument_of_mamba1_step_matters():
+    arguments = mamba1_arguments()
+    y, _ = kernels.mamba1_step(**arguments)
+    for name in arguments:
+        changed = 0 if name == "layer" else arguments[name] * 1.01
+        assert np.any(kernels.mamba1_step(**arguments | {name: changed})[0] != y), name
+
+
+def test_mamba1_step_matches_golden():
+    golden = golden_arrays("ops/mamba1_state_update.npz")
+    stacked = {name: golden[name][None] for name in ("state", "dt_bias", "A", "D")}
+    BC = np.concatenate([golden["B"], golden["C"]], axis=1)
+    y, state = kernels.mamba1_step(golden["x"], golden["dt"], BC, golden["z"], layer=0, **stacked)
+    assert_close(y, golden["out"], 1e-5)
+    assert_close(state[0], golden["new_state"], 1e-5)
+
+
+# Prefixes
+
+
+@pytest.mark.parametrize("case", ["mamba2_ssd_plain", "mamba2_ssd_z_init", "mamba2_ssd_ngroups"])
+def test_ssd_prefill_matches_golden(case):
+    golden = golden_arrays(f"ops/{case}.npz")
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    inputs = {name: golden[name] for name in names if name in golden}
+    y, state = kernels.ssd_prefill(**inputs, initial_state=golden.get("initial_states"))
+    assert_close(y, golden["out"], 1e-5)
+    assert_close(state, golden["final_state"], 1e-5)
+
+
+def test_selective_scan_prefill_matches_golden():
+    golden = golden_arrays("ops/mamba1_selective_scan.npz")
+    x, dt, B, C, z = (golden[name].swapaxes(1, 2) for name in ("u", "delta", "B", "C", "z"))
+    A, D, bias = golden["A"], golden["D"], golden["delta_bias"]
+    y, state = kernels.selective_scan_prefill(x, dt, A, B, C, D=D, z=z, dt_bias=bias)
+    assert_close(y, golden["out"].swapaxes(1, 2), 1e-5)
+    assert_close(state, golden["last_state"], 1e-5)
+
+
+def scan_inputs(op, dtype=np.float32):
+    """Odd sizes, two groups, and a length that leaves the last of four chunks of 16 incomplete."""
+    rng = np.random.default_rng(0)
+    b, l, h, p, n, g = 2, 53, 4, 3, 5, 2
+    channels, groups = ((h, p), (g,)) if op is ops.ssd_scan else ((h,), ())
+    inputs = {
+        "x": normal(rng, b, l, *channels),
+        "dt": normal(rng, b, l, h) - 1,
+        "B": normal(rng, b, l, *groups, n),
+        "C": normal(rng, b, l, *groups, n),
+        "z": normal(rng, b, l, *channels),
+    }
+    inputs = {name: jnp.asarray(array, dtype) for name, array in inputs.items()}
+    return inputs | {
+        "A": -np.exp(normal(rng, *((h,) if op is ops.ssd_scan else (h, n)))),
+        "D": normal(rng, h),
+        "dt_bias": normal(rng, h),
+        "initial_state": normal(rng, b, *channels, n),
+    }
+
+
+SCANS = {
+    ops.ssd_scan: functools.partial(kernels.ssd_prefill, chunk_size=16),
+    ops.selective_scan: kernels.selective_scan_prefill,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", SCANS)
+def test_prefill_is_the_scan(op, dtype):
+    inputs = scan_inputs(op, dtype)
+    y, state = SCANS[op](**inputs)
+    expected = op(**inputs)
+    assert (y.dtype, state.dtype) == (dtype, jnp.float32)
+    assert_close(y, expected[0], 1e-5 if dtype == "float32" else 2**-8)
+    assert_close(state, expected[1], 1e-5)
+    for name in inputs:
+        changed = SCANS[op](**inputs | {name: inputs[name] * 1.1})
+        assert np.any(changed[0] != y), name
+
+
+@pytest.mark.parametrize("op", SCANS)
+def test_options_of_prefill_are_optional(op):
+    inputs = {name: t for name, t in scan_inputs(op).items() if name in ("x", "dt", "A", "B", "C")}
+    inputs["dt"] = np.abs(inputs["dt"])
+    actual = SCANS[op](**inputs, dt_softplus=False)
+    expected = op(**inputs, dt_softplus=False)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, 1e-5)
+
+
+# Between the mixers
+
+
+def seam(d=5, b=3, layers=2, parts=3):
+    rng = np.random.default_rng(0)
+    return {
+        "hidden": normal(rng, b, d),
+        "residual": normal(rng, b, d),
+        "norm_scale": normal(rng, layers, d),
+        "modulation": normal(rng, layers, b, parts, d),
+        "sum_squares": np.exp(normal(rng, b, 6)),
+    }
+
+
+def test_add_norm_modulate_between_layers():
+    a = seam()
+    inputs = dict(layer=1, inner=7, eps=1e-3, mixer_eps=0.1)
+    x, residual = kernels.add_norm_modulate(**a, **inputs)
+    rstd = 1 / np.sqrt(a["sum_squares"].sum(axis=1, keepdims=True) / 7 + 0.1)
+    expected = a["residual"] + a["modulation"][0, :, 2] * rstd * a["hidden"]
+    assert_close(residual, expected, 1e-6)
+    normed = rms_norm(expected, a["norm_scale"][1], 1e-3)[:, None]
+    shift, scale = a["modulation"][1, :, 0], a["modulation"][1, :, 1]
+    assert_close(x, modulate(normed, shift, scale)[:, 0], 1e-6)
+    for name in a:
+        changed = kernels.add_norm_modulate(**a | {name: a[name] * 1.01}, **inputs)
+        assert np.any(changed[0] != x), name
+
+
+def test_add_norm_modulate_starts_the_stream_and_serves_an_mlp():
+    a = seam(parts=6) | {"residual": np.full((3, 5), np.nan, np.float32)}
+    x, residual = kernels.add_norm_modulate(**a, layer=0, inner=7, gate=4, scale=2, dtype="bfloat16")
+    np.testing.assert_array_equal(residual, a["hidden"])
+    normed = rms_norm(a["hidden"], a["norm_scale"][0])[:, None]
+    expected = modulate(normed, a["modulation"][0, :, 0], a["modulation"][0, :, 2])[:, 0]
+    assert x.dtype == jnp.bfloat16
+    assert_close(x, expected, 2**-8)
+
+    a = seam(parts=6) | {"sum_squares": None}
+    _, residual = kernels.add_norm_modulate(**a, layer=0, gate=4, gate_offset=0)
+    assert_close(residual, a["residual"] + a["modulation"][0, :, 4] * a["hidden"], 1e-6)
+
+
+def test_add_norm_matches_golden():
+    golden = golden_arrays("ops/norms.npz")
+    rows = {name: golden[name].reshape(-1, 24) for name in golden if golden[name].ndim == 3}
+    x, residual = kernels.add_norm_modulate(
+        rows["x"], rows["residual"], golden["weight"][None],
+        np.zeros((1, len(rows["x"]), 2, 24), np.float32), 0, gate=None,
+    )  # fmt: skip
+    assert_close(residual, rows["add_rmsnorm_residual"], 1e-6)
+    assert_close(x, rows["add_rmsnorm_out"], 1e-6)
+
+
+# The sampler
+
+
+def kept(logits, temperature, top_k, top_p):
+    """The filter's mask. With noise -2 x, x + noise = -x is largest at the smallest x that stays."""
+    x = logits / np.reshape(temperature, (-1, 1))
+    token = kernels.sample(logits, -2 * x, 1.0, temperature, top_k, top_p)
+    return logits >= np.take_along_axis(logits, np.asarray(token)[:, None], axis=1)
+
+
+def test_sample_keeps_the_golden_tokens():
+    golden = dict(np.load(GOLDEN / "sampling_filter.npz"))
+    settings, rows, v = golden["keep_temperature_first"].shape
+    k, p, temperature = (np.repeat(golden[s], rows) for s in ("top_k", "top_p", "temperature"))
+    mask = kept(np.tile(golden["logits"], (settings, 1)), temperature.astype(np.float32), k, p)
+    np.testing.assert_array_equal(mask, golden["keep_temperature_first"].reshape(-1, v))
+
+    settings, rows, v = golden["ties_keep"].shape
+    k = np.repeat(golden["ties_top_k"], rows)
+    mask = kept(np.tile(golden["ties_logits"], (settings, 1)), 1.0, k, 1.0)
+    np.testing.assert_array_equal(mask, golden["ties_keep"].reshape(-1, v))
+
+
+def sampler_inputs(b=12, v=37):
+    rng = np.random.default_rng(0)
+    return {
+        "logits": np.round(normal(rng, 2 * b, v) * 4) / 2,  # ties are frequent
+        "noise": rng.gumbel(size=(b, v)).astype(np.float32),
+        "cfg_scale": rng.uniform(0, 3, b).astype(np.float32),
+        "temperature": rng.uniform(0.5, 2, b).astype(np.float32),
+        "top_k": np.resize([0, 1, 5, 37, 99], b).astype(np.int32),
+        "top_p": np.resize([1.0, 0.3, 0.9, 1e-9], b).astype(np.float32),
+    }
+
+
+def test_sample_draws_what_the_jax_sampler_draws():
+    a = sampler_inputs()
+    b = len(a["noise"])
+    x = sampling.apply_cfg(a["logits"][:b], a["logits"][b:], a["cfg_scale"])
+    x = sampling.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"])
+    tokens = kernels.sample(**a)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, jnp.argmax(x + a["noise"], axis=-1))
+
+    for row in (0, 7):  # alone, and with one setting for all
+        rows = {name: array[row : row + 1] for name, array in a.items() if array.ndim == 1}
+        rows |= {"logits": a["logits"][[row, b + row]], "noise": a["noise"][row : row + 1]}
+        assert kernels.sample(**rows)[0] == tokens[row]
+        rows |= {name: rows[name][0] for name in rows if rows[name].ndim == 1}
+        assert kernels.sample(**rows)[0] == tokens[row]
+
+
+def test_sample_without_guidance_and_with_the_noise_of_the_jax_sampler():
+    logits = normal(np.random.default_rng(0), 6, 50)
+    keys = jax.random.split(jax.random.key(0), 6)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (50,)))(keys)
+    tokens = kernels.sample(logits, noise, 7.0, 1.0, 20, 0.9)
+    np.testing.assert_array_equal(
+        tokens, sampling.draw(sampling.filter_logits(logits, 20, 0.9), keys)
+    )
+    assert np.any(tokens != kernels.sample(logits, noise, 7.0, 1.0, 1, 1.0))
+
+
+# Wrong arguments
+
+
+def test_wrong_arguments_are_named():
+    for step in STEPS:
+        for name in ("conv_weight", "dt_bias", "norm_scale", "projected", "conv_cache"):
+            array = mamba2_layer(*SIZES["odd"])[0].get(name, np.zeros((2, 7), np.float32))
+            with pytest.raises(ValueError, match=f"{step.__name__}: .* has .* expected"):
+                one_step(step, **{name: np.concatenate([array, array], axis=-1)})
+    with pytest.raises(ValueError, match="mamba2_step: state has shape"):
+        one_step(kernels.mamba2_step, state=np.zeros((3, 2, 4, 3), np.float32))
+    with pytest.raises(ValueError, match="mamba1_step: BC has 5 columns"):
+        kernels.mamba1_step(**mamba1_arguments() | {"BC": np.zeros((3, 5), np.float32)})
+    with pytest.raises(ValueError, match="conv_bias has shape"):
+        kernels.conv_step(
+            np.zeros((1, 3)), np.zeros((1, 1, 4, 3)), 0, 0,
+            conv_weight=np.zeros((1, 4, 3)), conv_bias=np.zeros((1, 4)),
+        )  # fmt: skip
+    for op, prefill in SCANS.items():
+        with pytest.raises(ValueError, match="prefill: initial_state has shape"):
+            prefill(**scan_inputs(op) | {"initial_state": np.zeros((2, 4, 7), np.float32)})
+    with pytest.raises(ValueError, match="`inner`, the number of channels"):
+        kernels.add_norm_modulate(**seam(), layer=0)
+    with pytest.raises(ValueError, match="modulation has 3 parts"):
+        kernels.add_norm_modulate(**seam(), layer=0, inner=7, gate=3)
+    with pytest.raises(ValueError, match="expected float32"):
+        residual = np.zeros((3, 5), jnp.bfloat16)
+        kernels.add_norm_modulate(**seam() | {"residual": residual}, layer=0, inner=7)
+    with pytest.raises(ValueError, match="23 rows of logits for 12 images"):
+        a = sampler_inputs()
+        kernels.sample(**a | {"logits": a["logits"][:-1]})
+    with pytest.raises(ValueError, match="top_k has shape"):
+        kernels.sample(**sampler_inputs() | {"top_k": np.zeros(3, np.int32)})
