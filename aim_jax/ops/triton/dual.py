@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch
+from aim_jax.ops.triton.launch import launch, require
 from aim_jax.ops.triton.mamba2 import mamba2_sizes
 
 
@@ -105,6 +105,7 @@ def dual_step(
     A,
     D,
     norm_scale,
+    heads_per_program=None,
     compute_capability=None,
 ):
     """Advances one Mamba-2 layer by one token without a state, from what its tokens left behind.
@@ -128,6 +129,8 @@ def dual_step(
       position: int32 (), which token this is, below T; the same in every row. The caches need no
         initial values: rows from `position` on are not read.
       conv_weight, conv_bias, dt_bias, A, D, norm_scale: as in `mamba2_step`.
+      heads_per_program: a power of two that divides h / g. Heads in one program share the products
+        C . B, fewer of them make more programs. None chooses by the number of rows.
       compute_capability: see the package.
 
     Returns:
@@ -149,10 +152,13 @@ def dual_step(
         norm_scale=(norm_scale, "Le"),
     )
     b, h, p, n, g, e, w, T = (sizes[axis] for axis in "bhpngewT")
-    # Heads in one program share the products C . B; few rows need the programs more.
-    heads = 4
-    while (h // g) % heads or (heads > 1 and b * h // heads < 512):
-        heads //= 2
+    heads = heads_per_program or next(
+        k for k in (4, 2, 1) if (h // g) % k == 0 and (k == 1 or b * h >= 512 * k)
+    )
+    require(
+        (h // g) % heads == 0 and heads == triton.next_power_of_2(heads),
+        f"dual_step: heads_per_program = {heads}, expected a power of two that divides {h // g}",
+    )
     return launch(
         dual_step_kernel,
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
