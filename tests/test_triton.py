@@ -1,7 +1,10 @@
-"""The Triton kernels: interpreted against the library's own operations and golden vectors."""
+"""The Triton kernels, without a GPU: interpreted against the library's own operations and golden
+vectors, lowered for CUDA inside the loops of a decoder, compiled ahead of time for two architectures.
+"""
 
 import functools
 import pathlib
+import re
 from typing import NamedTuple
 
 import jax
@@ -15,6 +18,7 @@ pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 from aim_jax import ops, sampling
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
+from benchmarks import kernels as kernel_benchmark
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
 from tests.test_ops import assert_close
 
@@ -49,69 +53,72 @@ def mamba2_layers(b, h, p, n, g, w, layers=2, tokens=1, dtype="float32"):
 
 
 class Expected(NamedTuple):
-    """Of one layer over its tokens: the gated norm, and what every cache holds after them."""
+    """Of every layer and token (L, b, tokens, ...): the gated norm, and what the caches hold."""
 
-    y: jax.Array
-    window: jax.Array
-    state: jax.Array
-    inputs: jax.Array
-    B: jax.Array
-    log_decay: jax.Array
+    y: np.ndarray
+    xBC: np.ndarray
+    state: np.ndarray
+    inputs: np.ndarray
+    B: np.ndarray
+    log_decay: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("h", "p", "n", "g"))
+@functools.partial(jax.vmap, in_axes=(0, 1, None, None, None, None))
 def mamba2_expected(parameters, projected, h, p, n, g):
-    """Runs one layer over projected (tokens, b, columns) by the library's operations."""
+    """Runs a layer over projected (tokens, b, columns) by the library's operations."""
     x = jnp.swapaxes(projected, 0, 1).astype(jnp.float32)
     b, l, _ = x.shape
     e = h * p
-    z, xBC, dt = jnp.split(x, [e, x.shape[-1] - h], axis=-1)
-    xBC, window = ops.causal_conv1d(xBC, parameters["conv_weight"], parameters["conv_bias"])
+    z, now, dt = jnp.split(x, [e, x.shape[-1] - h], axis=-1)
+    xBC, _ = ops.causal_conv1d(now, parameters["conv_weight"], parameters["conv_bias"])
     xs, B, C = jnp.split(xBC, [e, e + g * n], axis=-1)
     xs, B, C = xs.reshape(b, l, h, p), B.reshape(b, l, g, n), C.reshape(b, l, g, n)
     A, D, dt_bias = (parameters[name] for name in ("A", "D", "dt_bias"))
-    y, state = ops.ssd_scan(xs, dt, A, B, C, D=D, dt_bias=dt_bias)
+
+    def step(state, inputs):
+        y, state = ops.ssd_step(state, *inputs[:2], A, *inputs[2:], D=D, dt_bias=dt_bias)
+        return state, (y, state)
+
+    inputs = [jnp.swapaxes(t, 0, 1) for t in (xs, dt, B, C)]
+    _, outputs = jax.lax.scan(step, jnp.zeros((b, h, p, n)), inputs)
+    y, state = (jnp.swapaxes(t, 0, 1) for t in outputs)
     y = gated_rms_norm(y.reshape(b, l, e), z, parameters["norm_scale"], group_size=e // g)
     dt = jax.nn.softplus(dt + dt_bias)
-    inputs, log_decay = dt[..., None] * xs, jnp.cumsum(dt * A, axis=1)
-    return Expected(jnp.swapaxes(y, 0, 1), window, state, inputs, B, log_decay)
+    return Expected(y, now, state, dt[..., None] * xs, B, jnp.cumsum(dt * A, axis=1))
 
 
-def expected_layers(parameters, projected, size):
-    """`mamba2_expected` of every layer, stacked."""
-    _, h, p, n, g, _ = size
-    layers = [
-        mamba2_expected({k: a[i] for k, a in parameters.items()}, projected[:, i], h, p, n, g)
-        for i in range(projected.shape[1])
-    ]
-    return Expected(*(jnp.stack(arrays) for arrays in zip(*layers, strict=True)))
+def expected_of(parameters, projected, size):
+    arrays = mamba2_expected(parameters, projected, *size[1:5])
+    return Expected(*map(np.asarray, arrays))
 
 
-def caches_after(prefix, parameters, projected, size, capacity=None):
+ring_of, conv_step, mamba1_step, sample = map(
+    jax.jit, (kernels.conv_ring, kernels.conv_step, kernels.mamba1_step, kernels.sample)
+)
+
+
+def tokens_first(y):
+    """(L, b, tokens, e) -> (tokens, L, b, e), as the scan over tokens stacks it."""
+    return np.moveaxis(y, 2, 0)
+
+
+def caches_after(prefix, expected, width, capacity=None):
     """Conv ring and state after `prefix` tokens; with a capacity, ring and token caches.
 
     Rows that no token has written yet are NaN, so that reading one shows.
     """
-    b, h, p, n, g, w = size
-    layers = projected.shape[1]
-    if prefix:
-        past = expected_layers(parameters, projected[:prefix], size)
-    else:
-        past = Expected(
-            None,
-            jnp.zeros((layers, b, w - 1, h * p + 2 * g * n)),
-            jnp.zeros((layers, b, h, p, n)),
-            *(jnp.zeros((layers, b, 0, *shape)) for shape in ((h, p), (g, n), (h,))),
-        )
-    ring = kernels.conv_ring(past.window, prefix)
+    padded = np.pad(expected.xBC, [(0, 0), (0, 0), (width - 1, 0), (0, 0)])
+    ring = ring_of(padded[:, :, prefix : prefix + width - 1], prefix)
     if capacity is None:
-        return ring, past.state
+        state = expected.state[:, :, prefix - 1]
+        return ring, jnp.asarray(state if prefix else np.zeros_like(state))
 
     def widen(rows):
-        rest = ((0, 0), (0, 0), (0, capacity - prefix)) + ((0, 0),) * (rows.ndim - 3)
-        return jnp.pad(rows, rest, constant_values=jnp.nan)
+        rest = [(0, capacity - prefix if axis == 2 else 0) for axis in range(rows.ndim)]
+        return jnp.asarray(np.pad(rows[:, :, :prefix], rest, constant_values=np.nan))
 
-    return ring, widen(past.inputs), widen(past.B), widen(past.log_decay)
+    return ring, widen(expected.inputs), widen(expected.B), widen(expected.log_decay)
 
 
 def gated_norm(y, sum_squares, g):
@@ -161,31 +168,28 @@ def test_mamba2_step_walks_along_the_scan(case):
     size, prefix, tokens = CASES[case]
     b, h, p, _, g, w = size
     parameters, projected = mamba2_layers(*size, tokens=prefix + tokens)
-    caches = caches_after(prefix, parameters, projected, size)
+    expected = expected_of(parameters, projected, size)
+    caches = caches_after(prefix, expected, w)
     (conv, state), y = decode(
         kernels.mamba2_step, parameters, projected[prefix:], caches, prefix, g
     )
-    expected = expected_layers(parameters, projected, size)
-    assert_close(y, jnp.swapaxes(expected.y, 0, 1)[prefix:], 1e-5, "y")
-    assert_close(state, expected.state, 1e-5, "state")
+    assert_close(y, tokens_first(expected.y)[prefix:], 1e-5, "y")
+    assert_close(state, expected.state[:, :, -1], 1e-5, "state")
     # The rings hold the last w inputs, that of position t in slot t mod w.
     for t in range(max(prefix + tokens - w, 0), prefix + tokens):
-        now = projected[t, :, :, h * p : -h]
-        np.testing.assert_array_equal(conv[:, :, t % w], now)
+        np.testing.assert_array_equal(conv[:, :, t % w], expected.xBC[:, :, t])
 
 
 def test_mamba2_step_in_bfloat16():
-    b, h, p, n, g, w = ODD
-    parameters, projected = mamba2_layers(*ODD, tokens=3, dtype="bfloat16")
-    caches = caches_after(0, parameters, projected, ODD)
-    caches = tuple(cache.astype(jnp.bfloat16) for cache in caches)
-    (conv, state), y = decode(kernels.mamba2_step, parameters, projected, caches, 0, g)
+    parameters, projected = mamba2_layers(*ODD, layers=1, tokens=3, dtype="bfloat16")
+    expected = expected_of(parameters, projected, ODD)
+    caches = tuple(cache.astype(jnp.bfloat16) for cache in caches_after(0, expected, ODD[-1]))
+    (conv, state), y = decode(kernels.mamba2_step, parameters, projected, caches, 0, ODD[4])
     assert (conv.dtype, state.dtype) == (jnp.bfloat16, jnp.bfloat16)
-    expected = expected_layers(parameters, projected, ODD)
     # Three steps, each rounding the state to 8 bits, and the rounding of y.
-    assert_close(state, expected.state, 3 * 2**-8)
-    assert_close(y, jnp.swapaxes(expected.y, 0, 1), 4 * 2**-8)
-    assert np.any(state.astype(jnp.float32) != expected.state)
+    assert_close(state, expected.state[:, :, -1], 3 * 2**-8)
+    assert_close(y, tokens_first(expected.y), 4 * 2**-8)
+    assert np.any(np.asarray(state, np.float32) != expected.state[:, :, -1])
 
 
 # The kernel reads the past in tiles of 32 tokens: nothing, one tile, one tile and its neighbour.
@@ -201,11 +205,11 @@ DUAL_CASES = {
 def test_dual_step_walks_along_the_scan(case):
     (size, prefix, tokens), heads = DUAL_CASES[case]
     parameters, projected = mamba2_layers(*size, tokens=prefix + tokens)
-    caches = caches_after(prefix, parameters, projected, size, capacity=prefix + tokens + 1)
+    expected = expected_of(parameters, projected, size)
+    caches = caches_after(prefix, expected, size[-1], capacity=prefix + tokens + 1)
     step = functools.partial(kernels.dual_step, heads_per_program=heads)
     (_, *caches), y = decode(step, parameters, projected[prefix:], caches, prefix, size[4])
-    expected = expected_layers(parameters, projected, size)
-    assert_close(y, jnp.swapaxes(expected.y, 0, 1)[prefix:], 1e-5, "y")
+    assert_close(y, tokens_first(expected.y)[prefix:], 1e-5, "y")
     for cache, rows in zip(caches, expected[3:], strict=True):
         assert_close(cache[:, :, :-1], rows, 1e-5)
         assert np.all(np.isnan(cache[:, :, -1]))
@@ -213,14 +217,14 @@ def test_dual_step_walks_along_the_scan(case):
 
 def test_dual_step_in_bfloat16():
     parameters, projected = mamba2_layers(*ODD, layers=1, tokens=4, dtype="bfloat16")
-    ring, inputs, B, log_decay = caches_after(0, parameters, projected, ODD, capacity=4)
+    expected = expected_of(parameters, projected, ODD)
+    ring, inputs, B, log_decay = caches_after(0, expected, ODD[-1], capacity=4)
     caches = (*(cache.astype(jnp.bfloat16) for cache in (ring, inputs, B)), log_decay)
     (*narrow, log_decay), y = decode(kernels.dual_step, parameters, projected, caches, 0, ODD[4])
     assert [cache.dtype for cache in narrow] == [jnp.bfloat16] * 3
     assert log_decay.dtype == jnp.float32
-    expected = expected_layers(parameters, projected, ODD)
     # Two factors of every product and y are rounded to 8 bits.
-    assert_close(y, jnp.swapaxes(expected.y, 0, 1), 3 * 2**-8)
+    assert_close(y, tokens_first(expected.y), 3 * 2**-8)
 
 
 def one_step(step, **changed):
@@ -237,7 +241,7 @@ def one_step(step, **changed):
     for cache in caches.values():
         cache[[0, 2]] = np.nan
     arguments = caches | {"layer": 1, "position": 3, "projected": projected[0, 0]} | parameters
-    return arguments, step(**arguments | changed)
+    return arguments, jax.jit(step)(**arguments | changed)
 
 
 STEPS = (kernels.mamba2_step, kernels.dual_step)
@@ -311,7 +315,7 @@ def test_a_prefix_becomes_a_ring():
         _, window = ops.causal_conv1d(x[:, :prefix], weight[0], bias[0])
         ring = kernels.conv_ring(window, prefix)[None]
         for t in range(prefix, 7):
-            y, ring = kernels.conv_step(x[:, t], ring, 0, t, conv_weight=weight, conv_bias=bias)
+            y, ring = conv_step(x[:, t], ring, 0, t, conv_weight=weight, conv_bias=bias)
             assert_close(y, whole[:, t], 1e-6)
 
 
@@ -322,7 +326,7 @@ def test_conv_step_matches_golden():
     golden = golden_arrays("ops/causal_conv1d.npz")
     window = golden["update_state"].swapaxes(1, 2)[:, 1:]
     extra = np.full((2, 3), np.nan, np.float32)  # columns of no concern to the convolution
-    y, ring = kernels.conv_step(
+    y, ring = conv_step(
         np.concatenate([golden["update_x"], extra], axis=1),
         kernels.conv_ring(window, 6)[None],
         0,
@@ -361,7 +365,7 @@ def test_mamba1_step_walks_along_the_steps(size, state_dtype):
     B, C, z = arguments["BC"][:, 4 : 4 + n], arguments["BC"][:, 4 + n :], arguments["projected"]
     untouched = np.asarray(state[0])
     for _ in range(3):
-        y, state = kernels.mamba1_step(state=state, **arguments)
+        y, state = mamba1_step(state=state, **arguments)
         y_expected, expected = ops.selective_scan_step(
             expected, arguments["x"], arguments["dt"], own["A"], B, C,
             D=own["D"], z=z[:, e:], dt_bias=own["dt_bias"],
@@ -376,10 +380,10 @@ def test_mamba1_step_walks_along_the_steps(size, state_dtype):
 
 def test_every_argument_of_mamba1_step_matters():
     arguments = mamba1_arguments()
-    y, _ = kernels.mamba1_step(**arguments)
+    y, _ = mamba1_step(**arguments)
     for name in arguments:
         changed = 0 if name == "layer" else arguments[name] * 1.01
-        assert np.any(kernels.mamba1_step(**arguments | {name: changed})[0] != y), name
+        assert np.any(mamba1_step(**arguments | {name: changed})[0] != y), name
 
 
 def test_mamba1_step_matches_golden():
@@ -413,10 +417,10 @@ def test_selective_scan_prefill_matches_golden():
     assert_close(state, golden["last_state"], 1e-5)
 
 
-def scan_inputs(op, dtype=np.float32):
-    """Odd sizes, two groups, and for the chunked scan a third chunk of 16 that is not full."""
+def scan_inputs(op, dtype=np.float32, h=4):
+    """Odd sizes, two groups, and for the chunked scan a second chunk of 16 that is not full."""
     rng = np.random.default_rng(0)
-    b, l, h, p, n, g = 1, 37 if op is ops.ssd_scan else 9, 4, 3, 5, 2
+    b, l, p, n, g = 1, 21 if op is ops.ssd_scan else 9, 3, 5, 2
     channels, groups = ((h, p), (g,)) if op is ops.ssd_scan else ((h,), ())
     inputs = {
         "x": normal(rng, b, l, *channels),
@@ -425,7 +429,7 @@ def scan_inputs(op, dtype=np.float32):
         "C": normal(rng, b, l, *groups, n),
         "z": normal(rng, b, l, *channels),
     }
-    inputs = {name: jnp.asarray(array, dtype) for name, array in inputs.items()}
+    inputs = {name: array.astype(dtype) for name, array in inputs.items()}
     return inputs | {
         "A": -np.exp(normal(rng, *((h,) if op is ops.ssd_scan else (h, n)))),
         "D": normal(rng, h),
@@ -434,9 +438,10 @@ def scan_inputs(op, dtype=np.float32):
     }
 
 
+jit = functools.partial(jax.jit, static_argnames="dt_softplus")
 SCANS = {
-    ops.ssd_scan: functools.partial(kernels.ssd_prefill, chunk_size=16),
-    ops.selective_scan: kernels.selective_scan_prefill,
+    ops.ssd_scan: jit(functools.partial(kernels.ssd_prefill, chunk_size=16)),
+    ops.selective_scan: jit(kernels.selective_scan_prefill),
 }
 
 
@@ -445,7 +450,7 @@ SCANS = {
 def test_prefill_is_the_scan(op, dtype):
     inputs = scan_inputs(op, dtype)
     y, state = SCANS[op](**inputs)
-    expected = op(**inputs)
+    expected = jit(op)(**inputs)
     assert (y.dtype, state.dtype) == (dtype, jnp.float32)
     assert_close(y, expected[0], 1e-5 if dtype == "float32" else 2**-8)
     assert_close(state, expected[1], 1e-5)
@@ -453,7 +458,7 @@ def test_prefill_is_the_scan(op, dtype):
 
 @pytest.mark.parametrize("op", SCANS)
 def test_every_argument_of_prefill_matters(op):
-    inputs = scan_inputs(op)
+    inputs = scan_inputs(op, h=2)
     y, _ = SCANS[op](**inputs)
     for name in inputs:
         changed, _ = SCANS[op](**inputs | {name: inputs[name] * 1.1})
@@ -465,7 +470,7 @@ def test_options_of_prefill_are_optional(op):
     inputs = {name: t for name, t in scan_inputs(op).items() if name in ("x", "dt", "A", "B", "C")}
     inputs["dt"] = np.abs(inputs["dt"])
     actual = SCANS[op](**inputs, dt_softplus=False)
-    expected = op(**inputs, dt_softplus=False)
+    expected = jit(op)(**inputs, dt_softplus=False)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, 1e-5)
 
@@ -530,7 +535,7 @@ def test_add_norm_matches_golden():
 def kept(logits, temperature, top_k, top_p):
     """The filter's mask. With noise -2 x, x + noise = -x is largest at the smallest x that stays."""
     x = logits / np.reshape(temperature, (-1, 1))
-    token = kernels.sample(logits, -2 * x, 1.0, temperature, top_k, top_p)
+    token = sample(logits, -2 * x, 1.0, temperature, top_k, top_p)
     return logits >= np.take_along_axis(logits, np.asarray(token)[:, None], axis=1)
 
 
@@ -566,27 +571,27 @@ def test_sample_draws_what_the_jax_sampler_draws():
     b = len(a["noise"])
     x = sampling.apply_cfg(a["logits"][:b], a["logits"][b:], a["cfg_scale"])
     x = sampling.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"])
-    tokens = kernels.sample(**a)
+    tokens = sample(**a)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, jnp.argmax(x + a["noise"], axis=-1))
 
     for row in (0, 7):  # alone, and with one setting for all
         rows = {name: array[row : row + 1] for name, array in a.items() if array.ndim == 1}
         rows |= {"logits": a["logits"][[row, b + row]], "noise": a["noise"][row : row + 1]}
-        assert kernels.sample(**rows)[0] == tokens[row]
+        assert sample(**rows)[0] == tokens[row]
         rows |= {name: rows[name][0] for name in rows if rows[name].ndim == 1}
-        assert kernels.sample(**rows)[0] == tokens[row]
+        assert sample(**rows)[0] == tokens[row]
 
 
 def test_sample_without_guidance_and_with_the_noise_of_the_jax_sampler():
     logits = normal(np.random.default_rng(0), 6, 50)
     keys = jax.random.split(jax.random.key(0), 6)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (50,)))(keys)
-    tokens = kernels.sample(logits, noise, 7.0, 1.0, 20, 0.9)
+    tokens = sample(logits, noise, 7.0, 1.0, 20, 0.9)
     np.testing.assert_array_equal(
         tokens, sampling.draw(sampling.filter_logits(logits, 20, 0.9), keys)
     )
-    assert np.any(tokens != kernels.sample(logits, noise, 7.0, 1.0, 1, 1.0))
+    assert np.any(tokens != sample(logits, noise, 7.0, 1.0, 1, 1.0))
 
 
 # Wrong arguments
@@ -602,7 +607,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="mamba2_step: state has shape"):
         one_step(kernels.mamba2_step, state=np.zeros((3, 2, 4, 3), np.float32))
     with pytest.raises(ValueError, match="heads_per_program = 4, expected a power of two"):
-        one_step(kernels.dual_step, heads_per_program=4)
+        kernels.dual_step(**arguments, heads_per_program=4)
     with pytest.raises(ValueError, match="mamba1_step: BC has 5 columns"):
         kernels.mamba1_step(**mamba1_arguments() | {"BC": np.zeros((3, 5), np.float32)})
     with pytest.raises(ValueError, match="conv_bias has shape"):
@@ -625,3 +630,72 @@ def test_wrong_arguments_are_named():
         kernels.sample(**a | {"logits": a["logits"][:-1]})
     with pytest.raises(ValueError, match="top_k has shape"):
         kernels.sample(**sampler_inputs() | {"top_k": np.zeros(3, np.int32)})
+
+
+# Lowering and compiling for CUDA
+
+
+def lowering_cases():
+    """Every operation: its arguments, and the names of those that it updates in place."""
+    parameters, projected = mamba2_layers(*ODD)
+    step = parameters | {"projected": projected[0, 0], "layer": 0, "position": 0}
+    ring, state = caches_after(0, expected_of(parameters, projected, ODD), ODD[-1])
+    b, h, p, n, g, _ = ODD
+    tokens = {
+        "inputs": np.zeros((2, b, 8, h, p), np.float32),
+        "B_cache": np.zeros((2, b, 8, g, n), np.float32),
+        "log_decay": np.zeros((2, b, 8, h), np.float32),
+    }
+    conv = {name: step[name] for name in ("projected", "layer", "position")}
+    conv |= {"conv_weight": step["conv_weight"], "conv_bias": step["conv_bias"]}
+    seam_arguments = seam() | {"layer": 0}
+    return {
+        "mamba2_step": (step | {"conv_cache": ring, "state": state}, ("conv_cache", "state")),
+        "dual_step": (step | {"conv_cache": ring} | tokens, ("conv_cache", *tokens)),
+        "conv_step": (conv | {"conv_cache": ring}, ("conv_cache",)),
+        "mamba1_step": (mamba1_arguments(), ("state",)),
+        "add_norm_modulate": (seam_arguments, ("residual",)),
+        "sample": (sampler_inputs(), ()),
+        "ssd_prefill": (scan_inputs(ops.ssd_scan), ("initial_state",)),
+        "selective_scan_prefill": (scan_inputs(ops.selective_scan), ()),
+    }
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
+    if name == "conv_ring":
+        return  # no kernel
+    arguments, carried = lowering_cases()[name]
+    static = {"inner": 7} if name == "add_norm_modulate" else {}
+    op = functools.partial(getattr(kernels, name), **static, compute_capability=capability)
+
+    def loop(arguments):
+        def body(caches, _):
+            outputs = op(**arguments | caches)
+            if name == "sample":
+                return caches, outputs
+            split = len(outputs) - len(carried)
+            return dict(zip(carried, outputs[split:], strict=True)), outputs[:split]
+
+        return jax.lax.scan(body, {k: arguments[k] for k in carried}, length=3)
+
+    text = jax.jit(loop).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = re.findall(r"custom_call @triton_kernel_call\(.*", text)
+    aliases = re.findall(r"output_tuple_indices = \[(\d*)\],\s*operand_index = (\d+)", call)
+    assert len(aliases) == len(carried) == len({operand for _, operand in aliases})
+    assert "stablehlo.while" in text
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_benchmark.knobs.cache, "dir", str(tmp_path))
+    found = {
+        case.name: kernel_benchmark.compile_case(case, arch)
+        for case in kernel_benchmark.cases("XL", images=64)
+    }
+    assert {name.split()[0] for name in found} == set(kernels.__all__) - {"conv_ring"}
+    assert {name: kernel.spill for name, kernel in found.items()} == dict.fromkeys(found, 0)
+    # The steps live on bandwidth: several programs must share an SM to keep it busy.
+    for name in ("mamba2_step float32", "mamba2_step bfloat16", "dual_step bfloat16"):
+        assert found[name].registers <= 104, name

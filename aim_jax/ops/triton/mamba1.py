@@ -82,6 +82,8 @@ def mamba1_step_kernel(
     here, there = i < e, j < n
     inside = here[:, None] & there[None, :]
     within = i[:, None] * n + j[None, :]
+    tile = state + (layer * tl.num_programs(1) + row) * e * n + within
+    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
 
     C_row = BC + row * k + (k - n)
     B = tl.load(C_row - n + j, mask=there, other=0).to(tl.float32)
@@ -92,8 +94,6 @@ def mamba1_step_kernel(
     dt = softplus(dt + tl.load(dt_bias + layer * e + i, mask=here, other=0))
     A = tl.load(A + layer * e * n + within, mask=inside, other=0)
 
-    tile = state + (layer * tl.num_programs(1) + row) * e * n + within
-    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
     S = tl.exp(dt[:, None] * A) * S + (dt * x)[:, None] * B[None, :]
     tl.store(tile, S, mask=inside)
     out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * e + i, mask=here, other=0) * x
@@ -139,14 +139,14 @@ def mamba1_step(x, dt, BC, projected, state, layer, *, dt_bias, A, D, compute_ca
     b, e, n, k, q = (sizes[axis] for axis in "benkq")
     require(k >= 2 * n, f"mamba1_step: BC has {k} columns, expected at least 2 n = {2 * n}")
     require(q >= e, f"mamba1_step: projected has {q} columns, expected at least e = {e}")
-    block, block_n = split_channels(e, b, smallest=32), triton.next_power_of_2(n)
+    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
     return launch(
         mamba1_step_kernel,
         x, dt, BC, projected, dt_bias, A, D, layer, state,
         outputs=[x, state],
         aliases=((8, 1),),
         grid=(triton.cdiv(e, block), b),
-        num_warps=warps_for(block * block_n),
+        num_warps=warps_for(block * block_n, per_warp=512),
         compute_capability=compute_capability,
         q=q, k=k, e=e, n=n, BLOCK_E=block, BLOCK_N=block_n,
     )  # fmt: skip

@@ -34,6 +34,11 @@ def mamba2_step_kernel(
     i = block * BLOCK_P + tl.arange(0, BLOCK_P)
     j = tl.arange(0, BLOCK_N)
     here, there = i < p, j < n
+    tile = state + (cell * h + head) * p * n + (i[:, None] * n + j[None, :])
+    inside = here[:, None] & there[None, :]
+    # Most of the traffic, so it is asked for first.
+    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
+
     group = head // (h // g)
     x_channel = head * p + i
     B_channel = e + group * n + j
@@ -41,7 +46,19 @@ def mamba2_step_kernel(
     x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
     B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, there, c, w)
     C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, there, c, w)
+    dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
+    dt = softplus(dt)
+    decay = tl.exp(dt * tl.load(A + layer * h + head))
 
+    S = decay * S + (dt * x)[:, None] * B[None, :]
+    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * h + head) * x
+    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
+    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
+
+    tl.store(tile, S, mask=inside)
+    tl.store(y + row * e + x_channel, out * scale, mask=here)
+    parts = tl.num_programs(0)
+    tl.store(sum_squares + (row * h + head) * parts + block, tl.sum(out * out, axis=0))
     # All heads of a group read the same windows of B and C while one of them stores the new input.
     # That is no race: the store goes to slot t mod w, and the reads, of positions t - 1 to t -
     # (w - 1), go to the other w - 1 slots.
@@ -50,22 +67,6 @@ def mamba2_step_kernel(
     tl.store(slot + x_channel, x_now, mask=here)
     tl.store(slot + B_channel, B_now, mask=writer)
     tl.store(slot + C_channel, C_now, mask=writer)
-
-    dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
-    dt = softplus(dt)
-    decay = tl.exp(dt * tl.load(A + layer * h + head))
-    tile = state + (cell * h + head) * p * n + i[:, None] * n + j[None, :]
-    inside = here[:, None] & there[None, :]
-    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
-    S = decay * S + (dt * x)[:, None] * B[None, :]
-    tl.store(tile, S, mask=inside)
-
-    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * h + head) * x
-    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
-    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
-    tl.store(y + row * e + x_channel, out * scale, mask=here)
-    parts = tl.num_programs(0)
-    tl.store(sum_squares + (row * h + head) * parts + block, tl.sum(out * out, axis=0))
 
 
 def mamba2_sizes(op, projected, conv_cache, heads, conv_weight, **arrays):
@@ -162,7 +163,7 @@ def mamba2_step(
         norm_scale=(norm_scale, "Le"),
     )
     b, h, p, n, e = (sizes[axis] for axis in "bhpne")
-    block = split_channels(p, b * h)
+    block = min(split_channels(p, b * h), 32)
     block_n = triton.next_power_of_2(n)
     parts = triton.cdiv(p, block)
     return launch(
@@ -177,7 +178,7 @@ def mamba2_step(
         ],
         aliases=((9, 2), (10, 3)),
         grid=(parts, h, b),
-        num_warps=warps_for(block * block_n),
+        num_warps=warps_for(block * block_n, per_warp=512),
         compute_capability=compute_capability,
         h=h, p=p, n=n, g=sizes["g"], w=sizes["w"], BLOCK_P=block, BLOCK_N=block_n,
     )  # fmt: skip

@@ -12,57 +12,74 @@ from aim_jax.ops.triton.launch import launch, split_channels, warps_for
 
 @triton.jit
 def ssd_prefill_kernel(
-    x, dt, A, B, C, D, z, dt_bias, initial_state, y, state,
+    x, dt, A, B, C, D, z, dt_bias, state_in, y, state,
     l: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr,
-    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, START: tl.constexpr,
+    GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a head, a row); its state stays in registers."""
+    """A program is (a block of channels, a head, a row). `state_in` is `state`.
+
+    The state is updated where it lies, a block of n at a time: it stays in the cache, and registers
+    suffice for any n.
+    """
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (h // g)
     q = tl.arange(0, BLOCK_L)
     i = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    j = tl.arange(0, BLOCK_N)
-    here, there = i < p, j < n
+    here = i < p
+    causal = q[:, None] >= q[None, :]
     A = tl.load(A + head)
     D = tl.load(D + head)
     dt_bias = tl.load(dt_bias + head)
-
-    # The state is kept as (n, p): then no operand of a product but B has to be transposed.
-    tile = (row * h + head) * p * n + i[None, :] * n + j[:, None]
-    inside = there[:, None] & here[None, :]
-    S = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    if START:
-        S = tl.load(initial_state + tile, mask=inside, other=0).to(tl.float32)
+    # From here on 32-bit offsets within a row suffice; they take half the registers.
+    x += (row * l * h + head) * p
+    y += (row * l * h + head) * p
+    z += (row * l * h + head) * p
+    dt += row * l * h + head
+    B += (row * l * g + group) * n
+    C += (row * l * g + group) * n
+    state += (row * h + head) * p * n
 
     for start in range(0, l, BLOCK_L):
         t = start + q
         real = t < l
-        channel = ((row * l + t) * h + head)[:, None] * p + i[None, :]
-        vector = ((row * l + t) * g + group)[:, None] * n + j[None, :]
-        in_x, in_B = real[:, None] & here[None, :], real[:, None] & there[None, :]
-        x_t = tl.load(x + channel, mask=in_x, other=0).to(tl.float32)
-        B_t = tl.load(B + vector, mask=in_B, other=0).to(tl.float32)
-        C_t = tl.load(C + vector, mask=in_B, other=0).to(tl.float32)
-        dt_t = tl.load(dt + (row * l + t) * h + head, mask=real, other=0).to(tl.float32) + dt_bias
+        dt_t = tl.load(dt + t * h, mask=real, other=0).to(tl.float32) + dt_bias
         if SOFTPLUS:
             dt_t = softplus(dt_t)
         dt_t = tl.where(real, dt_t, 0.0)  # neither decays the state nor adds to it
-
         a = tl.cumsum(dt_t * A, axis=0)
         total = tl.sum(dt_t * A, axis=0)
-        causal = q[:, None] >= q[None, :]
-        decay = tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
-        weights = tl.dot(C_t, tl.trans(B_t), input_precision="tf32x3") * decay
+        channel = t[:, None] * (h * p) + i[None, :]
+        in_x = real[:, None] & here[None, :]
+        x_t = tl.load(x + channel, mask=in_x, other=0).to(tl.float32)
         now = dt_t[:, None] * x_t
-        out = tl.dot(weights, now, input_precision="tf32x3")
-        out += tl.exp(a)[:, None] * tl.dot(C_t, S, input_precision="tf32x3") + D * x_t
+        outgoing = tl.exp(total - a)[:, None] * now
+
+        scores = tl.zeros([BLOCK_L, BLOCK_L], tl.float32)
+        carried = tl.zeros([BLOCK_L, BLOCK_P], tl.float32)
+        for first in range(0, n, BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            vector = t[:, None] * (g * n) + j[None, :]
+            in_B = real[:, None] & (j < n)[None, :]
+            B_t = tl.load(B + vector, mask=in_B, other=0).to(tl.float32)
+            C_t = tl.load(C + vector, mask=in_B, other=0).to(tl.float32)
+            tile = j[:, None] + i[None, :] * n
+            inside = (j < n)[:, None] & here[None, :]
+            S = tl.load(state + tile, mask=inside, other=0)
+            scores = tl.dot(C_t, tl.trans(B_t), scores, input_precision="tf32x3")
+            carried = tl.dot(C_t, S, carried, input_precision="tf32x3")
+            S = tl.exp(total) * S
+            S = tl.dot(tl.trans(B_t), outgoing, S, input_precision="tf32x3")
+            tl.store(state + tile, S, mask=inside)
+
+        decay = tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
+        out = tl.dot(scores * decay, now, input_precision="tf32x3")
+        out += tl.exp(a)[:, None] * carried + D * x_t
         if GATE:
             out *= silu(tl.load(z + channel, mask=in_x, other=0).to(tl.float32))
         tl.store(y + channel, out, mask=in_x)
-        outgoing = tl.exp(total - a)[:, None] * now
-        S = tl.exp(total) * S + tl.dot(tl.trans(B_t), outgoing, input_precision="tf32x3")
-    tl.store(state + tile, S, mask=inside)
+        # The next chunk may read an element of the state in another thread than wrote it.
+        tl.debug_barrier()
 
 
 def ssd_prefill(
@@ -77,14 +94,14 @@ def ssd_prefill(
     dt_bias=None,
     dt_softplus=True,
     initial_state=None,
-    chunk_size=64,
+    chunk_size=32,
     compute_capability=None,
 ):
     """`aim_jax.ops.ssd_scan` as one kernel: matrix products in chunks, a state carried between them.
 
-    The chunks of a head follow each other in one program, so the states at their boundaries never
-    leave the registers. Products run on tensor cores with float32 split into three TF32 terms and
-    accumulate in float32. (Dao and Gu 2024, sec. 6; equations in `ssd_scan`.)
+    The chunks of a head follow each other in one program. Products run on tensor cores, every
+    float32 split into two TF32 numbers, and accumulate in float32. (Dao and Gu 2024, sec. 6;
+    equations in `ssd_scan`.)
 
     Args:
       x: inputs (b, l, h, p).
@@ -95,8 +112,9 @@ def ssd_prefill(
       z: optional gates, like x.
       dt_bias: optional bias of dt (h,).
       dt_softplus: whether softplus is applied to dt.
-      initial_state: optional state before the first position (b, h, p, n); zeros when None.
-      chunk_size: largest chunk length, rounded to a power of two from 16.
+      initial_state: optional state before the first position (b, h, p, n); zeros when None. If it
+        is float32 it becomes the final state in place.
+      chunk_size: largest chunk length, rounded to a power of two from 16; above 32 registers spill.
       compute_capability: see the package.
 
     Returns:
@@ -120,22 +138,25 @@ def ssd_prefill(
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     _, chunk = split_length(l, chunk_size)
     zeros = jnp.zeros(h, jnp.float32)
-    block = max(split_channels(p, b * h, smallest=16, enough=128), 16)  # of tl.dot, at least 16
+    if initial_state is None:
+        initial_state = jnp.zeros((b, h, p, n), jnp.float32)
+    initial_state = initial_state.astype(jnp.float32)
+    block = min(max(triton.next_power_of_2(p), 16), 64)
     return launch(
         ssd_prefill_kernel,
         x, dt, A, B, C,
         zeros if D is None else D,
         x if z is None else z,  # not read without a gate
         zeros if dt_bias is None else dt_bias,
-        x if initial_state is None else initial_state,  # not read without a start
-        outputs=[x, jax.ShapeDtypeStruct((b, h, p, n), jnp.float32)],
+        initial_state,
+        outputs=[x, initial_state],
+        aliases=((8, 1),),
         grid=(triton.cdiv(p, block), h, b),
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         compute_capability=compute_capability,
         l=l, h=h, p=p, n=n, g=g, GATE=z is not None, SOFTPLUS=dt_softplus,
-        START=initial_state is not None, BLOCK_L=max(triton.next_power_of_2(chunk), 16),
-        BLOCK_P=block, BLOCK_N=max(triton.next_power_of_2(n), 16),
+        BLOCK_L=max(triton.next_power_of_2(chunk), 16), BLOCK_P=block, BLOCK_N=16,
     )  # fmt: skip
 
 
@@ -227,7 +248,7 @@ def selective_scan_prefill(
     )
     b, l, e, n = (sizes[axis] for axis in "blen")
     zeros = jnp.zeros(e, jnp.float32)
-    block, block_n = split_channels(e, b, smallest=32), triton.next_power_of_2(n)
+    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
     return launch(
         selective_scan_prefill_kernel,
         x, dt, A, B, C,
