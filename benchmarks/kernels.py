@@ -7,11 +7,12 @@ Example:
 import argparse
 import dataclasses
 import functools
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,24 +23,30 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_jax.models.aim import PRESETS
+from aim_jax.models.aim import PRESETS, AiMConfig
 from aim_jax.ops import triton as kernels
 
 EPILOG = """\
 example:
   python benchmarks/kernels.py --model XL --images 1 64
 
-No GPU is needed. Every kernel is traced at the shapes of a model, as it runs once per layer and token
-(the sampler once per token, the prefills once per layer and prefix), compiled for each architecture,
-and assembled by the ptxas that comes with Triton. With guidance an image is two rows.
+No GPU is needed. Every kernel is traced at the shapes of a model, as it runs once per layer and
+token (the sampler once per token, the prefills once per layer and prefix), compiled for each
+architecture, and assembled by the ptxas that comes with Triton. With guidance an image is two rows.
 
-columns:
+columns of the first table:
   registers, spill, shared   per thread; bytes spilled to memory per thread; bytes per program
-  occupancy                  resident warps, of all that an SM can hold, as far as these two limit it
+  occupancy                  share of an SM's warps that can be resident, by registers and shared
   programs                   of one launch
   MB                         bytes that one launch must move: every array once, of a cache its part
                              (token caches: half full, the mean over an image)
   us                         MB / bandwidth of the A100 (sm_80, 2.0 TB/s) or H200 (sm_90, 4.3 TB/s)
+and of the second, for one token of all images:
+  floor ms                   bfloat16 weights once, and the form's state or cache, at the bandwidth
+  modelled ms                weights once, and everything that the kernels move, at the bandwidth
+  images/s                   at most, by the model
+
+The exit status is 1 if a kernel spills.
 """
 
 BANDWIDTH = {80: 2.0e12, 90: 4.3e12}
@@ -48,12 +55,16 @@ SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One launch: the operation, its arguments by name, and the bytes it has to move."""
+    """One launch: the operation, its arguments by name, and the bytes it has to move.
+
+    `cache_bytes` is the part of them that is the state, or the cache, of a Mamba-2 decode step.
+    """
 
     name: str
-    op: object
+    op: Callable
     arguments: dict
     bytes: float
+    cache_bytes: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +87,15 @@ def nbytes(*arrays) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
-def cases(model: str, images: int, state: str = "float32") -> Iterator[Case]:
+def cases(model: str, images: int) -> Iterator[Case]:
     """Every kernel at the shapes of a preset, with bfloat16 activations and caches of inputs.
 
     Args:
-      model: name of a preset. images: per batch, with guidance. state: dtype of recurrent states.
+      model: name of a preset. images: per batch, with guidance.
     """
     config = PRESETS[model]
-    layers, b, d, v, tokens = config.n_layer, 2 * images, config.d_model, 16384, config.num_tokens
+    layers, b, d = config.n_layer, 2 * images, config.d_model
+    v, tokens = config.vocab_size, config.num_tokens
     e, h, p, n, w = config.d_inner, config.n_heads, config.headdim, config.d_state, config.d_conv
     g = config.ngroups
     c = e + 2 * g * n
@@ -115,8 +127,10 @@ def cases(model: str, images: int, state: str = "float32") -> Iterator[Case]:
         return jax.ShapeDtypeStruct((layers, b, h, p, n), dtype)
 
     def mamba2(dtype):
-        moved = around + 2 * nbytes(stacked(dtype)) / layers
-        return Case(f"mamba2_step {dtype}", kernels.mamba2_step, step | {"state": stacked(dtype)}, moved)
+        cache = 2 * nbytes(stacked(dtype)) / layers
+        arguments = step | {"state": stacked(dtype)}
+        name = f"mamba2_step {dtype}"
+        return Case(name, kernels.mamba2_step, arguments, around + cache, cache)
 
     yield mamba2("float32")
     yield mamba2("bfloat16")
@@ -126,8 +140,8 @@ def cases(model: str, images: int, state: str = "float32") -> Iterator[Case]:
         "B_cache": half(layers, b, tokens, g, n),
         "log_decay": full(layers, b, tokens, h),
     }
-    moved = around + nbytes(*caches.values()) / layers / 2
-    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, moved)
+    cache = nbytes(*caches.values()) / layers / 2
+    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, around + cache, cache)
 
     modulation = {
         "hidden": half(b, d),
@@ -224,18 +238,26 @@ def compile_case(case: Case, arch: int) -> Compiled:
         source = Path(folder, "kernel.ptx")
         source.write_text(compiled.asm["ptx"])
         target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", source.name, "-o", "cubin"]
-        log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
-    programs = 1
-    for size in call["grid"]:
-        programs *= size
+        ptxas = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", source.name, "-o", "out"]
+        log = subprocess.run(ptxas, cwd=folder, check=True, capture_output=True, text=True).stderr
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spill=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        programs=programs,
+        programs=math.prod(call["grid"]),
     )
+
+
+def weight_bytes(config: AiMConfig) -> int:
+    """bfloat16 weights that a token reads once: projections of every layer, and the head."""
+    e, gn = config.d_inner, config.ngroups * config.d_state
+    layer = config.d_model * (3 * e + 2 * gn + config.n_heads)
+    return 2 * (config.n_layer * layer + config.vocab_size * config.d_model)
+
+
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,23 +268,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, nargs="+", default=[1, 64], metavar="N")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(BANDWIDTH))
     args = parser.parse_args(argv)
+    config = PRESETS[args.model]
     # jax-triton empties the variable, and Triton would then keep its cache in the current folder.
     knobs.cache.dir = tempfile.mkdtemp()
 
-    print("| model | images | kernel | arch | registers | spill | shared | warps | occupancy | programs | MB | us |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    spilled = False
+    names = ("kernel", "arch", "registers", "spill", "shared", "warps", "occupancy", "programs")
+    print(row("model", "images", *names, "MB", "us"), row(*["---"] * 12), sep="\n")
+    spilled, totals = False, []
     for images in args.images:
-        for case in cases(args.model, images):
+        found = {case.name: case for case in cases(args.model, images)}
+        for case in found.values():
             for arch in args.arch:
-                found = compile_case(case, arch)
-                spilled |= found.spill > 0
-                cells = (
-                    args.model, images, case.name, f"sm_{arch}", found.registers, found.spill,
-                    found.shared, found.warps, f"{found.occupancy(arch):.2f}", found.programs,
-                    f"{case.bytes / 1e6:.2f}", f"{case.bytes / BANDWIDTH[arch] * 1e6:.1f}",
+                kernel = compile_case(case, arch)
+                spilled |= kernel.spill > 0
+                counts = (kernel.registers, kernel.spill, kernel.shared, kernel.warps)
+                time = case.bytes / BANDWIDTH[arch]
+                print(
+                    row(
+                        args.model, images, case.name, f"sm_{arch}", *counts,
+                        f"{kernel.occupancy(arch):.2f}", kernel.programs,
+                        f"{case.bytes / 1e6:.2f}", f"{time * 1e6:.1f}",
+                    ),
+                    flush=True,
                 )  # fmt: skip
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
+        weights, layers = weight_bytes(config), config.n_layer
+        for name, form in found.items():
+            if not form.cache_bytes:
+                continue
+            floor = weights + layers * form.cache_bytes
+            moved = layers * (form.bytes + found["add_norm_modulate"].bytes)
+            moved += weights + found["sample"].bytes
+            for arch in args.arch:
+                ms = [1e3 * amount / BANDWIDTH[arch] for amount in (floor, moved)]
+                rate = images / (config.num_tokens * ms[1] / 1e3)
+                cells = (f"{ms[0]:.3f}", f"{ms[1]:.3f}", f"{rate:.1f}")
+                totals.append(row(args.model, images, name, f"sm_{arch}", *cells))
+
+    print()
+    names = ("step", "arch", "floor ms", "modelled ms", "images/s")
+    print(row("model", "images", *names), row(*["---"] * 7), *totals, sep="\n")
     return int(spilled)
 
 

@@ -38,7 +38,7 @@ def dual_step_kernel(
     there = j < n
     group = (block * HEADS) // (h // g)
     x_channel = head[:, None] * p + i[None, :]
-    here = (i < p)[None, :] & (head >= 0)[:, None]
+    here = tl.broadcast_to((i < p)[None, :], [HEADS, BLOCK_P])
     B_channel = e + group * n + j
     C_channel = B_channel + g * n
     x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
@@ -48,7 +48,7 @@ def dual_step_kernel(
     dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
     dt = softplus(dt)
     a_row = log_decay + cell * T * h + head
-    a_t = tl.load(a_row + (t - 1) * h, mask=(head >= 0) & (t > 0), other=0)
+    a_t = tl.load(a_row + (t - 1) * h, mask=t > 0, other=0)
     a_t += dt * tl.load(A + layer * h + head)
     now = dt[:, None] * x
 
@@ -73,7 +73,7 @@ def dual_step_kernel(
             B_row[None, :] + s[:, None] * (g * n), mask=past[:, None] & there[None, :], other=0
         )
         score = tl.sum(B_s.to(tl.float32) * C[None, :], axis=1)
-        a_s = tl.load(a_row[None, :] + s[:, None] * h, mask=past[:, None] & (head >= 0)[None, :], other=0)
+        a_s = tl.load(a_row[None, :] + s[:, None] * h, mask=past[:, None], other=0)
         weight_s = score[:, None] * tl.exp(a_t[None, :] - a_s)
         input_s = tl.load(
             input_row[None, :, :] + s[:, None, None] * e,
@@ -139,11 +139,20 @@ def dual_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
+    caches = {
+        "inputs": (inputs, "LbThp"),
+        "B_cache": (B_cache, "LbTgn"),
+        "log_decay": (log_decay, "LbTh"),
+    }
     sizes = mamba2_sizes(
         "dual_step",
         projected,
         conv_cache,
-        {"inputs": (inputs, "LbThp"), "log_decay": (log_decay, "LbTh"), "B_cache": (B_cache, "LbTgn")},
+        {
+            "inputs": (inputs, "LbThp"),
+            "B_cache": (B_cache, "LbTgn"),
+            "log_decay": (log_decay, "LbTh"),
+        },
         conv_weight,
         conv_bias=(conv_bias, "Lc"),
         dt_bias=(dt_bias, "Lh"),
@@ -153,7 +162,7 @@ def dual_step(
     )
     b, h, p, n, g, e, w, T = (sizes[axis] for axis in "bhpngewT")
     heads = heads_per_program or next(
-        k for k in (4, 2, 1) if (h // g) % k == 0 and (k == 1 or b * h >= 512 * k)
+        k for k in (2, 1) if (h // g) % k == 0 and (k == 1 or b * h >= 512 * k)
     )
     require(
         (h // g) % heads == 0 and heads == triton.next_power_of_2(heads),

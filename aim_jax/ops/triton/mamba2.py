@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from aim_jax.ops.reference import bind_axes
-from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
 from aim_jax.ops.triton.device import convolve, silu, softplus
+from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def mamba2_step_kernel(
     h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr, w: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a head, a row). `conv_in` is `conv`, `state_in` `state`."""
+    """A program is (a block of channels, a head, a row). `conv_in` is `conv`, and so on."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     e: tl.constexpr = h * p
     c: tl.constexpr = e + 2 * g * n
@@ -90,8 +90,8 @@ def mamba2_sizes(op, projected, conv_cache, heads, conv_weight, **arrays):
     g = sizes["g"] = (c - e) // (2 * n)
     require(
         g > 0 and c == e + 2 * g * n and h % g == 0,
-        f"{op}: conv_weight has {c} channels, expected h p + 2 g n = {e} + 2 g {n} with g a divisor "
-        f"of h = {h}",
+        f"{op}: conv_weight has {c} channels, expected h p + 2 g n = {e} + 2 g {n} with g dividing "
+        f"h = {h}",
     )
     require(
         sizes["q"] == e + c + h,

@@ -106,7 +106,7 @@ def add_norm_modulate(
     parts = sizes.get("s", 0)
     require(
         all(0 <= part < m for part in (shift, scale, 0 if gate is None else gate)),
-        f"add_norm_modulate: shift, scale, gate = {shift, scale, gate}, but modulation has {m} parts",
+        f"add_norm_modulate: parts {shift}, {scale}, {gate} of a modulation of {m} parts",
     )
     require(
         not parts or (inner and gate is not None),

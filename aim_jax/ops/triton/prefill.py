@@ -97,7 +97,7 @@ def ssd_prefill(
     chunk_size=32,
     compute_capability=None,
 ):
-    """`aim_jax.ops.ssd_scan` as one kernel: matrix products in chunks, a state carried between them.
+    """`aim_jax.ops.ssd_scan` as one kernel: products within chunks, a state carried between them.
 
     The chunks of a head follow each other in one program. Products run on tensor cores, every
     float32 split into two TF32 numbers, and accumulate in float32. (Dao and Gu 2024, sec. 6;

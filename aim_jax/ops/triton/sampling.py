@@ -117,7 +117,8 @@ def sample(logits, noise, cfg_scale, temperature, top_k, top_p, *, compute_capab
     ):
         value = jnp.asarray(value, dtype)
         require(
-            value.shape in ((), (b,)), f"sample: {name} has shape {value.shape}, expected () or ({b},)"
+            value.shape in ((), (b,)),
+            f"sample: {name} has shape {value.shape}, expected () or {(b,)}",
         )
         settings.append(jnp.broadcast_to(value, (b,)))
     block = triton.next_power_of_2(v)
