@@ -701,3 +701,123 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
     # The steps live on bandwidth: several programs must share an SM to keep it busy.
     for name in ("mamba2_step float32", "mamba2_step bfloat16", "dual_step bfloat16"):
         assert found[name].registers <= 104, name
+
+
+A100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA A100-SXM4-80GB"
+dnn_version_info { major: 9 minor: 3 }
+gpu_device_info {
+  cuda_compute_capability { major: 8 }
+  core_count: 108
+  fpus_per_core: 64
+  clock_rate_ghz: 1.41
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 166912
+  shared_memory_per_core: 167936
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 41943040
+  memory_bandwidth: 2039000000000
+  device_memory_size: 85050654720
+}
+"""
+
+
+def decoder(step, unrolled, donate):
+    """A stack of layers inside a scan over tokens, as a model decodes."""
+
+    def run(weights, parameters, norm, modulation, x, caches):
+        layers, b, _, d = modulation.shape
+        e = parameters["norm_scale"].shape[1]
+
+        def layer_step(position, carry, inputs):
+            hidden, sum_squares, residual, caches = carry
+            layer, in_proj, out_proj = inputs
+            x, residual = kernels.add_norm_modulate(
+                hidden, residual, norm, modulation, layer, sum_squares=sum_squares, inner=e,
+                compute_capability=80,
+            )  # fmt: skip
+            y, sum_squares, *caches = step(
+                x @ in_proj, *caches, layer, position, **parameters, compute_capability=80
+            )
+            return (y @ out_proj, sum_squares, residual, tuple(caches)), None
+
+        def token_step(carry, position):
+            x, caches = carry
+            # As many partial sums as the steps return here; the first layer reads none of them.
+            partial_sums = jnp.zeros((b, parameters["A"].shape[1]))
+            carry = (x, partial_sums, jnp.zeros((b, d)), caches)
+            if unrolled:
+                for layer in range(layers):
+                    inputs = (layer, weights[0][layer], weights[1][layer])
+                    carry, _ = layer_step(position, carry, inputs)
+            else:
+                xs = (jnp.arange(layers), *weights)
+                carry, _ = jax.lax.scan(functools.partial(layer_step, position), carry, xs)
+            return (carry[0], carry[3]), carry[0]
+
+        (_, caches), outputs = jax.lax.scan(token_step, (x, caches), jnp.arange(8))
+        return outputs, caches
+
+    return jax.jit(run, donate_argnames="caches" if donate else ())
+
+
+@pytest.mark.parametrize(
+    ("step", "unrolled", "donate"),
+    [
+        (kernels.mamba2_step, True, True),
+        (kernels.dual_step, False, True),
+        (kernels.mamba2_step, True, False),  # a copy must show
+    ],
+)
+def test_the_compiled_loop_copies_no_cache(step, unrolled, donate):
+    """What XLA makes of a decode loop for an A100, compiled here without one."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
+    from jax.experimental import topologies
+
+    gpu = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=A100)
+    sharding = jax.sharding.SingleDeviceSharding(gpu.devices[0])
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    layers, b, d, h, p, n, w, tokens = 2, 3, 64, 8, 16, 32, 4, 8
+    e, c = h * p, h * p + 2 * n
+    vectors = {name: array(layers, h) for name in ("A", "D", "dt_bias")}
+    parameters = vectors | {
+        "conv_weight": array(layers, w, c),
+        "conv_bias": array(layers, c),
+        "norm_scale": array(layers, e),
+    }
+    weights = (array(layers, d, e + c + h), array(layers, e, d))
+    if unrolled:
+        weights = [[array(*t.shape[1:]) for _ in range(layers)] for t in weights]
+    caches = [array(layers, b, w, c)]
+    if step is kernels.mamba2_step:
+        caches += [array(layers, b, h, p, n)]
+    else:
+        caches += [array(layers, b, tokens, *shape) for shape in ((h, p), (1, n), (h,))]
+    arguments = (weights, parameters, array(layers, d), array(layers, b, 3, d), array(b, d))
+    traced = decoder(step, unrolled, donate).trace(*arguments, tuple(caches))
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+
+    shapes = ["f32[" + ",".join(map(str, cache.shape)) + "]" for cache in caches]
+    made = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", compiled.as_text())
+    passed_on = {"parameter", "get-tuple-element", "bitcast"}
+    copies = [op for shape, op in made if shape in shapes and op not in passed_on]
+    size = sum(4 * cache.size for cache in caches)
+    memory = compiled.memory_analysis()
+    if donate:
+        assert copies == []
+        assert memory.alias_size_in_bytes >= size
+    else:
+        assert copies == ["copy"] * len(caches)
+    # A scan over layers copies every layer's weights out of the stack; unrolled, nothing is copied.
+    assert (memory.temp_size_in_bytes < size) == unrolled

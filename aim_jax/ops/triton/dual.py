@@ -139,11 +139,6 @@ def dual_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    caches = {
-        "inputs": (inputs, "LbThp"),
-        "B_cache": (B_cache, "LbTgn"),
-        "log_decay": (log_decay, "LbTh"),
-    }
     sizes = mamba2_sizes(
         "dual_step",
         projected,
