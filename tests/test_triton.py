@@ -379,6 +379,18 @@ def test_mamba1_step_walks_along_the_steps(size, state_dtype):
     assert state.dtype == state_dtype
 
 
+def test_step_sizes_are_exact_where_they_are_small():
+    """From a zero state with x = B = 1 the state becomes dt: log(1 + exp(dt)) would lose digits."""
+    dt = np.linspace(-30, 30, 121, dtype=np.float32)[None]
+    e, ones = dt.size, np.ones_like(dt)
+    _, state = mamba1_step(
+        ones, dt, np.ones((1, 2), np.float32), ones, np.zeros((1, 1, e, 1), np.float32), 0,
+        dt_bias=0 * ones, A=-ones[..., None], D=ones,
+    )  # fmt: skip
+    expected = np.logaddexp(0, dt.astype(np.float64))
+    np.testing.assert_allclose(state[0, :, :, 0], expected, rtol=3e-7)
+
+
 def test_every_argument_of_mamba1_step_matters():
     arguments = mamba1_arguments()
     y, _ = mamba1_step(**arguments)
@@ -564,7 +576,7 @@ def sampler_inputs(b=12, v=37):
         "cfg_scale": rng.uniform(0, 3, b).astype(np.float32),
         "temperature": rng.uniform(0.5, 2, b).astype(np.float32),
         "top_k": np.resize([0, 1, 5, 37, 99], b).astype(np.int32),
-        "top_p": np.resize([1.0, 0.3, 0.9, 1e-9], b).astype(np.float32),
+        "top_p": np.resize([1.0, 0.3, 0.999999, 1e-9], b).astype(np.float32),
     }
 
 
@@ -572,10 +584,13 @@ def test_sample_draws_what_the_jax_sampler_draws():
     a = sampler_inputs()
     b = len(a["noise"])
     x = sampling.apply_cfg(a["logits"][:b], a["logits"][b:], a["cfg_scale"])
-    x = sampling.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"])
-    tokens = sample(**a)
-    assert tokens.dtype == jnp.int32
-    np.testing.assert_array_equal(tokens, jnp.argmax(x + a["noise"], axis=-1))
+    x = x / a["temperature"][:, None]
+    filtered = sampling.filter_logits(x, a["top_k"], a["top_p"])
+    # The second noise picks the smallest logit that the filters leave.
+    for noise in (np.asarray(-2 * x), a["noise"]):
+        tokens = sample(**a | {"noise": noise})
+        assert tokens.dtype == jnp.int32
+        np.testing.assert_array_equal(tokens, jnp.argmax(filtered + noise, axis=-1))
 
     for row in (0, 7):  # alone, and with one setting for all
         rows = {name: array[row : row + 1] for name, array in a.items() if array.ndim == 1}
