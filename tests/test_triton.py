@@ -518,7 +518,8 @@ def test_add_norm_modulate_between_layers():
 
 
 def test_add_norm_modulate_starts_the_stream_and_serves_an_mlp():
-    a = seam(parts=6) | {"residual": np.full((3, 5), np.nan, np.float32)}
+    nothing = {"residual": np.full((3, 5), np.nan), "sum_squares": np.full((3, 6), np.nan)}
+    a = seam(parts=6) | {name: array.astype(np.float32) for name, array in nothing.items()}
     parts = {"gate": 4, "scale": 2}
     x, residual = kernels.add_norm_modulate(**a, layer=0, inner=7, **parts, dtype="bfloat16")
     np.testing.assert_array_equal(residual, a["hidden"])

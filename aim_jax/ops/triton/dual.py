@@ -116,8 +116,9 @@ def dual_step(
         u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
 
     (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
-    rows before t of three caches and writes row t: up to a length near p n / (p + n / heads per
-    program) that is less than reading and writing an h p n state, and no rounding accumulates.
+    rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
+    reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
+    over the first 2 n tokens, and its rounding does not accumulate.
 
     Args:
       projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
