@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton al
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
 from aim_jax import ops, sampling
+from aim_jax.models.aim import AiM, init_cache
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from benchmarks import kernels as kernel_benchmark
@@ -610,6 +611,68 @@ def test_sample_without_guidance_and_with_the_noise_of_the_jax_sampler():
         tokens, sampling.draw(sampling.filter_logits(logits, 20, 0.9), keys)
     )
     assert np.any(tokens != sample(logits, noise, 7.0, 1.0, 1, 1.0))
+
+
+# A whole model
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_kernels_decode_what_the_model_decodes(tiny_model, step):
+    """The logits of a decode in which the kernels do everything but the matrix products."""
+    config, params = tiny_model.aim_config, tiny_model.aim_params
+    apply = functools.partial(AiM(config).apply, {"params": params})
+    layers, mixer = params["layers"], params["layers"]["mixer"]
+    names = [f"{part}_proj" for part in ("z", "x", "B", "C", "dt")]
+    in_proj = jnp.concatenate([mixer[name]["kernel"] for name in names], -1)
+    parameters = {
+        "conv_weight": jnp.concatenate([mixer[f"conv_{k}"]["kernel"] for k in "xBC"], -1),
+        "conv_bias": jnp.concatenate([mixer[f"conv_{k}"]["bias"] for k in "xBC"], -1),
+        "dt_bias": mixer["dt_bias"],
+        "A": -jnp.exp(mixer["A_log"]),
+        "D": mixer["D"],
+        "norm_scale": mixer["norm"]["scale"],
+    }
+    n_layer, e, h = config.n_layer, config.d_inner, config.n_heads
+    p, n = config.headdim, config.d_state
+    caches = [jnp.zeros((n_layer, 1, config.d_conv, e + 2 * n))]
+    if step is kernels.mamba2_step:
+        caches += [jnp.zeros((n_layer, 1, h, p, n))]
+    else:
+        caches += [jnp.full((n_layer, 1, 2, *shape), jnp.nan) for shape in ((h, p), (1, n), (h,))]
+
+    condition, forward, embed_codes = (
+        jax.jit(functools.partial(apply, method=name))
+        for name in ("condition", "forward", "embed_codes")
+    )
+
+    @jax.jit
+    def token_step(x, modulation, caches, position):
+        hidden, residual = x[:, 0], jnp.full((1, config.d_model), jnp.nan)
+        sum_squares = jnp.full((1, h), jnp.nan)
+        for layer in range(n_layer):
+            u, residual = kernels.add_norm_modulate(
+                hidden, residual, layers["norm"]["scale"], modulation.layers, layer,
+                sum_squares=sum_squares, inner=e,
+            )  # fmt: skip
+            y, sum_squares, *caches = step(
+                u @ in_proj[layer], *caches, layer, position, **parameters
+            )
+            hidden = y @ mixer["out_proj"]["kernel"][layer]
+        rstd = jax.lax.rsqrt(jnp.sum(sum_squares, axis=1, keepdims=True) / e + 1e-5)
+        residual += modulation.layers[-1, :, 2] * rstd * hidden
+        u = rms_norm(residual, params["norm_f"]["scale"])
+        u = rms_norm(u, params["final_layer"]["norm_final"]["scale"])
+        u = modulate(u[:, None], modulation.final[0, :, 0], modulation.final[0, :, 1])
+        return u @ params["token_embedding"]["embedding"].T, caches
+
+    x, modulation = condition(jnp.array([2]))
+    cache = init_cache(config, 1)
+    for position in range(2):
+        expected, cache = forward(x, modulation, cache)
+        logits, caches = token_step(x, modulation, caches, position)
+        assert_close(logits, expected, 1e-5)
+        token = jnp.argmax(expected[:, 0], axis=-1)[:, None]
+        x = embed_codes(token, jnp.array([position]))
 
 
 # Wrong arguments
