@@ -15,7 +15,7 @@ def errors_in_one_line():
     logging.set_verbosity(logging.WARNING)
     try:
         yield
-    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +373,11 @@ def test_conv_names_what_is_wrong():
         causal_conv1d(x, weight, initial_state=np.zeros((2, 4, 3), np.float32))
     with pytest.raises(ValueError, match="activation is 'gelu'"):
         causal_conv1d(x, weight, activation="gelu")
+
+
+def test_the_kernels_name_the_extra_that_they_need(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("aim_jax.ops.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with pytest.raises(ImportError, match=r"pip install 'aim_jax\[cuda\]'"):
+        import aim_jax.ops.triton  # noqa: F401

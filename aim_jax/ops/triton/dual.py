@@ -1,0 +1,185 @@
+"""One decode step of a Mamba-2 layer in the dual form: a cache of tokens instead of a state."""
+
+import jax
+import triton
+import triton.language as tl
+
+from aim_jax.ops.triton.device import convolve, silu, softplus
+from aim_jax.ops.triton.launch import launch, require
+from aim_jax.ops.triton.mamba2 import mamba2_sizes
+
+
+@triton.jit
+def dual_step_kernel(
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
+    conv_in, inputs_in, B_in, log_decay_in,
+    y, sum_squares, conv, inputs, B_cache, log_decay,
+    h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr, w: tl.constexpr,
+    T: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A program is (HEADS heads of one group, a row). `conv_in` is `conv`, and so on."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    e: tl.constexpr = h * p
+    c: tl.constexpr = e + 2 * g * n
+    layer = tl.load(layer).to(tl.int64)
+    t = tl.load(position)
+    cell = layer * tl.num_programs(1) + row  # one layer of one sequence
+
+    z_row = projected + row * (e + c + h)
+    conv_row = z_row + e
+    dt_row = conv_row + c
+    ring = conv + cell * w * c
+    weight, bias = conv_weight + layer * w * c, conv_bias + layer * c
+
+    head = block * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, BLOCK_P)
+    j = tl.arange(0, BLOCK_N)
+    there = j < n
+    group = (block * HEADS) // (h // g)
+    x_channel = head[:, None] * p + i[None, :]
+    here = tl.broadcast_to((i < p)[None, :], [HEADS, BLOCK_P])
+    B_channel = e + group * n + j
+    C_channel = B_channel + g * n
+    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
+    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, there, c, w)
+    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, there, c, w)
+
+    dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
+    dt = softplus(dt)
+    a_row = log_decay + cell * T * h + head
+    a_t = tl.load(a_row + (t - 1) * h, mask=t > 0, other=0)
+    a_t += dt * tl.load(A + layer * h + head)
+    now = dt[:, None] * x
+
+    # Programs share the windows and the rows of B with the one that stores the new ones. They read
+    # slots other than t mod w (see `mamba2_step_kernel`) and rows before t, never what is stored.
+    writer = there & ((block * HEADS) % (h // g) == 0)
+    slot = ring + (t % w) * c
+    tl.store(slot + x_channel, x_now, mask=here)
+    tl.store(slot + B_channel, B_now, mask=writer)
+    tl.store(slot + C_channel, C_now, mask=writer)
+    input_row = inputs + cell * T * e + x_channel
+    B_row = B_cache + cell * T * g * n + group * n + j
+    tl.store(a_row + t * h, a_t)
+    tl.store(input_row + t * e, now, mask=here)
+    tl.store(B_row + t * g * n, B, mask=writer)
+
+    out = tl.sum(C * B, axis=0) * now  # s = t
+    for start in tl.range(0, t, BLOCK_T):
+        s = start + tl.arange(0, BLOCK_T)
+        past = s < t
+        B_s = tl.load(
+            B_row[None, :] + s[:, None] * (g * n), mask=past[:, None] & there[None, :], other=0
+        )
+        score = tl.sum(B_s.to(tl.float32) * C[None, :], axis=1)
+        a_s = tl.load(a_row[None, :] + s[:, None] * h, mask=past[:, None], other=0)
+        weight_s = score[:, None] * tl.exp(a_t[None, :] - a_s)
+        input_s = tl.load(
+            input_row[None, :, :] + s[:, None, None] * e,
+            mask=past[:, None, None] & here[None, :, :],
+            other=0,
+        )
+        out += tl.sum(weight_s[:, :, None] * input_s.to(tl.float32), axis=0)
+
+    out += tl.load(D + layer * h + head)[:, None] * x
+    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
+    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
+    tl.store(y + row * e + x_channel, out * scale, mask=here)
+    square = tl.sum(tl.sum(out * out, axis=1), axis=0)
+    tl.store(sum_squares + row * tl.num_programs(0) + block, square)
+
+
+def dual_step(
+    projected,
+    conv_cache,
+    inputs,
+    B_cache,
+    log_decay,
+    layer,
+    position,
+    *,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_scale,
+    heads_per_program=None,
+    compute_capability=None,
+):
+    """Advances one Mamba-2 layer by one token without a state, from what its tokens left behind.
+
+    With a_t the sum of dt A over positions 0 to t, unrolling the recurrence of `mamba2_step` from a
+    zero state gives
+
+        u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
+
+    (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
+    rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
+    reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
+    over the first 2 n tokens, and its rounding does not accumulate.
+
+    Args:
+      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
+      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c), updated in place.
+      inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16, updated in place.
+      B_cache: B of every token (L, b, T, g, n), float32 or bfloat16, updated in place.
+      log_decay: a of every token (L, b, T, h), float32, updated in place.
+      layer: int32 (), which of the L layers this is.
+      position: int32 (), which token this is, below T; the same in every row. The caches need no
+        initial values: rows from `position` on are not read.
+      conv_weight, conv_bias, dt_bias, A, D, norm_scale: as in `mamba2_step`.
+      heads_per_program: a power of two that divides h / g. Heads in one program share the products
+        C . B, fewer of them make more programs. None chooses by the number of rows.
+      compute_capability: see the package.
+
+    Returns:
+      y (b, e) and sum_squares (b, parts) as `mamba2_step`; conv_cache; inputs; B_cache; log_decay.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = mamba2_sizes(
+        "dual_step",
+        projected,
+        conv_cache,
+        {
+            "inputs": (inputs, "LbThp"),
+            "B_cache": (B_cache, "LbTgn"),
+            "log_decay": (log_decay, "LbTh"),
+        },
+        conv_weight,
+        conv_bias=(conv_bias, "Lc"),
+        dt_bias=(dt_bias, "Lh"),
+        A=(A, "Lh"),
+        D=(D, "Lh"),
+        norm_scale=(norm_scale, "Le"),
+    )
+    b, h, p, n, g, e, w, T = (sizes[axis] for axis in "bhpngewT")
+    heads = heads_per_program or next(
+        k for k in (2, 1) if (h // g) % k == 0 and (k == 1 or b * h >= 512 * k)
+    )
+    require(
+        (h // g) % heads == 0 and heads == triton.next_power_of_2(heads),
+        f"dual_step: heads_per_program = {heads}, expected a power of two that divides {h // g}",
+    )
+    return launch(
+        dual_step_kernel,
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
+        conv_cache, inputs, B_cache, log_decay,
+        outputs=[
+            jax.ShapeDtypeStruct((b, e), projected.dtype),
+            jax.ShapeDtypeStruct((b, h // heads), "float32"),
+            conv_cache,
+            inputs,
+            B_cache,
+            log_decay,
+        ],
+        aliases=((9, 2), (10, 3), (11, 4), (12, 5)),
+        grid=(h // heads, b),
+        num_warps=4,
+        compute_capability=compute_capability,
+        h=h, p=p, n=n, g=g, w=w, T=T, HEADS=heads, BLOCK_P=triton.next_power_of_2(p),
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_T=32,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""What all kernels share: the call from JAX, block sizes, and the convolution's ring."""
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import triton
+
+
+def launch(kernel, *arrays, outputs, grid, aliases=(), **options):
+    """Calls a Triton kernel: its arguments are `arrays`, `outputs`, then constants by name.
+
+    Args:
+      kernel: a `triton.jit` function.
+      *arrays: inputs; integers become int32 scalars.
+      outputs: shape and dtype of every output, in the kernel's order.
+      grid: programs along up to three axes.
+      aliases: pairs (input, output) by index that share a buffer.
+      **options: constants of the kernel, and num_warps, num_stages, compute_capability,
+        enable_fp_fusion of `jax_triton.triton_call`.
+
+    Returns:
+      The outputs, a list.
+    """
+    arrays = [jnp.asarray(a, jnp.int32) if isinstance(a, int) else a for a in arrays]
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs],
+        grid=grid,
+        name=kernel.fn.__name__,
+        input_output_aliases=dict(aliases),
+        **options,
+    )
+
+
+def require(ok, message):
+    """Raises ValueError(message) unless `ok`."""
+    if not ok:
+        raise ValueError(message)
+
+
+def split_channels(channels, programs, *, smallest=8, enough=512):
+    """The largest power of two of channels per program that leaves `enough` programs.
+
+    Few rows need small blocks to occupy the whole GPU; with many rows a large block repeats less
+    of the work that its programs share.
+
+    Args:
+      channels: size of the axis to be split.
+      programs: programs without splitting it.
+      smallest, enough: no block below the first, no split once there are `enough` programs.
+    """
+    block = triton.next_power_of_2(channels)
+    while block > smallest and programs * triton.cdiv(channels, block) < enough:
+        block //= 2
+    return block
+
+
+def warps_for(elements, *, per_warp=1024):
+    """Warps of a program that holds `elements` values in registers: 1 to 16, a power of two."""
+    return min(max(triton.next_power_of_2(triton.cdiv(elements, per_warp)), 1), 16)
+
+
+def conv_ring(window, position):
+    """The ring that the step kernels expect at `position`, from the inputs before it.
+
+    Args:
+      window: the w - 1 inputs before `position`, oldest first, (..., w - 1, c): the state that
+        `aim_jax.ops.causal_conv1d` returns.
+      position: int (), the next position.
+
+    Returns:
+      (..., w, c): the input of position t in slot t mod w. The slot of `position` is zero; the step
+      writes it before anything reads it.
+    """
+    empty = jnp.zeros_like(window[..., :1, :])
+    return jnp.roll(jnp.concatenate([empty, window], axis=-2), position, axis=-2)

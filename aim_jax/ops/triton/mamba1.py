@@ -1,0 +1,152 @@
+"""One decode step of a Mamba-1 layer: the convolution, and, after x_proj, the state."""
+
+import jax
+import triton
+import triton.language as tl
+
+from aim_jax.ops.reference import bind_axes
+from aim_jax.ops.triton.device import convolve, silu, softplus
+from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
+
+
+@triton.jit
+def conv_step_kernel(
+    projected, conv_weight, conv_bias, layer, position, conv_in, y, conv,
+    q: tl.constexpr, c: tl.constexpr, w: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program is (a block of channels, a row). `conv_in` is `conv`."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    layer = tl.load(layer).to(tl.int64)
+    t = tl.load(position)
+    ring = conv + (layer * tl.num_programs(1) + row) * w * c
+    weight, bias = conv_weight + layer * w * c, conv_bias + layer * c
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    now, out = convolve(projected + row * q, ring, weight, bias, t, i, i < c, c, w)
+    tl.store(ring + (t % w) * c + i, now, mask=i < c)
+    tl.store(y + row * c + i, out, mask=i < c)
+
+
+def conv_step(
+    projected, conv_cache, layer, position, *, conv_weight, conv_bias, compute_capability=None
+):
+    """Advances the causal convolution of one layer by one token.
+
+        y = silu(bias + sum_k weight_k x_{t - (w - 1) + k})
+
+    Args:
+      projected: inputs in the first c columns (b, at least c), such as in_proj's x and z.
+      conv_cache: rings of the last w inputs (L, b, w, c), updated in place.
+      layer, position: int32 (), which layer and which token this is.
+      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
+      compute_capability: see the package.
+
+    Returns:
+      y (b, c) like `projected`; conv_cache.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes(
+        "conv_step",
+        conv_weight=(conv_weight, "Lwc"),
+        conv_bias=(conv_bias, "Lc"),
+        conv_cache=(conv_cache, "Lbwc"),
+        projected=(projected, "bq"),
+    )
+    b, c, q, w = (sizes[axis] for axis in "bcqw")
+    require(q >= c, f"conv_step: projected has {q} columns, expected at least c = {c}")
+    block = split_channels(c, b, smallest=64)
+    return launch(
+        conv_step_kernel,
+        projected, conv_weight, conv_bias, layer, position, conv_cache,
+        outputs=[jax.ShapeDtypeStruct((b, c), projected.dtype), conv_cache],
+        aliases=((5, 1),),
+        grid=(triton.cdiv(c, block), b),
+        num_warps=warps_for(block, per_warp=128),
+        compute_capability=compute_capability,
+        q=q, c=c, w=w, BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit
+def mamba1_step_kernel(
+    x, dt, BC, projected, dt_bias, A, D, layer, state_in, y, state,
+    q: tl.constexpr, k: tl.constexpr, e: tl.constexpr, n: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program is (a block of channels, a row). `state_in` is `state`."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    layer = tl.load(layer).to(tl.int64)
+    i = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    j = tl.arange(0, BLOCK_N)
+    here, there = i < e, j < n
+    inside = here[:, None] & there[None, :]
+    within = i[:, None] * n + j[None, :]
+    tile = state + (layer * tl.num_programs(1) + row) * e * n + within
+    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
+
+    C_row = BC + row * k + (k - n)
+    B = tl.load(C_row - n + j, mask=there, other=0).to(tl.float32)
+    C = tl.load(C_row + j, mask=there, other=0).to(tl.float32)
+    x = tl.load(x + row * e + i, mask=here, other=0).to(tl.float32)
+    z = tl.load(projected + row * q + (q - e) + i, mask=here, other=0).to(tl.float32)
+    dt = tl.load(dt + row * e + i, mask=here, other=0).to(tl.float32)
+    dt = softplus(dt + tl.load(dt_bias + layer * e + i, mask=here, other=0))
+    A = tl.load(A + layer * e * n + within, mask=inside, other=0)
+
+    S = tl.exp(dt[:, None] * A) * S + (dt * x)[:, None] * B[None, :]
+    tl.store(tile, S, mask=inside)
+    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * e + i, mask=here, other=0) * x
+    tl.store(y + row * e + i, out * silu(z), mask=here)
+
+
+def mamba1_step(x, dt, BC, projected, state, layer, *, dt_bias, A, D, compute_capability=None):
+    """Advances the state of one Mamba-1 layer by one token: between dt_proj and out_proj.
+
+        dt = softplus(dt + dt_bias)
+        h  = exp(dt A) h + dt B x          for every channel and state
+        y  = (C . h + D x) silu(z)
+
+    (Gu and Dao 2023, alg. 2.)
+
+    Args:
+      x: output of `conv_step` (b, e).
+      dt: output of dt_proj (b, e).
+      BC: output of x_proj, whose last 2 n columns are B and C (b, at least 2 n).
+      projected: output of in_proj, whose last e columns are z (b, at least e).
+      state: SSM states (L, b, e, n), float32 or bfloat16, updated in place.
+      layer: int32 (), which of the L layers this is.
+      dt_bias, D: (L, e) float32. A: (L, e, n) float32, negative.
+      compute_capability: see the package.
+
+    Returns:
+      y (b, e) like x; state.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes(
+        "mamba1_step",
+        state=(state, "Lben"),
+        x=(x, "be"),
+        dt=(dt, "be"),
+        BC=(BC, "bk"),
+        projected=(projected, "bq"),
+        dt_bias=(dt_bias, "Le"),
+        A=(A, "Len"),
+        D=(D, "Le"),
+    )
+    b, e, n, k, q = (sizes[axis] for axis in "benkq")
+    require(k >= 2 * n, f"mamba1_step: BC has {k} columns, expected at least 2 n = {2 * n}")
+    require(q >= e, f"mamba1_step: projected has {q} columns, expected at least e = {e}")
+    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
+    return launch(
+        mamba1_step_kernel,
+        x, dt, BC, projected, dt_bias, A, D, layer, state,
+        outputs=[x, state],
+        aliases=((8, 1),),
+        grid=(triton.cdiv(e, block), b),
+        num_warps=warps_for(block * block_n, per_warp=512),
+        compute_capability=compute_capability,
+        q=q, k=k, e=e, n=n, BLOCK_E=block, BLOCK_N=block_n,
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""One decode step of a Mamba-2 layer in the recurrent form, from in_proj to out_proj."""
+
+import jax
+import triton
+import triton.language as tl
+
+from aim_jax.ops.reference import bind_axes
+from aim_jax.ops.triton.device import convolve, silu, softplus
+from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
+
+
+@triton.jit
+def mamba2_step_kernel(
+    projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
+    conv_in, state_in,
+    y, sum_squares, conv, state,
+    h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr, w: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program is (a block of channels, a head, a row). `conv_in` is `conv`, and so on."""
+    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    e: tl.constexpr = h * p
+    c: tl.constexpr = e + 2 * g * n
+    layer = tl.load(layer).to(tl.int64)
+    t = tl.load(position)
+    cell = layer * tl.num_programs(2) + row  # one layer of one sequence
+
+    z_row = projected + row * (e + c + h)
+    conv_row = z_row + e
+    dt_row = conv_row + c
+    ring = conv + cell * w * c
+    weight, bias = conv_weight + layer * w * c, conv_bias + layer * c
+
+    i = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = tl.arange(0, BLOCK_N)
+    here, there = i < p, j < n
+    tile = state + (cell * h + head) * p * n + (i[:, None] * n + j[None, :])
+    inside = here[:, None] & there[None, :]
+    # Most of the traffic, so it is asked for first.
+    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
+
+    group = head // (h // g)
+    x_channel = head * p + i
+    B_channel = e + group * n + j
+    C_channel = B_channel + g * n
+    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
+    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, there, c, w)
+    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, there, c, w)
+    dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
+    dt = softplus(dt)
+    decay = tl.exp(dt * tl.load(A + layer * h + head))
+
+    S = decay * S + (dt * x)[:, None] * B[None, :]
+    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * h + head) * x
+    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
+    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
+
+    tl.store(tile, S, mask=inside)
+    tl.store(y + row * e + x_channel, out * scale, mask=here)
+    parts = tl.num_programs(0)
+    tl.store(sum_squares + (row * h + head) * parts + block, tl.sum(out * out, axis=0))
+    # All heads of a group read the same windows of B and C while one of them stores the new input.
+    # That is no race: the store goes to slot t mod w, and the reads, of positions t - 1 to t -
+    # (w - 1), go to the other w - 1 slots.
+    slot = ring + (t % w) * c
+    writer = there & (head % (h // g) == 0) & (block == 0)
+    tl.store(slot + x_channel, x_now, mask=here)
+    tl.store(slot + B_channel, B_now, mask=writer)
+    tl.store(slot + C_channel, C_now, mask=writer)
+
+
+def mamba2_sizes(op, projected, conv_cache, heads, conv_weight, **arrays):
+    """Checks the arguments that the two forms of the decode step share; returns sizes by letter.
+
+    Args:
+      op: name of the calling function, for messages.
+      projected, conv_cache, conv_weight: see `mamba2_step`.
+      heads: (array, axes) that binds h, p and n first: the state, or the caches of the dual form.
+      **arrays: the other arrays with their axes.
+    """
+    sizes = bind_axes(
+        op,
+        **heads,
+        conv_weight=(conv_weight, "Lwc"),
+        conv_cache=(conv_cache, "Lbwc"),
+        projected=(projected, "bq"),
+    )
+    e = sizes["e"] = sizes["h"] * sizes["p"]
+    c, n, h = sizes["c"], sizes["n"], sizes["h"]
+    g = sizes["g"] = (c - e) // (2 * n)
+    require(
+        g > 0 and c == e + 2 * g * n and h % g == 0,
+        f"{op}: conv_weight has {c} channels, expected h p + 2 g n = {e} + 2 g {n} with g dividing "
+        f"h = {h}",
+    )
+    require(
+        sizes["q"] == e + c + h,
+        f"{op}: projected has {sizes['q']} columns, expected z, x, B, C, dt: {e} + {c} + {h}",
+    )
+    for name, (array, axes) in arrays.items():
+        expected = tuple(sizes[axis] for axis in axes)
+        require(
+            array.shape == expected, f"{op}: {name} has shape {array.shape}, expected {expected}"
+        )
+    return sizes
+
+
+def mamba2_step(
+    projected,
+    conv_cache,
+    state,
+    layer,
+    position,
+    *,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_scale,
+    compute_capability=None,
+):
+    """Advances one Mamba-2 layer by one token: everything between in_proj and out_proj.
+
+        x, B, C = silu(conv(x, B, C))
+        dt      = softplus(dt + dt_bias)
+        h       = exp(dt A) h + dt x B^T
+        u       = (h C + D x) silu(z)
+        y       = u norm_scale,   sum_squares = sums of u^2 over blocks of channels
+
+    (Dao and Gu 2024, eq. 1 and sec. 7.) The gated norm is RMSNorm(u) = y / sqrt(mean(u^2) + eps),
+    and with one group the division is a factor per row: it commutes with out_proj, and
+    `add_norm_modulate` applies it to out_proj's result. With g groups divide y before out_proj, the
+    mean squares of the groups being `sum_squares.reshape(b, g, -1).sum(-1) / (e / g)`.
+
+    Args:
+      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
+      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c), updated in place.
+      state: SSM states (L, b, h, p, n), float32 or bfloat16, updated in place.
+      layer: int32 (), which of the L layers this is.
+      position: int32 (), which token this is; the same in every row.
+      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
+      dt_bias, A, D: (L, h) float32; A is negative.
+      norm_scale: scale of the gated norm (L, e) float32.
+      compute_capability: see the package.
+
+    Returns:
+      y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; state.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = mamba2_sizes(
+        "mamba2_step",
+        projected,
+        conv_cache,
+        {"state": (state, "Lbhpn")},
+        conv_weight,
+        conv_bias=(conv_bias, "Lc"),
+        dt_bias=(dt_bias, "Lh"),
+        A=(A, "Lh"),
+        D=(D, "Lh"),
+        norm_scale=(norm_scale, "Le"),
+    )
+    b, h, p, n, e = (sizes[axis] for axis in "bhpne")
+    block = min(split_channels(p, b * h), 32)
+    block_n = triton.next_power_of_2(n)
+    parts = triton.cdiv(p, block)
+    return launch(
+        mamba2_step_kernel,
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
+        conv_cache, state,
+        outputs=[
+            jax.ShapeDtypeStruct((b, e), projected.dtype),
+            jax.ShapeDtypeStruct((b, h * parts), "float32"),
+            conv_cache,
+            state,
+        ],
+        aliases=((9, 2), (10, 3)),
+        grid=(parts, h, b),
+        num_warps=warps_for(block * block_n, per_warp=512),
+        compute_capability=compute_capability,
+        h=h, p=p, n=n, g=sizes["g"], w=sizes["w"], BLOCK_P=block, BLOCK_N=block_n,
+    )  # fmt: skip

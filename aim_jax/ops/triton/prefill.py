@@ -1,0 +1,265 @@
+"""Scans of whole sequences, so that a given prefix is read by one kernel per layer."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from aim_jax.ops.reference import bind_axes, split_length
+from aim_jax.ops.triton.device import silu, softplus
+from aim_jax.ops.triton.launch import launch, split_channels, warps_for
+
+
+@triton.jit
+def ssd_prefill_kernel(
+    x, dt, A, B, C, D, z, dt_bias, state_in, y, state,
+    l: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr,
+    GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program is (a block of channels, a head, a row). `state_in` is `state`.
+
+    The state is updated where it lies, a block of n at a time: it stays in the cache, and registers
+    suffice for any n.
+    """
+    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = head // (h // g)
+    q = tl.arange(0, BLOCK_L)
+    i = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    here = i < p
+    causal = q[:, None] >= q[None, :]
+    A = tl.load(A + head)
+    D = tl.load(D + head)
+    dt_bias = tl.load(dt_bias + head)
+    # From here on 32-bit offsets within a row suffice; they take half the registers.
+    x += (row * l * h + head) * p
+    y += (row * l * h + head) * p
+    z += (row * l * h + head) * p
+    dt += row * l * h + head
+    B += (row * l * g + group) * n
+    C += (row * l * g + group) * n
+    state += (row * h + head) * p * n
+
+    for start in range(0, l, BLOCK_L):
+        t = start + q
+        real = t < l
+        dt_t = tl.load(dt + t * h, mask=real, other=0).to(tl.float32) + dt_bias
+        if SOFTPLUS:
+            dt_t = softplus(dt_t)
+        dt_t = tl.where(real, dt_t, 0.0)  # neither decays the state nor adds to it
+        a = tl.cumsum(dt_t * A, axis=0)
+        total = tl.sum(dt_t * A, axis=0)
+        channel = t[:, None] * (h * p) + i[None, :]
+        in_x = real[:, None] & here[None, :]
+        x_t = tl.load(x + channel, mask=in_x, other=0).to(tl.float32)
+        now = dt_t[:, None] * x_t
+        outgoing = tl.exp(total - a)[:, None] * now
+
+        scores = tl.zeros([BLOCK_L, BLOCK_L], tl.float32)
+        carried = tl.zeros([BLOCK_L, BLOCK_P], tl.float32)
+        for first in range(0, n, BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            vector = t[:, None] * (g * n) + j[None, :]
+            in_B = real[:, None] & (j < n)[None, :]
+            B_t = tl.load(B + vector, mask=in_B, other=0).to(tl.float32)
+            C_t = tl.load(C + vector, mask=in_B, other=0).to(tl.float32)
+            tile = j[:, None] + i[None, :] * n
+            inside = (j < n)[:, None] & here[None, :]
+            S = tl.load(state + tile, mask=inside, other=0)
+            scores = tl.dot(C_t, tl.trans(B_t), scores, input_precision="tf32x3")
+            carried = tl.dot(C_t, S, carried, input_precision="tf32x3")
+            S = tl.exp(total) * S
+            S = tl.dot(tl.trans(B_t), outgoing, S, input_precision="tf32x3")
+            tl.store(state + tile, S, mask=inside)
+
+        decay = tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
+        out = tl.dot(scores * decay, now, input_precision="tf32x3")
+        out += tl.exp(a)[:, None] * carried + D * x_t
+        if GATE:
+            out *= silu(tl.load(z + channel, mask=in_x, other=0).to(tl.float32))
+        tl.store(y + channel, out, mask=in_x)
+        # The next chunk may read an element of the state in another thread than wrote it.
+        tl.debug_barrier()
+
+
+def ssd_prefill(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    initial_state=None,
+    chunk_size=32,
+    compute_capability=None,
+):
+    """`aim_jax.ops.ssd_scan` as one kernel: products within chunks, a state carried between them.
+
+    The chunks of a head follow each other in one program. Products run on tensor cores, every
+    float32 split into two TF32 numbers, and accumulate in float32. (Dao and Gu 2024, sec. 6;
+    equations in `ssd_scan`.)
+
+    Args:
+      x: inputs (b, l, h, p).
+      dt: step sizes before bias and softplus (b, l, h).
+      A: negative decay rates (h,).
+      B, C: input and output projections (b, l, g, n); head i uses group i // (h / g).
+      D: optional skip weights (h,).
+      z: optional gates, like x.
+      dt_bias: optional bias of dt (h,).
+      dt_softplus: whether softplus is applied to dt.
+      initial_state: optional state before the first position (b, h, p, n); zeros when None. If it
+        is float32 it becomes the final state in place.
+      chunk_size: largest chunk length, rounded to a power of two from 16; above 32 registers spill.
+      compute_capability: see the package.
+
+    Returns:
+      y like x, and the state after the last position (b, h, p, n) float32.
+
+    Raises:
+      ValueError: the shapes do not fit together, or chunk_size is not positive.
+    """
+    sizes = bind_axes(
+        "ssd_prefill",
+        x=(x, "blhp"),
+        dt=(dt, "blh"),
+        A=(A, "h"),
+        B=(B, "blgn"),
+        C=(C, "blgn"),
+        D=(D, "h"),
+        z=(z, "blhp"),
+        dt_bias=(dt_bias, "h"),
+        initial_state=(initial_state, "bhpn"),
+    )
+    b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
+    _, chunk = split_length(l, chunk_size)
+    zeros = jnp.zeros(h, jnp.float32)
+    if initial_state is None:
+        initial_state = jnp.zeros((b, h, p, n), jnp.float32)
+    initial_state = initial_state.astype(jnp.float32)
+    block = min(max(triton.next_power_of_2(p), 16), 64)
+    return launch(
+        ssd_prefill_kernel,
+        x, dt, A, B, C,
+        zeros if D is None else D,
+        x if z is None else z,  # not read without a gate
+        zeros if dt_bias is None else dt_bias,
+        initial_state,
+        outputs=[x, initial_state],
+        aliases=((8, 1),),
+        grid=(triton.cdiv(p, block), h, b),
+        num_warps=8,
+        num_stages=1,
+        compute_capability=compute_capability,
+        l=l, h=h, p=p, n=n, g=g, GATE=z is not None, SOFTPLUS=dt_softplus,
+        BLOCK_L=max(triton.next_power_of_2(chunk), 16), BLOCK_P=block, BLOCK_N=16,
+    )  # fmt: skip
+
+
+@triton.jit
+def selective_scan_prefill_kernel(
+    x, dt, A, B, C, D, z, dt_bias, initial_state, y, state,
+    l: tl.constexpr, e: tl.constexpr, n: tl.constexpr,
+    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, START: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program is (a block of channels, a row); its state stays in registers."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    j = tl.arange(0, BLOCK_N)
+    here, there = i < e, j < n
+    inside = here[:, None] & there[None, :]
+    within = i[:, None] * n + j[None, :]
+    A = tl.load(A + within, mask=inside, other=0)
+    D = tl.load(D + i, mask=here, other=0)
+    dt_bias = tl.load(dt_bias + i, mask=here, other=0)
+    S = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
+    if START:
+        S = tl.load(initial_state + row * e * n + within, mask=inside, other=0).to(tl.float32)
+
+    for t in range(l):
+        channel, vector = (row * l + t) * e + i, (row * l + t) * n + j
+        x_t = tl.load(x + channel, mask=here, other=0).to(tl.float32)
+        dt_t = tl.load(dt + channel, mask=here, other=0).to(tl.float32) + dt_bias
+        B_t = tl.load(B + vector, mask=there, other=0).to(tl.float32)
+        C_t = tl.load(C + vector, mask=there, other=0).to(tl.float32)
+        if SOFTPLUS:
+            dt_t = softplus(dt_t)
+        S = tl.exp(dt_t[:, None] * A) * S + (dt_t * x_t)[:, None] * B_t[None, :]
+        out = tl.sum(S * C_t[None, :], axis=1) + D * x_t
+        if GATE:
+            out *= silu(tl.load(z + channel, mask=here, other=0).to(tl.float32))
+        tl.store(y + channel, out, mask=here)
+    tl.store(state + row * e * n + within, S, mask=inside)
+
+
+def selective_scan_prefill(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    initial_state=None,
+    compute_capability=None,
+):
+    """`aim_jax.ops.selective_scan` as one kernel: the recurrence itself, its state in registers.
+
+    Every program walks along the sequence with a block of channels, so no state but the last
+    reaches memory. (Gu and Dao 2023, alg. 2 and sec. 3.3; equations in `selective_scan`.)
+
+    Args:
+      x: inputs (b, l, e).
+      dt: step sizes before bias and softplus (b, l, e).
+      A: negative decay rates (e, n).
+      B, C: input and output projections (b, l, n).
+      D: optional skip weights (e,).
+      z: optional gates, like x.
+      dt_bias: optional bias of dt (e,).
+      dt_softplus: whether softplus is applied to dt.
+      initial_state: optional state before the first position (b, e, n); zeros when None.
+      compute_capability: see the package.
+
+    Returns:
+      y like x, and the state after the last position (b, e, n) float32.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes(
+        "selective_scan_prefill",
+        x=(x, "ble"),
+        dt=(dt, "ble"),
+        A=(A, "en"),
+        B=(B, "bln"),
+        C=(C, "bln"),
+        D=(D, "e"),
+        z=(z, "ble"),
+        dt_bias=(dt_bias, "e"),
+        initial_state=(initial_state, "ben"),
+    )
+    b, l, e, n = (sizes[axis] for axis in "blen")
+    zeros = jnp.zeros(e, jnp.float32)
+    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
+    return launch(
+        selective_scan_prefill_kernel,
+        x, dt, A, B, C,
+        zeros if D is None else D,
+        x if z is None else z,  # not read without a gate
+        zeros if dt_bias is None else dt_bias,
+        x if initial_state is None else initial_state,  # not read without a start
+        outputs=[x, jax.ShapeDtypeStruct((b, e, n), jnp.float32)],
+        grid=(triton.cdiv(e, block), b),
+        num_warps=warps_for(block * block_n),
+        compute_capability=compute_capability,
+        l=l, e=e, n=n, GATE=z is not None, SOFTPLUS=dt_softplus, START=initial_state is not None,
+        BLOCK_E=block, BLOCK_N=block_n,
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""One token per image from the logits: guidance, temperature, filters and draw in one kernel."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from aim_jax.ops.reference import bind_axes
+from aim_jax.ops.triton.launch import launch, require, warps_for
+
+
+@triton.jit
+def flip(bits):
+    """Maps the bits of floats to integers of the same order, and back: it is its own inverse."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def key_of(x):
+    return flip(x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def float_of(key):
+    return flip(key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def between(low, high):
+    """The mean of two integers, rounded down, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def sample_kernel(
+    logits, noise, cfg_scale, temperature, top_k, top_p, token,
+    v: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program is an image."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < v
+    x = tl.load(logits + row * v + i, mask=inside, other=float("-inf")).to(tl.float32)
+    if GUIDED:
+        null = logits + (tl.num_programs(0) + row) * v
+        uncond = tl.load(null + i, mask=inside, other=0).to(tl.float32)
+        x = uncond + (x - uncond) * tl.load(cfg_scale + row)
+    x = tl.div_rn(x, tl.full([BLOCK], 1.0, tl.float32) * tl.load(temperature + row))
+    x = tl.where(inside, x, float("-inf"))
+    largest = tl.max(x, axis=0)
+
+    # Top-k: the largest threshold that k logits reach, found in the order of floats, where 32
+    # halvings find any float exactly. Invariant: k logits reach `low`, fewer reach `high`.
+    k = tl.load(top_k + row)
+    k = tl.where(k < 1, v, k)
+    low = key_of(tl.min(tl.where(inside, x, float("inf")), axis=0))
+    high = key_of(largest) + 1
+    for _ in range(tl.where(k < v, 32, 0)):
+        middle = between(low, high)
+        reached = tl.sum((x >= float_of(middle)).to(tl.int32), axis=0) >= k
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    threshold = float_of(low)
+
+    # Top-p: the smallest threshold at and below which more than 1 - p of the remaining probability
+    # lies. Invariant: that holds at `high` (or it is the largest logit) and not at `low`.
+    p = tl.load(top_p + row)
+    mass = tl.where(x >= threshold, tl.exp(x - largest), 0.0)
+    excess = (1 - p) * tl.sum(mass, axis=0)
+    low, high = low - 1, key_of(largest)
+    for _ in range(tl.where(p < 1, 32, 0)):
+        middle = between(low, high)
+        reached = tl.sum(tl.where(x <= float_of(middle), mass, 0.0), axis=0) > excess
+        low = tl.where(reached, low, middle)
+        high = tl.where(reached, middle, high)
+    threshold = tl.where(p < 1, float_of(high), threshold)
+
+    noise = tl.load(noise + row * v + i, mask=inside, other=0)
+    tl.store(token + row, tl.argmax(tl.where(x >= threshold, x + noise, float("-inf")), axis=0))
+
+
+def sample(logits, noise, cfg_scale, temperature, top_k, top_p, *, compute_capability=None):
+    """Draws one token per image, as guidance, temperature and filters of `aim_jax.sampling` do.
+
+        x     = uncond + (cond - uncond) cfg_scale
+        x     = filter_logits(x / temperature, top_k, top_p)
+        token = argmax(x + noise)
+
+    The filters need no sort: their thresholds are found by bisection, with the row in registers.
+    Ties at a threshold are kept. A token whose probability tail equals 1 - p to float32 rounding
+    may fall on either side of it, as it may in any order of summation.
+
+    Args:
+      logits: (2 b, v), all conditional rows before all null-class rows, or (b, v) without guidance.
+      noise: standard Gumbel noise (b, v) float32. It is an argument so that its maker sees to it
+        that an image's randomness is a function of its seed, index and position alone; reading it
+        costs as much as reading b rows of logits.
+      cfg_scale, temperature, top_k, top_p: () or (b,). top_k: int, 0 keeps all. top_p: in (0, 1], 1
+        keeps all.
+      compute_capability: see the package.
+
+    Returns:
+      int32 (b,).
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes("sample", noise=(noise, "bv"), logits=(logits, "rv"))
+    b, r, v = (sizes[axis] for axis in "brv")
+    require(r in (b, 2 * b), f"sample: {r} rows of logits for {b} images, expected {b} or {2 * b}")
+    settings = []
+    for name, value, dtype in (
+        ("cfg_scale", cfg_scale, jnp.float32),
+        ("temperature", temperature, jnp.float32),
+        ("top_k", top_k, jnp.int32),
+        ("top_p", top_p, jnp.float32),
+    ):
+        value = jnp.asarray(value, dtype)
+        require(
+            value.shape in ((), (b,)),
+            f"sample: {name} has shape {value.shape}, expected () or {(b,)}",
+        )
+        settings.append(jnp.broadcast_to(value, (b,)))
+    block = triton.next_power_of_2(v)
+    (token,) = launch(
+        sample_kernel,
+        logits, noise, *settings,
+        outputs=[jax.ShapeDtypeStruct((b,), jnp.int32)],
+        grid=(b,),
+        num_warps=warps_for(block),
+        # A fused multiply-add would round guidance once instead of twice.
+        enable_fp_fusion=False,
+        compute_capability=compute_capability,
+        v=v, GUIDED=r == 2 * b, BLOCK=block,
+    )  # fmt: skip
+    return token

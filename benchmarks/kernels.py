@@ -1,0 +1,314 @@
+"""Compiles the Triton kernels ahead of time and prints what they take and what they could reach.
+
+Example:
+  python benchmarks/kernels.py --model XL --images 1 64
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax_triton.triton_lib import get_triton_type
+from triton import compile as compile_kernel
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aim_jax.models.aim import PRESETS, AiMConfig
+from aim_jax.ops import triton as kernels
+
+EPILOG = """\
+example:
+  python benchmarks/kernels.py --model XL --images 1 64
+
+No GPU is needed. Every kernel is traced at the shapes of a model, as it runs once per layer and
+token (the sampler once per token, the prefills once per layer and prefix), compiled for each
+architecture, and assembled by the ptxas that comes with Triton. With guidance an image is two rows.
+
+columns of the first table:
+  registers, spill, shared   per thread; bytes spilled to memory per thread; bytes per program
+  occupancy                  share of an SM's warps that can be resident, by registers and shared
+  programs                   of one launch
+  MB                         bytes that one launch must move: every array once, of a cache its part
+                             (token caches: half full, the mean over an image)
+  us                         MB / bandwidth of the A100 (sm_80, 2.0 TB/s) or H200 (sm_90, 4.3 TB/s)
+and of the second, for one token of all images:
+  floor ms                   bfloat16 weights once, and the form's state or cache, at the bandwidth
+  modelled ms                weights once, and everything that the kernels move, at the bandwidth
+  images/s                   at most, by the model
+
+The exit status is 1 if a kernel spills.
+"""
+
+BANDWIDTH = {80: 2.0e12, 90: 4.3e12}
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One launch: the operation, its arguments by name, and the bytes it has to move.
+
+    `cache_bytes` is the part of them that is the state, or the cache, of a Mamba-2 decode step.
+    """
+
+    name: str
+    op: Callable
+    arguments: dict
+    bytes: float
+    cache_bytes: float = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says about one kernel."""
+
+    registers: int
+    spill: int
+    shared: int
+    warps: int
+    programs: int
+
+    def occupancy(self, arch: int) -> float:
+        by_registers = 65536 // (self.warps * 32 * -(-self.registers // 8) * 8)
+        by_shared = SHARED_PER_SM[arch] // (self.shared + 1024)
+        return min(min(by_registers, by_shared, 32) * self.warps / 64, 1.0)
+
+
+def nbytes(*arrays) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def cases(model: str, images: int) -> Iterator[Case]:
+    """Every kernel at the shapes of a preset, with bfloat16 activations and caches of inputs.
+
+    Args:
+      model: name of a preset. images: per batch, with guidance.
+    """
+    config = PRESETS[model]
+    layers, b, d = config.n_layer, 2 * images, config.d_model
+    v, tokens = config.vocab_size, config.num_tokens
+    e, h, p, n, w = config.d_inner, config.n_heads, config.headdim, config.d_state, config.d_conv
+    g = config.ngroups
+    c = e + 2 * g * n
+
+    def half(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def full(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    parameters = {
+        "conv_weight": full(layers, w, c),
+        "conv_bias": full(layers, c),
+        "dt_bias": full(layers, h),
+        "A": full(layers, h),
+        "D": full(layers, h),
+        "norm_scale": full(layers, e),
+    }
+    step = {
+        "projected": half(b, e + c + h),
+        "conv_cache": half(layers, b, w, c),
+        "layer": scalar,
+        "position": scalar,
+    } | parameters
+    around = nbytes(*step.values()) / layers + nbytes(step["projected"]) + 2 * b * e
+
+    def stacked(dtype):
+        return jax.ShapeDtypeStruct((layers, b, h, p, n), dtype)
+
+    def mamba2(dtype):
+        cache = 2 * nbytes(stacked(dtype)) / layers
+        arguments = step | {"state": stacked(dtype)}
+        name = f"mamba2_step {dtype}"
+        return Case(name, kernels.mamba2_step, arguments, around + cache, cache)
+
+    yield mamba2("float32")
+    yield mamba2("bfloat16")
+
+    caches = {
+        "inputs": half(layers, b, tokens, h, p),
+        "B_cache": half(layers, b, tokens, g, n),
+        "log_decay": full(layers, b, tokens, h),
+    }
+    cache = nbytes(*caches.values()) / layers / 2
+    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, around + cache, cache)
+
+    modulation = {
+        "hidden": half(b, d),
+        "residual": full(b, d),
+        "norm_scale": full(layers, d),
+        "modulation": full(layers, b, 3, d),
+        "sum_squares": full(b, h),
+        "layer": scalar,
+    }
+    moved = b * d * (2 + 4 + 4 + 3 * 4 + 2)
+    op = functools.partial(kernels.add_norm_modulate, inner=e)
+    yield Case("add_norm_modulate", op, modulation, moved)
+
+    settings = dict.fromkeys(("cfg_scale", "temperature", "top_p"), full())
+    sampler = {"logits": full(b, v), "noise": full(images, v), "top_k": scalar} | settings
+    yield Case("sample", kernels.sample, sampler, nbytes(sampler["logits"], sampler["noise"]))
+
+    prefix = tokens // 2
+    scan = {
+        "x": half(b, prefix, h, p),
+        "dt": half(b, prefix, h),
+        "A": full(h),
+        "B": half(b, prefix, g, n),
+        "C": half(b, prefix, g, n),
+        "D": full(h),
+        "dt_bias": full(h),
+    }
+    moved = nbytes(*scan.values(), scan["x"], full(b, h, p, n))
+    yield Case("ssd_prefill", kernels.ssd_prefill, scan, moved)
+
+    # Mamba-1 at the same widths; its published state size is 16.
+    n, r = 16, config.dt_rank
+    conv = {
+        "projected": half(b, 2 * e),
+        "conv_cache": half(layers, b, w, e),
+        "layer": scalar,
+        "position": scalar,
+        "conv_weight": full(layers, w, e),
+        "conv_bias": full(layers, e),
+    }
+    moved = 2 * b * e * (1 + w + 1) + 4 * e * (w + 1)
+    yield Case("conv_step", kernels.conv_step, conv, moved)
+    mamba1 = {
+        "x": half(b, e),
+        "dt": half(b, e),
+        "BC": half(b, r + 2 * n),
+        "projected": half(b, 2 * e),
+        "state": full(layers, b, e, n),
+        "layer": scalar,
+        "dt_bias": full(layers, e),
+        "A": full(layers, e, n),
+        "D": full(layers, e),
+    }
+    moved = 2 * b * (4 * e + r + 2 * n) + 8 * b * e * n + 4 * e * (n + 2)
+    yield Case("mamba1_step float32", kernels.mamba1_step, mamba1, moved)
+    scan = {
+        "x": half(b, prefix, e),
+        "dt": half(b, prefix, e),
+        "A": full(e, n),
+        "B": half(b, prefix, n),
+        "C": half(b, prefix, n),
+        "D": full(e),
+        "z": half(b, prefix, e),
+        "dt_bias": full(e),
+    }
+    moved = nbytes(*scan.values(), scan["x"], full(b, e, n))
+    yield Case("selective_scan_prefill", kernels.selective_scan_prefill, scan, moved)
+
+
+def find_launch(op, arguments: dict) -> tuple:
+    """The single kernel call that `op` traces to: its parameters and argument types."""
+    jaxpr = jax.make_jaxpr(lambda a: op(**a))(arguments)
+    (call,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "triton_kernel_call")
+    return call.params, [get_triton_type(x.aval) for x in (*call.invars, *call.outvars)]
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compiles a launch as jax-triton would, and assembles it.
+
+    Args:
+      case: see `cases`. arch: 80 or 90.
+    """
+    call, types = find_launch(case.op, case.arguments)
+    fn = call["fn"]
+    constants = {name: call[name] for name in fn.arg_names if name in call}
+    signature = dict(zip(fn.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: call[name] for name in names if call[name] is not None}
+    compiled = compile_kernel(
+        ASTSource(fn, signature, constants, aligned), GPUTarget("cuda", arch, 32), options
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        ptxas = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", source.name, "-o", "out"]
+        log = subprocess.run(ptxas, cwd=folder, check=True, capture_output=True, text=True).stderr
+    return Compiled(
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spill=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        programs=math.prod(call["grid"]),
+    )
+
+
+def weight_bytes(config: AiMConfig) -> int:
+    """bfloat16 weights that a token reads once: projections of every layer, and the head."""
+    e, gn = config.d_inner, config.ngroups * config.d_state
+    layer = config.d_model * (3 * e + 2 * gn + config.n_heads)
+    return 2 * (config.n_layer * layer + config.vocab_size * config.d_model)
+
+
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=PRESETS, default="B", help="shapes (default: B)")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], metavar="N")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(BANDWIDTH))
+    args = parser.parse_args(argv)
+    config = PRESETS[args.model]
+    # jax-triton empties the variable, and Triton would then keep its cache in the current folder.
+    knobs.cache.dir = tempfile.mkdtemp()
+
+    names = ("kernel", "arch", "registers", "spill", "shared", "warps", "occupancy", "programs")
+    print(row("model", "images", *names, "MB", "us"), row(*["---"] * 12), sep="\n")
+    spilled, totals = False, []
+    for images in args.images:
+        found = {case.name: case for case in cases(args.model, images)}
+        for case in found.values():
+            for arch in args.arch:
+                kernel = compile_case(case, arch)
+                spilled |= kernel.spill > 0
+                counts = (kernel.registers, kernel.spill, kernel.shared, kernel.warps)
+                time = case.bytes / BANDWIDTH[arch]
+                print(
+                    row(
+                        args.model, images, case.name, f"sm_{arch}", *counts,
+                        f"{kernel.occupancy(arch):.2f}", kernel.programs,
+                        f"{case.bytes / 1e6:.2f}", f"{time * 1e6:.1f}",
+                    ),
+                    flush=True,
+                )  # fmt: skip
+        weights, layers = weight_bytes(config), config.n_layer
+        for name, form in found.items():
+            if not form.cache_bytes:
+                continue
+            floor = weights + layers * form.cache_bytes
+            moved = layers * (form.bytes + found["add_norm_modulate"].bytes)
+            moved += weights + found["sample"].bytes
+            for arch in args.arch:
+                ms = [1e3 * amount / BANDWIDTH[arch] for amount in (floor, moved)]
+                rate = images / (config.num_tokens * ms[1] / 1e3)
+                cells = (f"{ms[0]:.3f}", f"{ms[1]:.3f}", f"{rate:.1f}")
+                totals.append(row(args.model, images, name, f"sm_{arch}", *cells))
+
+    print()
+    names = ("step", "arch", "floor ms", "modelled ms", "images/s")
+    print(row("model", "images", *names), row(*["---"] * 7), *totals, sep="\n")
+    return int(spilled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
