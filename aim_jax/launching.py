@@ -1,8 +1,11 @@
 """What every program in launch/ does at its start."""
 
 import contextlib
+import os
 import sys
+from pathlib import Path
 
+import jax
 from absl import logging
 
 from aim_jax.monitor import NonFiniteLossError
@@ -13,11 +16,24 @@ def errors_in_one_line():
     """Ends the program with status 1 and one line for errors that say what a user should change."""
     # Orbax and JAX log every file that they touch at the info level.
     logging.set_verbosity(logging.WARNING)
+    keep_compiled_programs()
     try:
         yield
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def keep_compiled_programs() -> None:
+    """Lets a second run skip compilation, unless JAX_COMPILATION_CACHE_DIR says where or JAX not to.
+
+    What took over half a second to compile is kept in $XDG_CACHE_HOME/aim_jax, by default
+    ~/.cache/aim_jax; JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "aim_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def start(train, stage: str, flags) -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # the tests read configs/, launch/ and benchmarks
 
 # Every program and test compiles its own functions; equal ones are compiled once per test run.
 _cache = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # for the programs that tests start
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
