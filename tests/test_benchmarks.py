@@ -29,6 +29,17 @@ def test_last_line_of_decode_cpu():
     assert " 26.0 " in rows["ours:recurrent/8"] and "tuned/8" not in rows
 
 
+def test_steps_are_timed_without_what_happens_once_per_image():
+    args = decode_cpu.parse(["--whole", "30"])
+    result = decode_cpu.timed_decoding(lambda steps: 2.0 + 0.1 * steps, 8, True, args)
+    assert result["ms"] == pytest.approx(100) and result["start_s"] == pytest.approx(2)
+    assert result["whole_s"] == pytest.approx(27.6)
+    args.whole = 20
+    assert "whole_s" not in decode_cpu.timed_decoding(lambda steps: 2 + 0.1 * steps, 8, True, args)
+    with pytest.raises(RuntimeError, match="busy"):
+        decode_cpu.timed_decoding(lambda steps: 5 - 0.1 * steps, 8, True, args)
+
+
 def test_bytes_per_step_of_aim_b():
     config = decode_cpu.PRESETS["B"]
     one, eight = (decode_cpu.bytes_per_step(config, images) for images in (1, 8))
