@@ -42,6 +42,13 @@ def random_tensor(key: str, shape: tuple[int, ...], rng: np.random.Generator) ->
     return noise * (0.02 if "embed" in key else fan_in**-0.5)
 
 
+def random_weights(config: AiMConfig | VQConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights of a model, by official key."""
+    rng = np.random.default_rng(seed)
+    shapes = convert.official_shapes(config)
+    return {k: random_tensor(k, s, rng).astype(np.float32, copy=False) for k, s in shapes.items()}
+
+
 def write_random_official(
     path: Path, aim: AiMConfig | None, vq: VQConfig | None, dtype=np.float32, seed: int = 0
 ) -> None:

@@ -1,0 +1,450 @@
+"""Decoding on a CPU, side by side: this library, PyTorch with the same mathematics, and others.
+
+Example:
+  python benchmarks/decode_cpu.py --out decode_cpu.json
+
+Contestants, all in float32 with the sizes of AiM-B (LlamaGen: of LlamaGen-B), guidance, top-k 600
+and top-p 0.98, for 1 and 8 images (2 and 16 rows):
+
+  ours          aim_jax.sampling.generate_tokens; --ours names the variants
+  official      the official single step in plain eager PyTorch
+  tuned         the same function as fast as eager PyTorch was made to go
+  huggingface   transformers' Mamba2ForCausalLM, without classes
+  llamagen      a transformer with a key-value cache
+  vq, vq_torch, vq_torch_nhwc
+                the tokenizer's decoder: one picture of 256 x 256 pixels
+  copy          the machine's copy bandwidth, reading and writing
+
+Every measurement is a process of its own, one at a time; rounds go through all contestants, so that
+a slow minute of the machine meets each of them. peers.py first proves that those with AiM's weights
+compute the same logits and pictures. Timed calls go from class labels to codes, after a warm-up; a
+step is the difference between calls of two lengths, which leaves out what happens once per image
+(class modulation, "start"). A contestant whose steps would take longer than --budget seconds does
+fewer. LlamaGen's steps cost more with every token, linearly, so those
+around the middle of the image are timed. Whole images are timed once, in the first round, or
+extrapolated from the steps (marked ~) where that would take longer than --whole seconds.
+
+Bytes per step are the weights that a step reads, and the states and convolution windows that it
+reads and writes; over its time they give the bandwidth that decoding attains.
+
+The last line holds ratios of median times, above 1 where the library is ahead, for the first of the
+--ours variants; "bandwidth" is its fraction of the copy bandwidth at 1 image, and "tokenizer"
+compares with the faster layout in PyTorch. What was not measured is nan.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from aim_jax.models import PRESETS, AiMConfig, VQConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"scale": 5.0, "top_k": 600, "top_p": 0.98}
+COPIED = 512 * 2**20  # bytes, far beyond any cache
+START = 2  # steps of the shorter of two timed lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way in which the library decodes.
+
+    Attributes:
+      config: fields of AiMConfig that differ from AiM-B.
+      options: further keyword arguments of `generate_tokens`.
+      whole: times whole images only; for engines whose steps do not all cost the same.
+    """
+
+    config: dict = dataclasses.field(default_factory=dict)
+    options: dict = dataclasses.field(default_factory=dict)
+    whole: bool = False
+
+
+OURS = {
+    "recurrent": Variant(),
+    "unrolled": Variant(config={"scan_unroll": 24}),
+    "bfloat16": Variant(config={"compute_dtype": "bfloat16"}),
+}
+PEERS = ("official", "tuned", "huggingface", "llamagen")
+TOKENIZERS = ("vq", "vq_torch", "vq_torch_nhwc")
+CONTESTANTS = ("copy", "ours", *PEERS, *TOKENIZERS)
+
+
+def threads() -> int:
+    """CPUs that this process may use."""
+    count = getattr(os, "sched_getaffinity", None)
+    return len(count(0)) if count else os.cpu_count()
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def bytes_per_step(config: AiMConfig, images: int) -> int:
+    """Least traffic of one decode step: weights once, state and windows read and written."""
+    import jax
+
+    from aim_jax.models.aim import init_cache, init_params
+
+    def size(tree) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    # Modulation is computed once per image; of the other tables a step reads one row.
+    kept = {k: params[k] for k in ("layers", "norm_f", "final_layer", "token_embedding")}
+    weights = size(kept) * np.dtype(config.compute_dtype).itemsize // 4
+    return weights + 2 * size(jax.eval_shape(lambda: init_cache(config, 2 * images)))
+
+
+# What the processes of the contestants do. Each returns what goes into the results.
+
+
+def copy_bandwidth() -> dict:
+    """GB/s of copying a large array with all CPUs, read and written bytes counted."""
+    source, target = np.ones((2, COPIED // 8), np.float64)
+    parts = list(zip(*(np.array_split(x, threads()) for x in (target, source)), strict=True))
+    with ThreadPoolExecutor(threads()) as pool:
+
+        def copy():
+            list(pool.map(lambda part: np.copyto(*part), parts))
+
+        copy()
+        best = min(seconds(copy) for _ in range(5))
+    return {"GB/s": 2 * COPIED / best / 1e9}
+
+
+def timed_decoding(generate, steps: int, whole: bool, args) -> dict:
+    """Times generate(steps) -> seconds, which is warm.
+
+    A step is the difference between two lengths, so that what is done once per image (class
+    modulation, fresh states) stays apart.
+    """
+    start, took = min(generate(START), generate(START)), generate(START + steps)
+    if took <= start:
+        raise RuntimeError(f"{steps} steps more took no longer: a busy machine, or too few --steps")
+    result = {"ms": 1e3 * (took - start) / steps, "steps": steps}
+    result["start_s"] = start - START * result["ms"] / 1e3
+    if whole and result["start_s"] + result["ms"] / 1e3 * args.tokens < args.whole:
+        result["whole_s"] = generate(args.tokens)
+    return result
+
+
+def ours(name: str, images: int, whole: bool, args) -> dict:
+    """Decoding by the library."""
+    import jax
+    import jax.numpy as jnp
+
+    from aim_jax import convert
+    from aim_jax.sampling import generate_tokens
+    from benchmarks.conversion import random_weights
+
+    variant = OURS[name]
+    config = dataclasses.replace(PRESETS["B"], **variant.config)
+    params = jax.device_put(convert.convert_aim(random_weights(config), config))
+    compiled = {}
+
+    def call(steps):
+        cut = dataclasses.replace(config, num_tokens=steps)
+        table = params["position_embedding"]["embedding"][: steps + 1]
+        return generate_tokens(
+            params | {"position_embedding": {"embedding": table}},
+            jnp.arange(images), 0, jnp.arange(images),
+            jnp.float32(SETTINGS["scale"]), jnp.float32(1.0),
+            jnp.int32(SETTINGS["top_k"]), jnp.float32(SETTINGS["top_p"]),
+            config=cut, **variant.options,
+        ).block_until_ready()  # fmt: skip
+
+    def generate(steps):
+        if steps not in compiled:
+            compiled[steps] = seconds(call, steps)
+        return seconds(call, steps)
+
+    steps = args.tokens - START if variant.whole else args.steps
+    result = timed_decoding(generate, steps, whole, args)
+    compile_s = compiled[START] - result["start_s"] - START * result["ms"] / 1e3
+    return result | {"compile_s": compile_s, "bytes": bytes_per_step(config, images)}
+
+
+def peer(name: str, images: int, whole: bool, args) -> dict:
+    """Decoding by one of the peers."""
+    import torch
+
+    from benchmarks import peers
+
+    torch.set_num_threads(threads())
+    config = PRESETS["B"]
+    labels = peers.with_null(range(images), config.num_classes)
+    if name == "huggingface":
+        decoder = peers.HuggingFace(config, 2 * images)
+    elif name == "llamagen":
+        decoder = peers.LlamaGen(peers.LlamaGenConfig(), labels)
+    else:
+        kind = {"official": peers.OfficialAiM, "tuned": peers.TunedAiM}[name]
+        decoder = kind(peers.as_torch(peers.random_weights(config)), config, labels)
+
+    def generate(steps):
+        first = (args.tokens - steps) // 2 if name == "llamagen" else 0
+        return seconds(lambda: peers.generate(decoder, steps, first=first, **SETTINGS))
+
+    generate(START)
+    affordable = int(args.budget / generate(START) * START)
+    return timed_decoding(generate, max(4, min(args.steps, affordable)), whole, args)
+
+
+def tokenizer(name: str) -> dict:
+    """Decoding the codes of one picture."""
+    from benchmarks.conversion import random_weights
+
+    config = VQConfig()
+    weights = random_weights(config)
+    codes = np.random.default_rng(0).integers(0, config.n_embed, (1, 256))
+    if name == "vq":
+        import jax
+
+        from aim_jax import convert
+        from aim_jax.sampling import decode_images
+
+        params = jax.device_put(convert.convert_vq(weights, config))
+
+        def decode():
+            jax.block_until_ready(decode_images(params, codes, config=config))
+    else:
+        import torch
+
+        from benchmarks import peers
+
+        torch.set_num_threads(threads())
+        layout = torch.channels_last if name.endswith("nhwc") else torch.contiguous_format
+        decoder = peers.VQDecoder(peers.as_torch(weights), config, layout)
+
+        def decode():
+            decoder(torch.from_numpy(codes))
+
+    first = seconds(decode)
+    took = statistics.median(seconds(decode) for _ in range(3))
+    return {"ms": 1e3 * took, "compile_s": first - took}
+
+
+def work(job: dict, args) -> dict:
+    """Does one measurement in this process."""
+    kind, name = job["kind"], job["name"]
+    if kind == "copy":
+        return copy_bandwidth()
+    if kind in TOKENIZERS:
+        return tokenizer(kind)
+    function = ours if kind == "ours" else peer
+    return function(name, job["images"], job["whole"], args)
+
+
+# What the program itself does: start those processes, collect, report.
+
+
+def jobs(args) -> list[dict]:
+    """The measurements of one round, in order."""
+    todo = []
+    for kind in args.contestants:
+        if kind == "copy" or kind in TOKENIZERS:
+            todo.append({"kind": kind, "name": kind, "images": 1})
+        else:
+            names = args.ours if kind == "ours" else [kind]
+            todo += [{"kind": kind, "name": n, "images": b} for n in names for b in args.images]
+    return todo
+
+
+def run_child(command: list[str], **options) -> subprocess.CompletedProcess:
+    """Runs a program of this repository, on the CPU."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **options)
+
+
+def measure(job: dict, argv: list[str]) -> dict:
+    """The result of a job in a process of its own, or {"error": its last words}."""
+    command = ["benchmarks/decode_cpu.py", *argv, "--job", json.dumps(job)]
+    done = run_child(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def label(job: dict) -> str:
+    name = f"ours:{job['name']}" if job["kind"] == "ours" else job["name"]
+    return name if job["kind"] in ("copy", *TOKENIZERS) else f"{name}/{job['images']}"
+
+
+def run_rounds(args, argv: list[str]) -> dict[str, list[dict]]:
+    """Results of every job, by label, one per round."""
+    results = {}
+    for number in range(args.rounds):
+        for job in jobs(args):
+            rows = results.setdefault(label(job), [])
+            rows.append(measure(job | {"whole": number == 0 and args.whole > 0}, argv))
+            print(f"round {number + 1}  {label(job):18}{describe(rows[-1])}", flush=True)
+    return results
+
+
+def describe(result: dict) -> str:
+    """One result in words."""
+    if "error" in result:
+        return f"skipped: {result['error']}"
+    if "GB/s" in result:
+        return f"{result['GB/s']:.1f} GB/s"
+    words = f"{result['ms']:.1f} ms"
+    words += f" per step of {result['steps']}" if "steps" in result else " per picture"
+    words += f", compiled in {result['compile_s']:.1f} s" if "compile_s" in result else ""
+    return words + (f", whole {result['whole_s']:.1f} s" if "whole_s" in result else "")
+
+
+def values(results: dict, name: str, field: str = "ms") -> list[float]:
+    """A field of every round that has it."""
+    return [row[field] for row in results.get(name, []) if field in row]
+
+
+def median(results: dict, name: str, field: str = "ms") -> float:
+    """Median over the rounds; nan of none."""
+    found = values(results, name, field)
+    return statistics.median(found) if found else math.nan
+
+
+def attained(results: dict, name: str) -> float:
+    """Bandwidth of decoding over the copy bandwidth."""
+    rate = median(results, name, "bytes") / (median(results, name) / 1e3)
+    return rate / 1e9 / median(results, "copy", "GB/s")
+
+
+def ratios(results: dict, ours: str) -> dict[str, float]:
+    """What the last line says, of the variant `ours`."""
+    mine = {b: median(results, f"ours:{ours}/{b}") for b in (1, 8)}
+    torch_vq = [median(results, name) for name in TOKENIZERS[1:]]
+    torch_vq = [ms for ms in torch_vq if not math.isnan(ms)]
+    return {
+        "official_1": median(results, "official/1") / mine[1],
+        "official_8": median(results, "official/8") / mine[8],
+        "tuned_8": median(results, "tuned/8") / mine[8],
+        "bandwidth": attained(results, f"ours:{ours}/1"),
+        "tokenizer": min(torch_vq, default=math.nan) / median(results, "vq"),
+    }
+
+
+def last_line(found: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.2f}" for name, value in found.items())
+
+
+def table(results: dict, tokens: int) -> list[str]:
+    """Lines: medians and ranges over the rounds, whole images, share of the bandwidth."""
+    lines = [f"{'':20}{'ms, median':>11}  {'min - max':17}{'images s':>9}  compile s   of copy"]
+    for name in results:
+        found = values(results, name)
+        if not found:
+            continue
+        middle, spread = statistics.median(found), f"{min(found):.1f} - {max(found):.1f}"
+        whole = values(results, name, "whole_s")
+        start = 0.0 if math.isnan(once := median(results, name, "start_s")) else once
+        whole = f"{whole[0]:.1f}" if whole else f"~{start + middle * tokens / 1e3:.1f}"
+        whole = whole if "/" in name else ""
+        compile_s = median(results, name, "compile_s")
+        compile_s = "" if math.isnan(compile_s) else f"{compile_s:.1f}"
+        share = attained(results, name)
+        share = "" if math.isnan(share) else f"{share:.2f}"
+        lines.append(f"{name:20}{middle:11.1f}  {spread:17}{whole:>9}{compile_s:>11}{share:>10}")
+    return lines
+
+
+def surroundings() -> dict:
+    """Hardware, versions, load and commit."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "torch", "transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "cpu": model[0] if model else platform.processor(),
+        "threads": threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+    }
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def names(text):
+        return text.split(",")
+
+    parser.add_argument("--steps", type=int, default=32, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=lambda x: [int(i) for i in x.split(",")], default=[1, 8])
+    parser.add_argument(
+        "--contestants", type=names, default=list(CONTESTANTS), help="separated by commas"
+    )
+    parser.add_argument("--ours", type=names, default=["recurrent"], help=f"of {', '.join(OURS)}")
+    parser.add_argument("--budget", type=float, default=6, help="seconds of steps of a slow peer")
+    parser.add_argument(
+        "--whole", type=float, default=120, help="longest whole image to time, in s; 0 times none"
+    )
+    parser.add_argument("--check_only", action="store_true", help="check the peers, time nothing")
+    parser.add_argument("--nocheck", action="store_true", help="do not check the peers")
+    parser.add_argument("--out", type=Path, help="write all results as JSON")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.tokens = PRESETS["B"].num_tokens
+    for given, known in ((args.contestants, CONTESTANTS), (args.ours, OURS)):
+        if wrong := set(given) - set(known):
+            parser.error(f"{', '.join(sorted(wrong))}: expected some of {', '.join(known)}")
+    return args
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.job:
+        print(json.dumps(work(args.job, args)))
+        return 0
+    around = surroundings()
+    print(json.dumps(around))
+    if around["load"] > 0.5:
+        print(f"The machine is not idle (load {around['load']:.1f}): figures will be off.")
+    sys.stdout.flush()
+    if not args.nocheck or args.check_only:
+        checked = run_child(["benchmarks/peers.py", "--size", "B"])
+        if checked.returncode or args.check_only:
+            return checked.returncode
+    results = run_rounds(args, argv)
+    found = ratios(results, args.ours[0])
+    if args.out:
+        everything = {"machine": around, "results": results, "ratios": found}
+        args.out.write_text(json.dumps(everything, indent=1) + "\n")
+    print("\n".join(table(results, args.tokens)))
+    for images in args.images:
+        total = bytes_per_step(PRESETS["B"], images)
+        print(f"{images} images: {total / 1e6:.0f} MB per step (weights, state, windows; float32)")
+    print(last_line(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,592 @@
+"""What decode_cpu.py measures against, in PyTorch, and the proof that it computes the same.
+
+Example:
+  python benchmarks/peers.py --size B
+
+OfficialAiM   the official mixer's single step, operator by operator
+TunedAiM      the same function as fast as eager PyTorch goes on a CPU
+HuggingFace   transformers' Mamba2ForCausalLM with the sizes of an AiM
+LlamaGen      a transformer of LlamaGen-B's shape with a key-value cache
+VQDecoder     the tokenizer's decoder
+
+The first two and the last load the weights that the library loads (random ones, under official
+keys); the program compares their logits and pictures with the library's and ends with status 1
+where they differ by more than 1e-4 of the largest value. The other two hold random weights of their
+own; stepping through a sequence is compared with reading it at once.
+
+In the official models' favour: class modulation, which they compute anew in every step, is computed
+once per image here; and they draw tokens for the unguided rows too, only to drop them.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+
+import jax
+import numpy as np
+
+from aim_jax import convert, sampling
+from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel
+from benchmarks.conversion import random_weights
+
+try:
+    import torch
+    from torch.nn import functional as F
+except ImportError:
+    sys.exit("The peers are PyTorch: pip install '.[torch]'")
+
+TOLERANCE = 1e-4
+SIZES = PRESETS | {
+    "tiny": AiMConfig(vocab_size=256, num_classes=9, num_tokens=16, d_model=64, n_layer=3,
+                      d_state=16, headdim=16),
+}  # fmt: skip
+VQ_SIZES = dict.fromkeys(PRESETS, VQConfig()) | {
+    "tiny": VQConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, n_embed=64),
+}
+
+
+def as_torch(weights: dict[str, np.ndarray]) -> dict:
+    return {key: torch.from_numpy(tensor) for key, tensor in weights.items()}
+
+
+def with_null(labels, num_classes: int):
+    """Labels (b,) -> (2 b,): the images' classes, then as many null classes."""
+    labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
+    return torch.cat([labels, torch.full_like(labels, num_classes)])
+
+
+def draw(logits, top_k: int, top_p: float):
+    """Tokens (b,) of logits (b, v) as the official sampler draws them: top-k, top-p, draw."""
+    return torch.multinomial(torch.softmax(filter_logits(logits, top_k, top_p), dim=-1), 1)[:, 0]
+
+
+def filter_logits(logits, top_k: int, top_p: float):
+    """logits (b, v) with those outside the k largest, then outside the nucleus, at -inf."""
+    smallest = torch.topk(logits, top_k).values[:, -1:]
+    logits = logits.masked_fill(logits < smallest, -math.inf)
+    ordered, order = torch.sort(logits, dim=-1)
+    outside = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    outside[:, -1] = False
+    return logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+
+
+def nucleus(logits, top_k: int, top_p: float):
+    """`filter_logits` without sorting the vocabulary: (probabilities (b, k), their tokens (b, k)).
+
+    Of logits that tie for place k it keeps k, not all.
+    """
+    largest, tokens = torch.topk(logits, top_k)
+    probs = torch.softmax(largest, dim=-1)
+    before = probs.cumsum(dim=-1).sub_(probs)
+    before[:, 0] = 0
+    return probs.masked_fill_(before >= top_p, 0), tokens
+
+
+def tuned_draw(logits, top_k: int, top_p: float):
+    """Tokens (b,) of logits (b, v), distributed as those of `draw`."""
+    probs, tokens = nucleus(logits, top_k, top_p)
+    return tokens.gather(1, torch.multinomial(probs, 1))[:, 0]
+
+
+def generate(peer, steps: int, *, scale=5.0, top_k=600, top_p=0.98, first: int = 0):
+    """Draws codes (b, steps) by classifier-free guidance; the rows of the peer are `with_null`.
+
+    Args:
+      peer: has `reset()`, `step(tokens, index)` -> logits and `draw`.
+      first: index of the first step.
+    """
+    with torch.inference_mode():
+        peer.reset()
+        tokens, drawn = None, []
+        for index in range(first, first + steps):
+            guided, unguided = peer.step(tokens, index).chunk(2)
+            token = peer.draw(unguided + (guided - unguided) * scale, top_k, top_p)
+            drawn.append(token)
+            tokens = torch.cat([token, token])
+        return torch.stack(drawn, dim=1)
+
+
+def rms_norm(x, weight, eps: float):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+class AiMPeer:
+    """What both AiM peers share: inputs, modulation, order of the rows.
+
+    Attributes:
+      w: tensors by official key, without the prefix of the backbone.
+      labels: class of every row.
+    """
+
+    prefix = "mamba.backbone."
+
+    def __init__(self, weights: dict, config: AiMConfig, labels):
+        if config.mixer != "mamba2" or config.ngroups != 1 or config.d_intermediate:
+            raise ValueError("The peers are Mamba-2 with one SSM group and without MLPs.")
+        self.w = {key.removeprefix(self.prefix): tensor for key, tensor in weights.items()}
+        self.cfg, self.labels = config, labels
+        self.table = self.w["embeddings.word_embeddings.weight"]
+
+    def embed(self, tokens, index: int):
+        """Input (rows, d) of step `index`: the class, or the token drawn before."""
+        if tokens is None:
+            return self.w["cls_embed.embedding_table.weight"][self.labels]
+        row = index - 1 + self.cfg.position_offset
+        return self.table[tokens] + self.w["embeddings.position_embeddings.weight"][row]
+
+    def modulation(self):
+        """(shift, scale, gate) of every layer, and (shift, scale) of the last one: (rows, d)."""
+        c = F.silu(self.w["cls_embed.embedding_table.weight"][self.labels])
+
+        def adaln(name):
+            return F.linear(c, self.w[f"{name}.1.weight"], self.w[f"{name}.1.bias"])
+
+        if self.cfg.adaln == "layer":
+            layers = [adaln(f"layers.{i}.adaLN_modulation") for i in range(self.cfg.n_layer)]
+        else:
+            groups = adaln("adaln_group").chunk(self.cfg.num_groups, dim=1)
+            tables = [self.w[f"layers.{i}.scale_shift_table"] for i in range(self.cfg.n_layer)]
+            layers = [groups[i % len(groups)] + table.flatten() for i, table in enumerate(tables)]
+        last = adaln("final_layer.adaLN_modulation")
+        return [x.chunk(3, dim=1) for x in layers], last.chunk(2, dim=1)
+
+
+class OfficialAiM(AiMPeer):
+    """The official decode step in eager PyTorch: rolled windows, einsums, a new state each time."""
+
+    def reset(self) -> None:
+        cfg, rows = self.cfg, len(self.labels)
+        self.layers, self.last = self.modulation()
+        channels = cfg.d_inner + 2 * cfg.d_state
+        state = (rows, cfg.n_heads, cfg.headdim, cfg.d_state)
+        self.windows = [torch.zeros(rows, channels, cfg.d_conv) for _ in self.layers]
+        self.states = [torch.zeros(state) for _ in self.layers]
+
+    draw = staticmethod(draw)
+
+    def step(self, tokens, index: int):
+        """tokens (rows,), None at first -> logits (rows, v)."""
+        w, eps = self.w, self.cfg.norm_eps
+        hidden, residual = self.embed(tokens, index), 0.0
+        for i, (shift, scale, gate) in enumerate(self.layers):
+            residual = residual + hidden
+            x = rms_norm(residual, w[f"layers.{i}.norm.weight"], eps) * (1 + scale) + shift
+            hidden = gate * self.mix(i, x)
+        x = rms_norm(residual + hidden, w["norm_f.weight"], eps)
+        x = rms_norm(x, w["final_layer.norm_final.weight"], eps)
+        shift, scale = self.last
+        return F.linear(x * (1 + scale) + shift, self.table)
+
+    def mix(self, i: int, x):
+        cfg, window, state = self.cfg, self.windows[i], self.states[i]
+        n, e = cfg.d_state, cfg.d_inner
+        w = {k: self.w[f"layers.{i}.mixer.{k}"] for k in ("dt_bias", "A_log", "D", "norm.weight")}
+        kernel, bias = (self.w[f"layers.{i}.mixer.conv1d.{k}"] for k in ("weight", "bias"))
+        packed = F.linear(x, self.w[f"layers.{i}.mixer.in_proj.weight"])
+        z, xbc, dt = packed.split([e, e + 2 * n, cfg.n_heads], dim=-1)
+
+        window.copy_(torch.roll(window, -1, dims=-1))
+        window[:, :, -1] = xbc
+        xbc = F.silu(torch.sum(window * kernel[:, 0], dim=-1) + bias)
+
+        xs, B, C = xbc.split([e, n, n], dim=-1)
+        xs = xs.reshape(-1, cfg.n_heads, cfg.headdim)
+        dt = F.softplus(dt + w["dt_bias"])
+        decay = torch.exp(dt * -torch.exp(w["A_log"]))
+        entering = torch.einsum("bh,bn,bhp->bhpn", dt, B, xs)
+        state.copy_(state * decay[:, :, None, None] + entering)
+        y = torch.einsum("bhpn,bn->bhp", state, C) + w["D"][:, None] * xs
+        y = rms_norm(y.reshape(-1, e) * F.silu(z), w["norm.weight"], cfg.norm_eps)
+        return F.linear(y, self.w[f"layers.{i}.mixer.out_proj.weight"])
+
+
+def project_rows(x, weight, out):
+    torch.mm(x, weight.T, out=out)
+
+
+def project_columns(x, weight, out):
+    out.copy_(torch.mm(weight, x.T).T)
+
+
+def faster_projection(weights: list, rows: int):
+    """The faster of two ways to write x W^T, measured over weights that no cache holds."""
+    best = dict.fromkeys((project_rows, project_columns), math.inf)
+    x, out = torch.zeros(rows, weights[0].shape[1]), torch.empty(rows, weights[0].shape[0])
+    for _ in range(4):
+        for project in best:
+            start = time.perf_counter()
+            for weight in weights:
+                project(x, weight, out)
+            best[project] = min(best[project], time.perf_counter() - start)
+    return min(best, key=best.get)
+
+
+class TunedAiM(AiMPeer):
+    """The decode step of `OfficialAiM` made for the memory of a CPU, without leaving eager PyTorch.
+
+    The state is updated in place, one row after the other, so that the three passes over a row meet
+    it in the cache. Convolution windows are a ring of the last projections, which nothing moves.
+    Constants are folded: norm weights into modulation and output projection, A and the taps.
+    """
+
+    def __init__(self, weights: dict, config: AiMConfig, labels):
+        super().__init__(weights, config, labels)
+        w, rows = self.w, len(labels)
+        e, n, h, p = config.d_inner, config.d_state, config.n_heads, config.headdim
+        self.mixers = []
+        for i in range(config.n_layer):
+            m = {k: w[f"layers.{i}.mixer.{k}"] for k in ("dt_bias", "A_log", "D", "in_proj.weight")}
+            taps = w[f"layers.{i}.mixer.conv1d.weight"][:, 0].T.contiguous()
+            scaled = w[f"layers.{i}.mixer.out_proj.weight"] * w[f"layers.{i}.mixer.norm.weight"]
+            self.mixers.append(
+                dict(into=m["in_proj.weight"], out=scaled, dt_bias=m["dt_bias"], D=m["D"][:, None],
+                     A=-torch.exp(m["A_log"]), taps=taps, bias=w[f"layers.{i}.mixer.conv1d.bias"],
+                     ring=torch.zeros(config.d_conv, rows, 2 * e + 2 * n + h),
+                     state=torch.zeros(rows, h, p, n))
+            )  # fmt: skip
+        self.y, self.out = torch.empty(rows, e), torch.empty(rows, config.d_model)
+        self.logits = torch.empty(rows, config.vocab_size)
+        self.project = faster_projection([m["into"] for m in self.mixers], rows)
+
+    draw = staticmethod(tuned_draw)
+
+    def reset(self) -> None:
+        for mixer in self.mixers:
+            mixer["ring"].zero_()
+            mixer["state"].zero_()
+        layers, (shift, scale) = self.modulation()
+        norms = [self.w[f"layers.{i}.norm.weight"] for i in range(len(layers))]
+        self.layers = [
+            (shift.contiguous(), norm * (1 + scale), gate.contiguous())
+            for norm, (shift, scale, gate) in zip(norms, layers, strict=True)
+        ]
+        self.last = shift, self.w["final_layer.norm_final.weight"] * (1 + scale)
+
+    def step(self, tokens, index: int):
+        """tokens (rows,), None at first -> logits (rows, v), overwritten by the next step."""
+        shape, eps = (self.cfg.d_model,), self.cfg.norm_eps
+        residual = self.embed(tokens, index)
+        for mixer, (shift, scale, gate) in zip(self.mixers, self.layers, strict=True):
+            x = torch.addcmul(shift, F.rms_norm(residual, shape, eps=eps), scale)
+            residual.addcmul_(gate, self.mix(mixer, x, index % self.cfg.d_conv))
+        x = F.rms_norm(residual, shape, self.w["norm_f.weight"], eps)
+        shift, scale = self.last
+        x = torch.addcmul(shift, F.rms_norm(x, shape, eps=eps), scale)
+        self.project(x, self.table, self.logits)
+        return self.logits
+
+    def mix(self, m: dict, x, slot: int):
+        cfg, ring = self.cfg, m["ring"]
+        e, n, h, p = cfg.d_inner, cfg.d_state, cfg.n_heads, cfg.headdim
+        self.project(x, m["into"], ring[slot])
+        z, dt = ring[slot, :, :e], ring[slot, :, -h:]
+        xbc = m["bias"]
+        for age, tap in enumerate(reversed(m["taps"].unbind())):
+            xbc = torch.addcmul(xbc, ring[slot - age, :, e:-h], tap)
+        xs, B, C = F.silu(xbc, inplace=True).split([e, n, n], dim=-1)
+        xs = xs.view(-1, h, p)
+        dt = F.softplus(dt + m["dt_bias"])
+        decay = torch.exp(dt * m["A"])[:, :, None, None]
+        entering = (dt[:, :, None] * xs)[..., None]
+        parts = (m["state"], decay, entering, B, C[:, None, :, None], self.y[:, None, :, None])
+        for state, d, u, b, c, y in zip(*(part.unbind() for part in parts), strict=True):
+            state.mul_(d).addcmul_(u, b)
+            torch.bmm(state.view(1, e, n), c, out=y)
+        y = self.y.view(-1, h, p).addcmul_(m["D"], xs).view(-1, e).mul_(F.silu(z))
+        self.project(F.rms_norm(y, (e,), eps=cfg.norm_eps), m["out"], self.out)
+        return self.out
+
+
+class HuggingFace:
+    """transformers' Mamba-2 language model with the sizes of an AiM, random weights, no classes."""
+
+    draw = staticmethod(draw)
+
+    def __init__(self, config: AiMConfig, rows: int):
+        from transformers import Mamba2Config, Mamba2ForCausalLM
+
+        self.rows = rows
+        self.model = Mamba2ForCausalLM(
+            Mamba2Config(
+                vocab_size=config.vocab_size, hidden_size=config.d_model, expand=config.expand,
+                num_hidden_layers=config.n_layer, state_size=config.d_state, n_groups=1,
+                num_heads=config.n_heads, head_dim=config.headdim, conv_kernel=config.d_conv,
+                tie_word_embeddings=True,
+            )
+        ).eval()  # fmt: skip
+
+    def reset(self) -> None:
+        self.cache = None
+
+    def step(self, tokens, index: int):
+        """tokens (rows,), None at first -> logits (rows, v)."""
+        tokens = torch.zeros(self.rows, dtype=torch.long) if tokens is None else tokens
+        out = self.model(tokens[:, None], cache_params=self.cache, use_cache=True)
+        self.cache = out.cache_params
+        return out.logits[:, 0]
+
+    def forward(self, tokens):
+        """tokens (rows, l) -> logits (rows, l + 1, v): those of `step`, by one pass."""
+        tokens = F.pad(tokens, (1, 0))  # `step` starts with token 0
+        return self.model(tokens, use_cache=False).logits
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaGenConfig:
+    """Shape of a LlamaGen (arXiv 2406.06525); the defaults are LlamaGen-B at 256 pixels."""
+
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    grid: int = 16
+    d_model: int = 768
+    n_layer: int = 12
+    n_heads: int = 12
+    hidden: int = 2048
+    norm_eps: float = 1e-5
+
+
+SMALL_LLAMAGEN = LlamaGenConfig(
+    vocab_size=64, num_classes=9, grid=4, d_model=64, n_layer=2, n_heads=2, hidden=96
+)
+
+
+class LlamaGen:
+    """Class token and codes through SwiGLU blocks with 2D rotary positions; random weights."""
+
+    draw = staticmethod(tuned_draw)
+
+    def __init__(self, config: LlamaGenConfig, labels):
+        cfg, d = config, config.d_model
+        self.cfg, self.labels = config, labels
+
+        def random(*shape):
+            return torch.randn(shape) * 0.02
+
+        self.classes, self.table = random(cfg.num_classes + 1, d), random(cfg.vocab_size, d)
+        self.head, self.norm = random(cfg.vocab_size, d), torch.ones(d)
+        self.layers = [
+            dict(qkv=random(3 * d, d), out=random(d, d), up=random(2 * cfg.hidden, d),
+                 down=random(d, cfg.hidden), norm1=torch.ones(d), norm2=torch.ones(d))
+            for _ in range(cfg.n_layer)
+        ]  # fmt: skip
+        self.cos, self.sin = self.rotations()
+        length, head = cfg.grid**2, d // cfg.n_heads
+        self.cache = torch.zeros(cfg.n_layer, 2, len(labels), cfg.n_heads, length, head)
+
+    def rotations(self):
+        """cos and sin (positions, head / 2): half the angles count rows, half columns."""
+        quarter = self.cfg.d_model // self.cfg.n_heads // 4
+        frequencies = 10000.0 ** -(torch.arange(quarter) / quarter)
+        angles = torch.arange(self.cfg.grid)[:, None] * frequencies
+        rows, columns = angles.repeat_interleave(self.cfg.grid, 0), angles.repeat(self.cfg.grid, 1)
+        angles = torch.cat([rows, columns], dim=1)
+        angles = torch.cat([torch.zeros(1, 2 * quarter), angles])[:-1]  # the class is not turned
+        return angles.cos(), angles.sin()
+
+    def turn(self, x, start: int, length: int):
+        """Rotates pairs of x (rows, heads, l, head) by the angles of positions start, ..."""
+        cos, sin = (table[start : start + length] for table in (self.cos, self.sin))
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+    def reset(self) -> None:
+        self.cache.zero_()
+
+    def step(self, tokens, index: int):
+        """tokens (rows,), None at first -> logits (rows, v)."""
+        x = self.classes[self.labels] if tokens is None else self.table[tokens]
+        return self.run(x[:, None], index)[:, 0]
+
+    def forward(self, tokens):
+        """tokens (rows, l) -> logits (rows, l + 1, v): those of `step`, by one pass."""
+        self.reset()
+        return self.run(torch.cat([self.classes[self.labels][:, None], self.table[tokens]], 1), 0)
+
+    def run(self, x, start: int):
+        """Inputs (rows, l, d) at positions start, ... -> logits; l > 1 only at position 0."""
+        cfg, length = self.cfg, x.shape[1]
+        shape, eps, end = (cfg.d_model,), cfg.norm_eps, start + length
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            qkv = F.linear(F.rms_norm(x, shape, layer["norm1"], eps), layer["qkv"])
+            q, k, v = qkv.unflatten(-1, (3, cfg.n_heads, -1)).permute(2, 0, 3, 1, 4)
+            cache[0, :, :, start:end] = self.turn(k, start, length)
+            cache[1, :, :, start:end] = v
+            q = self.turn(q, start, length)
+            keys, values = cache[:, :, :, :end]
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=length > 1)
+            x = x + F.linear(y.transpose(1, 2).flatten(2), layer["out"])
+            gate, up = F.linear(F.rms_norm(x, shape, layer["norm2"], eps), layer["up"]).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer["down"])
+        return F.linear(F.rms_norm(x, shape, self.norm, eps), self.head)
+
+
+class VQDecoder:
+    """The tokenizer's decoder on tensors by official key.
+
+    Attributes:
+      memory_format: layout of weights and activations.
+    """
+
+    def __init__(self, weights: dict, config: VQConfig, memory_format=None):
+        self.memory_format = memory_format or torch.contiguous_format
+        layout = {4: self.memory_format}
+        self.w = {
+            key.removeprefix("vqvae."): tensor.contiguous(
+                memory_format=layout.get(tensor.ndim, torch.contiguous_format)
+            )
+            for key, tensor in weights.items()
+        }
+        self.cfg = config
+        self.codebook = self.w["quantize.embedding.weight"]
+        if config.l2_norm:
+            self.codebook = F.normalize(self.codebook, dim=-1)
+
+    def __call__(self, tokens):
+        """tokens (b, t) of a square grid -> uint8 images (b, H, W, c)."""
+        images = self.decode(tokens)
+        return ((images + 1) * 127.5).clamp_(0, 255).round_().to(torch.uint8)
+
+    def decode(self, tokens):
+        """tokens (b, t) of a square grid -> images (b, H, W, c), not clipped."""
+        side, levels = math.isqrt(tokens.shape[1]), len(self.cfg.ch_mult)
+        with torch.inference_mode():
+            x = self.codebook[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            x = x.contiguous(memory_format=self.memory_format)
+            x = self.conv("decoder.conv_in", self.conv("post_quant_conv", x))
+            x = self.resnet("decoder.mid.0", x)
+            x = self.attention("decoder.mid.1", x)
+            x = self.resnet("decoder.mid.2", x)
+            for i in range(levels):
+                level = f"decoder.conv_blocks.{i}"
+                for j in range(self.cfg.num_res_blocks + 1):
+                    x = self.resnet(f"{level}.res.{j}", x)
+                    if i == 0:
+                        x = self.attention(f"{level}.attn.{j}", x)
+                if i < levels - 1:
+                    x = F.interpolate(x, scale_factor=2, mode="nearest")
+                    x = self.conv(f"{level}.upsample.conv", x)
+            x = self.conv("decoder.conv_out", F.silu(self.norm("decoder.norm_out", x)))
+            return x.permute(0, 2, 3, 1)
+
+    def conv(self, name: str, x):
+        weight = self.w[f"{name}.weight"]
+        return F.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def norm(self, name: str, x):
+        return F.group_norm(x, 32, self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps=1e-6)
+
+    def resnet(self, name: str, x):
+        h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
+        h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
+        shortcut = f"{name}.nin_shortcut"
+        return h + (self.conv(shortcut, x) if f"{shortcut}.weight" in self.w else x)
+
+    def attention(self, name: str, x):
+        h = self.norm(f"{name}.norm", x)
+        q, k, v = (self.conv(f"{name}.{part}", h).flatten(2) for part in "qkv")
+        weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(x.shape[1]), dim=-1)
+        h = (v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+        return x + self.conv(f"{name}.proj_out", h.contiguous(memory_format=self.memory_format))
+
+
+def relative_error(actual, expected) -> float:
+    """Largest difference over the largest magnitude."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def stepped(peer, codes):
+    """Logits (rows, l + 1, v) of a peer that is fed codes (rows, l)."""
+    with torch.inference_mode():
+        peer.reset()
+        inputs = [None, *codes.unbind(1)]
+        return torch.stack([peer.step(x, i).clone() for i, x in enumerate(inputs)], dim=1)
+
+
+def check_aim(config: AiMConfig, peers=(OfficialAiM, TunedAiM), length: int = 7) -> dict:
+    """Errors of the AiM peers' logits, by name, against the library's own at random codes."""
+    weights, rng = random_weights(config), np.random.default_rng(1)
+    labels = with_null([config.num_classes // 5, config.num_classes - 1], config.num_classes)
+    codes = rng.integers(0, config.vocab_size, (len(labels), length + 1))
+    params = convert.convert_aim(weights, config)
+    apply = jax.jit(AiM(config).apply)
+    with jax.default_matmul_precision("highest"):
+        expected = apply({"params": params}, codes, labels.numpy())
+    inputs = torch.from_numpy(codes[:, :-1])
+    return {
+        peer.__name__: relative_error(
+            stepped(peer(as_torch(weights), config, labels), inputs), expected
+        )
+        for peer in peers
+    }
+
+
+def check_vq(config: VQConfig, side: int = 8) -> dict:
+    """Error of the decoder's pictures in both layouts, by name."""
+    weights = random_weights(config)
+    tokens = np.random.default_rng(1).integers(0, config.n_embed, (1, side**2))
+    params = {"params": convert.convert_vq(weights, config)}
+    decode = jax.jit(lambda p, x: VQModel(config).apply(p, x, method="decode_tokens"))
+    with jax.default_matmul_precision("highest"):
+        expected = decode(params, tokens)
+    formats = {"VQDecoder": torch.contiguous_format, "VQDecoder, NHWC": torch.channels_last}
+    return {
+        name: relative_error(
+            VQDecoder(as_torch(weights), config, layout).decode(torch.from_numpy(tokens)), expected
+        )
+        for name, layout in formats.items()
+    }
+
+
+def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> dict:
+    """Errors of the filtered probabilities against the library's."""
+    top_k = min(top_k, vocab // 2)
+    logits = 3 * np.random.default_rng(1).standard_normal((4, vocab), np.float32)
+    expected = jax.nn.softmax(sampling.filter_logits(logits, top_k, top_p))
+    logits = torch.from_numpy(logits)
+    kept, tokens = nucleus(logits, top_k, top_p)
+    probs = torch.zeros_like(logits).scatter(1, tokens, kept / kept.sum(1, keepdim=True))
+    official = torch.softmax(filter_logits(logits, top_k, top_p), dim=-1)
+    return {
+        "draw": relative_error(official, expected),
+        "tuned_draw": relative_error(probs, expected),
+    }
+
+
+def check_cached(peer, vocab: int, rows: int, length: int = 7) -> dict:
+    """Error of a peer's steps against its own single pass over the sequence."""
+    codes = torch.from_numpy(np.random.default_rng(1).integers(0, vocab, (rows, length)))
+    with torch.inference_mode():
+        error = relative_error(stepped(peer, codes), peer.forward(codes))
+    return {type(peer).__name__: error}
+
+
+def check(size: str) -> dict[str, float]:
+    """Errors of every peer that can be built, by name."""
+    config = SIZES[size]
+    errors = check_aim(config) | check_sampler(config.vocab_size) | check_vq(VQ_SIZES[size])
+    llama = LlamaGenConfig() if size == "B" else SMALL_LLAMAGEN
+    labels = with_null([1, 2], llama.num_classes)
+    errors |= check_cached(LlamaGen(llama, labels), llama.vocab_size, len(labels))
+    try:
+        errors |= check_cached(HuggingFace(config, 2), config.vocab_size, 2)
+    except ImportError as error:
+        print(f"HuggingFace is left out: {error}")
+    return errors
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="B", choices=SIZES)
+    errors = check(parser.parse_args(argv).size)
+    for name, error in errors.items():
+        print(f"{name:18}{error:9.1e}  {'ok' if error < TOLERANCE else 'MISS'}")
+    return int(not all(error < TOLERANCE for error in errors.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The benchmarks: their PyTorch peers compute what the library computes; their sums are right."""
+
+import dataclasses
+import math
+
+import pytest
+
+from benchmarks import decode_cpu
+
+RESULTS = {
+    "copy": [{"GB/s": 10.0}, {"GB/s": 12.5}, {"GB/s": 20.0}],
+    "ours:recurrent/1": [{"ms": ms, "bytes": 5e8} for ms in (50.0, 90.0, 40.0)],
+    "ours:recurrent/8": [{"ms": 100.0, "bytes": 1e9, "whole_s": 26.0}],
+    "official/1": [{"ms": 110.0}, {"ms": 111.0}, {"ms": 112.0}],
+    "official/8": [{"ms": 525.0}],
+    "tuned/8": [{"error": "no torch"}],
+    "vq": [{"ms": 2000.0}],
+    "vq_torch": [{"ms": 2500.0}],
+    "vq_torch_nhwc": [{"ms": 1500.0}],
+}
+
+
+def test_last_line_of_decode_cpu():
+    line = decode_cpu.last_line(decode_cpu.ratios(RESULTS, "recurrent"))
+    assert line == "official_1 2.22 official_8 5.25 tuned_8 nan bandwidth 0.80 tokenizer 0.75"
+    assert all(math.isnan(x) for x in decode_cpu.ratios({}, "recurrent").values())
+    rows = {line.split()[0]: line for line in decode_cpu.table(RESULTS, 256)[1:]}
+    assert "40.0 - 90.0" in rows["ours:recurrent/1"] and "~12.8" in rows["ours:recurrent/1"]
+    assert " 26.0 " in rows["ours:recurrent/8"] and "tuned/8" not in rows
+
+
+def test_steps_are_timed_without_what_happens_once_per_image():
+    args = decode_cpu.parse(["--whole", "30"])
+    result = decode_cpu.timed_decoding(lambda steps: 2.0 + 0.1 * steps, 8, True, args)
+    assert result["ms"] == pytest.approx(100) and result["start_s"] == pytest.approx(2)
+    assert result["whole_s"] == pytest.approx(27.6)
+    args.whole = 20
+    assert "whole_s" not in decode_cpu.timed_decoding(lambda steps: 2 + 0.1 * steps, 8, True, args)
+    with pytest.raises(RuntimeError, match="busy"):
+        decode_cpu.timed_decoding(lambda steps: 5 - 0.1 * steps, 8, True, args)
+
+
+def test_bytes_per_step_of_aim_b():
+    config = decode_cpu.PRESETS["B"]
+    one, eight = (decode_cpu.bytes_per_step(config, images) for images in (1, 8))
+    state = 24 * 1536 * 128 * 4 * 2 * 2  # layers, channels, states, bytes, rows, read and write
+    windows = 24 * 3 * (1536 + 2 * 128) * 4 * 2 * 2
+    assert eight - one == 7 * (state + windows)
+    weights = 147_622_080  # less modulation, class and position tables
+    weights -= 24 * 769 * 3 * 768 + 769 * 2 * 768 + 1001 * 768 + 257 * 768
+    assert one == 4 * weights + state + windows
+    half = dataclasses.replace(config, compute_dtype="bfloat16")
+    assert decode_cpu.bytes_per_step(half, 1) == 2 * weights + state + windows // 2
+
+
+@pytest.fixture(scope="module")
+def peers():
+    pytest.importorskip("torch", reason="the peers are PyTorch: pip install '.[torch]'")
+    from benchmarks import peers
+
+    return peers
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"adaln": "group", "num_groups": 2, "position_offset": 1}], ids=["layer", "group"]
+)
+def test_aim_peers_agree_with_the_library(peers, shape):
+    config = dataclasses.replace(peers.SIZES["tiny"], **shape)
+    assert max(peers.check_aim(config).values()) < peers.TOLERANCE
+
+
+def test_tokenizer_and_sampler_peers_agree_with_the_library(peers):
+    assert max(peers.check_vq(peers.VQ_SIZES["tiny"], side=4).values()) < peers.TOLERANCE
+    assert max(peers.check_sampler(vocab=512, top_k=50).values()) < peers.TOLERANCE
+
+
+def test_peers_generate(peers):
+    config = peers.SIZES["tiny"]
+    labels = peers.with_null([3, 8], config.num_classes)
+    weights = peers.as_torch(peers.random_weights(config))
+    official, tuned = (
+        peers.generate(peer(weights, config, labels), 5, top_k=1)
+        for peer in (peers.OfficialAiM, peers.TunedAiM)
+    )
+    assert official.shape == (2, 5) and (official == tuned).all()
+
+
+def test_llamagen_peer_steps_as_it_reads(peers):
+    config = peers.SMALL_LLAMAGEN
+    peer = peers.LlamaGen(config, peers.with_null([1, 2], config.num_classes))
+    assert max(peers.check_cached(peer, config.vocab_size, 4).values()) < peers.TOLERANCE
