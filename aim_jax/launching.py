@@ -25,10 +25,11 @@ def errors_in_one_line():
 
 
 def keep_compiled_programs() -> None:
-    """Lets a second run skip compilation, unless JAX_COMPILATION_CACHE_DIR says where or JAX not to.
+    """Lets a second run skip most of its compilation.
 
     What took over half a second to compile is kept in $XDG_CACHE_HOME/aim_jax, by default
-    ~/.cache/aim_jax; JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    ~/.cache/aim_jax; JAX_COMPILATION_CACHE_DIR names another place, and
+    JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

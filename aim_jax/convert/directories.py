@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,61 +144,37 @@ def to_jax(
       class_names: by default those of ImageNet where there are 1000 classes, else none.
 
     Raises:
-      FileNotFoundError: a file is missing. FileExistsError: `out` exists.
-      WeightsError, ValueError: the files or the tensors in them are not those of a model.
+      FileNotFoundError: a file is missing.
+      WeightsError, ValueError: `out` exists, or the files or the tensors in them are not those of a
+        model.
     """
-    out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise WeightsError(f"{out} exists already; remove it, or choose another place.")
-    opened = files.open_weights(weights)
-    official = opened.config if config is None else files.read_json(Path(config))
-    aim_tensors, vq_tensors = official_keys(opened.tensors, weights)
-    if not aim_tensors and not vq_tensors:
-        raise WeightsError(f"{weights}: holds neither an AiM nor a tokenizer.")
-    sources, vq_official = list(opened.files), None if aim_tensors else official
-    if vq is not None:
-        vq_opened = files.open_weights(vq)
-        if vq_tensors:
-            say(f"the tokenizer in {weights} is left aside for {vq}")
-        other, vq_tensors = official_keys(vq_opened.tensors, vq)
-        if not vq_tensors:
-            raise WeightsError(f"{vq}: holds no tokenizer.")
-        if not aim_tensors:
-            raise WeightsError(f"{weights}: holds no AiM for which {vq} would be the tokenizer.")
-        if other:
-            say(f"the AiM in {vq} is left aside for {weights}")
-        sources, vq_official = [*sources, *vq_opened.files], None if other else vq_opened.config
-
+    _check_free(Path(out))
+    aim, vq, sources = _open_parts(weights, vq, config)
     model = Pretrained(
         name=str(weights),
-        aim_config=aim_config(aim_tensors, official, position_offset=position_offset)
-        if aim_tensors
-        else None,
-        vq_config=vq_config(vq_tensors, vq_official) if vq_tensors else None,
+        aim_config=aim_config(*aim, position_offset=position_offset) if aim.tensors else None,
+        vq_config=vq_config(*vq) if vq.tensors else None,
     )
     classes = model.aim_config.num_classes if model.aim_config else 0
     names = imagenet_classes() if class_names is None and classes == 1000 else class_names or ()
     if names and len(names) != classes:
         raise WeightsError(f"{len(names)} class names for {classes} classes.")
-    for what, tensors, part in (
-        ("AiM", aim_tensors, model.aim_config),
-        ("tokenizer", vq_tensors, model.vq_config),
-    ):
-        if part:
-            numbers = sum(math.prod(tensors[key].shape) for key in tensors.keys() - BESIDES)
-            say(f"{what} with {numbers:,} parameters: {part}")
 
+    changes = {"class_names": tuple(names), "sampling": dict(SAMPLING)}
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.map(files.sha256, sources)
-        changes = {}
         if model.aim_config:
-            params = rules.convert_aim(aim_tensors, model.aim_config, dtype)
-            aim = model.aim_config
+            _describe("AiM", aim.tensors, model.aim_config)
+            params, shape = (
+                rules.convert_aim(aim.tensors, model.aim_config, dtype),
+                model.aim_config,
+            )
             if adaln is not None:
-                params, aim = _rearrange(params, aim, adaln, num_groups, approximate)
-            changes |= {"aim_params": params, "aim_config": aim}
+                params, shape = _rearrange(params, shape, adaln, num_groups, approximate)
+            changes |= {"aim_params": params, "aim_config": shape}
         if model.vq_config:
-            changes["vq_params"] = rules.convert_vq(vq_tensors, model.vq_config, dtype)
+            _describe("tokenizer", vq.tensors, model.vq_config)
+            changes["vq_params"] = rules.convert_vq(vq.tensors, model.vq_config, dtype)
         provenance = {
             "sources": [
                 {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
@@ -205,18 +182,54 @@ def to_jax(
             ],
             "converter": f"aim_jax {aim_jax.__version__}",
         }
-    model = dataclasses.replace(
-        model,
-        **changes,
-        class_names=tuple(names),
-        sampling=dict(SAMPLING),
-        info={"data": _describe_data(model), "provenance": provenance},
-    )
+    model = dataclasses.replace(model, **changes)
+    info = {"data": _describe_data(model), "provenance": provenance}
     leftovers = {}
-    if rules.USAGE_HISTORY in vq_tensors:
-        history = np.asarray(vq_tensors[rules.USAGE_HISTORY])
+    if rules.USAGE_HISTORY in vq.tensors:
+        history = np.asarray(vq.tensors[rules.USAGE_HISTORY])
         leftovers[LEFTOVERS] = lambda path: _write_history(path, history)
-    return save_model(out, model, None, leftovers)
+    return save_model(out, dataclasses.replace(model, info=info), None, leftovers)
+
+
+class Part(NamedTuple):
+    """Tensors of AiM or of a tokenizer by official key, and their config.json if there is one."""
+
+    tensors: dict[str, LazyTensor]
+    config: dict | None
+
+
+def _open_parts(weights, vq, config) -> tuple[Part, Part, tuple[Path, ...]]:
+    """AiM, its tokenizer (either may be empty), and the files that they come from."""
+    opened = files.open_weights(weights)
+    flat = opened.config if config is None else files.read_json(Path(config))
+    aim_tensors, vq_tensors = official_keys(opened.tensors, weights)
+    if not aim_tensors and not vq_tensors:
+        raise WeightsError(f"{weights}: holds neither an AiM nor a tokenizer.")
+    aim = Part(aim_tensors, flat)
+    if vq is None:
+        # A file with both parts describes its AiM only.
+        return aim, Part(vq_tensors, None if aim_tensors else flat), opened.files
+    other = files.open_weights(vq)
+    unused, tensors = official_keys(other.tensors, vq)
+    if not tensors:
+        raise WeightsError(f"{vq}: holds no tokenizer.")
+    if not aim_tensors:
+        raise WeightsError(f"{weights}: holds no AiM for which {vq} would be the tokenizer.")
+    if vq_tensors:
+        say(f"the tokenizer in {weights} is left aside for {vq}")
+    if unused:
+        say(f"the AiM in {vq} is left aside for {weights}")
+    return aim, Part(tensors, None if unused else other.config), (*opened.files, *other.files)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise WeightsError(f"{out} exists already; remove it, or choose another place.")
+
+
+def _describe(what: str, tensors: Mapping, config) -> None:
+    size = sum(math.prod(tensors[key].shape) for key in tensors.keys() - BESIDES)
+    say(f"{what} with {size:,} parameters: {config}")
 
 
 def _rearrange(params, config, adaln, num_groups, approximate):
@@ -277,8 +290,7 @@ def to_torch(
         model lacks the part.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise WeightsError(f"{out} exists already; remove it, or choose another place.")
+    _check_free(out)
     if out.suffix not in (".safetensors", ".bin", ".pt", ""):
         raise WeightsError(f"{out}: expected *.safetensors, *.bin, *.pt, or a directory's name.")
     if out.suffix in (".bin", ".pt"):
