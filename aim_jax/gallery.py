@@ -79,7 +79,7 @@ def sample_to_directory(
     Args:
       model: with tokenizer. classes: ids. out: directory, made if needed.
       pngs: also one PNG per image. npz: also `samples.npz` (arr_0 uint8 NHWC, labels int32).
-      **settings: cfg_scale, temperature, top_k, top_p; see `generate`.
+      **settings: cfg_scale, temperature, top_k, top_p, ...; see `generate`.
 
     Returns:
       The paths written; the grid first.

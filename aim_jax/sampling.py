@@ -24,6 +24,37 @@ class Samples(NamedTuple):
     images: jax.Array
 
 
+# How far guidance has grown when the fraction r of an image is drawn.
+SCHEDULES = {
+    "constant": lambda r: jnp.ones_like(r),
+    "linear": lambda r: r,
+    "cosine": lambda r: (1 - jnp.cos(jnp.pi * r)) / 2,
+}
+
+
+def guidance_at(
+    position: jax.Array,
+    num_tokens: int,
+    scale: jax.Array,
+    schedule: str = "constant",
+    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
+) -> jax.Array:
+    """Guidance scale for one token of an image.
+
+    1 + (scale - 1) ramp(r) with r = (position + 1) / num_tokens, so a growing schedule ends at
+    `scale`; and 1, which is no guidance, outside the interval (arXiv 2404.07724).
+
+    Args:
+      position: () int, number of the token. scale: () or (b,).
+      schedule: "constant", "linear" or "cosine".
+      interval: from which fraction of the tokens on, and up to which, there is guidance.
+    """
+    ramp = SCHEDULES[schedule](jnp.asarray((position + 1) / num_tokens, jnp.float32))
+    done = position / num_tokens
+    inside = (done >= interval[0]) & (done < interval[1])
+    return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)
+
+
 def apply_cfg(cond: jax.Array, uncond: jax.Array, scale: jax.Array) -> jax.Array:
     """Classifier-free guidance of logits: uncond + (cond - uncond) * scale.
 
@@ -148,7 +179,7 @@ def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
     return index, target - (at(ends) - at(weights))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guided"))
+@functools.partial(jax.jit, static_argnames=("config", "guided", "schedule"))
 def generate_tokens(
     params: dict,
     labels: jax.Array,
@@ -161,6 +192,8 @@ def generate_tokens(
     *,
     config: AiMConfig,
     guided: bool = True,
+    schedule: str = "constant",
+    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
 ) -> jax.Array:
     """Draws the codes of a batch of images, one after the other, in one compiled loop.
 
@@ -173,6 +206,7 @@ def generate_tokens(
       cfg_scale, temperature, top_k, top_p: () or (b,); see `apply_cfg` and the filters.
       config: shape of the model.
       guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost.
+      schedule, interval: how guidance changes over an image; see `guidance_at`.
 
     Returns:
       int32 (b, num_tokens), raster order.
@@ -194,7 +228,8 @@ def generate_tokens(
         x, caches = carry
         logits, caches = decode_step(params, layers, x, modulation, caches, config)
         if guided:
-            logits = apply_cfg(logits[:b], logits[b:], cfg_scale)
+            scale = guidance_at(position, config.num_tokens, cfg_scale, schedule, interval)
+            logits = apply_cfg(logits[:b], logits[b:], scale)
         logits = filter_logits(logits / jnp.reshape(temperature, (-1, 1)), top_k, top_p)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(image_keys)
         token = draw(logits, keys)
@@ -219,7 +254,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def check_settings(
-    labels: np.ndarray, num_classes: int, cfg_scale, temperature, top_k, top_p
+    labels: np.ndarray, num_classes: int, cfg_scale, temperature, top_k, top_p, schedule, interval
 ) -> None:
     """Raises ValueError for labels or sampling settings outside their range."""
     labels = np.asarray(labels)
@@ -245,6 +280,13 @@ def check_settings(
             raise ValueError(f"{name}={bad[0]}: expected {expected}.")
         if np.ndim(value) and np.shape(value) != labels.shape:
             raise ValueError(f"{name}: expected one value, or one per label ({labels.size}).")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"cfg_schedule={schedule!r}: expected one of {sorted(SCHEDULES)}.")
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"cfg_interval={tuple(interval)}: expected two fractions of the image, start < end, in "
+            "[0, 1]."
+        )
 
 
 def generate(
@@ -256,6 +298,8 @@ def generate(
     temperature=None,
     top_k=None,
     top_p=None,
+    cfg_schedule: str = "constant",
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
     first_index: int = 0,
 ) -> Samples:
     """Generates one image per label.
@@ -266,6 +310,8 @@ def generate(
       seed: with the image's number it decides the randomness of the image.
       cfg_scale: guidance; 1 is none. temperature: > 0. top_k: 0 is off; 1 is greedy. top_p: in
         (0, 1]. Each may be one value or one per image; None takes the model's default.
+      cfg_schedule, cfg_interval: "constant", "linear" or "cosine" growth of the guidance over an
+        image, and the part of the image that has any; see `guidance_at`.
       first_index: number of the first image, to continue a series in batches.
 
     Returns:
@@ -279,7 +325,13 @@ def generate(
     chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
     labels = np.asarray(labels)
-    check_settings(labels, model.aim_config.num_classes, **settings)
+    check_settings(
+        labels,
+        model.aim_config.num_classes,
+        **settings,
+        schedule=cfg_schedule,
+        interval=cfg_interval,
+    )
     tokens = generate_tokens(
         model.aim_params,
         jnp.asarray(labels, jnp.int32),
@@ -290,5 +342,7 @@ def generate(
         jnp.asarray(settings["top_p"], jnp.float32),
         config=model.aim_config,
         guided=bool(np.any(np.asarray(settings["cfg_scale"]) != 1)),
+        schedule=cfg_schedule,
+        interval=tuple(cfg_interval),
     )
     return Samples(tokens, decode_images(model.vq_params, tokens, config=model.vq_config))

@@ -19,6 +19,13 @@ flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) b
 flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed; image i of a seed is always the same.", lower_bound=0)
 flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default if not given.")
+flags.DEFINE_enum(
+    "cfg_schedule",
+    "constant",
+    ["constant", "linear", "cosine"],
+    "How guidance grows over an image.",
+)
+flags.DEFINE_list("cfg_interval", ["0", "1"], "Part of the image's tokens that is guided.")
 flags.DEFINE_float("temperature", None, "Divides the logits. The model's default if not given.")
 flags.DEFINE_integer("top_k", None, "Keep the k likeliest codes; 0 is off.")
 flags.DEFINE_float("top_p", None, "Keep the likeliest codes up to this probability; 1 is off.")
@@ -39,9 +46,10 @@ def main(_):
     from aim_jax.gallery import class_ids, sample_to_directory
 
     f = flags.FLAGS
-    names = ("cfg_scale", "temperature", "top_k", "top_p")
+    names = ("cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p")
     settings = {name: f[name].value for name in names}
     with errors_in_one_line():
+        settings["cfg_interval"] = tuple(float(x) for x in f.cfg_interval)
         model = load_pretrained(f.checkpoint)
         if f.position_offset is not None:
             model = model.with_position_offset(int(f.position_offset))

@@ -15,6 +15,7 @@ from aim_jax.sampling import (
     filter_top_k,
     filter_top_p,
     generate_tokens,
+    guidance_at,
     to_uint8,
 )
 
@@ -142,6 +143,32 @@ def test_guidance_one_is_the_conditional_model(tiny_model):
     np.testing.assert_array_equal(guided, tokens_of(tiny_model, labels, guided=False))
 
 
+def test_guidance_schedules():
+    at = lambda *a, **k: [float(guidance_at(i, 4, 5.0, *a, **k)) for i in range(4)]  # noqa: E731
+    assert at() == [5, 5, 5, 5]
+    assert at("linear") == [2, 3, 4, 5]
+    np.testing.assert_allclose(at("cosine"), 1 + 4 * (1 - np.cos(np.pi * np.arange(1, 5) / 4)) / 2)
+    assert at("constant", (0.25, 0.75)) == [1, 5, 5, 1]
+    assert at("linear", (0.5, 1.0)) == [1, 1, 4, 5]
+    per_image = guidance_at(1, 4, jnp.array([1.0, 3.0]), "linear")
+    np.testing.assert_allclose(per_image, [1.0, 2.0])
+
+
+def test_guidance_acts_where_its_interval_says(tiny_model):
+    """Tokens before the interval are those of the conditional model, and those in it are not."""
+
+    def tokens(**options):
+        scale = jnp.array([9.0, 1.0, 9.0, 9.0])
+        return np.asarray(generate(tiny_model, [0, 1, 2, 1], 3, cfg_scale=scale, **options).tokens)
+
+    free = tokens_of(tiny_model, [0, 1, 2, 1], guided=False)
+    late = tokens(cfg_interval=(0.5, 1.0))
+    np.testing.assert_array_equal(late[:, :2], free[:, :2])
+    np.testing.assert_array_equal(late[1], free[1])  # the image with a scale of 1
+    assert (late[[0, 2, 3], 2:] != free[[0, 2, 3], 2:]).any()
+    assert (tokens() != late).any() and (tokens(cfg_schedule="cosine") != tokens()).any()
+
+
 def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model):
     labels = jnp.array([0, 1, 2, 1])
     tokens = tokens_of(tiny_model, labels, k=1, guided=False)
@@ -169,6 +196,9 @@ def test_generate_returns_pictures_and_is_deterministic(tiny_model):
         ([0], {"temperature": 0.0}, "temperature"),
         ([0], {"cfg_scale": float("nan")}, "cfg_scale"),
         ([0], {"cfg_scale": [1.0, 2.0]}, "one per label"),
+        ([0], {"cfg_schedule": "square"}, "cfg_schedule='square': expected one of"),
+        ([0], {"cfg_interval": (0.5, 0.5)}, r"cfg_interval=\(0.5, 0.5\): expected two fractions"),
+        ([0], {"cfg_interval": (0.5, 1.5)}, "start < end"),
     ],
 )
 def test_settings_out_of_range_are_refused(tiny_model, labels, settings, message):
