@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from aim_jax.models.aim import MIXERS, AiM, AiMConfig, Block, Cache, Modulation
+from aim_jax.models.aim import (
+    MIXERS,
+    AiM,
+    AiMConfig,
+    Block,
+    Cache,
+    Modulation,
+    init_cache,
+)
 
 
 def split_layers(params: dict, config: AiMConfig) -> list[dict]:
@@ -38,6 +46,13 @@ def _is_matrix(path: tuple[str, ...]) -> bool:
 def init_caches(config: AiMConfig, batch: int) -> list[Cache]:
     """The zero cache of every layer by itself: arrays of their own are updated in place."""
     return [MIXERS[config.mixer][1](config, batch) for _ in range(config.n_layer)]
+
+
+def prefill(params: dict, x: jax.Array, modulation: Modulation, config: AiMConfig) -> list[Cache]:
+    """The caches after the inputs x (b, l, d), read in one pass over the whole sequence."""
+    cache = init_cache(config, x.shape[0])
+    _, cache = AiM(config).apply({"params": params}, x, modulation, cache, method="forward")
+    return [jax.tree.map(lambda c: c[i], cache) for i in range(config.n_layer)]  # noqa: B023
 
 
 def decode_step(

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from aim_jax.checkpoint import Pretrained
+from aim_jax.config import image_spec
+from aim_jax.data import decode_image, preprocess
 from aim_jax.monitor import Progress
 from aim_jax.pictures import make_grid, save_png, to_rgb
-from aim_jax.sampling import generate
+from aim_jax.sampling import encode_rows, generate, to_uint8
 
 MOST_CLASSES = 20
 
@@ -100,3 +103,46 @@ def sample_to_directory(
         os.replace(partial, out / "samples.npz")
         paths.append(out / "samples.npz")
     return paths
+
+
+def complete(
+    model: Pretrained,
+    files: Sequence[Path],
+    classes: Sequence[int],
+    count: int,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    cfg_scale: float | None = None,
+) -> Image.Image:
+    """A grid with a row per picture: the picture, what is kept of it, and `count` completions.
+
+    Args:
+      model: with tokenizer. files: pictures. classes: the class id of each.
+      rows: rows of codes to keep; half of them by default.
+      seed, cfg_scale: see `generate`.
+
+    Raises:
+      ValueError: a file that is no picture, another number of classes than of files, or a model
+        that does not say how its pictures were fitted.
+    """
+    if len(files) != len(classes):
+        raise ValueError(f"{len(classes)} classes for {len(files)} pictures; expected one each.")
+    if "data" not in model.info:
+        raise ValueError(f"{model.name} does not say which pictures it was trained on.")
+    spec = image_spec(ConfigDict(model.info["data"]))
+    pixels = np.stack([preprocess(decode_image(file, str(file)), spec) for file in files])
+    if rows is None:
+        rows = spec.image_size // model.vq_config.downsampling // 2
+    prefix = encode_rows(model, pixels, rows)
+    drawn = generate(
+        model, np.repeat(classes, count), seed, cfg_scale=cfg_scale,
+        prefix=np.repeat(prefix, count, axis=0),
+    )  # fmt: skip
+    pictures = np.asarray(to_uint8(pixels))
+    kept = pictures.copy()
+    kept[:, rows * model.vq_config.downsampling :] = 127
+    completed = np.asarray(drawn.images).reshape(len(files), count, *pictures.shape[1:])
+    table = np.concatenate([pictures[:, None], kept[:, None], completed], axis=1)
+    names = [class_name(model, label) for label in classes]
+    return make_grid(table.reshape(-1, *pictures.shape[1:]), count + 2, names)

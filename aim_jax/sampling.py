@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aim_jax.decode import decode_step, init_caches, split_layers
+from aim_jax.decode import decode_step, init_caches, prefill, split_layers
 from aim_jax.models.aim import AiM, AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
 
@@ -194,6 +194,7 @@ def generate_tokens(
     guided: bool = True,
     schedule: str = "constant",
     interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
+    prefix: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the codes of a batch of images, one after the other, in one compiled loop.
 
@@ -207,6 +208,7 @@ def generate_tokens(
       config: shape of the model.
       guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost.
       schedule, interval: how guidance changes over an image; see `guidance_at`.
+      prefix: int (b, l), the first codes of every image, 0 < l < num_tokens; the rest is drawn.
 
     Returns:
       int32 (b, num_tokens), raster order.
@@ -237,9 +239,15 @@ def generate_tokens(
         return (x, caches), token
 
     layers = split_layers(params, config)
-    carry = (start, init_caches(config, start.shape[0]))
-    _, tokens = jax.lax.scan(step, carry, jnp.arange(config.num_tokens))
-    return tokens.T
+    if prefix is None:
+        first, carry = 0, (start, init_caches(config, start.shape[0]))
+    else:
+        first = prefix.shape[1]
+        given = rows(apply("embed_codes", prefix, jnp.arange(first)))
+        before = jnp.concatenate([start, given[:, :-1]], axis=1)
+        carry = (given[:, -1:], prefill(params, before, modulation, config))
+    _, tokens = jax.lax.scan(step, carry, jnp.arange(first, config.num_tokens))
+    return tokens.T if prefix is None else jnp.concatenate([prefix, tokens.T], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -289,6 +297,43 @@ def check_settings(
         )
 
 
+def check_prefix(prefix: np.ndarray, count: int, config: AiMConfig) -> jax.Array:
+    """The prefix as int32; ValueError if it is no beginning of `count` images."""
+    prefix = np.asarray(prefix)
+    fits = prefix.ndim == 2 and len(prefix) == count and 0 < prefix.shape[1] < config.num_tokens
+    if not fits or prefix.dtype.kind not in "iu":
+        raise ValueError(
+            f"prefix: {prefix.dtype} of shape {prefix.shape}; expected codes of shape ({count}, l) "
+            f"with 0 < l < {config.num_tokens}."
+        )
+    if prefix.min() < 0 or prefix.max() >= config.vocab_size:
+        raise ValueError(f"prefix: codes are 0..{config.vocab_size - 1}.")
+    return jnp.asarray(prefix, jnp.int32)
+
+
+def encode_rows(model, images: np.ndarray, rows: int) -> np.ndarray:
+    """Codes of the upper part of pictures, for `generate(prefix=...)`.
+
+    The encoder sees the whole picture, so the codes know a little of what lies below them.
+
+    Args:
+      model: a `Pretrained` with a tokenizer. images: float (b, H, W, c) in [-1, 1], see
+        `aim_jax.data.preprocess`. rows: rows of codes to keep, each `downsampling` pixels high.
+
+    Returns:
+      int32 (b, rows * width in codes).
+
+    Raises:
+      ValueError: the number of rows leaves nothing to complete.
+    """
+    height, width = (size // model.vq_config.downsampling for size in images.shape[1:3])
+    if not 0 < rows < height:
+        raise ValueError(f"rows={rows}: expected 1 to {height - 1} of {height} rows of codes.")
+    vq = VQModel(model.vq_config)
+    codes = vq.apply({"params": model.vq_params}, jnp.asarray(images), method="encode_to_tokens")
+    return np.asarray(codes[:, : rows * width])
+
+
 def generate(
     model,
     labels,
@@ -300,6 +345,7 @@ def generate(
     top_p=None,
     cfg_schedule: str = "constant",
     cfg_interval: tuple[float, float] = (0.0, 1.0),
+    prefix: np.ndarray | None = None,
     first_index: int = 0,
 ) -> Samples:
     """Generates one image per label.
@@ -312,6 +358,8 @@ def generate(
         (0, 1]. Each may be one value or one per image; None takes the model's default.
       cfg_schedule, cfg_interval: "constant", "linear" or "cosine" growth of the guidance over an
         image, and the part of the image that has any; see `guidance_at`.
+      prefix: int (b, l), codes that the images start with, to complete them; `encode_rows` makes
+        them from pictures.
       first_index: number of the first image, to continue a series in batches.
 
     Returns:
@@ -344,5 +392,6 @@ def generate(
         guided=bool(np.any(np.asarray(settings["cfg_scale"]) != 1)),
         schedule=cfg_schedule,
         interval=tuple(cfg_interval),
+        prefix=None if prefix is None else check_prefix(prefix, labels.size, model.aim_config),
     )
     return Samples(tokens, decode_images(model.vq_params, tokens, config=model.vq_config))

@@ -73,7 +73,6 @@ class Variant:
 
 OURS = {
     "recurrent": Variant(),
-    "unrolled": Variant(config={"scan_unroll": 24}),
     "bfloat16": Variant(config={"compute_dtype": "bfloat16"}),
 }
 PEERS = ("official", "tuned", "huggingface", "llamagen")

@@ -1,5 +1,6 @@
 """The programs in launch/ as a user meets them, and the pictures and texts they share."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax.gallery import class_ids, sample_to_directory
+from aim_jax.gallery import class_ids, complete, sample_to_directory
 from aim_jax.monitor import MetricsWriter, duration
 from aim_jax.pictures import make_grid
 from tests.conftest import ROOT
@@ -72,6 +73,23 @@ def test_samples_come_as_grid_pngs_and_npz(tiny_model, tmp_path):
     by_two = tmp_path / "by_two"
     sample_to_directory(tiny_model, [0, 2], 3, by_two, seed=5, batch_size=2, npz=True)
     np.testing.assert_array_equal(np.load(by_two / "samples.npz")["arr_0"], arrays["arr_0"])
+
+
+def test_completions_keep_what_is_given(tiny_model, picture_folder):
+    data = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0}
+    info = {"data": data | {"random_crop": False, "random_flip": False}}
+    files = sorted((picture_folder / "validation" / "boat").glob("*.png"))[:2]
+    with pytest.raises(ValueError, match="does not say which pictures"):
+        complete(tiny_model, files, [0, 1], 3)
+    model = dataclasses.replace(tiny_model, info=info)
+    with pytest.raises(ValueError, match="1 classes for 2 pictures"):
+        complete(model, files, [0], 3)
+    grid = np.asarray(complete(model, files, [0, 2], 3))[:, -(5 * 66 + 2) :]
+    assert grid.shape == (2 * 66 + 2, 5 * 66 + 2, 3)
+    first = np.asarray(Image.open(files[0])).repeat(16, axis=0).repeat(16, axis=1)
+    np.testing.assert_array_equal(grid[2:66, 2:66, 0], first)
+    np.testing.assert_array_equal(grid[2:34, 68:132, 0], first[:32])
+    assert (grid[34:66, 68:132] == 127).all()
 
 
 def test_class_names_and_ids(tiny_model):

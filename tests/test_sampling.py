@@ -11,6 +11,7 @@ from aim_jax.sampling import (
     _invert,
     apply_cfg,
     draw,
+    encode_rows,
     filter_logits,
     filter_top_k,
     filter_top_p,
@@ -167,6 +168,30 @@ def test_guidance_acts_where_its_interval_says(tiny_model):
     np.testing.assert_array_equal(late[1], free[1])  # the image with a scale of 1
     assert (late[[0, 2, 3], 2:] != free[[0, 2, 3], 2:]).any()
     assert (tokens() != late).any() and (tokens(cfg_schedule="cosine") != tokens()).any()
+
+
+def test_a_prefix_is_completed_as_the_whole_image_was_drawn(tiny_model):
+    """Randomness belongs to positions, so the same seed goes on with the same tokens."""
+    labels = [0, 1, 2, 1]
+    whole = np.asarray(generate(tiny_model, labels, 3).tokens)
+    for length in (1, 2, 3):
+        again = generate(tiny_model, labels, 3, prefix=whole[:, :length])
+        np.testing.assert_array_equal(again.tokens, whole)
+    other = (whole[:, :2] + 1) % 16
+    changed = np.asarray(generate(tiny_model, labels, 3, prefix=other).tokens)
+    np.testing.assert_array_equal(changed[:, :2], other)
+    assert (changed[:, 2:] != whole[:, 2:]).any()
+    for prefix in (whole, whole[:2, :1], whole[:, :0], whole[:, :1] / 2):
+        with pytest.raises(ValueError, match=r"prefix: .* expected codes of shape"):
+            generate(tiny_model, labels, prefix=prefix)
+    with pytest.raises(ValueError, match=r"prefix: codes are 0\.\.15"):
+        generate(tiny_model, labels, prefix=whole[:, :1] + 16)
+
+    images = np.asarray(generate(tiny_model, labels, 3).images) / 127.5 - 1
+    rows = encode_rows(tiny_model, images, 1)
+    assert rows.shape == (4, 2) and rows.dtype == np.int32
+    with pytest.raises(ValueError, match="rows=2: expected 1 to 1 of 2"):
+        encode_rows(tiny_model, images, 2)
 
 
 def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model):

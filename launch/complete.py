@@ -1,0 +1,43 @@
+"""Completes pictures: keeps the upper rows of each and draws the rest, several times.
+
+Example:
+  python launch/complete.py --checkpoint fashion_mnist --images boot.png --classes "ankle boot"
+
+A row of the grid shows a picture, what is kept of it, and its completions.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from aim_jax.launching import errors_in_one_line
+
+flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
+flags.DEFINE_list("images", None, "Picture files, fitted as the model's training pictures were.")
+flags.DEFINE_list("classes", None, "Class name or id of each picture.")
+flags.DEFINE_integer("rows", 0, "Rows of codes to keep; half of them by default.", lower_bound=0)
+flags.DEFINE_integer("count", 8, "Completions per picture.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
+flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default if not given.")
+flags.DEFINE_string("out", "completions.png", "The grid.")
+flags.mark_flags_as_required(["images", "classes"])
+
+
+def main(_):
+    from aim_jax.checkpoint import load_pretrained
+    from aim_jax.gallery import class_ids, complete
+    from aim_jax.pictures import save_png
+
+    f = flags.FLAGS
+    with errors_in_one_line():
+        model = load_pretrained(f.checkpoint)
+        grid = complete(
+            model, [Path(name) for name in f.images], class_ids(model, f.classes), f.count,
+            rows=f.rows or None, seed=f.seed, cfg_scale=f.cfg_scale,
+        )  # fmt: skip
+        print(save_png(grid, f.out))
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
