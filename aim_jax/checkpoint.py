@@ -85,8 +85,11 @@ class RunCheckpoints:
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this directory would go on from a checkpoint."""
-    return any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+    """Whether a run in this directory would go on from a checkpoint, named by its step.
+
+    What a save that was cut short leaves has a longer name.
+    """
+    return any(path.name.isdecimal() for path in (Path(workdir) / "checkpoints").glob("*"))
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -138,8 +141,8 @@ class Pretrained:
 
     Attributes:
       name: where it came from.
-      aim_config, aim_params: the autoregressive model, float32 parameters.
-      vq_config, vq_params: the tokenizer, float32 parameters.
+      aim_config, aim_params: the autoregressive model; float32 unless loaded as stored.
+      vq_config, vq_params: the tokenizer; float32 unless loaded as stored.
       class_names: one per class, or empty.
       sampling: defaults of cfg_scale, temperature, top_k, top_p.
       info: everything else that the directory says of itself (data set, image size, provenance).
@@ -346,7 +349,7 @@ def _load_params(path: Path, init_params, config, as_stored: bool) -> dict:
 
 
 def _give_back_freed_memory() -> None:
-    """glibc keeps what threads freed, here as much again as a third of a large model."""
+    """glibc keeps what threads freed, which adds up with every large array."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

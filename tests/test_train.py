@@ -305,7 +305,11 @@ def test_training_starts_from_converted_weights(
 
     # Going on from a checkpoint needs the start no more; a new run does.
     shutil.rmtree(start)
-    (tmp_path / "aim" / "checkpoints" / "3").mkdir(parents=True)
+    cut_short = tmp_path / "aim" / "checkpoints" / "3.orbax-checkpoint-tmp-1"
+    cut_short.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no model"):
+        train.train(aim_config, tmp_path / "aim")
+    cut_short.rename(cut_short.with_name("3"))
     train.train(aim_config, tmp_path / "aim")
     with pytest.raises(FileNotFoundError, match="no model"):
         train.train(aim_config, tmp_path / "new")
