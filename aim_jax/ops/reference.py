@@ -40,6 +40,22 @@ def bind_axes(op, **arrays):
     return sizes
 
 
+def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
+    """`bind_axes` for the arguments of a Mamba-2 scan over a sequence."""
+    return bind_axes(
+        op,
+        x=(x, "blhp"),
+        dt=(dt, "blh"),
+        A=(A, "h"),
+        B=(B, "blgn"),
+        C=(C, "blgn"),
+        D=(D, "h"),
+        z=(z, "blhp"),
+        dt_bias=(dt_bias, "h"),
+        initial_state=(initial_state, "bhpn"),
+    )
+
+
 def step_sizes(dt, dt_bias, dt_softplus, dtype):
     """The positive step sizes softplus(dt + dt_bias), in `dtype`."""
     dt = dt.astype(dtype)
@@ -108,17 +124,8 @@ def recurrence(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    sizes = bind_axes(
-        "recurrence",
-        x=(x, "blhp"),
-        dt=(dt, "blh"),
-        B=(B, "blgn"),
-        C=(C, "blgn"),
-        D=(D, "h"),
-        z=(z, "blhp"),
-        dt_bias=(dt_bias, "h"),
-        initial_state=(initial_state, "bhpn"),
-    )
+    # A is checked below: here it may broadcast over heads, channels and states.
+    sizes = bind_ssd("recurrence", x, dt, None, B, C, D, z, dt_bias, initial_state)
     b, h, p, n, g = (sizes[axis] for axis in "bhpng")
     if A.ndim != 3 or any(a not in (1, full) for a, full in zip(A.shape, (h, p, n), strict=True)):
         raise ValueError(

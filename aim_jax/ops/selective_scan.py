@@ -40,6 +40,22 @@ def _linear_scan_backward(residuals, dh):
 linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
 
 
+def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
+    """`bind_axes` for the arguments of a Mamba-1 scan over a sequence."""
+    return bind_axes(
+        op,
+        x=(x, "ble"),
+        dt=(dt, "ble"),
+        A=(A, "en"),
+        B=(B, "bln"),
+        C=(C, "bln"),
+        D=(D, "e"),
+        z=(z, "ble"),
+        dt_bias=(dt_bias, "e"),
+        initial_state=(initial_state, "ben"),
+    )
+
+
 def selective_scan(
     x,
     dt,
@@ -85,18 +101,7 @@ def selective_scan(
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
     """
-    sizes = bind_axes(
-        "selective_scan",
-        x=(x, "ble"),
-        dt=(dt, "ble"),
-        A=(A, "en"),
-        B=(B, "bln"),
-        C=(C, "bln"),
-        D=(D, "e"),
-        z=(z, "ble"),
-        dt_bias=(dt_bias, "e"),
-        initial_state=(initial_state, "ben"),
-    )
+    sizes = bind_selective_scan("selective_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, e, n = (sizes[axis] for axis in "blen")
     num_chunks, chunk = split_length(l, chunk_size)
 

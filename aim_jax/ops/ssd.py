@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from aim_jax.ops.reference import (
     bind_axes,
+    bind_ssd,
     compose,
     compute_dtype,
     pad_length,
@@ -62,18 +63,7 @@ def ssd_scan(
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
     """
-    sizes = bind_axes(
-        "ssd_scan",
-        x=(x, "blhp"),
-        dt=(dt, "blh"),
-        A=(A, "h"),
-        B=(B, "blgn"),
-        C=(C, "blgn"),
-        D=(D, "h"),
-        z=(z, "blhp"),
-        dt_bias=(dt_bias, "h"),
-        initial_state=(initial_state, "bhpn"),
-    )
+    sizes = bind_ssd("ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     c, q = split_length(l, chunk_size)
     r = h // g

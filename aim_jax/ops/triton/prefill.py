@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from aim_jax.ops.reference import bind_axes, split_length
+from aim_jax.ops.reference import bind_ssd, split_length
+from aim_jax.ops.selective_scan import bind_selective_scan
 from aim_jax.ops.triton.device import silu, softplus
 from aim_jax.ops.triton.launch import launch, split_channels, warps_for
 
@@ -123,18 +124,7 @@ def ssd_prefill(
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
     """
-    sizes = bind_axes(
-        "ssd_prefill",
-        x=(x, "blhp"),
-        dt=(dt, "blh"),
-        A=(A, "h"),
-        B=(B, "blgn"),
-        C=(C, "blgn"),
-        D=(D, "h"),
-        z=(z, "blhp"),
-        dt_bias=(dt_bias, "h"),
-        initial_state=(initial_state, "bhpn"),
-    )
+    sizes = bind_ssd("ssd_prefill", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     _, chunk = split_length(l, chunk_size)
     zeros = jnp.zeros(h, jnp.float32)
@@ -234,17 +224,8 @@ def selective_scan_prefill(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    sizes = bind_axes(
-        "selective_scan_prefill",
-        x=(x, "ble"),
-        dt=(dt, "ble"),
-        A=(A, "en"),
-        B=(B, "bln"),
-        C=(C, "bln"),
-        D=(D, "e"),
-        z=(z, "ble"),
-        dt_bias=(dt_bias, "e"),
-        initial_state=(initial_state, "ben"),
+    sizes = bind_selective_scan(
+        "selective_scan_prefill", x, dt, A, B, C, D, z, dt_bias, initial_state
     )
     b, l, e, n = (sizes[axis] for axis in "blen")
     zeros = jnp.zeros(e, jnp.float32)
