@@ -360,6 +360,8 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
+    # Each of these becomes a refusal; NotImplementedError is zipfile's word for a version of the
+    # format that it cannot read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise WeightsError(
             f"{path}: is not a whole zip file ({error}); download or copy it again."
