@@ -1,18 +1,22 @@
-"""Class-conditional sampling: guidance, filters, and the jitted generation of images.
+"""Class-conditional sampling: the jitted generation of images.
 
-b images, t tokens per image, v vocabulary. The order of operations on the logits is guidance,
-temperature, top-k, top-p, draw.
+b images, t tokens per image, v vocabulary.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from aim_jax.decode import decode_step, init_caches, prefill, split_layers
+from aim_jax import sharding
+from aim_jax.decode import Engine, make_decoder, resolve
+from aim_jax.filters import SCHEDULES, apply_cfg, draw, filter_logits, guidance_at
 from aim_jax.models.aim import AiM, AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
 
@@ -24,162 +28,42 @@ class Samples(NamedTuple):
     images: jax.Array
 
 
-# How far guidance has grown when the fraction r of an image is drawn.
-SCHEDULES = {
-    "constant": lambda r: jnp.ones_like(r),
-    "linear": lambda r: r,
-    "cosine": lambda r: (1 - jnp.cos(jnp.pi * r)) / 2,
-}
+class Request(NamedTuple):
+    """What is asked for, one entry per image: labels and index int (b,), settings (b,).
 
-
-def guidance_at(
-    position: jax.Array,
-    num_tokens: int,
-    scale: jax.Array,
-    schedule: str = "constant",
-    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
-) -> jax.Array:
-    """Guidance scale for one token of an image.
-
-    1 + (scale - 1) ramp(r) with r = (position + 1) / num_tokens, so a growing schedule ends at
-    `scale`; and 1, which is no guidance, outside the interval (arXiv 2404.07724).
-
-    Args:
-      position: () int, number of the token. scale: () or (b,).
-      schedule: "constant", "linear" or "cosine".
-      interval: from which fraction of the tokens on, and up to which, there is guidance.
+    `prefix` (b, l) holds the first codes of the images, l may be 0.
     """
-    ramp = SCHEDULES[schedule](jnp.asarray((position + 1) / num_tokens, jnp.float32))
-    done = position / num_tokens
-    inside = (done >= interval[0]) & (done < interval[1])
-    return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)
+
+    labels: jax.Array
+    index: jax.Array
+    cfg_scale: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    prefix: jax.Array
 
 
-def apply_cfg(cond: jax.Array, uncond: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance of logits: uncond + (cond - uncond) * scale.
+class Method(NamedTuple):
+    """What is compiled into the loop: see `generate_tokens`."""
 
-    Args:
-      cond, uncond: (b, v). scale: () or (b,); 1 is the conditional model.
-    """
-    return uncond + (cond - uncond) * jnp.reshape(scale, (-1, 1))
+    config: AiMConfig
+    guided: bool
+    schedule: str
+    engine: Engine
 
-
-def filter_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
-    """Sets logits below the k-th largest to -inf; ties at the k-th value are all kept.
-
-    Args:
-      logits: (b, v). k: int () or (b,); 0, or anything above v, keeps everything.
-    """
-    return _filter(logits, k, None)
+    def rows(self, x: jax.Array) -> jax.Array:
+        """One row per image -> one per sequence: with guidance each image has two."""
+        return jnp.concatenate([x, x]) if self.guided else x
 
 
-def filter_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Nucleus filter: drops the least likely tokens whose cumulative probability is <= 1 - p.
+class Loop(NamedTuple):
+    """What the loop carries: the next input (rows, 1, d), caches, and a random key per image."""
 
-    The largest logit always stays, and so does any logit equal to the smallest that stays.
-
-    Args:
-      logits: (b, v), already filtered ones at -inf. p: () or (b,) in (0, 1]; 1 keeps everything.
-    """
-    return _filter(logits, None, p)
+    x: jax.Array
+    caches: object
+    keys: jax.Array
 
 
-def filter_logits(logits: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
-    """`filter_top_k`, then `filter_top_p` on the renormalised rest."""
-    return _filter(logits, k, p)
-
-
-def _filter(logits, k, p):
-    """Keeps the logits from a threshold on, which a search by halves finds without a sort.
-
-    Both filters keep the tokens above some logit, and how many tokens, or how much probability, lie
-    above a logit falls as it grows. Over the floats in their order (as integers) 32 halvings are
-    exact, and much faster on CPU than a sort of the vocabulary.
-    """
-    order = _ordered_int(logits)
-    lowest = threshold = jnp.min(order, axis=-1, keepdims=True)
-    highest = jnp.max(order, axis=-1, keepdims=True)
-    if k is not None:
-        vocab = logits.shape[-1]
-        k = jnp.reshape(jnp.where(k < 1, vocab, jnp.minimum(k, vocab)), (-1, 1))
-        threshold = _largest(
-            lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= k, lowest, highest
-        )
-    if p is not None:
-        p = jnp.reshape(jnp.asarray(p, logits.dtype), (-1, 1))
-        weights = _weights(jnp.where(order >= threshold, logits, -jnp.inf))
-        removed = (1 - p) * jnp.sum(weights, axis=-1, keepdims=True)
-
-        def below_is_removed(t):
-            below = jnp.sum(jnp.where(order < t, weights, 0), axis=-1, keepdims=True)
-            return below <= removed
-
-        nucleus = _largest(below_is_removed, threshold, highest)
-        threshold = jnp.where(p < 1, nucleus, threshold)
-    return jnp.where(order >= threshold, logits, -jnp.inf)
-
-
-def _ordered_int(x: jax.Array) -> jax.Array:
-    """Integers in the order of the floats x."""
-    size = x.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(x, f"int{size}")
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
-
-
-def _largest(holds, low: jax.Array, high: jax.Array) -> jax.Array:
-    """The largest integer in [low, high] for which `holds`, which does up to it and at low."""
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
-        ok = holds(middle)
-        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
-
-    bits = low.dtype.itemsize * 8
-    return jax.lax.fori_loop(0, bits, halve, tuple(jnp.broadcast_arrays(low, high)))[0]
-
-
-def _weights(logits: jax.Array) -> jax.Array:
-    """Probabilities up to a factor per row."""
-    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-
-
-def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """One token per row from softmax(logits), by inverting the distribution function.
-
-    One random number per row, where the Gumbel-max rule takes one per token of the vocabulary. The
-    sum is taken in two levels, blocks and then within one.
-
-    Args:
-      logits: (b, v). keys: (b,), one per row.
-
-    Returns:
-      int32 (b,); never a token whose logit is -inf.
-    """
-    b, vocab = logits.shape
-    block = math.isqrt(vocab)
-    weights = jnp.pad(_weights(logits), ((0, 0), (0, -vocab % block))).reshape(b, -1, block)
-    sums = jnp.sum(weights, axis=-1)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)
-    chosen, rest = _invert(sums, uniform * jnp.sum(sums, axis=-1))
-    inside, _ = _invert(jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0], rest)
-    return (chosen * block + inside).astype(jnp.int32)
-
-
-def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index (b,) where the running sum of weights (b, n) exceeds target, and what is left.
-
-    Rounding may put the target at or above the whole sum, and makes running sums uneven where
-    weights are zero; an index of positive weight is found all the same.
-    """
-    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
-    below_all = jnp.nextafter(jnp.max(ends, axis=-1), jnp.zeros((), ends.dtype))
-    index = jnp.argmax(ends > jnp.minimum(target, below_all)[:, None], axis=-1)
-    at = lambda x: jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]  # noqa: E731
-    return index, target - (at(ends) - at(weights))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "guided", "schedule"))
 def generate_tokens(
     params: dict,
     labels: jax.Array,
@@ -193,14 +77,18 @@ def generate_tokens(
     config: AiMConfig,
     guided: bool = True,
     schedule: str = "constant",
-    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
+    interval: tuple[float, float] = (0.0, 1.0),
     prefix: jax.Array | None = None,
+    engine: Engine = Engine(),  # noqa: B008
+    callback: Callable[[jax.Array], None] | None = None,
+    every: int = 1,
 ) -> jax.Array:
     """Draws the codes of a batch of images, one after the other, in one compiled loop.
 
     With guidance every image has two rows, conditional and null class; one token is drawn per
     image and fed to both. Randomness is a function of (seed, index, position) alone, so an image
-    does not depend on the batch it is in.
+    does not depend on the batch it is in, nor on the devices: where the parameters are on several,
+    each draws its share of the images by itself, with all parameters.
 
     Args:
       params: AiM parameters. labels: int (b,). seed: int (). index: int (b,), number of each image.
@@ -209,51 +97,159 @@ def generate_tokens(
       guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost.
       schedule, interval: how guidance changes over an image; see `guidance_at`.
       prefix: int (b, l), the first codes of every image, 0 < l < num_tokens; the rest is drawn.
+      engine: how the loop computes.
+      callback, every: callback(tokens (b, n)) is called after each `every` tokens, and at the end,
+        with all that are there; on one device only. Without it the loop runs in one piece.
 
     Returns:
       int32 (b, num_tokens), raster order.
+
+    Raises:
+      ValueError: the model or device has no such engine; a callback with several devices.
     """
-    model, b = AiM(config), labels.shape[0]
+    b = labels.shape[0]
+    given = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
+    request = Request(
+        jnp.asarray(labels, jnp.int32), jnp.asarray(index, jnp.int32),
+        *(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (b,)) for x in (cfg_scale, temperature)),
+        jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), (b,)),
+        jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (b,)), given,
+    )  # fmt: skip
+    devices = sharding.devices_of(params)
+    rows = -(-b // len(devices)) * (2 if guided else 1)
+    engine = resolve(engine, config, rows, devices[0].platform)
+    method, interval = Method(config, guided, schedule, engine), jnp.asarray(interval, jnp.float32)
+    if callback is None and len(devices) == 1:
+        return _generate(params, seed, request, interval, method=method)
+    if callback is None:
+        return _generate_on(tuple(devices), params, seed, request, interval, method=method)
+    if len(devices) > 1:
+        raise ValueError(
+            f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
+        )
+    return _generate_watched(params, seed, request, interval, method, callback, every)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _generate(params, seed, request: Request, interval, *, method: Method) -> jax.Array:
+    """The codes (b, t) of the images asked for, on one device."""
+    first = request.prefix.shape[1]
+    decoder, loop = _begin(params, seed, request, method)
+    ends, drawn = decoder.segments(first), []
+    for start, end in zip([first, *ends], ends, strict=False):
+        loop = loop._replace(caches=decoder.grow(loop.caches, end))
+        loop, tokens = _advance(decoder, loop, request, interval, start, end - start, method)
+        drawn.append(tokens)
+    return jnp.concatenate([request.prefix, *drawn], axis=1)
+
+
+def _begin(params, seed, request: Request, method: Method):
+    """The decoder of these images, and the loop before the first token that is drawn."""
+    config = method.config
+
+    def apply(name, *args):
+        return AiM(config).apply({"params": params}, *args, method=name)
+
+    labels, first = request.labels, request.prefix.shape[1]
+    if method.guided:
+        labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
+    start, modulation = apply("condition", labels)
+    codes = method.rows(apply("embed_codes", request.prefix, jnp.arange(first)))
+    x = jnp.concatenate([start, codes], axis=1)
+    decoder = make_decoder(params, modulation, config, method.engine)
+    caches = decoder.start(params, x[:, :-1], decoder.segments(first)[0])
     base = jax.random.key(seed)
-    image_keys = jax.vmap(functools.partial(jax.random.fold_in, base))(index)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, base))(request.index)
+    return decoder, Loop(x[:, -1:], caches, keys)
 
-    def apply(method, *args):
-        return model.apply({"params": params}, *args, method=method)
 
-    def rows(x):
-        return jnp.concatenate([x, x]) if guided else x
+def _advance(decoder, loop: Loop, request: Request, interval, first, count: int, method: Method):
+    """Draws `count` tokens from position `first` on -> (the loop after them, tokens (b, count))."""
+    config, b = method.config, request.labels.shape[0]
 
-    null = jnp.full_like(labels, config.num_classes)
-    start, modulation = apply("condition", jnp.concatenate([labels, null]) if guided else labels)
-
-    def step(carry, position):
-        x, caches = carry
-        logits, caches = decode_step(params, layers, x, modulation, caches, config)
-        if guided:
-            scale = guidance_at(position, config.num_tokens, cfg_scale, schedule, interval)
+    def step(loop, position):
+        logits, caches = decoder.step(loop.x, loop.caches, position)
+        if method.guided:
+            scale = guidance_at(
+                position, config.num_tokens, request.cfg_scale, method.schedule, interval
+            )
             logits = apply_cfg(logits[:b], logits[b:], scale)
-        logits = filter_logits(logits / jnp.reshape(temperature, (-1, 1)), top_k, top_p)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(image_keys)
+        logits = logits / request.temperature[:, None]
+        logits = filter_logits(logits, request.top_k, request.top_p)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(loop.keys)
         token = draw(logits, keys)
-        x = rows(apply("embed_codes", token[:, None], position[None]))
-        return (x, caches), token
+        x = AiM(config).apply(
+            {"params": decoder.params}, token[:, None], position[None], method="embed_codes"
+        )
+        return loop._replace(x=method.rows(x), caches=caches), token
 
-    layers = split_layers(params, config)
-    if prefix is None:
-        first, carry = 0, (start, init_caches(config, start.shape[0]))
-    else:
-        first = prefix.shape[1]
-        given = rows(apply("embed_codes", prefix, jnp.arange(first)))
-        before = jnp.concatenate([start, given[:, :-1]], axis=1)
-        carry = (given[:, -1:], prefill(params, before, modulation, config))
-    _, tokens = jax.lax.scan(step, carry, jnp.arange(first, config.num_tokens))
-    return tokens.T if prefix is None else jnp.concatenate([prefix, tokens.T], axis=1)
+    loop, tokens = jax.lax.scan(step, loop, first + jnp.arange(count))
+    return loop, tokens.T
+
+
+@functools.lru_cache
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return Mesh(np.array(devices), ("data",))
+
+
+def _generate_on(devices, params, seed, request: Request, interval, *, method: Method):
+    """The codes of the images asked for; every device draws its share."""
+    mesh, b = _mesh(devices), len(request.labels)
+    # Images repeat the first one until there are equally many for every device.
+    order = jnp.arange(-(-b // len(devices)) * len(devices))
+    order = jnp.where(order < b, order, 0)
+    request = jax.tree.map(lambda x: x[order], request)
+    return _generate_sharded(params, seed, request, interval, method=method, mesh=mesh)[:b]
+
+
+@functools.partial(jax.jit, static_argnames=("method", "mesh"))
+def _generate_sharded(params, seed, request, interval, *, method, mesh):
+    share = jax.shard_map(
+        functools.partial(_generate, method=method),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=False,
+    )
+    return share(params, seed, request, interval)
+
+
+_begin_jit = jax.jit(_begin, static_argnums=3)
+_advance_jit = jax.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
+
+
+def _generate_watched(params, seed, request, interval, method: Method, callback, every):
+    """The codes of the images asked for, in pieces, on one device."""
+    first, last = request.prefix.shape[1], method.config.num_tokens
+    decoder, loop = _begin_jit(params, seed, request, method)
+    # Caches of their final size, so that all pieces are one program.
+    loop = loop._replace(caches=decoder.grow(loop.caches, last))
+    tokens = request.prefix
+    for start in range(first, last, every):
+        count = min(every, last - start)
+        position = jnp.asarray(start, jnp.int32)
+        loop, drawn = _advance_jit(decoder, loop, request, interval, position, count, method)
+        tokens = jnp.concatenate([tokens, drawn], axis=1)
+        callback(tokens)
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode_images(params: dict, tokens: jax.Array, *, config: VQConfig) -> jax.Array:
     """Codes (b, t) -> images (b, H, W, c) uint8, through the tokenizer's decoder."""
     return to_uint8(VQModel(config).apply({"params": params}, tokens, method="decode_tokens"))
+
+
+def unfinished(model, tokens: jax.Array) -> Samples:
+    """Images of which only the first codes (b, n) are there; what they do not cover is grey."""
+    n, config = tokens.shape[1], model.vq_config
+    total = model.aim_config.num_tokens
+    padded = jnp.pad(tokens, ((0, 0), (0, total - n)))
+    images = decode_images(model.vq_params, padded, config=config)
+    side = math.isqrt(total)
+    there = (jnp.arange(total) < n).reshape(side, side)
+    there = jnp.repeat(jnp.repeat(there, config.downsampling, 0), config.downsampling, 1)
+    return Samples(tokens, jnp.where(there[..., None], images, jnp.uint8(128)))
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -347,6 +343,9 @@ def generate(
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     prefix: np.ndarray | None = None,
     first_index: int = 0,
+    engine: Engine = Engine(),  # noqa: B008
+    callback: Callable[[Samples], None] | None = None,
+    every: int | None = None,
 ) -> Samples:
     """Generates one image per label.
 
@@ -361,6 +360,10 @@ def generate(
       prefix: int (b, l), codes that the images start with, to complete them; `encode_rows` makes
         them from pictures.
       first_index: number of the first image, to continue a series in batches.
+      engine: how the token loop computes; see `aim_jax.decode.Engine`.
+      callback, every: callback(Samples) is called after each `every` tokens (default: a row of
+        codes) with what is there: the tokens drawn so far, and the pictures with what is missing
+        in grey. Needs the model on one device.
 
     Returns:
       Samples: tokens (b, t) int32 and images (b, H, W, c) uint8.
@@ -382,16 +385,17 @@ def generate(
     )
     tokens = generate_tokens(
         model.aim_params,
-        jnp.asarray(labels, jnp.int32),
+        labels,
         seed,
         first_index + jnp.arange(labels.size),
-        *(jnp.asarray(settings[k], jnp.float32) for k in ("cfg_scale", "temperature")),
-        jnp.asarray(settings["top_k"], jnp.int32),
-        jnp.asarray(settings["top_p"], jnp.float32),
+        **settings,
         config=model.aim_config,
         guided=bool(np.any(np.asarray(settings["cfg_scale"]) != 1)),
         schedule=cfg_schedule,
-        interval=tuple(cfg_interval),
+        interval=cfg_interval,
         prefix=None if prefix is None else check_prefix(prefix, labels.size, model.aim_config),
+        engine=engine,
+        callback=callback and (lambda tokens: callback(unfinished(model, tokens))),
+        every=every or math.isqrt(model.aim_config.num_tokens),
     )
     return Samples(tokens, decode_images(model.vq_params, tokens, config=model.vq_config))

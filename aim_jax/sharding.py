@@ -89,6 +89,14 @@ def create_sharded(make, mesh: Mesh, rules=RULES):
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
 
 
+def devices_of(tree) -> list[jax.Device]:
+    """The devices that hold the arrays of a tree, by number; while tracing, the default one."""
+    leaf = jax.tree.leaves(tree)[0]
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return [jax.devices()[0]]
+    return sorted(leaf.sharding.device_set, key=lambda device: device.id)
+
+
 def replicate(tree, mesh: Mesh):
     """A whole copy of every array on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -22,7 +22,12 @@ from aim_jax.models.layers import (
     modulate,
 )
 from aim_jax.models.mamba1 import Mamba1, Mamba1Cache, init_mamba1_cache
-from aim_jax.models.mamba2 import Mamba2, Mamba2Cache, init_mamba2_cache
+from aim_jax.models.mamba2 import (
+    Mamba2,
+    Mamba2Cache,
+    init_mamba2_cache,
+    init_mamba2_dual_cache,
+)
 
 MIXERS = {"mamba1": (Mamba1, init_mamba1_cache), "mamba2": (Mamba2, init_mamba2_cache)}
 REMAT = {
@@ -276,9 +281,19 @@ class AiM(nn.Module):
         return jnp.einsum("bld,vd->blv", x.astype(dtype), table, preferred_element_type=jnp.float32)
 
 
-def init_cache(config: AiMConfig, batch: int) -> Cache:
-    """The zero cache of `batch` sequences: every array leads with the layer axis."""
-    cache = MIXERS[config.mixer][1](config, batch)
+def init_cache(
+    config: AiMConfig, batch: int, *, dual: int | None = None, dtype: str = "float32"
+) -> Cache:
+    """The zero cache of `batch` sequences: every array leads with the layer axis.
+
+    Args:
+      dual: Mamba-2 only: makes the cache of the dual form, with room for so many tokens.
+      dtype: of what the dual form keeps.
+    """
+    if dual is None:
+        cache = MIXERS[config.mixer][1](config, batch)
+    else:
+        cache = init_mamba2_dual_cache(config, batch, dual, dtype)
     return jax.tree.map(lambda x: jnp.zeros((config.n_layer, *x.shape), x.dtype), cache)
 
 

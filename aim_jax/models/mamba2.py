@@ -19,13 +19,13 @@ class Mamba2Cache(NamedTuple):
     Attributes:
       conv_x (b, w-1, e), conv_B (b, w-1, g n), conv_C (b, w-1, g n): last inputs of the
         convolutions.
-      ssm_state: (b, h, p, n) float32.
+      ssm_state: (b, h, p, n) float32; in the dual form, what the tokens left behind instead.
     """
 
     conv_x: jax.Array
     conv_B: jax.Array
     conv_C: jax.Array
-    ssm_state: jax.Array
+    ssm_state: jax.Array | ops.DualCache
 
 
 def inverse_softplus_of_log_uniform(key, shape, low: float = 1e-3, high: float = 0.1) -> jax.Array:
@@ -53,7 +53,8 @@ class Mamba2(nn.Module):
     ) -> tuple[jax.Array, Mamba2Cache | None]:
         """x (b, l, d), cache of the inputs before x -> (y (b, l, d), the cache after x).
 
-        Without a cache the sequence starts from zero and no cache is returned.
+        Without a cache the sequence starts from zero and no cache is returned. Several inputs at
+        once go into an empty cache of the dual form only.
         """
         cfg, d = self.config, x.shape[-1]
         b, l = x.shape[:2]
@@ -82,15 +83,19 @@ class Mamba2(nn.Module):
 
         xs, dt = xs.reshape(b, l, h, p), dt.astype(dt_bias.dtype)
         B, C = B.reshape(b, l, g, n), C.reshape(b, l, g, n)
+        dual = isinstance(start.ssm_state, ops.DualCache)
         if cache is not None and l == 1:
-            y, ssm_state = ops.ssd_step(
+            step = ops.ssd_dual_step if dual else ops.ssd_step
+            y, ssm_state = step(
                 cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, dt_bias=dt_bias
             )
         else:
             y, ssm_state = ops.ssd_scan(
                 xs, dt, A, B, C, D=D, dt_bias=dt_bias,
-                initial_state=start.ssm_state, chunk_size=cfg.chunk_size,
+                initial_state=None if dual else start.ssm_state, chunk_size=cfg.chunk_size,
             )  # fmt: skip
+            if dual:
+                ssm_state = ops.ssd_dual_extend(start.ssm_state, xs, dt, A, B, dt_bias=dt_bias)
         y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
         y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y)
         return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
@@ -103,11 +108,20 @@ def a_log_init(key, shape) -> jax.Array:
 
 def init_mamba2_cache(config, batch: int) -> Mamba2Cache:
     """The zero cache of `batch` sequences for one layer."""
+    h, p, n = config.n_heads, config.headdim, config.d_state
+    return _with_windows(config, batch, jnp.zeros((batch, h, p, n), jnp.float32))
+
+
+def init_mamba2_dual_cache(config, batch: int, tokens: int, dtype: str) -> Mamba2Cache:
+    """The empty cache of the dual form for one layer, of `batch` sequences and `tokens` tokens."""
+    h, p, g, n = config.n_heads, config.headdim, config.ngroups, config.d_state
+    return _with_windows(config, batch, ops.init_dual_cache(batch, tokens, h, p, g, n, dtype))
+
+
+def _with_windows(config, batch, ssm_state):
     w, gn = config.d_conv - 1, config.ngroups * config.d_state
-    conv = jnp.dtype(config.compute_dtype)
-    return Mamba2Cache(
-        conv_x=jnp.zeros((batch, w, config.d_inner), conv),
-        conv_B=jnp.zeros((batch, w, gn), conv),
-        conv_C=jnp.zeros((batch, w, gn), conv),
-        ssm_state=jnp.zeros((batch, config.n_heads, config.headdim, config.d_state), jnp.float32),
+    x, B, C = (
+        jnp.zeros((batch, w, width), jnp.dtype(config.compute_dtype))
+        for width in (config.d_inner, gn, gn)
     )
+    return Mamba2Cache(x, B, C, ssm_state)

@@ -1,15 +1,28 @@
 """State-space operations: scans, single steps and the causal convolution of the Mamba mixers."""
 
-from aim_jax.ops.conv import causal_conv1d
+from aim_jax.ops.conv import causal_conv1d, conv_ring
+from aim_jax.ops.dual import (
+    DualCache,
+    grow_dual_cache,
+    init_dual_cache,
+    ssd_dual_extend,
+    ssd_dual_step,
+)
 from aim_jax.ops.reference import recurrence
 from aim_jax.ops.selective_scan import selective_scan, selective_scan_step
 from aim_jax.ops.ssd import ssd_scan, ssd_step
 
 __all__ = [
+    "DualCache",
     "causal_conv1d",
+    "conv_ring",
+    "grow_dual_cache",
+    "init_dual_cache",
     "recurrence",
     "selective_scan",
     "selective_scan_step",
+    "ssd_dual_extend",
+    "ssd_dual_step",
     "ssd_scan",
     "ssd_step",
 ]

@@ -48,3 +48,21 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"
     if activation == "silu":
         y = jax.nn.silu(y)
     return y.astype(x.dtype), inputs[:, l:]
+
+
+def conv_ring(window, position):
+    """The ring of inputs that fused steps keep, at `position`, from the inputs before it.
+
+    A window shifts at every position; in a ring each input stays where it is.
+
+    Args:
+      window: the w - 1 inputs before `position`, oldest first, (..., w - 1, c): the state that
+        `causal_conv1d` returns.
+      position: int (), the next position.
+
+    Returns:
+      (..., w, c): the input of position t in slot t mod w. The slot of `position` is zero; the step
+      writes it before anything reads it.
+    """
+    empty = jnp.zeros_like(window[..., :1, :])
+    return jnp.roll(jnp.concatenate([empty, window], axis=-2), position, axis=-2)

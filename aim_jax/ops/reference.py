@@ -56,6 +56,55 @@ def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
     )
 
 
+def require(ok, message):
+    """Raises ValueError(message) unless `ok`."""
+    if not ok:
+        raise ValueError(message)
+
+
+def bind_mamba2_step(
+    op, projected, conv_cache, caches, *, conv_weight, conv_bias, dt_bias, A, D, norm_scale
+):
+    """`bind_axes` for the arguments of a fused Mamba-2 step, in either form.
+
+    Args:
+      op: name of the calling function, for messages.
+      projected, conv_cache, and the parameters: see `aim_jax.ops.triton.mamba2_step`.
+      caches: (array, axes) by name that bind h, p and n: the state, or the caches of the dual form.
+    """
+    sizes = bind_axes(
+        op,
+        **caches,
+        conv_weight=(conv_weight, "Lwc"),
+        conv_cache=(conv_cache, "Lbwc"),
+        projected=(projected, "bq"),
+    )
+    e = sizes["e"] = sizes["h"] * sizes["p"]
+    c, n, h = sizes["c"], sizes["n"], sizes["h"]
+    g = sizes["g"] = (c - e) // (2 * n)
+    require(
+        g > 0 and c == e + 2 * g * n and h % g == 0,
+        f"{op}: conv_weight has {c} channels, expected h p + 2 g n = {e} + 2 g {n} with g dividing "
+        f"h = {h}",
+    )
+    require(
+        sizes["q"] == e + c + h,
+        f"{op}: projected has {sizes['q']} columns, expected z, x, B, C, dt: {e} + {c} + {h}",
+    )
+    for name, array, axes in (
+        ("conv_bias", conv_bias, "Lc"),
+        ("dt_bias", dt_bias, "Lh"),
+        ("A", A, "Lh"),
+        ("D", D, "Lh"),
+        ("norm_scale", norm_scale, "Le"),
+    ):
+        expected = tuple(sizes[axis] for axis in axes)
+        require(
+            array.shape == expected, f"{op}: {name} has shape {array.shape}, expected {expected}"
+        )
+    return sizes
+
+
 def step_sizes(dt, dt_bias, dt_softplus, dtype):
     """The positive step sizes softplus(dt + dt_bias), in `dtype`."""
     dt = dt.astype(dtype)

@@ -13,7 +13,7 @@ state, g groups, w convolution width, T tokens, d model, v vocabulary.
   one. Only the current layer's part of it is read or written.
 - Arithmetic is float32; arrays may be float32 or bfloat16, except where a docstring says more.
 - The convolution's cache is a ring of the last w inputs: the input of position t is in slot t mod
-  w. Zeros start a sequence; `conv_ring` makes one from the inputs of a prefix.
+  w. Zeros start a sequence; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
 - `compute_capability` (80, 90, ...) selects the architecture; None is the present device's.
 """
 
@@ -27,7 +27,6 @@ except ImportError as error:
     ) from error
 
 from aim_jax.ops.triton.dual import dual_step
-from aim_jax.ops.triton.launch import conv_ring
 from aim_jax.ops.triton.mamba1 import conv_step, mamba1_step
 from aim_jax.ops.triton.mamba2 import mamba2_step
 from aim_jax.ops.triton.norm import add_norm_modulate
@@ -36,7 +35,6 @@ from aim_jax.ops.triton.sampling import sample
 
 __all__ = [
     "add_norm_modulate",
-    "conv_ring",
     "conv_step",
     "dual_step",
     "mamba1_step",

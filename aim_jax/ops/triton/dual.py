@@ -4,9 +4,9 @@ import jax
 import triton
 import triton.language as tl
 
+from aim_jax.ops.reference import bind_mamba2_step, require
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch, require
-from aim_jax.ops.triton.mamba2 import mamba2_sizes
+from aim_jax.ops.triton.launch import launch
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def dual_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    sizes = mamba2_sizes(
+    sizes = bind_mamba2_step(
         "dual_step",
         projected,
         conv_cache,
@@ -149,12 +149,12 @@ def dual_step(
             "B_cache": (B_cache, "LbTgn"),
             "log_decay": (log_decay, "LbTh"),
         },
-        conv_weight,
-        conv_bias=(conv_bias, "Lc"),
-        dt_bias=(dt_bias, "Lh"),
-        A=(A, "Lh"),
-        D=(D, "Lh"),
-        norm_scale=(norm_scale, "Le"),
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A=A,
+        D=D,
+        norm_scale=norm_scale,
     )
     b, h, p, n, g, e, w, T = (sizes[axis] for axis in "bhpngewT")
     heads = heads_per_program or next(

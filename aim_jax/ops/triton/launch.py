@@ -1,4 +1,4 @@
-"""What all kernels share: the call from JAX, block sizes, and the convolution's ring."""
+"""What all kernels share: the call from JAX, and block sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,6 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), **options):
     )
 
 
-def require(ok, message):
-    """Raises ValueError(message) unless `ok`."""
-    if not ok:
-        raise ValueError(message)
-
-
 def split_channels(channels, programs, *, smallest=8, enough=512):
     """The largest power of two of channels per program that leaves `enough` programs.
 
@@ -59,19 +53,3 @@ def split_channels(channels, programs, *, smallest=8, enough=512):
 def warps_for(elements, *, per_warp=1024):
     """Warps of a program that holds `elements` values in registers: 1 to 16, a power of two."""
     return min(max(triton.next_power_of_2(triton.cdiv(elements, per_warp)), 1), 16)
-
-
-def conv_ring(window, position):
-    """The ring that the step kernels expect at `position`, from the inputs before it.
-
-    Args:
-      window: the w - 1 inputs before `position`, oldest first, (..., w - 1, c): the state that
-        `aim_jax.ops.causal_conv1d` returns.
-      position: int (), the next position.
-
-    Returns:
-      (..., w, c): the input of position t in slot t mod w. The slot of `position` is zero; the step
-      writes it before anything reads it.
-    """
-    empty = jnp.zeros_like(window[..., :1, :])
-    return jnp.roll(jnp.concatenate([empty, window], axis=-2), position, axis=-2)

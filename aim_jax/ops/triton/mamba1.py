@@ -4,9 +4,9 @@ import jax
 import triton
 import triton.language as tl
 
-from aim_jax.ops.reference import bind_axes
+from aim_jax.ops.reference import bind_axes, require
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
+from aim_jax.ops.triton.launch import launch, split_channels, warps_for
 
 
 @triton.jit

@@ -4,9 +4,9 @@ import jax
 import triton
 import triton.language as tl
 
-from aim_jax.ops.reference import bind_axes
+from aim_jax.ops.reference import bind_mamba2_step
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch, require, split_channels, warps_for
+from aim_jax.ops.triton.launch import launch, split_channels, warps_for
 
 
 @triton.jit
@@ -69,42 +69,6 @@ def mamba2_step_kernel(
     tl.store(slot + C_channel, C_now, mask=writer)
 
 
-def mamba2_sizes(op, projected, conv_cache, heads, conv_weight, **arrays):
-    """Checks the arguments that the two forms of the decode step share; returns sizes by letter.
-
-    Args:
-      op: name of the calling function, for messages.
-      projected, conv_cache, conv_weight: see `mamba2_step`.
-      heads: (array, axes) that binds h, p and n first: the state, or the caches of the dual form.
-      **arrays: the other arrays with their axes.
-    """
-    sizes = bind_axes(
-        op,
-        **heads,
-        conv_weight=(conv_weight, "Lwc"),
-        conv_cache=(conv_cache, "Lbwc"),
-        projected=(projected, "bq"),
-    )
-    e = sizes["e"] = sizes["h"] * sizes["p"]
-    c, n, h = sizes["c"], sizes["n"], sizes["h"]
-    g = sizes["g"] = (c - e) // (2 * n)
-    require(
-        g > 0 and c == e + 2 * g * n and h % g == 0,
-        f"{op}: conv_weight has {c} channels, expected h p + 2 g n = {e} + 2 g {n} with g dividing "
-        f"h = {h}",
-    )
-    require(
-        sizes["q"] == e + c + h,
-        f"{op}: projected has {sizes['q']} columns, expected z, x, B, C, dt: {e} + {c} + {h}",
-    )
-    for name, (array, axes) in arrays.items():
-        expected = tuple(sizes[axis] for axis in axes)
-        require(
-            array.shape == expected, f"{op}: {name} has shape {array.shape}, expected {expected}"
-        )
-    return sizes
-
-
 def mamba2_step(
     projected,
     conv_cache,
@@ -150,17 +114,17 @@ def mamba2_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
-    sizes = mamba2_sizes(
+    sizes = bind_mamba2_step(
         "mamba2_step",
         projected,
         conv_cache,
         {"state": (state, "Lbhpn")},
-        conv_weight,
-        conv_bias=(conv_bias, "Lc"),
-        dt_bias=(dt_bias, "Lh"),
-        A=(A, "Lh"),
-        D=(D, "Lh"),
-        norm_scale=(norm_scale, "Le"),
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A=A,
+        D=D,
+        norm_scale=norm_scale,
     )
     b, h, p, n, e = (sizes[axis] for axis in "bhpne")
     block = min(split_channels(p, b * h), 32)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from aim_jax.ops.reference import bind_axes
-from aim_jax.ops.triton.launch import launch, require, warps_for
+from aim_jax.ops.reference import bind_axes, require
+from aim_jax.ops.triton.launch import launch, warps_for
 
 
 @triton.jit

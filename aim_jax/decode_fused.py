@@ -1,0 +1,213 @@
+"""The decoding step of AiM with fused kernels: about four calls a layer instead of dozens.
+
+Per layer: add + norm + modulate; the input projection; everything of the mixer up to the gate; the
+output projection, whose result carries the division of the gated norm into the next layer's add.
+The kernels are those of `aim_jax.ops.native` (CPU) or `aim_jax.ops.triton` (NVIDIA GPU).
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from aim_jax import ops
+from aim_jax.decode import Engine, prefill
+from aim_jax.models.aim import AiMConfig, Modulation, init_cache
+from aim_jax.models.layers import modulate, rms_norm
+
+# Which of a modulation's parts are shift, scale and gate, of the mixer and of the MLP.
+PARTS = {3: ((0, 1, 2), None), 6: ((0, 2, 4), (1, 3, 5))}
+MIXER_EPS = 1e-5  # of the gated norm
+
+
+@struct.dataclass
+class FusedDecoder:
+    """Decodes with the fused kernels; the same methods as `aim_jax.decode.ModuleDecoder`.
+
+    Layers are unrolled, each with matrices of its own, because a loop over stacked matrices copies
+    a slice of them per layer and step. Caches are stacked: the kernels take the whole and the
+    number of the layer, and update it in place.
+
+    Attributes:
+      matrices: by the product that they take part in, one per layer: (out, in), and for int8 the
+        scale of every output (out,).
+      head: the same, of the logits.
+      conv, ssm: the other parameters of the mixers, by the kernels' names, layers stacked.
+    """
+
+    params: dict
+    modulation: Modulation
+    matrices: dict[str, list]
+    head: tuple
+    conv: dict
+    ssm: dict
+    config: AiMConfig = struct.field(pytree_node=False)
+    engine: Engine = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
+        """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
+        mixer = params["layers"]["mixer"]
+        place = functools.partial(_place, config=config, engine=engine)
+        matrices = {
+            name: [place(kernel[i]) for i in range(config.n_layer)]
+            for name, kernel in _merged(params["layers"], config).items()
+        }
+        names = "xBC" if config.mixer == "mamba2" else "x"
+        conv = {
+            "conv_weight": jnp.concatenate([mixer[f"conv_{k}"]["kernel"] for k in names], axis=-1),
+            "conv_bias": jnp.concatenate([mixer[f"conv_{k}"]["bias"] for k in names], axis=-1),
+        }
+        ssm = {"dt_bias": mixer["dt_bias"], "A": -jnp.exp(mixer["A_log"]), "D": mixer["D"]}
+        if config.mixer == "mamba2":
+            ssm["norm_scale"] = mixer["norm"]["scale"]
+        head = place(params["token_embedding"]["embedding"].T)
+        norms = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
+        return cls(
+            params | {"layers": norms}, modulation, matrices, head, conv, ssm, config, engine
+        )
+
+    @property
+    def kernels(self):
+        return importlib.import_module(f"aim_jax.ops.{self.engine.kernels}")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.compute_dtype)
+
+    def _linear(self, x: jax.Array, matrix, dtype=None) -> jax.Array:
+        """x (b, in) -> (b, out) in `dtype`, by default the kernels' own."""
+        weight, scale = matrix
+        if self.engine.kernels == "native":
+            rows = x if self.engine.weights == "int8" else x.astype(self.dtype)
+            return self.kernels.linear(rows, weight, scale)
+        contract = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            x.astype(self.dtype), weight, contract, preferred_element_type=dtype or self.dtype
+        )
+
+    def segments(self, first: int) -> list[int]:
+        """One: the kernels read what the caches hold, whatever their size."""
+        del first
+        return [self.config.num_tokens]
+
+    def start(self, params: dict, x: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
+        """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+        del tokens  # there is one segment
+        cfg, position = self.config, x.shape[1]
+        # Read from float32 caches, and rounded once at the end.
+        dual = cfg.num_tokens if self.engine.form == "dual" else None
+        cache = init_cache(cfg, len(x), dual=dual)
+        if position:
+            cache = prefill(params, x, self.modulation, cfg, cache)
+        windows = [getattr(cache, f"conv_{k}") for k in ("xBC" if cfg.mixer == "mamba2" else "x")]
+        # The native kernels keep float32 inputs of the convolution, in which they compute.
+        kept = jnp.float32 if self.engine.kernels == "native" else self.dtype
+        ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(kept), position)
+        rounded = functools.partial(jnp.asarray, dtype=self.engine.cache_dtype)
+        if dual:
+            past = cache.ssm_state
+            return ring, rounded(past.inputs), rounded(past.B), past.log_decay
+        return ring, rounded(cache.ssm_state)
+
+    def grow(self, caches: tuple[jax.Array, ...], tokens: int) -> tuple[jax.Array, ...]:
+        """The caches, which have room for all positions."""
+        del tokens
+        return caches
+
+    def step(
+        self, x: jax.Array, caches: tuple[jax.Array, ...], position: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """x (b, 1, d) at `position` -> (float32 logits (b, v), the caches after x)."""
+        cfg, parts = self.config, self.modulation.layers
+        mixer_parts, mlp_parts = PARTS[parts.shape[2]]
+        layers = self.params["layers"]
+        hidden, residual, sum_squares = x[:, 0], jnp.zeros_like(x[:, 0]), None
+        last_gate = (mlp_parts or mixer_parts)[2]
+        for layer in range(cfg.n_layer):
+            # Before the first layer there is nothing to divide or gate.
+            u, residual = self._seam(
+                hidden, residual, layers["norm"]["scale"], layer, mixer_parts[:2], last_gate, -1,
+                sum_squares if layer else None,
+            )  # fmt: skip
+            hidden, sum_squares, caches = self._mix(u, caches, layer, position)
+            if mlp_parts:
+                u, residual = self._seam(
+                    hidden, residual, layers["norm2"]["scale"], layer, mlp_parts[:2],
+                    mixer_parts[2], 0, sum_squares,
+                )  # fmt: skip
+                up, gate = jnp.split(self._linear(u, self.matrices["up"][layer]), 2, axis=-1)
+                hidden = self._linear(up * jax.nn.silu(gate), self.matrices["down"][layer])
+                sum_squares = None
+        hidden = hidden.astype(jnp.float32) * self._divisor(sum_squares)
+        residual = residual + parts[-1, :, last_gate] * hidden
+        x = rms_norm(residual, self.params["norm_f"]["scale"], cfg.norm_eps)
+        x = rms_norm(x, self.params["final_layer"]["norm_final"]["scale"], cfg.norm_eps)
+        shift, scale = self.modulation.final[0, :, 0], self.modulation.final[0, :, 1]
+        x = modulate(x[:, None], shift, scale)[:, 0]
+        return self._linear(x, self.head, jnp.float32), caches
+
+    def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):
+        """Adds what the branch before has left, and prepares the input of the next."""
+        shift, scale = shift_scale
+        options = {} if self.engine.kernels == "native" else {"dtype": self.dtype}
+        return self.kernels.add_norm_modulate(
+            hidden, residual, norm, self.modulation.layers, layer,
+            sum_squares=sum_squares, inner=self.config.d_inner, shift=shift, scale=scale,
+            gate=gate, gate_offset=gate_offset, eps=self.config.norm_eps, mixer_eps=MIXER_EPS,
+            **options,
+        )  # fmt: skip
+
+    def _divisor(self, sum_squares: jax.Array | None) -> jax.Array | float:
+        if sum_squares is None:
+            return 1.0
+        mean = jnp.sum(sum_squares, axis=1, keepdims=True) / self.config.d_inner
+        return jax.lax.rsqrt(mean + MIXER_EPS)
+
+    def _mix(self, u: jax.Array, caches, layer: int, position: jax.Array):
+        """(b, d) -> (the mixer's output before its division, sum_squares or None, caches)."""
+        cfg, matrices = self.config, {name: of[layer] for name, of in self.matrices.items()}
+        projected = self._linear(u, matrices["in"])
+        if cfg.mixer == "mamba1":
+            ring, state = caches
+            x, ring = self.kernels.conv_step(projected, ring, layer, position, **self.conv)
+            dt_BC = self._linear(x, matrices["x"])
+            dt = self._linear(dt_BC[:, : cfg.dt_rank], matrices["dt"])
+            y, state = self.kernels.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm)
+            return self._linear(y, matrices["out"]), None, (ring, state)
+        step = self.kernels.dual_step if self.engine.form == "dual" else self.kernels.mamba2_step
+        y, sum_squares, *caches = step(projected, *caches, layer, position, **self.conv, **self.ssm)
+        if cfg.ngroups > 1:  # then the division does not commute with the output projection
+            groups = sum_squares.reshape(len(y), cfg.ngroups, -1).sum(axis=-1, keepdims=True)
+            rstd = jax.lax.rsqrt(groups / (cfg.d_inner / cfg.ngroups) + MIXER_EPS)
+            y = (y.reshape(len(y), cfg.ngroups, -1) * rstd).reshape(y.shape)
+            sum_squares = None
+        return self._linear(y, matrices["out"]), sum_squares, tuple(caches)
+
+
+def _merged(layers: dict, config: AiMConfig) -> dict:
+    """Matrices (layers, in, out) by the product that they take part in."""
+    mixer = layers["mixer"]
+
+    def joined(*names):
+        return jnp.concatenate([mixer[f"{name}_proj"]["kernel"] for name in names], axis=-1)
+
+    if config.mixer == "mamba2":
+        merged = {"in": joined("z", "x", "B", "C", "dt")}
+    else:
+        merged = {"in": joined("x", "z"), "x": joined("dt_in", "B", "C"), "dt": joined("dt")}
+    merged["out"] = joined("out")
+    if config.d_intermediate:
+        mlp = {name: layers["mlp"][name]["kernel"] for name in ("fc1", "gate", "fc2")}
+        merged |= {"up": jnp.concatenate([mlp["fc1"], mlp["gate"]], axis=-1), "down": mlp["fc2"]}
+    return merged
+
+
+def _place(kernel: jax.Array, config: AiMConfig, engine: Engine) -> tuple:
+    """A kernel (in, out) as the products take it: (out, in), and a scale if it is rounded."""
+    if engine.weights == "int8":
+        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=0) / 127, 1e-30)
+        return jnp.round(kernel / scale).astype(jnp.int8).T, scale
+    return kernel.T.astype(config.compute_dtype), None

@@ -1,0 +1,163 @@
+"""From logits to tokens: classifier-free guidance, the filters, and the draw.
+
+b images, v vocabulary. The order of operations is guidance, temperature, top-k, top-p, draw.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# How far guidance has grown when the fraction r of an image is drawn.
+SCHEDULES = {
+    "constant": lambda r: jnp.ones_like(r),
+    "linear": lambda r: r,
+    "cosine": lambda r: (1 - jnp.cos(jnp.pi * r)) / 2,
+}
+
+
+def guidance_at(
+    position: jax.Array,
+    num_tokens: int,
+    scale: jax.Array,
+    schedule: str = "constant",
+    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
+) -> jax.Array:
+    """Guidance scale for one token of an image.
+
+    1 + (scale - 1) ramp(r) with r = (position + 1) / num_tokens, so a growing schedule ends at
+    `scale`; and 1, which is no guidance, outside the interval (arXiv 2404.07724).
+
+    Args:
+      position: () int, number of the token. scale: () or (b,).
+      schedule: "constant", "linear" or "cosine".
+      interval: from which fraction of the tokens on, and up to which, there is guidance.
+    """
+    ramp = SCHEDULES[schedule](jnp.asarray((position + 1) / num_tokens, jnp.float32))
+    done = position / num_tokens
+    inside = (done >= interval[0]) & (done < interval[1])
+    return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)
+
+
+def apply_cfg(cond: jax.Array, uncond: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance of logits: uncond + (cond - uncond) * scale.
+
+    Args:
+      cond, uncond: (b, v). scale: () or (b,); 1 is the conditional model.
+    """
+    return uncond + (cond - uncond) * jnp.reshape(scale, (-1, 1))
+
+
+def filter_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """Sets logits below the k-th largest to -inf; ties at the k-th value are all kept.
+
+    Args:
+      logits: (b, v). k: int () or (b,); 0, or anything above v, keeps everything.
+    """
+    return _filter(logits, k, None)
+
+
+def filter_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Nucleus filter: drops the least likely tokens whose cumulative probability is <= 1 - p.
+
+    The largest logit always stays, and so does any logit equal to the smallest that stays.
+
+    Args:
+      logits: (b, v), already filtered ones at -inf. p: () or (b,) in (0, 1]; 1 keeps everything.
+    """
+    return _filter(logits, None, p)
+
+
+def filter_logits(logits: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
+    """`filter_top_k`, then `filter_top_p` on the renormalised rest."""
+    return _filter(logits, k, p)
+
+
+def _filter(logits, k, p):
+    """Keeps the logits from a threshold on, which a search by halves finds without a sort.
+
+    Both filters keep the tokens above some logit, and how many tokens, or how much probability, lie
+    above a logit falls as it grows. Over the floats in their order (as integers) 32 halvings are
+    exact, and much faster on CPU than a sort of the vocabulary.
+    """
+    order = _ordered_int(logits)
+    lowest = threshold = jnp.min(order, axis=-1, keepdims=True)
+    highest = jnp.max(order, axis=-1, keepdims=True)
+    if k is not None:
+        vocab = logits.shape[-1]
+        k = jnp.reshape(jnp.where(k < 1, vocab, jnp.minimum(k, vocab)), (-1, 1))
+        threshold = _largest(
+            lambda t: jnp.sum(order >= t, axis=-1, keepdims=True) >= k, lowest, highest
+        )
+    if p is not None:
+        p = jnp.reshape(jnp.asarray(p, logits.dtype), (-1, 1))
+        weights = _weights(jnp.where(order >= threshold, logits, -jnp.inf))
+        removed = (1 - p) * jnp.sum(weights, axis=-1, keepdims=True)
+
+        def below_is_removed(t):
+            below = jnp.sum(jnp.where(order < t, weights, 0), axis=-1, keepdims=True)
+            return below <= removed
+
+        nucleus = _largest(below_is_removed, threshold, highest)
+        threshold = jnp.where(p < 1, nucleus, threshold)
+    return jnp.where(order >= threshold, logits, -jnp.inf)
+
+
+def _ordered_int(x: jax.Array) -> jax.Array:
+    """Integers in the order of the floats x."""
+    size = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, f"int{size}")
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def _largest(holds, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The largest integer in [low, high] for which `holds`, which does up to it and at low."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+        ok = holds(middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+    bits = low.dtype.itemsize * 8
+    return jax.lax.fori_loop(0, bits, halve, tuple(jnp.broadcast_arrays(low, high)))[0]
+
+
+def _weights(logits: jax.Array) -> jax.Array:
+    """Probabilities up to a factor per row."""
+    return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+
+
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """One token per row from softmax(logits), by inverting the distribution function.
+
+    One random number per row, where the Gumbel-max rule takes one per token of the vocabulary. The
+    sum is taken in two levels, blocks and then within one.
+
+    Args:
+      logits: (b, v). keys: (b,), one per row.
+
+    Returns:
+      int32 (b,); never a token whose logit is -inf.
+    """
+    b, vocab = logits.shape
+    block = math.isqrt(vocab)
+    weights = jnp.pad(_weights(logits), ((0, 0), (0, -vocab % block))).reshape(b, -1, block)
+    sums = jnp.sum(weights, axis=-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)
+    chosen, rest = _invert(sums, uniform * jnp.sum(sums, axis=-1))
+    inside, _ = _invert(jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0], rest)
+    return (chosen * block + inside).astype(jnp.int32)
+
+
+def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index (b,) where the running sum of weights (b, n) exceeds target, and what is left.
+
+    Rounding may put the target at or above the whole sum, and makes running sums uneven where
+    weights are zero; an index of positive weight is found all the same.
+    """
+    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    below_all = jnp.nextafter(jnp.max(ends, axis=-1), jnp.zeros((), ends.dtype))
+    index = jnp.argmax(ends > jnp.minimum(target, below_all)[:, None], axis=-1)
+    at = lambda x: jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]  # noqa: E731
+    return index, target - (at(ends) - at(weights))

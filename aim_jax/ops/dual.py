@@ -1,0 +1,131 @@
+"""Decoding with Mamba-2 without a state, from what the tokens so far left behind."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aim_jax.ops.reference import bind_axes, compute_dtype, skip_and_gate, step_sizes
+
+
+class DualCache(NamedTuple):
+    """What T positions left behind for the dual form; those not reached yet hold zeros.
+
+    Attributes:
+      inputs: dt x (b, T, h, p), float32 or bfloat16.
+      B: input projections (b, T, g, n), float32 or bfloat16.
+      log_decay: running sums of dt A (b, T, h) float32.
+      total: the last of these sums (b, h) float32.
+      position: int32 (), how many positions there are.
+    """
+
+    inputs: jax.Array
+    B: jax.Array
+    log_decay: jax.Array
+    total: jax.Array
+    position: jax.Array
+
+
+def init_dual_cache(b, tokens, h, p, g, n, dtype=jnp.float32) -> DualCache:
+    """The empty cache of b sequences with room for `tokens` positions."""
+    return DualCache(
+        inputs=jnp.zeros((b, tokens, h, p), dtype),
+        B=jnp.zeros((b, tokens, g, n), dtype),
+        log_decay=jnp.zeros((b, tokens, h), jnp.float32),
+        total=jnp.zeros((b, h), jnp.float32),
+        position=jnp.zeros((), jnp.int32),
+    )
+
+
+def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
+    """The cache with room for `tokens` positions, no fewer than it has."""
+
+    def padded(x):
+        return jnp.pad(x, [(0, 0), (0, tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    return cache._replace(
+        inputs=padded(cache.inputs), B=padded(cache.B), log_decay=padded(cache.log_decay)
+    )
+
+
+def ssd_dual_extend(cache, x, dt, A, B, *, dt_bias=None, dt_softplus=True) -> DualCache:
+    """Appends l positions to the cache.
+
+    Args:
+      cache: of the positions before, with room for l more.
+      x: inputs (b, l, h, p).
+      dt: step sizes before bias and softplus (b, l, h).
+      A: negative decay rates (h,).
+      B: input projections (b, l, g, n).
+      dt_bias: optional bias of dt (h,).
+      dt_softplus: whether softplus is applied to dt.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    bind_axes(
+        "ssd_dual_extend",
+        x=(x, "blhp"),
+        dt=(dt, "blh"),
+        A=(A, "h"),
+        B=(B, "blgn"),
+        dt_bias=(dt_bias, "h"),
+        inputs=(cache.inputs, "bThp"),
+        B_cache=(cache.B, "bTgn"),
+        log_decay=(cache.log_decay, "bTh"),
+    )
+    dtype = cache.log_decay.dtype
+    dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
+    log_decay = cache.total[:, None] + jnp.cumsum(dt * A.astype(dtype), axis=1)
+
+    def put(buffer, rows):
+        return jax.lax.dynamic_update_slice_in_dim(
+            buffer, rows.astype(buffer.dtype), cache.position, axis=1
+        )
+
+    return DualCache(
+        inputs=put(cache.inputs, dt[..., None] * x.astype(dtype)),
+        B=put(cache.B, B),
+        log_decay=put(cache.log_decay, log_decay),
+        total=log_decay[:, -1],
+        position=cache.position + x.shape[1],
+    )
+
+
+def ssd_dual_step(
+    cache, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True
+) -> tuple[jax.Array, DualCache]:
+    """Advances the recurrence of `ssd_scan` by one position, from a cache of its inputs.
+
+    Unrolled from a zero state, with a_t the sum of dt A over positions 0 to t,
+
+        y_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
+
+    (Dao and Gu 2024, sec. 5 and 6: one row of the quadratic form.) The step reads the whole cache,
+    e + g n + h values per position, and writes one row; the recurrent form reads and writes e n.
+
+    Args:
+      cache: of the positions before, with room for one more.
+      x: input (b, h, p). dt: (b, h). A: (h,). B, C: (b, g, n). D: (h,). z: like x. dt_bias: (h,).
+        See `ssd_step`.
+
+    Returns:
+      y like x, and the cache with this position.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    sizes = bind_axes("ssd_dual_step", x=(x, "bhp"), C=(C, "bgn"), D=(D, "h"), z=(z, "bhp"))
+    h, g = sizes["h"], sizes["g"]
+    cache = ssd_dual_extend(
+        cache, x[:, None], dt[:, None], A, B[:, None], dt_bias=dt_bias, dt_softplus=dt_softplus
+    )
+    dtype = compute_dtype(x)
+    # Of positions not reached yet B and the inputs are zero. They meet in two products, so neither
+    # needs a mask; the whole buffer is read, because a slice of it would be copied.
+    scores = jnp.einsum("btgn,bgn->btg", cache.B.astype(dtype), C.astype(dtype))
+    decays = jnp.exp(jnp.minimum(cache.total[:, None] - cache.log_decay, 0))
+    weights = jnp.repeat(scores, h // g, axis=-1) * decays
+    y = jnp.sum(weights[..., None] * cache.inputs.astype(dtype), axis=1)
+    D = None if D is None else D[:, None]
+    return skip_and_gate(y.astype(dtype), x, D, z), cache

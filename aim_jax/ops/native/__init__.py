@@ -1,0 +1,206 @@
+"""The decode step as fused CPU kernels, written in C++ for XLA's foreign function interface.
+
+They are to a CPU what `aim_jax.ops.triton` is to a GPU, with the same functions on the same
+arrays: parameters and caches lead with the layer axis L, are passed whole with the layer as a
+number, and caches are updated in place. `linear` is here besides, because XLA's products of few
+rows read weights at half the speed of the memory.
+
+XLA calls them on its own threads, inside `jit`, `lax.scan` and `shard_map`; none has a derivative
+or a batching rule. They need a C++ compiler at the first call of `register`, which every function
+here makes; the library that it makes is kept for later processes. Rows do not influence each other,
+to the last bit: a sequence decodes alike in any batch.
+
+L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
+convolution width, T tokens, d model.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aim_jax.ops.native.build import BuildError, register
+from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
+
+__all__ = ["BuildError", "add_norm_modulate", "dual_step", "linear", "mamba2_step", "register"]
+
+
+def _call(target, outputs, arrays, aliases=(), **attributes):
+    register()
+    call = jax.ffi.ffi_call(target, outputs, input_output_aliases=dict(aliases))
+    return call(*arrays, **attributes)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _index(i):
+    return jnp.asarray(i, jnp.int32)
+
+
+def linear(x, weight, scale=None):
+    """x weight^T for few rows of x, in float32.
+
+    Args:
+      x: (b, k) float32, or bfloat16 with bfloat16 weights.
+      weight: (m, k) float32, bfloat16, or int8 with `scale`.
+      scale: factor of every output (m,) float32; None is 1.
+
+    Returns:
+      (b, m) float32.
+
+    Raises:
+      ValueError: shapes or types do not fit together.
+    """
+    sizes = bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"), scale=(scale, "m"))
+    types = (x.dtype.name, weight.dtype.name)
+    known = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "int8"))
+    require(types in known, f"linear: rows of {types[0]} with weights of {types[1]}")
+    scale = jnp.zeros((0,), jnp.float32) if scale is None else scale
+    return _call("aim_linear", _float32(sizes["b"], sizes["m"]), (x, weight, scale))
+
+
+def mamba2_step(
+    projected,
+    conv_cache,
+    state,
+    layer,
+    position,
+    *,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_scale,
+):
+    """Advances one Mamba-2 layer by one token, as `aim_jax.ops.triton.mamba2_step` does.
+
+    Args and results are described there. All arrays are float32, but for `state`, which may be
+    bfloat16.
+    """
+    parameters = dict(
+        conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
+        norm_scale=norm_scale,
+    )  # fmt: skip
+    sizes = bind_mamba2_step(
+        "mamba2_step", projected, conv_cache, {"state": (state, "Lbhpn")}, **parameters
+    )
+    b, h, e = sizes["b"], sizes["h"], sizes["e"]
+    y, sum_squares, conv_cache, state, _ = _call(
+        "aim_mamba2_step",
+        (_float32(b, e), _float32(b, h), _like(conv_cache), _like(state), _float32(b, sizes["c"])),
+        (projected, *parameters.values(), _index(layer), _index(position), conv_cache, state),
+        aliases=((9, 2), (10, 3)),
+    )
+    return y, sum_squares, conv_cache, state
+
+
+def dual_step(
+    projected,
+    conv_cache,
+    inputs,
+    B_cache,
+    log_decay,
+    layer,
+    position,
+    *,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_scale,
+):
+    """Advances one Mamba-2 layer by one token without a state: `aim_jax.ops.triton.dual_step`.
+
+    Args and results are described there. All arrays are float32, but for `inputs` and `B_cache`,
+    which may both be bfloat16.
+    """
+    parameters = dict(
+        conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
+        norm_scale=norm_scale,
+    )  # fmt: skip
+    sizes = bind_mamba2_step(
+        "dual_step",
+        projected,
+        conv_cache,
+        {
+            "inputs": (inputs, "LbThp"),
+            "B_cache": (B_cache, "LbTgn"),
+            "log_decay": (log_decay, "LbTh"),
+        },
+        **parameters,
+    )
+    require(
+        inputs.dtype == B_cache.dtype,
+        f"dual_step: inputs are {inputs.dtype} and B_cache {B_cache.dtype}, expected the same",
+    )
+    b, h, e = sizes["b"], sizes["h"], sizes["e"]
+    caches = (conv_cache, inputs, B_cache, log_decay)
+    y, sum_squares, *caches, _ = _call(
+        "aim_dual_step",
+        (_float32(b, e), _float32(b, h), *map(_like, caches), _float32(b, sizes["c"])),
+        (projected, *parameters.values(), _index(layer), _index(position), *caches),
+        aliases=((9, 2), (10, 3), (11, 4), (12, 5)),
+    )
+    return y, sum_squares, *caches
+
+
+def add_norm_modulate(
+    hidden,
+    residual,
+    norm_scale,
+    modulation,
+    layer,
+    *,
+    sum_squares=None,
+    inner=None,
+    shift=0,
+    scale=1,
+    gate=2,
+    gate_offset=-1,
+    eps=1e-5,
+    mixer_eps=1e-5,
+):
+    """Adds a branch to the stream and prepares the next: `aim_jax.ops.triton.add_norm_modulate`.
+
+    Args and results are described there. All arrays are float32.
+    """
+    bind_axes(
+        "add_norm_modulate",
+        hidden=(hidden, "bd"),
+        residual=(residual, "bd"),
+        norm_scale=(norm_scale, "Ld"),
+        modulation=(modulation, "Lbmd"),
+        sum_squares=(sum_squares, "bs"),
+    )
+    require(
+        sum_squares is None or (inner and gate is not None),
+        "add_norm_modulate: sum_squares needs `inner`, the number of channels, and a gate",
+    )
+    divided = sum_squares is not None
+    x, residual = _call(
+        "aim_add_norm_modulate",
+        (_like(hidden), _like(residual)),
+        (
+            hidden,
+            residual,
+            norm_scale,
+            modulation,
+            sum_squares if divided else hidden,
+            _index(layer),
+        ),
+        shift=np.int32(shift),
+        scale=np.int32(scale),
+        gate=np.int32(-1 if gate is None else gate),
+        gate_offset=np.int32(gate_offset),
+        inner=np.int32(inner if divided else 0),
+        eps=np.float32(eps),
+        mixer_eps=np.float32(mixer_eps),
+    )
+    return x, residual

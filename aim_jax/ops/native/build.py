@@ -1,0 +1,102 @@
+"""Compiles the C++ sources of this package for the machine at hand, once, and loads them."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+
+SOURCES = Path(__file__).parent
+TARGETS = ("aim_linear", "aim_mamba2_step", "aim_dual_step", "aim_add_norm_modulate")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+
+
+class BuildError(RuntimeError):
+    """There is no compiler, or it refused the sources; the message says what to do."""
+
+
+def cache_directory() -> Path:
+    """Where compiled code is kept: $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aim_jax"
+
+
+def compiler() -> str:
+    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ that is there."""
+    found = [
+        shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
+    ]
+    found = [path for path in found if path]
+    if not found:
+        raise BuildError(
+            "no C++ compiler found (CXX, c++, g++, clang++). Install one, or decode without it: "
+            "kernels='xla'."
+        )
+    return found[0]
+
+
+def architecture_flags() -> tuple[str, ...]:
+    if platform.machine() in ("x86_64", "AMD64"):
+        return ("-march=native", "-mprefer-vector-width=512")
+    return ("-mcpu=native",)
+
+
+def processor() -> str:
+    """What decides which instructions there are; part of the name of the compiled file."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines()
+    return "\n".join(
+        sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))})
+    )
+
+
+def compile_sources() -> Path:
+    """The shared library for this machine, compiled if no earlier call has done so.
+
+    Raises:
+      BuildError: there is no compiler, or it failed.
+    """
+    sources = sorted(SOURCES.glob("*.cc"))
+    command = [compiler(), *FLAGS, *architecture_flags(), "-isystem", jax.ffi.include_dir()]
+    what = [" ".join(command), jax.lib.__version__, processor()]
+    what += [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
+    name = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+    library = cache_directory() / f"native-{name}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        done = subprocess.run(
+            [*command, *map(str, sources), "-o", str(made)], capture_output=True, text=True
+        )
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise BuildError(
+                f"{command[0]} could not compile the kernels for this processor: "
+                f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; kernels='xla' "
+                "decodes without them."
+            )
+        made.rename(library)
+    return library
+
+
+@functools.cache
+def register() -> None:
+    """Makes the kernels known to XLA, compiling them first where that is due (about 15 s).
+
+    Raises:
+      BuildError: see `compile_sources`.
+    """
+    library = ctypes.CDLL(str(compile_sources()))
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(
+            target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu"
+        )

@@ -1,0 +1,191 @@
+// Vectors of 16 floats, and loops over the threads of XLA.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace aim {
+
+constexpr int kLanes = 16;
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+
+inline V splat(float x) { return V{} + x; }
+
+// Numbers as they are kept: float, bfloat16 (its upper half), or int8.
+struct bf16 {
+  uint16_t bits;
+};
+
+inline V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// GCC splits the conversions of wide vectors into many instructions, so they are named here.
+inline V load(const bf16* p) {
+#ifdef __AVX512F__
+  __m256i half = _mm256_loadu_si256((const __m256i*)p);
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
+  typedef uint16_t H __attribute__((vector_size(32)));
+  H half;
+  std::memcpy(&half, p, sizeof half);
+  return (V)(__builtin_convertvector(half, U) << 16);
+#endif
+}
+
+inline V load(const int8_t* p) {
+#ifdef __AVX512F__
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  typedef int8_t B __attribute__((vector_size(16)));
+  B bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
+#endif
+}
+
+inline float load1(const float* p) { return *p; }
+inline float load1(const int8_t* p) { return *p; }
+inline float load1(const bf16* p) {
+  uint32_t bits = uint32_t{p->bits} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// To the nearest bfloat16, ties to even.
+inline void store(bf16* p, V v) {
+  typedef uint16_t H __attribute__((vector_size(32)));
+  U bits = (U)v;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  H half = __builtin_convertvector(bits, H);
+  std::memcpy(p, &half, sizeof half);
+}
+
+inline void store1(float* p, float x) { *p = x; }
+inline void store1(bf16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  p->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// The first `count` lanes; the others hold 0 and are not touched in memory.
+template <typename T>
+inline V load(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  V v{};
+  for (int i = 0; i < count; ++i) v[i] = load1(p + i);
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, V v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int i = 0; i < count; ++i) store1(p + i, v[i]);
+}
+
+// Sums within pairs of vectors, by halves: four rounds turn 16 vectors into the vector of their
+// sums, in order.
+#define AIM_FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+inline V fold8(V a, V b) {
+  return AIM_FOLD(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         AIM_FOLD(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+inline V fold4(V a, V b) {
+  return AIM_FOLD(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         AIM_FOLD(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+inline V fold2(V a, V b) {
+  return AIM_FOLD(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+         AIM_FOLD(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+inline V fold1(V a, V b) {
+  return AIM_FOLD(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         AIM_FOLD(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#undef AIM_FOLD
+
+// The 16 sums over lanes of 16 vectors.
+inline V sums(const V* v) {
+  V a[8], b[4];
+  for (int i = 0; i < 8; ++i) a[i] = fold8(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) b[i] = fold4(a[2 * i], a[2 * i + 1]);
+  return fold1(fold2(b[0], b[1]), fold2(b[2], b[3]));
+}
+
+inline float sum(V v) {
+  v = fold8(v, v);
+  v = fold4(v, v);
+  v = fold2(v, v);
+  return v[0] + v[1];
+}
+
+// exp(x) to 2 ulps: 2^k times a polynomial in the rest, |rest| <= log(2) / 2.
+inline V exp(V x) {
+  constexpr float kHigh = 88.3762626f, kLow = -87.3365402f;
+  x = x > kHigh ? splat(kHigh) : x;
+  V tiny = x < kLow ? splat(0.f) : splat(1.f);
+  x = x < kLow ? splat(kLow) : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which lies in the low bits of the sum.
+  V shifted = x * 1.44269504f + 12582912.f;
+  I k = (I)shifted - (I)splat(12582912.f);
+  V whole = shifted - 12582912.f;
+  V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V q = splat(1.f / 5040);
+  q = q * r + 1.f / 720;
+  q = q * r + 1.f / 120;
+  q = q * r + 1.f / 24;
+  q = q * r + 1.f / 6;
+  q = q * r + 0.5f;
+  q = q * r + 1.f;
+  q = q * r + 1.f;
+  return q * (V)((k + 127) << 23) * tiny;
+}
+
+inline V silu(V x) { return x / (1.f + exp(-x)); }
+
+// Runs work(i) for i in [0, count) on the threads of XLA, this one among them.
+//
+// Threads take the next number when they are free. This thread takes part and then waits only for
+// numbers that others have begun, so that a pool whose threads all wait in here cannot lock up.
+template <typename F>
+void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& work) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  auto progress = std::make_shared<Progress>();
+  // A helper that comes late finds no number left and does not touch `work`, which is gone by then.
+  auto run = [progress, count, &work] {
+    for (int64_t i; (i = progress->next.fetch_add(1)) < count;) {
+      work(i);
+      progress->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
+  run();
+  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+}  // namespace aim
