@@ -16,12 +16,11 @@ from absl import logging
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from aim_jax import ops
+from aim_jax import filters, ops
 from aim_jax.models.aim import AiM, AiMConfig, Block, Cache, Modulation, init_cache
 
 FORMS = ("auto", "recurrent", "dual")
 KERNELS = ("auto", "xla", "native", "triton")
-WEIGHTS = ("model", "int8")
 # Slots of the dual cache of the modules grow in this many steps: XLA reads all there are.
 SEGMENTS = 4
 
@@ -36,21 +35,17 @@ class Engine:
         device where they exist and the model has a mixer that they know, else "xla".
       cache_dtype: of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
         "bfloat16". The modules keep float32 states.
-      weights: "model" keeps matrices in the model's compute_dtype; "int8" rounds them to 8 bits
-        with a scale per output ("native" only).
     """
 
     form: str = "auto"
     kernels: str = "auto"
     cache_dtype: str = "float32"
-    weights: str = "model"
 
     def __post_init__(self):
         for name, known in (
             ("form", FORMS),
             ("kernels", KERNELS),
             ("cache_dtype", ("float32", "bfloat16")),
-            ("weights", WEIGHTS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -81,8 +76,6 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
     elif form == "dual" and config.mixer != "mamba2":
         raise ValueError(f"form='dual' is there for Mamba-2; this model has {config.mixer}.")
     engine = dataclasses.replace(engine, form=form, kernels=kernels)
-    if engine.weights == "int8" and kernels != "native":
-        raise ValueError(f"weights='int8' needs kernels='native'; this is {kernels!r}.")
     if engine.cache_dtype == "bfloat16" and (kernels, form) == ("xla", "recurrent"):
         raise ValueError("cache_dtype='bfloat16' needs form='dual' or fused kernels.")
     return engine
@@ -207,6 +200,8 @@ class ModuleDecoder:
         variables = {"params": self.params}
         logits = model.apply(variables, *carry, self.modulation.final, method="logits")
         return logits[:, 0], updated
+
+    sample = staticmethod(filters.sample)
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

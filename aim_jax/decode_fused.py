@@ -31,8 +31,7 @@ class FusedDecoder:
     number of the layer, and update it in place.
 
     Attributes:
-      matrices: by the product that they take part in, one per layer: (out, in), and for int8 the
-        scale of every output (out,).
+      matrices: by the product that they take part in, one per layer (out, in).
       head: the same, of the logits.
       conv, ssm: the other parameters of the mixers, by the kernels' names, layers stacked.
     """
@@ -40,7 +39,7 @@ class FusedDecoder:
     params: dict
     modulation: Modulation
     matrices: dict[str, list]
-    head: tuple
+    head: jax.Array
     conv: dict
     ssm: dict
     config: AiMConfig = struct.field(pytree_node=False)
@@ -50,7 +49,10 @@ class FusedDecoder:
     def of(cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
         """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
         mixer = params["layers"]["mixer"]
-        place = functools.partial(_place, config=config, engine=engine)
+
+        def place(kernel):
+            return kernel.T.astype(config.compute_dtype)
+
         matrices = {
             name: [place(kernel[i]) for i in range(config.n_layer)]
             for name, kernel in _merged(params["layers"], config).items()
@@ -77,16 +79,13 @@ class FusedDecoder:
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.compute_dtype)
 
-    def _linear(self, x: jax.Array, matrix, dtype=None) -> jax.Array:
-        """x (b, in) -> (b, out) in `dtype`, by default the kernels' own."""
-        weight, scale = matrix
+    def _linear(self, x: jax.Array, matrix: jax.Array, dtype=None) -> jax.Array:
+        """x (b, in), matrix (out, in) -> (b, out) in `dtype`, by default the kernels' own."""
+        x = x.astype(matrix.dtype)
         if self.engine.kernels == "native":
-            rows = x if self.engine.weights == "int8" else x.astype(self.dtype)
-            return self.kernels.linear(rows, weight, scale)
+            return self.kernels.linear(x, matrix)
         contract = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            x.astype(self.dtype), weight, contract, preferred_element_type=dtype or self.dtype
-        )
+        return jax.lax.dot_general(x, matrix, contract, preferred_element_type=dtype or self.dtype)
 
     def segments(self, first: int) -> list[int]:
         """One: the kernels read what the caches hold, whatever their size."""
@@ -149,6 +148,10 @@ class FusedDecoder:
         x = modulate(x[:, None], shift, scale)[:, 0]
         return self._linear(x, self.head, jnp.float32), caches
 
+    def sample(self, *args) -> jax.Array:
+        """`aim_jax.filters.sample` in one kernel."""
+        return self.kernels.sample(*args)
+
     def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):
         """Adds what the branch before has left, and prepares the input of the next."""
         shift, scale = shift_scale
@@ -203,11 +206,3 @@ def _merged(layers: dict, config: AiMConfig) -> dict:
         mlp = {name: layers["mlp"][name]["kernel"] for name in ("fc1", "gate", "fc2")}
         merged |= {"up": jnp.concatenate([mlp["fc1"], mlp["gate"]], axis=-1), "down": mlp["fc2"]}
     return merged
-
-
-def _place(kernel: jax.Array, config: AiMConfig, engine: Engine) -> tuple:
-    """A kernel (in, out) as the products take it: (out, in), and a scale if it is rounded."""
-    if engine.weights == "int8":
-        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=0) / 127, 1e-30)
-        return jnp.round(kernel / scale).astype(jnp.int8).T, scale
-    return kernel.T.astype(config.compute_dtype), None

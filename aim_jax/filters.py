@@ -128,14 +128,14 @@ def _weights(logits: jax.Array) -> jax.Array:
     return jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
 
 
-def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """One token per row from softmax(logits), by inverting the distribution function.
 
     One random number per row, where the Gumbel-max rule takes one per token of the vocabulary. The
     sum is taken in two levels, blocks and then within one.
 
     Args:
-      logits: (b, v). keys: (b,), one per row.
+      logits: (b, v). uniform: (b,), uniform in [0, 1).
 
     Returns:
       int32 (b,); never a token whose logit is -inf.
@@ -144,7 +144,6 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     block = math.isqrt(vocab)
     weights = jnp.pad(_weights(logits), ((0, 0), (0, -vocab % block))).reshape(b, -1, block)
     sums = jnp.sum(weights, axis=-1)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (), logits.dtype))(keys)
     chosen, rest = _invert(sums, uniform * jnp.sum(sums, axis=-1))
     inside, _ = _invert(jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0], rest)
     return (chosen * block + inside).astype(jnp.int32)
@@ -161,3 +160,28 @@ def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
     index = jnp.argmax(ends > jnp.minimum(target, below_all)[:, None], axis=-1)
     at = lambda x: jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]  # noqa: E731
     return index, target - (at(ends) - at(weights))
+
+
+def sample(
+    logits: jax.Array,
+    uniform: jax.Array,
+    cfg_scale: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """One token per image: guidance, temperature, filters and draw.
+
+    Args:
+      logits: (2 b, v), all conditional rows before all null-class rows; or (b, v), which leaves
+        guidance out.
+      uniform: (b,), uniform in [0, 1): the randomness of this token of every image.
+      cfg_scale, temperature, top_k (int), top_p: (b,); see `apply_cfg` and the filters.
+
+    Returns:
+      int32 (b,).
+    """
+    b = uniform.shape[0]
+    if logits.shape[0] != b:
+        logits = apply_cfg(logits[:b], logits[b:], cfg_scale)
+    return draw(filter_logits(logits / temperature[:, None], top_k, top_p), uniform)

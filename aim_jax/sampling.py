@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from aim_jax import sharding
 from aim_jax.decode import Engine, make_decoder, resolve
-from aim_jax.filters import SCHEDULES, apply_cfg, draw, filter_logits, guidance_at
+from aim_jax.filters import SCHEDULES, guidance_at
 from aim_jax.models.aim import AiM, AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
 
@@ -165,19 +165,19 @@ def _begin(params, seed, request: Request, method: Method):
 
 def _advance(decoder, loop: Loop, request: Request, interval, first, count: int, method: Method):
     """Draws `count` tokens from position `first` on -> (the loop after them, tokens (b, count))."""
-    config, b = method.config, request.labels.shape[0]
+    config = method.config
 
     def step(loop, position):
         logits, caches = decoder.step(loop.x, loop.caches, position)
-        if method.guided:
-            scale = guidance_at(
-                position, config.num_tokens, request.cfg_scale, method.schedule, interval
-            )
-            logits = apply_cfg(logits[:b], logits[b:], scale)
-        logits = logits / request.temperature[:, None]
-        logits = filter_logits(logits, request.top_k, request.top_p)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, position))(loop.keys)
-        token = draw(logits, keys)
+        scale = guidance_at(
+            position, config.num_tokens, request.cfg_scale, method.schedule, interval
+        )
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(
+            loop.keys
+        )
+        token = decoder.sample(
+            logits, uniform, scale, request.temperature, request.top_k, request.top_p
+        )
         x = AiM(config).apply(
             {"params": decoder.params}, token[:, None], position[None], method="embed_codes"
         )

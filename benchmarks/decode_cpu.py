@@ -48,6 +48,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aim_jax.decode import Engine
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,8 +73,14 @@ class Variant:
 
 
 OURS = {
-    "recurrent": Variant(),
-    "bfloat16": Variant(config={"compute_dtype": "bfloat16"}),
+    "default": Variant(whole=True),
+    "recurrent": Variant(options={"engine": Engine(form="recurrent")}),
+    "dual": Variant(options={"engine": Engine(form="dual")}, whole=True),
+    "xla": Variant(options={"engine": Engine(form="recurrent", kernels="xla")}),
+    "xla_dual": Variant(options={"engine": Engine(form="dual", kernels="xla")}, whole=True),
+    "bfloat16": Variant(
+        config={"compute_dtype": "bfloat16"}, options={"engine": Engine(cache_dtype="bfloat16")}
+    ),
 }
 PEERS = ("official", "tuned", "huggingface", "llamagen")
 TOKENIZERS = ("vq", "vq_torch", "vq_torch_nhwc")
@@ -400,7 +407,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument(
         "--contestants", type=names, default=list(CONTESTANTS), help="separated by commas"
     )
-    parser.add_argument("--ours", type=names, default=["recurrent"], help=f"of {', '.join(OURS)}")
+    parser.add_argument("--ours", type=names, default=["default"], help=f"of {', '.join(OURS)}")
     parser.add_argument("--budget", type=float, default=6, help="seconds of steps of a slow peer")
     parser.add_argument(
         "--whole", type=float, default=120, help="longest whole image to time, in s; 0 times none"

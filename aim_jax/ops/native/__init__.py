@@ -21,7 +21,15 @@ import numpy as np
 from aim_jax.ops.native.build import BuildError, register
 from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
 
-__all__ = ["BuildError", "add_norm_modulate", "dual_step", "linear", "mamba2_step", "register"]
+__all__ = [
+    "BuildError",
+    "add_norm_modulate",
+    "dual_step",
+    "linear",
+    "mamba2_step",
+    "register",
+    "sample",
+]
 
 
 def _call(target, outputs, arrays, aliases=(), **attributes):
@@ -42,13 +50,11 @@ def _index(i):
     return jnp.asarray(i, jnp.int32)
 
 
-def linear(x, weight, scale=None):
+def linear(x, weight):
     """x weight^T for few rows of x, in float32.
 
     Args:
-      x: (b, k) float32, or bfloat16 with bfloat16 weights.
-      weight: (m, k) float32, bfloat16, or int8 with `scale`.
-      scale: factor of every output (m,) float32; None is 1.
+      x: (b, k), weight: (m, k), both float32 or both bfloat16.
 
     Returns:
       (b, m) float32.
@@ -56,12 +62,12 @@ def linear(x, weight, scale=None):
     Raises:
       ValueError: shapes or types do not fit together.
     """
-    sizes = bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"), scale=(scale, "m"))
-    types = (x.dtype.name, weight.dtype.name)
-    known = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "int8"))
-    require(types in known, f"linear: rows of {types[0]} with weights of {types[1]}")
-    scale = jnp.zeros((0,), jnp.float32) if scale is None else scale
-    return _call("aim_linear", _float32(sizes["b"], sizes["m"]), (x, weight, scale))
+    sizes = bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"))
+    require(
+        x.dtype == weight.dtype and x.dtype.name in ("float32", "bfloat16"),
+        f"linear: rows are {x.dtype} and weights {weight.dtype}, expected both float32 or bfloat16",
+    )
+    return _call("aim_linear", _float32(sizes["b"], sizes["m"]), (x, weight))
 
 
 def mamba2_step(
@@ -204,3 +210,29 @@ def add_norm_modulate(
         mixer_eps=np.float32(mixer_eps),
     )
     return x, residual
+
+
+def sample(logits, uniform, cfg_scale, temperature, top_k, top_p):
+    """Draws one token per image, as `aim_jax.filters.sample` does, which describes it."""
+    sizes = bind_axes(
+        "sample",
+        uniform=(uniform, "b"),
+        logits=(logits, "rv"),
+        cfg_scale=(cfg_scale, "b"),
+        temperature=(temperature, "b"),
+        top_k=(top_k, "b"),
+        top_p=(top_p, "b"),
+    )
+    b, r, v = (sizes[axis] for axis in "brv")
+    require(r in (b, 2 * b), f"sample: {r} rows of logits for {b} images, expected {b} or {2 * b}")
+    room = (b, -(-v // 16) * 16)
+    token, *_ = _call(
+        "aim_sample",
+        (
+            jax.ShapeDtypeStruct((b,), jnp.int32),
+            jax.ShapeDtypeStruct(room, jnp.int32),
+            _float32(*room),
+        ),
+        (logits, uniform, cfg_scale, temperature, top_k, top_p),
+    )
+    return token

@@ -13,7 +13,9 @@ from pathlib import Path
 import jax
 
 SOURCES = Path(__file__).parent
-TARGETS = ("aim_linear", "aim_mamba2_step", "aim_dual_step", "aim_add_norm_modulate")
+TARGETS = tuple(
+    f"aim_{name}" for name in ("linear", "mamba2_step", "dual_step", "add_norm_modulate", "sample")
+)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 
 

@@ -202,7 +202,10 @@ void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, in
       for (int64_t i = 0; i < s.p; i += kLanes) {
         const int64_t lanes = s.p - i;
         V acc = load(sums + i, lanes);
-        for (int j = 0; j < 4; ++j) acc += weight[j] * load(past[j] + i, lanes);
+        for (int j = 0; j < 4; ++j) {
+          __builtin_prefetch(past[j] + i + 4 * s.e);
+          acc += weight[j] * load(past[j] + i, lanes);
+        }
         store(sums + i, acc, lanes);
       }
     }

@@ -24,7 +24,7 @@ typedef uint32_t U __attribute__((vector_size(64)));
 
 inline V splat(float x) { return V{} + x; }
 
-// Numbers as they are kept: float, bfloat16 (its upper half), or int8.
+// Numbers as they are kept: float, or bfloat16, its upper half.
 struct bf16 {
   uint16_t bits;
 };
@@ -35,7 +35,7 @@ inline V load(const float* p) {
   return v;
 }
 
-// GCC splits the conversions of wide vectors into many instructions, so they are named here.
+// GCC splits the conversion of wide vectors into many instructions, so it is named here.
 inline V load(const bf16* p) {
 #ifdef __AVX512F__
   __m256i half = _mm256_loadu_si256((const __m256i*)p);
@@ -48,19 +48,7 @@ inline V load(const bf16* p) {
 #endif
 }
 
-inline V load(const int8_t* p) {
-#ifdef __AVX512F__
-  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#else
-  typedef int8_t B __attribute__((vector_size(16)));
-  B bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, I), V);
-#endif
-}
-
 inline float load1(const float* p) { return *p; }
-inline float load1(const int8_t* p) { return *p; }
 inline float load1(const bf16* p) {
   uint32_t bits = uint32_t{p->bits} << 16;
   float x;
@@ -90,6 +78,9 @@ inline void store1(bf16* p, float x) {
 template <typename T>
 inline V load(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+#endif
   V v{};
   for (int i = 0; i < count; ++i) v[i] = load1(p + i);
   return v;
@@ -98,6 +89,9 @@ inline V load(const T* p, int64_t count) {
 template <typename T>
 inline void store(T* p, V v, int64_t count) {
   if (count >= kLanes) return store(p, v);
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
+#endif
   for (int i = 0; i < count; ++i) store1(p + i, v[i]);
 }
 
@@ -160,6 +154,12 @@ inline V exp(V x) {
 }
 
 inline V silu(V x) { return x / (1.f + exp(-x)); }
+
+inline int32_t sum(I v) {
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
 
 // Runs work(i) for i in [0, count) on the threads of XLA, this one among them.
 //
