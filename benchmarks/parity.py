@@ -26,14 +26,16 @@ from flax import linen as nn
 from safetensors.numpy import load_file
 
 from aim_jax import convert, ops, sampling
-from aim_jax.models import AiM, AiMConfig, VQConfig, VQModel, init_cache
+from aim_jax.decode import FORMS, KERNELS, Engine, make_decoder
+from aim_jax.filters import apply_cfg, filter_logits, filter_top_k
+from aim_jax.models import AiM, AiMConfig, VQConfig, VQModel
 from aim_jax.models.layers import gated_rms_norm, rms_norm
 from aim_jax.models.vq import HISTORY_LENGTH, codebook_usage, unit, update_history
 
 EPILOG = """\
 example:
   python benchmarks/parity.py tests/golden
-  python benchmarks/parity.py tests/golden/aim_tiny_mlp
+  python benchmarks/parity.py tests/golden/aim_tiny_mlp --form dual --kernels native
 
 Models run in float32 with the highest matmul precision, operators in float64. One line is printed
 per array, or per group of gradients: name, largest error, allowed error, ok or MISS. Errors are
@@ -65,6 +67,7 @@ FLOAT64 = 1e-10
 POSITION_MODES = {"trainpos": 0, "official": 1}
 WEIGHTS_NPZ = "weights_quantized.npz"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MODULES = Engine(form="recurrent", kernels="xla")
 
 
 class Golden(Mapping):
@@ -128,11 +131,13 @@ class Report:
     Attributes:
       write: where lines go.
       case: what is being compared.
+      engine: what decodes.
       checks: number of comparisons. misses: names of those that failed.
     """
 
     write: Callable[[str], None] = say
     case: str = ""
+    engine: Engine = MODULES
     checks: int = 0
     misses: list[str] = dataclasses.field(default_factory=list)
 
@@ -242,8 +247,10 @@ def full_logits(params, codes, labels, config: AiMConfig) -> jax.Array:
     return AiM(config).apply({"params": params}, codes, labels)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def teacher_forced_decode(params, codes, labels, cfg_scale, shift, config: AiMConfig) -> dict:
+@functools.partial(jax.jit, static_argnames=("config", "engine"))
+def teacher_forced_decode(
+    params, codes, labels, cfg_scale, shift, config: AiMConfig, engine: Engine = MODULES
+) -> dict:
     """Steps through given codes with guidance; code j takes position row j + shift.
 
     Returns:
@@ -251,40 +258,70 @@ def teacher_forced_decode(params, codes, labels, cfg_scale, shift, config: AiMCo
       first, (n_layer, 2 b, channels, w). ssm: states after the last step, (n_layer, 2 b, ...).
     """
     apply = functools.partial(AiM(config).apply, {"params": params})
-    null = jnp.full_like(labels, config.num_classes)
+    null, t = jnp.full_like(labels, config.num_classes), codes.shape[1]
     start, modulation = apply(jnp.concatenate([labels, null]), method="condition")
-    index = jnp.arange(codes.shape[1] - 1) + shift
-    rest = apply(jnp.tile(codes[:, :-1], (2, 1)), index, method="embed_codes")
+    rest = apply(jnp.tile(codes[:, :-1], (2, 1)), jnp.arange(t - 1) + shift, method="embed_codes")
     inputs = jnp.concatenate([start, rest], axis=1).swapaxes(0, 1)
+    decoder = make_decoder(params, modulation, config, engine)
 
-    def step(caches, x):
-        logits, cache = apply(x[:, None], modulation, caches[1], method="forward")
-        cond, uncond = jnp.split(logits[:, 0], 2)
-        return (caches[1], cache), (sampling.apply_cfg(cond, uncond, cfg_scale), cond, uncond)
+    def step(caches, x_position):
+        x, position = x_position
+        logits, new = decoder.step(x[:, None], caches[1], position)
+        cond, uncond = jnp.split(logits, 2)
+        return (caches[1], new), (apply_cfg(cond, uncond, cfg_scale), cond, uncond)
 
-    caches = (init_cache(config, start.shape[0]),) * 2
-    (before, after), logits = jax.lax.scan(step, caches, inputs)
+    caches = decoder.grow(decoder.start(params, start[:, :0], 1), t)
+    (before, after), logits = jax.lax.scan(step, (caches, caches), (inputs, jnp.arange(t)))
     guided, cond, uncond = (x.swapaxes(0, 1) for x in logits)
+    states = module_states(before, after) if engine.kernels == "xla" else fused_states(after, t)
+    return {"guided": guided, "cond": cond, "uncond": uncond, **states}
+
+
+def module_states(before, after) -> dict:
+    """The convolutions' inputs and the states of all layers, from the caches of the modules."""
+    before, after = (jax.tree.map(lambda *x: jnp.stack(x), *caches) for caches in (before, after))
     # A cache holds the last w - 1 inputs; the oldest of the w is the oldest in the cache before.
     windows = [
         jnp.concatenate([old[:, :, :1], new], axis=2).swapaxes(2, 3)
         for name, old, new in zip(after._fields, before, after, strict=True)
         if name.startswith("conv_")
     ]
-    conv = jnp.concatenate(windows, axis=2)
-    return {"guided": guided, "cond": cond, "uncond": uncond, "conv": conv, "ssm": after.ssm_state}
+    state = after.ssm_state
+    if isinstance(state, ops.DualCache):
+        state = state_of(state.inputs, state.B, state.log_decay)
+    return {"conv": jnp.concatenate(windows, axis=2), "ssm": state}
 
 
-def greedy_tokens(params, labels, cfg_scale, config: AiMConfig) -> jax.Array:
+def fused_states(caches, length: int) -> dict:
+    """The same from the caches of the fused kernels after `length` tokens."""
+    ring, *rest = caches
+    conv = jnp.roll(ring, -(length % ring.shape[2]), axis=2).swapaxes(2, 3)
+    return {"conv": conv, "ssm": rest[0] if len(rest) == 1 else state_of(*rest)}
+
+
+def state_of(inputs, B, log_decay) -> jax.Array:
+    """The state that a full dual cache stands for, layers first."""
+    B = jnp.repeat(B, inputs.shape[3] // B.shape[3], axis=3)
+    decay = jnp.exp(log_decay[:, :, -1:] - log_decay)
+    return jnp.einsum("LbTh,LbThp,LbThn->Lbhpn", decay, inputs, B)
+
+
+def greedy_tokens(
+    params, labels, cfg_scale, config: AiMConfig, engine: Engine = MODULES
+) -> jax.Array:
     """Generation with top_k = 1: the most likely code at every step."""
     settings = {"cfg_scale": cfg_scale, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
     index = jnp.arange(labels.shape[0])
-    return sampling.generate_tokens(params, labels, 0, index, **settings, config=config)
+    return sampling.generate_tokens(
+        params, labels, 0, index, **settings, config=config, engine=engine
+    )
 
 
-def smallest_margin(params, tokens, labels, cfg_scale, shift, config: AiMConfig) -> float:
+def smallest_margin(
+    params, tokens, labels, cfg_scale, shift, config: AiMConfig, engine: Engine = MODULES
+) -> float:
     """The smallest gap between the best and the second guided logit along given codes."""
-    steps = teacher_forced_decode(params, tokens, labels, cfg_scale, shift, config)
+    steps = teacher_forced_decode(params, tokens, labels, cfg_scale, shift, config, engine)
     top, _ = jax.lax.top_k(steps["guided"], 2)
     return float(jnp.min(top[..., 0] - top[..., 1]))
 
@@ -437,7 +474,8 @@ def decode_inputs(golden: Golden) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def compare_decode(mode: str, model: Subject, report: Report) -> None:
     """Logits of every step, and the states after the last."""
     golden, errors, shift = model.golden, model.errors, POSITION_MODES[mode]
-    ours = teacher_forced_decode(model.params, *decode_inputs(golden), shift, model.at(0))
+    inputs = (model.params, *decode_inputs(golden), shift)
+    ours = teacher_forced_decode(*inputs, model.at(0), report.engine)
     for name in golden:
         if not name.startswith(f"decode_{mode}_"):
             continue
@@ -466,9 +504,9 @@ def compare_greedy(model: Subject, report: Report) -> None:
     for mode, shift in POSITION_MODES.items():
         if (name := f"greedy_tokens_{mode}") in golden:
             params = shifted(model.params, 1 - shift)
-            tokens = greedy_tokens(params, labels, cfg_scale, model.at(1))
+            tokens = greedy_tokens(params, labels, cfg_scale, model.at(1), report.engine)
             report.exact(name, tokens, golden[name])
-            inputs = (golden[name], labels, cfg_scale, shift, model.at(0))
+            inputs = (golden[name], labels, cfg_scale, shift, model.at(0), report.engine)
             margins.append(smallest_margin(model.params, *inputs))
     if (name := "greedy_min_margin") in golden:
         error = largest_error(min(margins), golden[name])
@@ -732,7 +770,7 @@ def compare_filter(path: Path, report: Report) -> None:
     ):
         rows = (logits / scale[:, None, None].astype(np.float32)).reshape(-1, logits.shape[-1])
         settings = (np.repeat(setting, len(logits)) for setting in (k, p.astype(np.float32)))
-        filtered = jax.jit(sampling.filter_logits)(rows, *settings)
+        filtered = jax.jit(filter_logits)(rows, *settings)
         shape = (k.size, *logits.shape)
         if (name := f"keep_{variant}") in golden:
             report.exact(name, np.isfinite(filtered).reshape(shape), golden[name])
@@ -740,10 +778,7 @@ def compare_filter(path: Path, report: Report) -> None:
             probs = jax.nn.softmax(filtered, axis=-1).reshape(shape)
             report.check(name, largest_error(probs, golden[name]), 1e-6)
     if "ties_keep" in golden:
-        keep = [
-            np.isfinite(sampling.filter_top_k(golden["ties_logits"], k))
-            for k in golden["ties_top_k"]
-        ]
+        keep = [np.isfinite(filter_top_k(golden["ties_logits"], k)) for k in golden["ties_top_k"]]
         report.exact("ties_keep", np.stack(keep), golden["ties_keep"])
     report.unused(golden)
 
@@ -956,9 +991,9 @@ def cases(root: Path) -> Iterator[tuple[Path, Callable[[Path, Report], None] | N
         yield from cases(folder)
 
 
-def run(root: Path, *write: Callable[[str], None]) -> Report:
-    """Compares everything at or below a path."""
-    report = Report(*write)
+def run(root: Path, *write: Callable[[str], None], engine: Engine = MODULES) -> Report:
+    """Compares everything at or below a path; `engine` decodes."""
+    report = Report(*write, engine=engine)
     for path, compare in cases(root):
         report.case = str(path.relative_to(root)) if path != root else root.name
         if compare is None:
@@ -986,10 +1021,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "folder", type=Path, help="golden vectors, or folders of them, at any depth"
     )
-    root = parser.parse_args(arguments).folder
+    parser.add_argument("--form", choices=FORMS[1:], default="recurrent", help="of the decodes")
+    parser.add_argument("--kernels", choices=KERNELS[1:], default="xla", help="of the decodes")
+    args = parser.parse_args(arguments)
+    root = args.folder
     if not root.exists():
         parser.error(f"{root}: no such file or folder")
-    report = run(root.resolve())
+    report = run(root.resolve(), engine=Engine(args.form, args.kernels))
     print(f"{report.checks} comparisons, {len(report.misses)} misses")
     if not report.checks:
         print(f"{root}: nothing was compared; expected folders with an expected.npz, or .npz files")

@@ -1,0 +1,298 @@
+"""The engines of the decode loop against golden vectors and against each other."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from aim_jax import decode, filters, generate, sampling
+from aim_jax.decode import Engine, resolve
+from aim_jax.models import PRESETS, AiMConfig
+from aim_jax.models.aim import init_params
+from benchmarks import parity
+from tests.test_golden import GOLDEN
+
+native_only = pytest.mark.skipif(
+    not decode.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"
+)
+ENGINES = [
+    pytest.param(Engine("recurrent", "xla"), id="recurrent-xla"),
+    pytest.param(Engine("dual", "xla"), id="dual-xla"),
+    pytest.param(Engine("recurrent", "native"), id="recurrent-native", marks=native_only),
+    pytest.param(Engine("dual", "native"), id="dual-native", marks=native_only),
+]
+MODULES = Engine("recurrent", "xla")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_segments():
+    """Every segment of a growing cache is a loop to compile; two show what four do."""
+    before, decode.SEGMENTS = decode.SEGMENTS, 2
+    yield
+    decode.SEGMENTS = before
+
+
+# Golden vectors. The first engine is what test_golden.py decodes with.
+
+
+@pytest.mark.parametrize("case", ["aim_tiny_adaln", "aim_tiny_mlp_group"])
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_matches_golden(case, engine):
+    """Logits of every step, convolution windows and states at the end, greedy tokens."""
+    golden = parity.Golden(GOLDEN / case / "expected.npz")
+    config, params = parity.load_aim(GOLDEN / case)
+    lines = []
+    report = parity.Report(lines.append, engine=engine)
+    model = parity.Subject(golden, params, config, parity.aim_errors(golden))
+    with jax.default_matmul_precision("highest"):
+        for mode in parity.POSITION_MODES:
+            parity.compare_decode(mode, model, report)
+        parity.compare_greedy(model, report)
+    assert not report.misses, "\n".join(lines)
+    assert report.checks == 17, "\n".join(lines)
+
+
+# Each other
+
+
+@functools.cache
+def random_model(**changes):
+    config = AiMConfig(
+        vocab_size=37, num_classes=3, num_tokens=6, d_model=24, n_layer=2, d_state=12, headdim=12,
+        chunk_size=4, **changes,
+    )  # fmt: skip
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return config, jax.tree.unflatten(tree, noisy)
+
+
+def tokens_of(config, params, engine, rows=3, first=0, scale=2.0, **options):
+    labels = (first + jnp.arange(rows)) % 3
+    index = first + jnp.arange(rows)
+    return np.asarray(
+        sampling.generate_tokens(
+            params, labels, 3, index, scale, 0.9, 20, 0.95, config=config, engine=engine, **options
+        )
+    )
+
+
+@pytest.mark.parametrize("changes", [{"ngroups": 2}, {"d_intermediate": 40}], ids=str)
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_draws_the_same_tokens(changes, engine):
+    """Sizes that fill no vector register, SSM groups, an MLP, a prefix; with guidance."""
+    config, params = random_model(**changes)
+    expected = tokens_of(config, params, MODULES)
+    np.testing.assert_array_equal(tokens_of(config, params, engine), expected)
+    if "ngroups" in changes:
+        completed = tokens_of(config, params, engine, prefix=jnp.asarray(expected[:, :3]))
+        np.testing.assert_array_equal(completed, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_stays_close(engine):
+    """The logits of a step in bfloat16, of matrices and caches, are near those in float32."""
+    config, params = random_model()
+    rounded = dataclasses.replace(config, compute_dtype="bfloat16")
+    kept = dataclasses.replace(engine, cache_dtype="float32" if engine == MODULES else "bfloat16")
+    codes = jnp.array([[5, 11, 3, 30, 7, 8]])
+    run = functools.partial(parity.teacher_forced_decode, params, codes, jnp.array([1]), 2.0, 0)
+    exact, near = run(config, engine)["cond"], run(rounded, kept)["cond"]
+    error = float(jnp.max(jnp.abs(exact - near)) / jnp.max(jnp.abs(exact)))
+    assert 1e-5 < error < 0.05
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_image_does_not_depend_on_its_batch_or_devices(engine):
+    """The same tokens alone, among 64, and with 64 images on 8 devices."""
+    config, params = random_model()
+    many = tokens_of(config, params, engine, rows=64)
+    for number in (0, 63):
+        alone = tokens_of(config, params, engine, rows=1, first=number)
+        np.testing.assert_array_equal(alone[0], many[number])
+    mesh = jax.make_mesh((8,), ("data",))
+    everywhere = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    np.testing.assert_array_equal(tokens_of(config, everywhere, engine, rows=64), many)
+    # A number of images that the devices do not divide.
+    np.testing.assert_array_equal(tokens_of(config, everywhere, engine, rows=3), many[:3])
+
+
+@pytest.mark.parametrize("engine", [ENGINES[1], ENGINES[3]])
+def test_a_callback_sees_the_tokens_grow(engine):
+    config, params = random_model()
+    expected, seen = tokens_of(config, params, engine), []
+    tokens = tokens_of(
+        config, params, engine, callback=lambda x: seen.append(np.asarray(x)), every=4
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    assert [x.shape for x in seen] == [(3, 4), (3, 6)]
+    for x in seen:
+        np.testing.assert_array_equal(x, expected[:, : x.shape[1]])
+
+
+def test_a_callback_gets_pictures(tiny_model):
+    seen = []
+    samples = generate(tiny_model, [0, 1], 3, callback=seen.append, every=2)
+    plain = generate(tiny_model, [0, 1], 3)
+    np.testing.assert_array_equal(samples.images, plain.images)
+    np.testing.assert_array_equal(seen[-1].images, plain.images)
+    assert seen[0].tokens.shape == (2, 2) and (np.asarray(seen[0].images)[:, 2:] == 128).all()
+    mesh = jax.make_mesh((8,), ("data",))
+    spread = jax.device_put(tiny_model.aim_params, jax.NamedSharding(mesh, jax.P()))
+    with pytest.raises(ValueError, match="the model is on 8 devices"):
+        generate(dataclasses.replace(tiny_model, aim_params=spread), [0], callback=seen.append)
+
+
+# The draw
+
+
+SAMPLERS = [
+    pytest.param(lambda: filters.sample, id="xla"),
+    pytest.param(lambda: pytest.importorskip("aim_jax.ops.native").sample, id="native",
+                 marks=native_only),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_drawn_tokens_follow_the_filtered_softmax(sampler):
+    """Chi-square of 20,000 draws, with guidance, temperature, top-k and top-p."""
+    n, vocab = 20_000, 12
+    cond, uncond = jax.random.normal(jax.random.key(1), (2, 1, vocab))
+    logits = jnp.repeat(jnp.stack([cond, uncond]), n, axis=1).reshape(2 * n, vocab)
+    uniform = jax.random.uniform(jax.random.key(2), (n,))
+    settings = [jnp.full(n, x) for x in (1.5, 0.8)] + [jnp.full(n, 8), jnp.full(n, 0.95)]
+    tokens = np.asarray(jax.jit(sampler())(logits, uniform, *settings))
+    guided = filters.apply_cfg(cond, uncond, 1.5) / 0.8
+    p = np.asarray(jax.nn.softmax(filters.filter_logits(guided, 8, 0.95)[0]), np.float64)
+    counts, support = np.bincount(tokens, minlength=vocab), p > 0
+    assert counts[~support].sum() == 0 and 2 <= support.sum() <= 8
+    chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
+    assert chi_square < 24.3  # 99.9 % quantile with 7 degrees of freedom; there are at most as many
+
+
+@native_only
+def test_the_native_sampler_is_the_sampler():
+    """Per-image settings, odd vocabularies, ties, infinities, and the ends of the random range."""
+    from aim_jax.ops import native
+
+    rng = np.random.default_rng(0)
+    b, vocab = 400, 203
+    logits = rng.standard_normal((2 * b, vocab)).astype(np.float32) * 4
+    logits[:100] = np.round(logits[:100])
+    logits[b : b + 100] = logits[:100]  # guidance keeps their ties
+    logits[7:b:50, ::3] = -np.inf
+    logits[b:][7::50, ::3] = 0.0
+    uniform = rng.random(b, np.float32)
+    uniform[::7], uniform[1::7] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    settings = (
+        rng.uniform(1, 4, b).astype(np.float32),
+        rng.uniform(0.5, 2, b).astype(np.float32),
+        rng.integers(0, 220, b),
+        rng.choice([0.05, 0.5, 0.9, 1.0], b).astype(np.float32),
+    )
+    settings = [jnp.asarray(x) for x in settings]
+    expected = np.asarray(jax.jit(filters.sample)(logits, uniform, *settings))
+    found = np.asarray(jax.jit(native.sample)(logits, uniform, *settings))
+    # Sums are taken in another order, so a number on the border of two tokens may fall to either;
+    # at the end of the range that is the last of the tokens that are left.
+    assert np.mean(found == expected) > 0.98
+    guided = filters.apply_cfg(logits[:b], logits[b:], settings[0]) / settings[1][:, None]
+    kept = np.isfinite(filters.filter_logits(guided, *settings[2:]))
+    assert kept[np.arange(b), found].all()
+    unguided = jax.jit(native.sample)(logits[:b], uniform, *settings)
+    plain = jax.jit(filters.sample)(logits[:b], uniform, *settings)
+    assert np.mean(np.asarray(unguided) == np.asarray(plain)) > 0.98
+
+
+# The choice
+
+
+def test_the_choice_of_an_engine():
+    B, mamba1 = PRESETS["B"], dataclasses.replace(PRESETS["B"], mixer="mamba1")
+    tpu = resolve(Engine(), B, 16, "tpu")
+    assert (tpu.kernels, tpu.form) == ("xla", "dual")
+    long = dataclasses.replace(B, num_tokens=1024)
+    assert resolve(Engine(), long, 16, "tpu").form == "recurrent"
+    assert resolve(Engine(kernels="xla"), B, 16, "cpu").form == "recurrent"
+    assert resolve(Engine(kernels="triton"), B, 16, "cuda").form == "recurrent"  # 384 programs
+    assert resolve(Engine(kernels="triton"), B, 32, "cuda").form == "dual"
+    assert resolve(Engine(), mamba1, 16, "tpu").form == "recurrent"
+    assert resolve(Engine("recurrent", "xla"), B, 2, "tpu") == Engine("recurrent", "xla")
+    for engine, config, platform, message in (
+        (
+            Engine(kernels="native"),
+            B,
+            "cuda",
+            "native.* decodes Mamba-2 on CPUs; this is mamba2 on",
+        ),
+        (Engine(kernels="native"), mamba1, "cpu", "this is mamba1"),
+        (Engine(form="dual"), mamba1, "cpu", "form='dual' is there for Mamba-2"),
+        (Engine("recurrent", "xla", "bfloat16"), B, "cpu", "needs form='dual' or fused kernels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(engine, config, 2, platform)
+    with pytest.raises(ValueError, match="kernels='cuda'; expected one of auto, xla"):
+        Engine(kernels="cuda")
+
+
+def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
+    from aim_jax.ops.native import build
+
+    decode.native_kernels.cache_clear()
+    build.register.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    try:
+        assert resolve(Engine(), PRESETS["B"], 2, "cpu").kernels == "xla"
+        assert "no C++ compiler found" in caplog.text
+        broken = tmp_path / "c++"
+        broken.write_text("#!/bin/sh\necho 'error: no such processor' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        with pytest.raises(build.BuildError, match="could not compile.*no such processor"):
+            build.compile_sources()
+        assert [path.name for path in (tmp_path / "aim_jax").iterdir()] == []
+    finally:
+        decode.native_kernels.cache_clear()
+        build.register.cache_clear()
+
+
+# The compiled loop
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_compiled_loop_copies_no_cache(engine):
+    """Inside the loop nothing but the kernels' outputs has the size of a state or cache."""
+    config = AiMConfig(
+        vocab_size=32, num_classes=2, num_tokens=64, d_model=64, n_layer=2, d_state=64, headdim=32,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    per_image = jax.ShapeDtypeStruct((2,), jnp.float32)
+    ints = jax.ShapeDtypeStruct((2,), jnp.int32)
+    request = sampling.Request(
+        ints, ints, per_image, per_image, ints, per_image, jax.ShapeDtypeStruct((2, 0), jnp.int32)
+    )
+    method = sampling.Method(config, True, "constant", engine)
+    interval = jax.ShapeDtypeStruct((2,), jnp.float32)
+    compiled = sampling._generate.lower(params, 0, request, interval, method=method).compile(
+        {"xla_backend_optimization_level": 3}
+    )
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    assert bodies
+    rows, h, p, n, t = 4, config.n_heads, config.headdim, config.d_state, config.num_tokens
+    shapes = {"recurrent": [(rows, h, p, n)], "dual": [(rows, t, h, p), (rows, t, 1, n)]}
+    shapes = [",".join(map(str, s)) for s in shapes[engine.form]]
+    shapes += [f"{config.n_layer},{s}" for s in shapes]
+    size = re.compile(r"= f32\[({})\]\S* copy".format("|".join(map(re.escape, shapes))))
+    computations = dict(re.findall(r"^%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    lines = [line for name in bodies for line in computations[name].splitlines()]
+    assert len(lines) > 20
+    copies = [line.strip()[:120] for line in lines if size.search(line)]
+    assert not copies, "\n".join(copies)
