@@ -156,8 +156,8 @@ def cases(model: str, images: int) -> Iterator[Case]:
     yield Case("add_norm_modulate", op, modulation, moved)
 
     settings = dict.fromkeys(("cfg_scale", "temperature", "top_p"), full())
-    sampler = {"logits": full(b, v), "noise": full(images, v), "top_k": scalar} | settings
-    yield Case("sample", kernels.sample, sampler, nbytes(sampler["logits"], sampler["noise"]))
+    sampler = {"logits": full(b, v), "uniform": full(images), "top_k": scalar} | settings
+    yield Case("sample", kernels.sample, sampler, nbytes(sampler["logits"]))
 
     prefix = tokens // 2
     scan = {

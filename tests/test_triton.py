@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
-from aim_jax import ops, sampling
+from aim_jax import filters, ops
 from aim_jax.models.aim import AiM, init_cache
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
@@ -95,7 +95,7 @@ def expected_of(parameters, projected, size):
 
 
 ring_of, conv_step, mamba1_step, sample = map(
-    jax.jit, (kernels.conv_ring, kernels.conv_step, kernels.mamba1_step, kernels.sample)
+    jax.jit, (ops.conv_ring, kernels.conv_step, kernels.mamba1_step, kernels.sample)
 )
 
 
@@ -315,7 +315,7 @@ def test_a_prefix_becomes_a_ring():
     whole, _ = ops.causal_conv1d(x, weight[0], bias[0])
     for prefix in (1, 4, 6):
         _, window = ops.causal_conv1d(x[:, :prefix], weight[0], bias[0])
-        ring = kernels.conv_ring(window, prefix)[None]
+        ring = ops.conv_ring(window, prefix)[None]
         for t in range(prefix, 7):
             y, ring = conv_step(x[:, t], ring, 0, t, conv_weight=weight, conv_bias=bias)
             assert_close(y, whole[:, t], 1e-6)
@@ -330,7 +330,7 @@ def test_conv_step_matches_golden():
     extra = np.full((2, 3), np.nan, np.float32)  # columns of no concern to the convolution
     y, ring = conv_step(
         np.concatenate([golden["update_x"], extra], axis=1),
-        kernels.conv_ring(window, 6)[None],
+        ops.conv_ring(window, 6)[None],
         0,
         6,
         conv_weight=golden["weight"].T[None],
@@ -548,11 +548,14 @@ def test_add_norm_matches_golden():
 # The sampler
 
 
+BELOW_1 = np.nextafter(np.float32(1), np.float32(0))
+
+
 def kept(logits, temperature, top_k, top_p):
-    """The mask: with noise -2 x, x + noise = -x is largest at the smallest x that stays."""
-    x = logits / np.reshape(temperature, (-1, 1))
-    token = sample(logits, -2 * x, 1.0, temperature, top_k, top_p)
-    return logits >= np.take_along_axis(logits, np.asarray(token)[:, None], axis=1)
+    """The mask: in rows that grow, uniform = 0 draws the smallest logit that the filters leave."""
+    rows = np.sort(logits)
+    token = sample(rows, np.zeros(len(rows), np.float32), 1.0, temperature, top_k, top_p)
+    return logits >= np.take_along_axis(rows, np.asarray(token)[:, None], axis=1)
 
 
 def test_sample_keeps_the_golden_tokens():
@@ -574,7 +577,7 @@ def sampler_inputs(b=12, v=37):
     rng = np.random.default_rng(0)
     return {
         "logits": np.round(normal(rng, 2 * b, v) * 4) / 2,  # ties are frequent
-        "noise": rng.gumbel(size=(b, v)).astype(np.float32),
+        "uniform": rng.uniform(size=b).astype(np.float32),
         "cfg_scale": rng.uniform(0, 3, b).astype(np.float32),
         "temperature": rng.uniform(0.5, 2, b).astype(np.float32),
         "top_k": np.resize([0, 1, 5, 37, 99], b).astype(np.int32),
@@ -582,34 +585,67 @@ def sampler_inputs(b=12, v=37):
     }
 
 
-def test_sample_draws_from_what_the_jax_filters_leave():
+def test_sample_draws_what_the_jax_sampler_draws():
     a = sampler_inputs()
-    b = len(a["noise"])
-    x = sampling.apply_cfg(a["logits"][:b], a["logits"][b:], a["cfg_scale"])
-    x = x / a["temperature"][:, None]
-    filtered = sampling.filter_logits(x, a["top_k"], a["top_p"])
-    # The second noise picks the smallest logit that the filters leave.
-    for noise in (np.asarray(-2 * x), a["noise"]):
-        tokens = sample(**a | {"noise": noise})
-        assert tokens.dtype == jnp.int32
-        np.testing.assert_array_equal(tokens, jnp.argmax(filtered + noise, axis=-1))
+    b = len(a["uniform"])
+    tokens = sample(**a)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, filters.sample(**a))
 
     for row in (0, 7):  # alone, and with one setting for all
         rows = {name: array[row : row + 1] for name, array in a.items() if array.ndim == 1}
-        rows |= {"logits": a["logits"][[row, b + row]], "noise": a["noise"][row : row + 1]}
+        rows |= {"logits": a["logits"][[row, b + row]]}
         assert sample(**rows)[0] == tokens[row]
-        rows |= {name: rows[name][0] for name in rows if rows[name].ndim == 1}
+        rows |= {name: rows[name][0] for name in rows if name not in ("logits", "uniform")}
         assert sample(**rows)[0] == tokens[row]
+
+
+def test_sample_at_the_ends_of_uniform():
+    """The first token that the filters leave, and the last, up to rounding of the sum."""
+    a = sampler_inputs()
+    x = filters.apply_cfg(a["logits"][:12], a["logits"][12:], a["cfg_scale"])
+    x = filters.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"])
+    weights = np.asarray(jax.nn.softmax(x))
+    first = sample(**a | {"uniform": np.zeros(12, np.float32)})
+    np.testing.assert_array_equal(first, np.argmax(weights > 0, axis=1))
+    last = np.asarray(sample(**a | {"uniform": np.full(12, BELOW_1)}))
+    assert np.all(weights[range(12), last] > 0)
+    assert np.all(np.sum(weights * (np.arange(37) > last[:, None]), axis=1) < 2**-20)
+
+
+def test_sample_draws_no_token_without_weight():
+    """One token has all the weight, because the others are filtered or far below it."""
+    logits = normal(np.random.default_rng(0), 5, 37)
+    logits[1:, ::2] = -np.inf
+    one = [0, 1, 17, 35, 11]
+    logits[range(5), one] = [9.0, 200.0, 200.0, 200.0, 9.0]
+    top_k = np.array([1, 0, 0, 0, 1])
+    for uniform in (0.0, 0.5, BELOW_1, 1.0):  # 1 is out of range, and harmless
+        tokens = sample(logits, np.full(5, uniform, np.float32), 1.0, 1.0, top_k, 1.0)
+        np.testing.assert_array_equal(tokens, one)
+
+
+def test_sampled_tokens_follow_the_filtered_softmax():
+    """Evenly spaced numbers draw every token as often as its probability says, to one."""
+    n, v = 64, 12
+    logits = 1.5 * normal(np.random.default_rng(1), 1, v)
+    uniform = (np.arange(n, dtype=np.float32) + 0.5) / n
+    tokens = sample(np.repeat(logits, n, axis=0), uniform, 1.0, 0.8, 8, 0.95)
+    p = jax.nn.softmax(filters.filter_logits(logits / 0.8, 8, 0.95)[0])
+    p = np.asarray(p, np.float64)
+    counts = np.bincount(tokens, minlength=v)
+    assert 4 <= np.sum(p > 0) <= 8 and counts[p == 0].sum() == 0
+    assert np.max(np.abs(counts - n * p)) < 1
 
 
 def test_sample_without_guidance():
     logits = normal(np.random.default_rng(0), 3, 50)
-    keys = jax.random.split(jax.random.key(0), 3)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (50,)))(keys)
-    filtered = sampling.filter_logits(logits, 20, 0.9)
-    tokens = sample(logits, noise, 7.0, 1.0, 20, 0.9)
-    np.testing.assert_array_equal(tokens, jnp.argmax(filtered + noise, axis=-1))
-    assert np.any(tokens != sample(logits, noise, 7.0, 1.0, 1, 1.0))
+    uniform = np.array([0.1, 0.5, 0.9], np.float32)
+    tokens = sample(logits, uniform, 7.0, 1.0, 20, 0.9)
+    np.testing.assert_array_equal(
+        tokens, filters.draw(filters.filter_logits(logits, 20, 0.9), uniform)
+    )
+    assert np.any(tokens != sample(logits, uniform, 7.0, 1.0, 1, 1.0))
 
 
 # A whole model
@@ -744,8 +780,6 @@ def lowering_cases():
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
-    if name == "conv_ring":
-        return  # no kernel
     arguments, carried = lowering_cases()[name]
     static = {"inner": 7} if name == "add_norm_modulate" else {}
     op = functools.partial(getattr(kernels, name), **static, compute_capability=capability)
@@ -774,7 +808,7 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
         case.name: kernel_benchmark.compile_case(case, arch)
         for case in kernel_benchmark.cases("XL", images=64)
     }
-    assert {name.split()[0] for name in found} == set(kernels.__all__) - {"conv_ring"}
+    assert {name.split()[0] for name in found} == set(kernels.__all__)
     assert {name: kernel.spill for name, kernel in found.items()} == dict.fromkeys(found, 0)
     # The steps live on bandwidth: several programs must share an SM to keep it busy.
     for name in ("mamba2_step float32", "mamba2_step bfloat16", "dual_step bfloat16"):

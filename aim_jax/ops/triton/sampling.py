@@ -33,8 +33,8 @@ def between(low, high):
 
 @triton.jit
 def sample_kernel(
-    logits, noise, cfg_scale, temperature, top_k, top_p, token,
-    v: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, uniform, cfg_scale, temperature, top_k, top_p, token,
+    v: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """A program is an image."""
     row = tl.program_id(0).to(tl.int64)
@@ -65,36 +65,50 @@ def sample_kernel(
     # Top-p: the smallest threshold at and below which more than 1 - p of the remaining probability
     # lies. Invariant: that holds at `high` (or it is the largest logit) and not at `low`.
     p = tl.load(top_p + row)
-    mass = tl.where(x >= threshold, tl.exp(x - largest), 0.0)
-    excess = (1 - p) * tl.sum(mass, axis=0)
+    weight = tl.where(x >= threshold, tl.exp(x - largest), 0.0)
+    excess = (1 - p) * tl.sum(weight, axis=0)
     low, high = low - 1, key_of(largest)
     for _ in range(tl.where(p < 1, 32, 0)):
         middle = between(low, high)
-        reached = tl.sum(tl.where(x <= float_of(middle), mass, 0.0), axis=0) > excess
+        reached = tl.sum(tl.where(x <= float_of(middle), weight, 0.0), axis=0) > excess
         low = tl.where(reached, low, middle)
         high = tl.where(reached, middle, high)
     threshold = tl.where(p < 1, float_of(high), threshold)
+    weight = tl.where(x >= threshold, weight, 0.0)
 
-    noise = tl.load(noise + row * v + i, mask=inside, other=0)
-    tl.store(token + row, tl.argmax(tl.where(x >= threshold, x + noise, float("-inf")), axis=0))
+    # The draw: the first token up to which the weights sum to more than the target. All such sums
+    # run over the whole row in one order, with later weights as zeros; so they never fall as the
+    # token grows, and a token of weight zero leaves them as they are and is not found. Invariant:
+    # the sum up to `high` is above the target, the one up to `low` is not.
+    total = tl.sum(weight, axis=0)
+    target = tl.minimum(tl.load(uniform + row) * total, float_of(key_of(total) - 1))
+    low, high = -1, v - 1
+    for _ in range(HALVINGS):
+        middle = between(low, high)
+        reached = tl.sum(tl.where(i <= middle, weight, 0.0), axis=0) > target
+        low = tl.where(reached, low, middle)
+        high = tl.where(reached, middle, high)
+    tl.store(token + row, high)
 
 
-def sample(logits, noise, cfg_scale, temperature, top_k, top_p, *, compute_capability=None):
-    """Draws one token per image, as guidance, temperature and filters of `aim_jax.sampling` do.
+def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, *, compute_capability=None):
+    """Draws one token per image, as `aim_jax.filters.sample` does.
 
         x     = uncond + (cond - uncond) cfg_scale
         x     = filter_logits(x / temperature, top_k, top_p)
-        token = argmax(x + noise)
+        token = the first i with sum_{j <= i} exp(x_j) > uniform sum_j exp(x_j)
 
-    The filters need no sort: their thresholds are found by bisection, with the row in registers.
-    Ties at a threshold are kept. A token whose probability tail equals 1 - p to float32 rounding
-    may fall on either side of it, as it may in any order of summation.
+    Neither the filters need a sort nor the draw a running sum: thresholds and token are found by
+    bisection, with the row in registers. Ties at a threshold are kept. A token whose probability
+    tail equals 1 - p to float32 rounding may fall on either side of it, as it may in any order of
+    summation, and so may the token where the running sum equals the target. A token that the
+    filters remove is never drawn.
 
     Args:
       logits: (2 b, v), all conditional rows before all null-class rows, or (b, v) without guidance.
-      noise: standard Gumbel noise (b, v) float32. It is an argument so that its maker sees to it
-        that an image's randomness is a function of its seed, index and position alone; reading it
-        costs as much as reading b rows of logits.
+      uniform: (b,) float32, uniform in [0, 1): the randomness of this token of every image. It is
+        an argument so that its maker sees to it that an image's randomness is a function of its
+        seed, index and position alone.
       cfg_scale, temperature, top_k, top_p: () or (b,). top_k: int, 0 keeps all. top_p: in (0, 1], 1
         keeps all.
       compute_capability: see the package.
@@ -105,7 +119,7 @@ def sample(logits, noise, cfg_scale, temperature, top_k, top_p, *, compute_capab
     Raises:
       ValueError: the shapes do not fit together.
     """
-    sizes = bind_axes("sample", noise=(noise, "bv"), logits=(logits, "rv"))
+    sizes = bind_axes("sample", uniform=(uniform, "b"), logits=(logits, "rv"))
     b, r, v = (sizes[axis] for axis in "brv")
     require(r in (b, 2 * b), f"sample: {r} rows of logits for {b} images, expected {b} or {2 * b}")
     settings = []
@@ -124,13 +138,13 @@ def sample(logits, noise, cfg_scale, temperature, top_k, top_p, *, compute_capab
     block = triton.next_power_of_2(v)
     (token,) = launch(
         sample_kernel,
-        logits, noise, *settings,
+        logits, uniform, *settings,
         outputs=[jax.ShapeDtypeStruct((b,), jnp.int32)],
         grid=(b,),
         num_warps=warps_for(block),
         # A fused multiply-add would round guidance once instead of twice.
         enable_fp_fusion=False,
         compute_capability=compute_capability,
-        v=v, GUIDED=r == 2 * b, BLOCK=block,
+        v=v, GUIDED=r == 2 * b, BLOCK=block, HALVINGS=block.bit_length() - 1,
     )  # fmt: skip
     return token
