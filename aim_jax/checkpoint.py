@@ -173,6 +173,17 @@ class Pretrained:
         config = dataclasses.replace(self.aim_config, position_offset=offset)
         return dataclasses.replace(self, aim_config=config)
 
+    def with_compute_dtype(self, dtype: str) -> "Pretrained":
+        """The same model, both parts, computing in "float32" or "bfloat16"."""
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute dtype {dtype!r}: expected float32 or bfloat16.")
+        changed = {
+            name: dataclasses.replace(config, compute_dtype=dtype)
+            for name in ("aim_config", "vq_config")
+            if (config := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **changed)
+
 
 def save_model(
     path: str | os.PathLike, model: Pretrained, dtype: str | None = "float32", files: Mapping = {}

@@ -1,7 +1,7 @@
 """Batches of samples for people: progress, labelled grids, single PNGs and npz files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,19 @@ def class_name(model: Pretrained, label: int) -> str:
 
 
 def generate_many(
-    model: Pretrained, labels: np.ndarray, seed: int, batch_size: int, **settings
+    model: Pretrained,
+    labels: np.ndarray,
+    seed: int,
+    batch_size: int,
+    watch: Callable[[int, np.ndarray], None] | None = None,
+    **settings,
 ) -> Iterable[np.ndarray]:
     """Generates any number of images in equal batches, so that one compilation serves all.
+
+    Args:
+      watch: watch(start, images) is called after every row of codes, with the number of the batch's
+        first image and its images as far as they are drawn.
+      **settings: see `generate`.
 
     Yields:
       uint8 (n, H, W, c), n <= batch_size, in the order of the labels.
@@ -59,10 +69,28 @@ def generate_many(
     for start in range(0, len(labels), batch_size):
         # The last batch is filled up with images beyond the series, which are dropped.
         part = np.resize(labels[start : start + batch_size], batch_size)
-        images = generate(model, part, seed, first_index=start, **settings).images
         done = min(start + batch_size, len(labels))
+        if watch:
+            settings["callback"] = lambda samples, start=start, done=done: watch(
+                start, np.asarray(samples.images)[: done - start]
+            )
+        images = generate(model, part, seed, first_index=start, **settings).images
         yield np.asarray(images)[: done - start]
         progress(done, len(labels))
+
+
+class _GrowingGrid:
+    """Writes the grid of a series of images while they are drawn."""
+
+    def __init__(self, count: int, columns: int, names: Sequence[str], path: Path):
+        self._count, self._columns, self._names, self._path = count, columns, names, path
+        self._images = None
+
+    def __call__(self, start: int, images: np.ndarray) -> None:
+        if self._images is None:
+            self._images = np.full((self._count, *images.shape[1:]), 128, np.uint8)
+        self._images[start : start + len(images)] = images
+        save_png(make_grid(self._images, self._columns, self._names), self._path)
 
 
 def sample_to_directory(
@@ -75,6 +103,7 @@ def sample_to_directory(
     batch_size: int = 64,
     pngs: bool = False,
     npz: bool = False,
+    progressive: bool = False,
     **settings,
 ) -> list[Path]:
     """Samples `per_class` images of every class and writes a labelled grid.
@@ -82,15 +111,18 @@ def sample_to_directory(
     Args:
       model: with tokenizer. classes: ids. out: directory, made if needed.
       pngs: also one PNG per image. npz: also `samples.npz` (arr_0 uint8 NHWC, labels int32).
+      progressive: writes the grid after every row of codes; what is not drawn yet is grey.
       **settings: cfg_scale, temperature, top_k, top_p, ...; see `generate`.
 
     Returns:
       The paths written; the grid first.
     """
     labels = np.repeat(np.asarray(classes, np.int32), per_class)
-    images = np.concatenate(list(generate_many(model, labels, seed, batch_size, **settings)))
-    out.mkdir(parents=True, exist_ok=True)
     names = [class_name(model, label) for label in classes]
+    out.mkdir(parents=True, exist_ok=True)
+    watch = _GrowingGrid(len(labels), per_class, names, out / "grid.png") if progressive else None
+    batches = generate_many(model, labels, seed, batch_size, watch, **settings)
+    images = np.concatenate(list(batches))
     paths = [save_png(make_grid(images, per_class, names), out / "grid.png")]
     if pngs:
         for i, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):

@@ -3,6 +3,7 @@
 Examples:
   python launch/sample.py --checkpoint fashion_mnist --out samples
   python launch/sample.py --checkpoint cifar10 --classes cat,ship,3 --per_class 16 --cfg_scale 3
+  python launch/sample.py --checkpoint cifar10 --progressive  # look at samples/grid.png
 
 --checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
 """
@@ -35,6 +36,25 @@ flags.DEFINE_enum(
     ["0", "1"],
     "Code j is at position row j + this. Converted weights: 1, as their sampler; 0, as trained.",
 )
+flags.DEFINE_bool("progressive", False, "Write the grid after every row of codes.")
+flags.DEFINE_enum(
+    "compute_dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of matrix products and convolutions. The model's own if not given.",
+)
+flags.DEFINE_enum(
+    "form", "auto", ["auto", "recurrent", "dual"], "What decoding carries: states, or tokens."
+)
+flags.DEFINE_enum(
+    "kernels",
+    "auto",
+    ["auto", "xla", "native", "triton"],
+    "Fused kernels, for a CPU or an NVIDIA GPU.",
+)
+flags.DEFINE_enum(
+    "cache_dtype", "float32", ["float32", "bfloat16"], "Of the states or tokens carried."
+)
 flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
 flags.DEFINE_string("out", "samples", "Directory for the results.")
 flags.DEFINE_bool("pngs", False, "Also write one PNG per image.")
@@ -43,6 +63,7 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 
 def main(_):
     from aim_jax.checkpoint import load_pretrained
+    from aim_jax.decode import Engine
     from aim_jax.gallery import class_ids, sample_to_directory
 
     f = flags.FLAGS
@@ -53,10 +74,13 @@ def main(_):
         model = load_pretrained(f.checkpoint)
         if f.position_offset is not None:
             model = model.with_position_offset(int(f.position_offset))
+        if f.compute_dtype:
+            model = model.with_compute_dtype(f.compute_dtype)
         classes = class_ids(model, f.classes)
+        engine = Engine(f.form, f.kernels, f.cache_dtype)
         for path in sample_to_directory(
             model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
-            pngs=f.pngs, npz=f.npz, **settings,
+            pngs=f.pngs, npz=f.npz, progressive=f.progressive, engine=engine, **settings,
         ):  # fmt: skip
             print(path)
 

@@ -255,7 +255,7 @@ def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
         broken = tmp_path / "c++"
         broken.write_text("#!/bin/sh\necho 'error: no such processor' >&2\nexit 1\n")
         broken.chmod(0o755)
-        with pytest.raises(build.BuildError, match="could not compile.*no such processor"):
+        with pytest.raises(build.BuildError, match=r"could not compile.*no such processor"):
             build.compile_sources()
         assert [path.name for path in (tmp_path / "aim_jax").iterdir()] == []
     finally:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ SOURCES = Path(__file__).parent
 TARGETS = tuple(
     f"aim_{name}" for name in ("linear", "mamba2_step", "dual_step", "add_norm_modulate", "sample")
 )
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 
 
 class BuildError(RuntimeError):
@@ -74,25 +75,30 @@ def compile_sources() -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        jobs = zip(sources, objects, strict=True)
+        list(pool.map(lambda job: _run([*command, "-c", str(job[0]), "-o", str(job[1])]), jobs))
         made = Path(scratch) / library.name
-        done = subprocess.run(
-            [*command, *map(str, sources), "-o", str(made)], capture_output=True, text=True
-        )
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise BuildError(
-                f"{command[0]} could not compile the kernels for this processor: "
-                f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; kernels='xla' "
-                "decodes without them."
-            )
+        _run([*command, "-shared", *map(str, objects), "-o", str(made)])
         made.rename(library)
     return library
 
 
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise BuildError(
+            f"{command[0]} could not compile the kernels for this processor: "
+            f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; kernels='xla' "
+            "decodes without them."
+        )
+
+
 @functools.cache
 def register() -> None:
-    """Makes the kernels known to XLA, compiling them first where that is due (about 15 s).
+    """Makes the kernels known to XLA, compiling them first where that is due (about 10 s).
 
     Raises:
       BuildError: see `compile_sources`.
