@@ -27,7 +27,7 @@ import time
 import jax
 import numpy as np
 
-from aim_jax import convert, sampling
+from aim_jax import convert, filters
 from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel
 from benchmarks.conversion import random_weights
 
@@ -544,7 +544,7 @@ def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> 
     """Errors of the filtered probabilities against the library's."""
     top_k = min(top_k, vocab // 2)
     logits = 3 * np.random.default_rng(1).standard_normal((4, vocab), np.float32)
-    expected = jax.nn.softmax(sampling.filter_logits(logits, top_k, top_p))
+    expected = jax.nn.softmax(filters.filter_logits(logits, top_k, top_p))
     logits = torch.from_numpy(logits)
     kept, tokens = nucleus(logits, top_k, top_p)
     probs = torch.zeros_like(logits).scatter(1, tokens, kept / kept.sum(1, keepdim=True))

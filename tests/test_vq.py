@@ -7,6 +7,7 @@ import pytest
 
 from aim_jax.models import VQConfig, VQModel
 from aim_jax.models.vq import (
+    DoublingConv,
     VectorQuantizer,
     codebook_usage,
     entropy_loss,
@@ -144,3 +145,16 @@ def test_tokens_that_fill_no_grid_and_odd_widths_are_refused(tiny_model):
         )
     with pytest.raises(ValueError, match="multiple of 32"):
         VQConfig(ch=48)
+
+
+def test_doubling_convolution_is_repetition_and_convolution():
+    """Odd sizes and borders; in float32 the sums of kernel entries are rounded first."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 6))
+    conv = DoublingConv("float32")
+    params = conv.init(jax.random.key(1), x)["params"]
+    params["bias"] = jnp.arange(6.0)
+    expected = jax.lax.conv_general_dilated(
+        x.repeat(2, axis=1).repeat(2, axis=2), params["kernel"], (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ) + params["bias"]  # fmt: skip
+    np.testing.assert_allclose(conv.apply({"params": params}, x), expected, atol=1e-5)

@@ -138,6 +138,40 @@ class Downsample(nn.Module):
         return conv(x)
 
 
+class DoublingConv(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution in one, at 4/9 of the operations.
+
+    Of the 3x3 pixels that meet at an output pixel, only 2x2 differ: which ones depends on whether
+    its row and column are even. So the four kinds of output pixels are 2x2 convolutions of the
+    smaller picture, with sums of the kernel's rows and columns.
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (b, h, w, c) -> (b, 2 h, 2 w, c)."""
+        b, h, w, c = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+
+        def halves(k):
+            """Rows (3, ...) -> those of even and odd outputs (2, 2, ...)."""
+            return jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
+
+        rows = jnp.moveaxis(halves(kernel), 2, 0)  # (3 columns, row parity, row, c, c)
+        kernels = halves(rows)  # (column parity, column, row parity, row, c, c)
+        kernels = kernels.transpose(3, 1, 4, 2, 0, 5).reshape(2, 2, c, 4 * c)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernels.astype(self.dtype), (1, 1), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).reshape(b, h + 1, w + 1, 2, 2, c)  # fmt: skip
+        # Even outputs begin one pixel before odd ones.
+        y = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
+        y = jnp.stack([jnp.stack(row, axis=3) for row in y], axis=2)
+        return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
@@ -145,8 +179,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return conv3x3(x.shape[-1], self.dtype, "conv")(x)
+        return DoublingConv(self.dtype, name="conv")(x)
 
 
 class Encoder(nn.Module):
