@@ -2,6 +2,7 @@
 
 Example:
   python benchmarks/decode_cpu.py --out decode_cpu.json
+  python benchmarks/decode_cpu.py --contestants copy,ours --images 1,2,4,8 --plot rates.png
 
 Contestants, all in float32 with the sizes of AiM-B (LlamaGen: of LlamaGen-B), guidance, top-k 600
 and top-p 0.98, for 1 and 8 images (2 and 16 rows):
@@ -24,8 +25,8 @@ fewer. LlamaGen's steps cost more with every token, linearly, so those
 around the middle of the image are timed. Whole images are timed once, in the first round, or
 extrapolated from the steps (marked ~) where that would take longer than --whole seconds.
 
-Bytes per step are the weights that a step reads, and the states and convolution windows that it
-reads and writes; over its time they give the bandwidth that decoding attains.
+Bytes per step are the least that a step has to move (traffic.py): its weights, and its states or the
+rows of past tokens; over its time they give the bandwidth that decoding attains.
 
 The last line holds ratios of median times, above 1 where the library is ahead, for the first of the
 --ours variants; "bandwidth" is its fraction of the copy bandwidth at 1 image, and "tokenizer"
@@ -49,7 +50,7 @@ from pathlib import Path
 import numpy as np
 
 from aim_jax.decode import Engine
-from aim_jax.models import PRESETS, AiMConfig, VQConfig
+from aim_jax.models import PRESETS, VQConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"scale": 5.0, "top_k": 600, "top_p": 0.98}
@@ -99,22 +100,6 @@ def seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
-def bytes_per_step(config: AiMConfig, images: int) -> int:
-    """Least traffic of one decode step: weights once, state and windows read and written."""
-    import jax
-
-    from aim_jax.models.aim import init_cache, init_params
-
-    def size(tree) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    # Modulation is computed once per image; of the other tables a step reads one row.
-    kept = {k: params[k] for k in ("layers", "norm_f", "final_layer", "token_embedding")}
-    weights = size(kept) * np.dtype(config.compute_dtype).itemsize // 4
-    return weights + 2 * size(jax.eval_shape(lambda: init_cache(config, 2 * images)))
-
-
 # What the processes of the contestants do. Each returns what goes into the results.
 
 
@@ -154,8 +139,10 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     import jax.numpy as jnp
 
     from aim_jax import convert
+    from aim_jax.decode import resolve
     from aim_jax.sampling import generate_tokens
     from benchmarks.conversion import random_weights
+    from benchmarks.traffic import bytes_per_step
 
     variant = OURS[name]
     config = dataclasses.replace(PRESETS["B"], **variant.config)
@@ -181,7 +168,9 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     steps = args.tokens - START if variant.whole else args.steps
     result = timed_decoding(generate, steps, whole, args)
     compile_s = compiled[START] - result["start_s"] - START * result["ms"] / 1e3
-    return result | {"compile_s": compile_s, "bytes": bytes_per_step(config, images)}
+    engine = resolve(variant.options.get("engine", Engine()), config, 2 * images, "cpu")
+    moved = bytes_per_step(config, images, engine)
+    return result | {"compile_s": compile_s, "bytes": moved, "engine": dataclasses.asdict(engine)}
 
 
 def peer(name: str, images: int, whole: bool, args) -> dict:
@@ -369,6 +358,22 @@ def table(results: dict, tokens: int) -> list[str]:
     return lines
 
 
+def plot_rates(results: dict, args) -> None:
+    """images/s of our variants against the batch, and what the copy bandwidth allows."""
+    from benchmarks.traffic import plot
+
+    bandwidth = median(results, "copy", "GB/s") * 1e9
+    measured, floors = {}, {}
+    for name in args.ours:
+        labels = {images: f"ours:{name}/{images}" for images in args.images}
+        step = {b: median(results, row) / 1e3 for b, row in labels.items()}
+        floor = {b: median(results, row, "bytes") / bandwidth for b, row in labels.items()}
+        measured[name] = {b: b / args.tokens / took for b, took in step.items()}
+        floors[name] = {b: b / args.tokens / took for b, took in floor.items()}
+    title = f"AiM-B on {threads()} CPUs, {bandwidth / 1e9:.0f} GB/s; tokens only"
+    plot(args.plot, title, measured, floors)
+
+
 def surroundings() -> dict:
     """Hardware, versions, load and commit."""
     info = Path("/proc/cpuinfo")
@@ -415,6 +420,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--check_only", action="store_true", help="check the peers, time nothing")
     parser.add_argument("--nocheck", action="store_true", help="do not check the peers")
     parser.add_argument("--out", type=Path, help="write all results as JSON")
+    parser.add_argument("--plot", type=Path, help="draw images/s against the batch (PNG)")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.tokens = PRESETS["B"].num_tokens
@@ -445,9 +451,8 @@ def main(argv=None) -> int:
         everything = {"machine": around, "results": results, "ratios": found}
         args.out.write_text(json.dumps(everything, indent=1) + "\n")
     print("\n".join(table(results, args.tokens)))
-    for images in args.images:
-        total = bytes_per_step(PRESETS["B"], images)
-        print(f"{images} images: {total / 1e6:.0f} MB per step (weights, state, windows; float32)")
+    if args.plot:
+        plot_rates(results, args)
     print(last_line(found))
     return 0
 

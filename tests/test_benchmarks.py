@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from benchmarks import decode_cpu
+from aim_jax.decode import Engine
+from benchmarks import decode_cpu, traffic
 
 RESULTS = {
     "copy": [{"GB/s": 10.0}, {"GB/s": 12.5}, {"GB/s": 20.0}],
@@ -41,8 +42,8 @@ def test_steps_are_timed_without_what_happens_once_per_image():
 
 
 def test_bytes_per_step_of_aim_b():
-    config = decode_cpu.PRESETS["B"]
-    one, eight = (decode_cpu.bytes_per_step(config, images) for images in (1, 8))
+    config, recurrent = decode_cpu.PRESETS["B"], Engine(form="recurrent")
+    one, eight = (traffic.bytes_per_step(config, images, recurrent) for images in (1, 8))
     state = 24 * 1536 * 128 * 4 * 2 * 2  # layers, channels, states, bytes, rows, read and write
     windows = 24 * 3 * (1536 + 2 * 128) * 4 * 2 * 2
     assert eight - one == 7 * (state + windows)
@@ -50,7 +51,17 @@ def test_bytes_per_step_of_aim_b():
     weights -= 24 * 769 * 3 * 768 + 769 * 2 * 768 + 1001 * 768 + 257 * 768
     assert one == 4 * weights + state + windows
     half = dataclasses.replace(config, compute_dtype="bfloat16")
-    assert decode_cpu.bytes_per_step(half, 1) == 2 * weights + state + windows // 2
+    assert traffic.bytes_per_step(half, 1, recurrent) == 2 * weights + state + windows // 2
+    rounded = Engine(form="dual", cache_dtype="bfloat16")
+    tokens = 24 * ((1536 + 128) * 2 + 24 * 4) * 2  # layers, inputs and B, decays, rows
+    assert traffic.bytes_per_step(config, 1, rounded) == 4 * weights + windows + 129 * tokens
+
+
+def test_rates_are_drawn_beside_their_floor(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the dev extra")
+    args = decode_cpu.parse(["--ours", "recurrent", "--plot", str(tmp_path / "rates.png")])
+    decode_cpu.plot_rates(RESULTS, args)
+    assert args.plot.stat().st_size > 10_000
 
 
 @pytest.fixture(scope="module")

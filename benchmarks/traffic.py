@@ -1,0 +1,79 @@
+"""What decoding has to move through memory, and the plot of rates beside that floor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aim_jax.decode import Engine
+from aim_jax.models import AiMConfig, init_cache
+from aim_jax.models.aim import init_params
+
+
+def size(tree) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def weights_per_step(config: AiMConfig) -> int:
+    """Bytes of the parameters that a step reads, in the compute dtype.
+
+    The class modulation is computed once per image, and of the other tables a step reads one row.
+    """
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    kept = {k: params[k] for k in ("layers", "norm_f", "final_layer", "token_embedding")}
+    return size(kept) * np.dtype(config.compute_dtype).itemsize // 4
+
+
+def bytes_per_step(config: AiMConfig, images: int, engine: Engine) -> float:
+    """Least traffic of a decode step with guidance, on average over an image.
+
+    The weights once; per row the convolution's inputs read and written; in the recurrent form the
+    state read and written, in the dual form the rows of all tokens so far read, half of them on
+    average, and one row written.
+
+    Args:
+      engine: with its form resolved; its cache_dtype is that of states, or of inputs and B.
+    """
+    rows, kept = 2 * images, np.dtype(engine.cache_dtype).itemsize
+    cache = jax.eval_shape(lambda: init_cache(config, rows))
+    state = cache.ssm_state.size * kept
+    windows = size(cache._replace(ssm_state=()))
+    if engine.form == "recurrent":
+        return weights_per_step(config) + 2 * (windows + state)
+    channels = config.d_inner + config.ngroups * config.d_state
+    row = config.n_layer * rows * (channels * kept + 4 * config.n_heads)
+    return weights_per_step(config) + 2 * windows + (config.num_tokens / 2 + 1) * row
+
+
+def plot(
+    path: Path,
+    title: str,
+    measured: Mapping[str, Mapping[int, float]],
+    floors: Mapping[str, Mapping[int, float]],
+) -> None:
+    """Draws images/s against the batch: measured points, and dashed what memory allows.
+
+    Args:
+      measured, floors: by engine, images/s by number of images at once; an engine has one colour.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, (name, rates) in enumerate(measured.items()):
+        color = f"C{number}"
+        axes.plot(*zip(*sorted(rates.items()), strict=True), "o-", color=color, label=name)
+        if floors.get(name):
+            points = zip(*sorted(floors[name].items()), strict=True)
+            axes.plot(*points, "--", color=color, label=f"{name}: memory floor")
+    axes.set(xscale="log", yscale="log", xlabel="images at once", ylabel="images/s", title=title)
+    ticks = sorted({images for rates in measured.values() for images in rates})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
