@@ -5,6 +5,7 @@ output projection, whose result carries the division of the gated norm into the 
 The kernels are those of `aim_jax.ops.native` (CPU) or `aim_jax.ops.triton` (NVIDIA GPU).
 """
 
+import dataclasses
 import functools
 import importlib
 
@@ -100,7 +101,9 @@ class FusedDecoder:
         dual = cfg.num_tokens if self.engine.form == "dual" else None
         cache = init_cache(cfg, len(x), dual=dual)
         if position:
-            cache = prefill(params, x, self.modulation, cfg, cache)
+            scan = "triton" if self.engine.kernels == "triton" else cfg.ssm_scan
+            prefix_config = dataclasses.replace(cfg, ssm_scan=scan)
+            cache = prefill(params, x, self.modulation, prefix_config, cache)
         windows = [getattr(cache, f"conv_{k}") for k in ("xBC" if cfg.mixer == "mamba2" else "x")]
         # The native kernels keep float32 inputs of the convolution, in which they compute.
         kept = jnp.float32 if self.engine.kernels == "native" else self.dtype

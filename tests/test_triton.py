@@ -2,24 +2,29 @@
 vectors, lowered for CUDA inside the loops of a decoder, compiled ahead of time.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
 from typing import NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
-from aim_jax import filters, ops
-from aim_jax.models.aim import AiM, init_cache
+from aim_jax import filters, ops, sampling
+from aim_jax.decode import Engine, make_decoder
+from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from benchmarks import kernels as kernel_benchmark
+from benchmarks import parity
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
 from tests.test_ops import assert_close
 
@@ -648,66 +653,105 @@ def test_sample_without_guidance():
     assert np.any(tokens != sample(logits, uniform, 7.0, 1.0, 1, 1.0))
 
 
-# A whole model
+# Whole models
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_kernels_decode_what_the_model_decodes(tiny_model, step):
-    """The logits of a decode in which the kernels do everything but the matrix products."""
-    config, params = tiny_model.aim_config, tiny_model.aim_params
-    apply = functools.partial(AiM(config).apply, {"params": params})
-    layers, mixer = params["layers"], params["layers"]["mixer"]
-    names = [f"{part}_proj" for part in ("z", "x", "B", "C", "dt")]
-    in_proj = jnp.concatenate([mixer[name]["kernel"] for name in names], -1)
-    parameters = {
-        "conv_weight": jnp.concatenate([mixer[f"conv_{k}"]["kernel"] for k in "xBC"], -1),
-        "conv_bias": jnp.concatenate([mixer[f"conv_{k}"]["bias"] for k in "xBC"], -1),
-        "dt_bias": mixer["dt_bias"],
-        "A": -jnp.exp(mixer["A_log"]),
-        "D": mixer["D"],
-        "norm_scale": mixer["norm"]["scale"],
-    }
-    n_layer, e, h = config.n_layer, config.d_inner, config.n_heads
-    p, n = config.headdim, config.d_state
-    caches = [jnp.zeros((n_layer, 1, config.d_conv, e + 2 * n))]
-    if step is kernels.mamba2_step:
-        caches += [jnp.zeros((n_layer, 1, h, p, n))]
-    else:
-        caches += [jnp.full((n_layer, 1, 2, *shape), jnp.nan) for shape in ((h, p), (1, n), (h,))]
+@functools.cache
+def small_model(**changes):
+    """Two layers, so narrow that a step is few programs: the interpreter takes 0.02 s for each."""
+    sizes = dict(vocab_size=24, num_classes=3, num_tokens=4, d_model=8, n_layer=2, d_state=5)
+    config = AiMConfig(**sizes | dict(headdim=8, chunk_size=4) | changes)
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return config, jax.tree.map(lambda x: x + 0.3 * normal(rng, *x.shape), params)
 
-    condition, forward, embed_codes = (
-        jax.jit(functools.partial(apply, method=name))
-        for name in ("condition", "forward", "embed_codes")
-    )
 
-    @jax.jit
-    def token_step(x, modulation, caches, position):
-        hidden, residual = x[:, 0], jnp.full((1, config.d_model), jnp.nan)
-        sum_squares = jnp.full((1, h), jnp.nan)
-        for layer in range(n_layer):
-            u, residual = kernels.add_norm_modulate(
-                hidden, residual, layers["norm"]["scale"], modulation.layers, layer,
-                sum_squares=sum_squares, inner=e,
-            )  # fmt: skip
-            y, sum_squares, *caches = step(
-                u @ in_proj[layer], *caches, layer, position, **parameters
+@pytest.mark.parametrize(
+    ("form", "changes", "guided", "prefix"),
+    [
+        ("recurrent", {}, True, 0),
+        ("recurrent", {"ngroups": 2}, False, 2),
+        ("dual", {"d_intermediate": 8}, True, 2),
+        ("recurrent", {"mixer": "mamba1", "d_intermediate": 8}, True, 2),
+    ],
+)
+def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, prefix):
+    config, params = small_model(**changes)
+
+    def generate(engine, prefix=None):
+        settings = dict(config=config, guided=guided, prefix=prefix, engine=engine)
+        return np.asarray(
+            sampling.generate_tokens(
+                params, jnp.array([1]), 3, jnp.arange(1), 2.0, 0.9, 20, 0.95, **settings
             )
-            hidden = y @ mixer["out_proj"]["kernel"][layer]
-        rstd = jax.lax.rsqrt(jnp.sum(sum_squares, axis=1, keepdims=True) / e + 1e-5)
-        residual += modulation.layers[-1, :, 2] * rstd * hidden
-        u = rms_norm(residual, params["norm_f"]["scale"])
-        u = rms_norm(u, params["final_layer"]["norm_final"]["scale"])
-        u = modulate(u[:, None], modulation.final[0, :, 0], modulation.final[0, :, 1])
-        return u @ params["token_embedding"]["embedding"].T, caches
+        )
 
-    x, modulation = condition(jnp.array([2]))
-    cache = init_cache(config, 1)
-    for position in range(2):
-        expected, cache = forward(x, modulation, cache)
-        logits, caches = token_step(x, modulation, caches, position)
-        assert_close(logits, expected, 1e-5)
-        token = jnp.argmax(expected[:, 0], axis=-1)[:, None]
-        x = embed_codes(token, jnp.array([position]))
+    expected = generate(Engine("recurrent", "xla"))
+    given = jnp.asarray(expected[:, :prefix]) if prefix else None
+    np.testing.assert_array_equal(generate(Engine(form, "triton"), given), expected)
+
+
+CODES, LABELS = jnp.array([[5, 11, 3, 20]]), jnp.array([1])
+teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config", "engine"))
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("recurrent", {}),
+        ("dual", {"ngroups": 2, "d_intermediate": 8}),
+        ("recurrent", {"mixer": "mamba1"}),
+    ],
+)
+def test_logits_and_states_of_the_kernels(form, changes):
+    """Those of the modules; near them with matrices and caches in bfloat16."""
+    config, params = small_model(**changes)
+    run = functools.partial(teacher_forced, params, CODES, LABELS, 2.0, 0)
+    exact = run(config=config, engine=Engine("recurrent", "xla"))
+    actual = run(config=config, engine=Engine(form, "triton"))
+    for name in ("guided", "conv", "ssm"):
+        assert_close(actual[name], exact[name], 1e-5, name)
+    half = dataclasses.replace(config, compute_dtype="bfloat16")
+    near = run(config=half, engine=Engine(form, "triton", cache_dtype="bfloat16"))
+    error = np.max(np.abs(near["cond"] - exact["cond"])) / np.max(np.abs(exact["cond"]))
+    assert 1e-4 < error < 0.05
+
+
+def kernel_calls(jaxpr):
+    """Name of every kernel in a program, in order, and the dtypes of its arrays by name."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "triton_kernel_call":
+            names, arrays = eqn.params["fn"].arg_names, (*eqn.invars, *eqn.outvars)
+            dtypes = [x.aval.dtype.name for x in arrays]
+            yield eqn.params["name"], dict(zip(names, dtypes, strict=False))
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from kernel_calls(inner)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+def test_a_bfloat16_model_keeps_its_stream_and_decays_in_float32(mixer):
+    """Every array of every kernel, in a prefix and a step; of the state the engine decides."""
+    config, params = small_model(mixer=mixer)
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+
+    def decode(prefix):
+        x, modulation = AiM(config).apply({"params": params}, LABELS, method="condition")
+        decoder = make_decoder(params, modulation, config, Engine("recurrent", "triton"))
+        return decoder.step(x, decoder.start(params, prefix, 4), 3)
+
+    jaxpr, (logits, caches) = jax.make_jaxpr(decode, return_shape=True)(jnp.zeros((1, 3, 8)))
+    calls = list(kernel_calls(jaxpr.jaxpr))
+    scan, *step = {
+        "mamba2": ["ssd_prefill_kernel", "mamba2_step_kernel"],
+        "mamba1": ["selective_scan_prefill_kernel", "conv_step_kernel", "mamba1_step_kernel"],
+    }[mixer]
+    assert [name for name, _ in calls] == [scan] + 2 * ["add_norm_modulate_kernel", *step]
+    halved = {name for _, of in calls for name, dtype in of.items() if dtype == "bfloat16"}
+    activations = {"hidden", "x", "B", "C", "z", "y", "projected", "conv_in", "conv"}
+    # Of Mamba-1 dt is a projection too; and it has no sums, in whose place `hidden` is passed.
+    assert halved - activations == ({"dt", "BC", "sum_squares"} if mixer == "mamba1" else set())
+    assert {of["residual"] for _, of in calls if "residual" in of} == {"float32"}
+    assert [x.dtype for x in (logits, *caches)] == [jnp.float32, jnp.bfloat16, jnp.float32]
 
 
 # Wrong arguments

@@ -49,6 +49,8 @@ class AiMConfig:
       d_state, d_conv, expand: SSM state size, convolution width, inner width / d_model.
       headdim, ngroups: Mamba-2 only: channels per head, groups that share B and C.
       chunk_size: tokens per chunk of the training scan; changes speed, not results.
+      ssm_scan: what scans whole sequences: "xla", or "triton", kernels for NVIDIA GPUs that have no
+        derivative; changes speed, not results.
       d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 is
         none.
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
@@ -76,6 +78,7 @@ class AiMConfig:
     headdim: int = 64
     ngroups: int = 1
     chunk_size: int = 64
+    ssm_scan: str = "xla"
     d_intermediate: int = 0
     adaln: str = "layer"
     num_groups: int = 1
@@ -94,6 +97,10 @@ class AiMConfig:
 
         require(self.mixer in MIXERS, f"mixer={self.mixer!r}; expected one of {sorted(MIXERS)}.")
         require(self.remat in REMAT, f"remat={self.remat!r}; expected one of {sorted(REMAT)}.")
+        require(
+            self.ssm_scan in ("xla", "triton"),
+            f"ssm_scan={self.ssm_scan!r}; expected 'xla' or 'triton'.",
+        )
         require(
             self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."
         )

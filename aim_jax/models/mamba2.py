@@ -3,6 +3,7 @@
 b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g SSM groups, w width.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -90,15 +91,24 @@ class Mamba2(nn.Module):
                 cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, dt_bias=dt_bias
             )
         else:
-            y, ssm_state = ops.ssd_scan(
+            y, ssm_state = ssd_scan_of(cfg)(
                 xs, dt, A, B, C, D=D, dt_bias=dt_bias,
-                initial_state=None if dual else start.ssm_state, chunk_size=cfg.chunk_size,
+                initial_state=None if dual else start.ssm_state,
             )  # fmt: skip
             if dual:
                 ssm_state = ops.ssd_dual_extend(start.ssm_state, xs, dt, A, B, dt_bias=dt_bias)
         y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
         y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y)
         return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
+
+
+def ssd_scan_of(config):
+    """`ops.ssd_scan` as `config.ssm_scan` has it."""
+    if config.ssm_scan == "triton":
+        from aim_jax.ops import triton  # needs the cuda extra
+
+        return triton.ssd_prefill
+    return functools.partial(ops.ssd_scan, chunk_size=config.chunk_size)
 
 
 def a_log_init(key, shape) -> jax.Array:

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import jax_triton
 import triton
 
+# Of kernels whose caller does not say: None is that of the present device. To lower or compile
+# ahead of time what calls kernels from deep inside, set it.
+default_compute_capability = None
 
-def launch(kernel, *arrays, outputs, grid, aliases=(), **options):
+
+def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, **options):
     """Calls a Triton kernel: its arguments are `arrays`, `outputs`, then constants by name.
 
     Args:
@@ -15,8 +19,9 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), **options):
       outputs: shape and dtype of every output, in the kernel's order.
       grid: programs along up to three axes.
       aliases: pairs (input, output) by index that share a buffer.
-      **options: constants of the kernel, and num_warps, num_stages, compute_capability,
-        enable_fp_fusion of `jax_triton.triton_call`.
+      compute_capability: 80, 90, ...; None is `default_compute_capability`.
+      **options: constants of the kernel, and num_warps, num_stages, enable_fp_fusion of
+        `jax_triton.triton_call`.
 
     Returns:
       The outputs, a list.
@@ -29,6 +34,7 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), **options):
         grid=grid,
         name=kernel.fn.__name__,
         input_output_aliases=dict(aliases),
+        compute_capability=compute_capability or default_compute_capability,
         **options,
     )
 
