@@ -25,8 +25,8 @@ fewer. LlamaGen's steps cost more with every token, linearly, so those
 around the middle of the image are timed. Whole images are timed once, in the first round, or
 extrapolated from the steps (marked ~) where that would take longer than --whole seconds.
 
-Bytes per step are the least that a step has to move (traffic.py): its weights, and its states or the
-rows of past tokens; over its time they give the bandwidth that decoding attains.
+Bytes per step are the least that a step has to move (traffic.py): its weights, and its states or
+the rows of past tokens; over its time they give the bandwidth that decoding attains.
 
 The last line holds ratios of median times, above 1 where the library is ahead, for the first of the
 --ours variants; "bandwidth" is its fraction of the copy bandwidth at 1 image, and "tokenizer"
