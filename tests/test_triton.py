@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import pathlib
 import re
+import types
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -14,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.extend.mlir import ir
 
 pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
 from aim_jax import filters, ops, sampling
 from aim_jax.decode import Engine, make_decoder
+from aim_jax.decode_fused import FusedDecoder
 from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
+from aim_jax.ops.triton import launch
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import parity
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
@@ -821,6 +826,35 @@ def lowering_cases():
     }
 
 
+TARGETS = {80: "sm_80", 90: "sm_90a"}
+
+
+def cuda_calls(lowered):
+    """Every kernel call of a CUDA program: name, PTX target, and which operands it updates."""
+    calls = []
+
+    def look(op):
+        name = op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value
+        if name == launch.TARGET:
+            # Of the interface whose calls XLA records into CUDA graphs.
+            assert op.attributes["api_version"].value == 4
+            opaque = ir.DictAttr(op.attributes["backend_config"])["opaque"]
+            proto = zlib.decompress(opaque.value_bytes)
+            aliases = str(op.attributes["output_operand_aliases"])
+            calls.append(
+                (
+                    re.search(rb"\w+_kernel", proto)[0].decode(),
+                    re.search(rb"\.target (\w+)", proto)[1].decode(),
+                    {int(i) for i in re.findall(r"operand_index = (\d+)", aliases)},
+                )
+            )
+        assert name != "triton_kernel_call"
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(look)
+    return calls
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
@@ -838,11 +872,10 @@ def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
 
         return jax.lax.scan(body, {k: arguments[k] for k in carried}, length=3)
 
-    text = jax.jit(loop).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
-    (call,) = re.findall(r"custom_call @triton_kernel_call\(.*", text)
-    aliases = re.findall(r"output_tuple_indices = \[(\d*)\],\s*operand_index = (\d+)", call)
-    assert len(aliases) == len(carried) == len({operand for _, operand in aliases})
-    assert "stablehlo.while" in text
+    lowered = jax.jit(loop).trace(arguments).lower(lowering_platforms=("cuda",))
+    ((_, target, aliased),) = cuda_calls(lowered)
+    assert target == TARGETS[capability] and len(aliased) == len(carried)
+    assert "stablehlo.while" in lowered.as_text()
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -886,94 +919,80 @@ gpu_device_info {
 """
 
 
-def decoder(step, unrolled, donate):
-    """A stack of layers inside a scan over tokens, as a model decodes."""
-
-    def run(weights, parameters, norm, modulation, x, caches):
-        layers, b, _, d = modulation.shape
-        e = parameters["norm_scale"].shape[1]
-
-        def layer_step(position, carry, inputs):
-            hidden, sum_squares, residual, caches = carry
-            layer, in_proj, out_proj = inputs
-            x, residual = kernels.add_norm_modulate(
-                hidden, residual, norm, modulation, layer, sum_squares=sum_squares, inner=e,
-                compute_capability=80,
-            )  # fmt: skip
-            y, sum_squares, *caches = step(
-                x @ in_proj, *caches, layer, position, **parameters, compute_capability=80
-            )
-            return (y @ out_proj, sum_squares, residual, tuple(caches)), None
-
-        def token_step(carry, position):
-            x, caches = carry
-            # As many partial sums as the steps return here; the first layer reads none of them.
-            partial_sums = jnp.zeros((b, parameters["A"].shape[1]))
-            carry = (x, partial_sums, jnp.zeros((b, d)), caches)
-            if unrolled:
-                for layer in range(layers):
-                    inputs = (layer, weights[0][layer], weights[1][layer])
-                    carry, _ = layer_step(position, carry, inputs)
-            else:
-                xs = (jnp.arange(layers), *weights)
-                carry, _ = jax.lax.scan(functools.partial(layer_step, position), carry, xs)
-            return (carry[0], carry[3]), carry[0]
-
-        (_, caches), outputs = jax.lax.scan(token_step, (x, caches), jnp.arange(8))
-        return outputs, caches
-
-    return jax.jit(run, donate_argnames="caches" if donate else ())
-
-
-@pytest.mark.parametrize(
-    ("step", "unrolled", "donate"),
-    [
-        (kernels.mamba2_step, True, True),
-        (kernels.dual_step, False, True),
-        (kernels.mamba2_step, True, False),  # a copy must show
-    ],
-)
-def test_the_compiled_loop_copies_no_cache(step, unrolled, donate):
-    """What XLA makes of a decode loop for an A100, compiled here without one."""
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
-    from jax.experimental import topologies
-
-    gpu = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=A100)
-    sharding = jax.sharding.SingleDeviceSharding(gpu.devices[0])
+def trace_generation(config, engine, images=1, prefix=0, sharding=None):
+    """What `sampling.generate_tokens` compiles, with guidance, for arrays that need not exist."""
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    layers, b, d, h, p, n, w, tokens = 2, 3, 64, 8, 16, 32, 4, 8
-    e, c = h * p, h * p + 2 * n
-    vectors = {name: array(layers, h) for name in ("A", "D", "dt_bias")}
-    parameters = vectors | {
-        "conv_weight": array(layers, w, c),
-        "conv_bias": array(layers, c),
-        "norm_scale": array(layers, e),
-    }
-    weights = (array(layers, d, e + c + h), array(layers, e, d))
-    if unrolled:
-        weights = [[array(*t.shape[1:]) for _ in range(layers)] for t in weights]
-    caches = [array(layers, b, w, c)]
-    if step is kernels.mamba2_step:
-        caches += [array(layers, b, h, p, n)]
-    else:
-        caches += [array(layers, b, tokens, *shape) for shape in ((h, p), (1, n), (h,))]
-    arguments = (weights, parameters, array(layers, d), array(layers, b, 3, d), array(b, d))
-    traced = decoder(step, unrolled, donate).trace(*arguments, tuple(caches))
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    params = jax.tree.map(lambda x: array(*x.shape), params)
+    ints, floats = array(images, dtype=jnp.int32), array(images)
+    given = array(images, prefix, dtype=jnp.int32)
+    request = sampling.Request(ints, ints, floats, floats, ints, floats, given)
+    method = sampling.Method(config, True, "constant", engine)
 
-    shapes = ["f32[" + ",".join(map(str, cache.shape)) + "]" for cache in caches]
-    made = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", compiled.as_text())
+    # A function of its own, so that no trace for another architecture is found.
+    def generate(params, request, interval):
+        return sampling._generate.__wrapped__(params, 0, request, interval, method=method)
+
+    return jax.jit(generate).trace(params, request, array(2))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("form", ["recurrent", "dual"])
+def test_generation_lowers_for_cuda(form, capability, monkeypatch):
+    """The jitted function behind `generate`, with a prefix: its kernels, in place, for a GPU."""
+    monkeypatch.setattr(launch, "default_compute_capability", capability)
+    config, _ = small_model()
+    traced = trace_generation(config, Engine(form, "triton"), prefix=2)
+    calls = cuda_calls(traced.lower(lowering_platforms=("cuda",)))
+    step = {"recurrent": ("mamba2_step_kernel", 2), "dual": ("dual_step_kernel", 4)}[form]
+    layer = [("add_norm_modulate_kernel", 1), step]
+    expected = [("ssd_prefill_kernel", 1), *layer, *layer, ("sample_kernel", 0)]
+    assert [(name, len(aliased)) for name, _, aliased in calls] == expected
+    assert {target for _, target, _ in calls} == {TARGETS[capability]}
+
+
+def reads_what_it_updated(projected, conv_cache, state, *args, **options):
+    """`mamba2_step`, then a use of the state before it: that state has to be copied."""
+    y, *rest = kernels.mamba2_step(projected, conv_cache, state, *args, **options)
+    return y + jnp.sum(jnp.sin(state + y[0, 0])), *rest
+
+
+@pytest.mark.parametrize(
+    ("form", "step"), [("recurrent", None), ("dual", None), ("recurrent", reads_what_it_updated)]
+)
+def test_the_compiled_loop_copies_no_cache(form, step, monkeypatch):
+    """What XLA makes of generation for an A100, compiled here without one."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
+    from jax.experimental import topologies
+
+    monkeypatch.setattr(launch, "default_compute_capability", 80)
+    gpu = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=A100)
+    sharding = jax.sharding.SingleDeviceSharding(gpu.devices[0])
+    config = AiMConfig(
+        vocab_size=24, num_classes=3, num_tokens=8, d_model=64, n_layer=2, d_state=32, headdim=16
+    )
+    if step:
+        # `FusedDecoder` finds its kernels in a module.
+        stand_in = types.SimpleNamespace(**vars(kernels) | {"mamba2_step": step})
+        monkeypatch.setattr(FusedDecoder, "kernels", stand_in)
+    traced = trace_generation(config, Engine(form, "triton"), images=3, sharding=sharding)
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+
+    computations = dict(re.findall(r"^%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    (body,) = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
+    inside = computations[body]
+    inside += "".join(computations[name] for name in re.findall(r"calls=%?([\w.\-]+)", inside))
+    assert len(re.findall(f'custom_call_target="{launch.TARGET}"', inside)) == 5
+    ring = (2, 6, 4, 192)
+    caches = {
+        "recurrent": [ring, (2, 6, 8, 16, 32)],
+        "dual": [ring, (2, 6, 8, 8, 16), (2, 6, 8, 1, 32), (2, 6, 8, 8)],
+    }[form]
+    shapes = ["f32[" + ",".join(map(str, cache)) + "]" for cache in caches]
+    made = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", inside)
     passed_on = {"parameter", "get-tuple-element", "bitcast"}
-    copies = [op for shape, op in made if shape in shapes and op not in passed_on]
-    size = sum(4 * cache.size for cache in caches)
-    memory = compiled.memory_analysis()
-    if donate:
-        assert copies == []
-        assert memory.alias_size_in_bytes >= size
-    else:
-        assert copies == ["copy"] * len(caches)
-    # A scan over layers copies every layer's weights out of the stack; unrolled, nothing is copied.
-    assert (memory.temp_size_in_bytes < size) == unrolled
+    found = {op for shape, op in made if shape in shapes and op not in passed_on}
+    assert "copy" in found if step else not found

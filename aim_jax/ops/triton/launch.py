@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import jax_triton
 import triton
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+from jax_triton import triton_lib
 
 # Of kernels whose caller does not say: None is that of the present device. To lower or compile
 # ahead of time what calls kernels from deep inside, set it.
 default_compute_capability = None
+
+TARGET = "triton_kernel_call_ffi"
 
 
 def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, **options):
@@ -30,6 +35,7 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, 
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
+        custom_call_target_name=TARGET,
         out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs],
         grid=grid,
         name=kernel.fn.__name__,
@@ -37,6 +43,27 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, 
         compute_capability=compute_capability or default_compute_capability,
         **options,
     )
+
+
+def lower(context, *arrays, **params):
+    """What `triton_call` becomes in a CUDA program; other callers' calls are left as they are.
+
+    jax-triton 0.3 writes calls of XLA's old interface, which stay out of CUDA graphs: the host
+    launches every kernel. jaxlib has the same call in the typed interface, marked as fit for
+    graphs, and with it the whole body of a decode loop becomes one.
+    """
+    outputs = triton_lib.triton_kernel_call_lowering(
+        triton_lib.get_cuda_backend, context, *arrays, **params
+    )
+    if params["custom_call_target_name"] == TARGET:
+        attributes = outputs[0].owner.attributes
+        opaque = ir.StringAttr.get(attributes["backend_config"].value_bytes)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": opaque})
+        attributes["api_version"] = mlir.i32_attr(4)
+    return outputs
+
+
+mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):
