@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from aim_jax.models import aim, vq
 from aim_jax.models.aim import AiMConfig
 from aim_jax.models.vq import VQConfig
+from aim_jax.sharding import to_host
 
 MODEL_FILE = "model.json"
 RUN_FILE = "run.json"
@@ -64,8 +65,9 @@ class RunCheckpoints:
         """Saves in the background; a checkpoint counts only once all of it is written."""
         if step == self.latest_step():
             return
+        # Where the iterator is does not depend on the number of processes, so that of one will do.
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
         )
         self._manager.save(step, args=args)
 
@@ -73,10 +75,11 @@ class RunCheckpoints:
         """State of a step, with the shardings of `state`; sets the iterator to where it was."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            data=grain.checkpoint.CheckpointRestore(iterator),
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        return self._manager.restore(step, args=args)["state"]
+        restored = self._manager.restore(step, args=args)
+        iterator.set_state(restored["data"])
+        return restored["state"]
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -190,6 +193,8 @@ def save_model(
 ) -> Path:
     """Writes a model directory; it appears, or replaces an older one, only when it is whole.
 
+    Where there are several processes all of them call this, and the first one writes.
+
     Args:
       path: the directory.
       model: what to write; parameters that are NumPy arrays already are written without a copy.
@@ -197,6 +202,15 @@ def save_model(
       files: further files, by name: functions that write to the path they are given.
     """
     path = Path(path).absolute()
+    if jax.process_count() > 1:
+        params = {name: to_host(getattr(model, name)) for name in ("aim_params", "vq_params")}
+        model = dataclasses.replace(model, **params)
+    if jax.process_index() == 0:
+        _write_model(path, model, dtype, files)
+    return path
+
+
+def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mapping) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -227,7 +241,6 @@ def save_model(
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return path
 
 
 def bundled_models() -> dict[str, Path]:
@@ -296,16 +309,22 @@ def by_path(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
     """Reads and writes parameter trees without holding a second copy of them.
 
-    Orbax copies NumPy arrays before it saves them, because it usually saves while they change.
+    Orbax copies NumPy arrays before it saves them, because it usually saves while they change. With
+    `alone` the first process works without waiting for others.
     """
+    processes = {"primary_host": 0, "active_processes": {0}} if alone else {}
+    options = ocp.options.MultiprocessingOptions(**processes, barrier_sync_key_prefix="model")
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers))
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=handlers, multiprocessing_options=options
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _save_params(path: Path, params: dict, dtype: str | None) -> None:
@@ -317,7 +336,7 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
     args = ocp.args.PyTreeSave(
         params, save_args=save_args, ocdbt_target_data_file_size=2 * CHUNK_BYTES
     )
-    with _checkpointer() as checkpointer:
+    with _checkpointer(alone=True) as checkpointer:
         checkpointer.save(path, args=args)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from aim_jax import distributed
 from aim_jax.monitor import NonFiniteLossError
 
 
@@ -43,10 +44,12 @@ def start(train, stage: str, flags) -> None:
     Args:
       train: (config, workdir) trains.
       stage: the kind of configuration that it takes.
-      flags: parsed flags `config`, `workdir` and `data`.
+      flags: parsed flags `config`, `workdir`, `data`, and those of `distributed.define_flags`.
     """
     config = flags.config
     with errors_in_one_line():
+        names = ("coordinator", "num_processes", "process_id")
+        distributed.initialize(**{name: flags[name].value for name in names})
         if config.stage != stage:
             program = {"aim": "launch/train.py", "vq": "launch/train_vq.py"}
             raise ValueError(

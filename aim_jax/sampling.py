@@ -196,8 +196,10 @@ def _generate_on(devices, params, seed, request: Request, interval, *, method: M
     """The codes of the images asked for; every device draws its share."""
     mesh, b = _mesh(devices), len(request.labels)
     # Images repeat the first one until there are equally many for every device.
-    order = jnp.arange(-(-b // len(devices)) * len(devices))
-    order = jnp.where(order < b, order, 0)
+    order = np.arange(-(-b // len(devices)) * len(devices))
+    order = np.where(order < b, order, 0)
+    # As NumPy, because arrays of one process's devices may not meet those of all.
+    request, interval = jax.tree.map(np.asarray, (request, interval))
     request = jax.tree.map(lambda x: x[order], request)
     return _generate_sharded(params, seed, request, interval, method=method, mesh=mesh)[:b]
 

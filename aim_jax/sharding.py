@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Logical axis -> mesh axis: tensor parallelism over heads, inner channels and vocabulary.
@@ -98,11 +99,52 @@ def devices_of(tree) -> list[jax.Device]:
 
 
 def replicate(tree, mesh: Mesh):
-    """A whole copy of every array on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """A whole copy of every array on every device of the mesh; every process gives the same."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(x):
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree):
+    """Every array whole, as NumPy, on every process; all of them must call this."""
+
+    def fetch(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(fetch, tree)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process's devices hold, and how many parts there are.
+
+    Processes along the other axes hold the same part.
+
+    Raises:
+      ValueError: the processes' parts of the data axis are not equal blocks.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    first, size, total = int(mine[0]), len(mine), len(owners)
+    if total % size or first % size or not np.array_equal(mine, np.arange(first, first + size)):
+        raise ValueError(
+            f"mesh: this process holds the rows {mine.tolist()} of the data axis of {total}; "
+            "expected an equal block for every process. Choose config.mesh.model so that it "
+            "divides, or is a multiple of, the number of devices of a process."
+        )
+    return first // size, total // size
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of a batch -> global arrays split over the data axis."""
+    """This process's part of a batch, see `batch_share` -> arrays split over the data axis."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

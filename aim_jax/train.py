@@ -33,7 +33,14 @@ from aim_jax.models.vq import VQModel
 from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
 from aim_jax.pictures import make_grid, save_png
-from aim_jax.sharding import create_sharded, make_mesh, parameter_rules, replicate
+from aim_jax.sharding import (
+    batch_share,
+    create_sharded,
+    make_mesh,
+    parameter_rules,
+    replicate,
+    to_host,
+)
 
 
 def create_train_state(
@@ -102,7 +109,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     mesh = make_mesh(config.mesh.data, config.mesh.model)
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
-    data = open_codes(config, tokenizer)
+    data = open_codes(config, tokenizer, batch_share(mesh))
     model_config = AiMConfig(**config.model)
     check_fit(model_config, tokenizer, data)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -133,7 +140,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         donate_argnums=0,
     )  # fmt: skip
     evaluation = jax.jit(lambda params, batch: eval_step(params, batch, config=model_config))
-    local_size = config.batch_size // jax.process_count()
+    local_size = config.batch_size // batch_share(mesh)[1]
 
     def evaluate(state):
         batches = data.validation_batches()
@@ -155,9 +162,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     def sample(state, path):
         classes = range(min(config.sample.classes, model_config.num_classes))
         labels = np.repeat(list(classes), config.sample.per_class)
-        images = np.asarray(sampling.generate(as_model(state), labels, config.seed).images)
+        images = to_host(sampling.generate(as_model(state), labels, config.seed).images)
         names = [data.class_names[i] if data.class_names else str(i) for i in classes]
-        save_png(make_grid(images, config.sample.per_class, names), path)
+        if jax.process_index() == 0:
+            save_png(make_grid(images, config.sample.per_class, names), path)
 
     def export(state):
         save_model(workdir / "model", as_model(state), config.export_dtype)
@@ -208,13 +216,13 @@ class CodeData:
         ignores class, position and context would reach.
     """
 
-    def __init__(self, config: ConfigDict, tokenizer: Pretrained):
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
         expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
         self._train, self._validation = (
             TokenCache.open(Path(config.codes) / split, expected)
             for split in ("train", "validation")
         )
-        self._config = config
+        self._config, self._share = config, share
         self.class_names = self._train.class_names
         self.num_tokens, self.vocab_size = self._train.num_tokens, self._train.vocab_size
         self.train_size, self.validation_size = len(self._train), len(self._validation)
@@ -237,7 +245,7 @@ class CodeData:
     def _batches(self, cache, train):
         return token_batches(
             cache, self._config.batch_size, seed=self._config.seed, train=train,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            shard_index=self._share[0], shard_count=self._share[1],
         )  # fmt: skip
 
 
@@ -246,9 +254,9 @@ class EncodedImages:
 
     unigram_entropy = None
 
-    def __init__(self, config: ConfigDict, tokenizer: Pretrained):
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
         data, vq = config.data, tokenizer.vq_config
-        self._config, self._spec = config, image_spec(data)
+        self._config, self._spec, self._share = config, image_spec(data), share
         self._train, self._validation = (
             open_images(data.name, split, data.dir or None) for split in ("train", "validation")
         )
@@ -281,14 +289,20 @@ class EncodedImages:
     def _batches(self, source, train):
         return image_batches(
             source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            shard_index=self._share[0], shard_count=self._share[1],
             workers=self._config.data.workers if train else 0,
         )  # fmt: skip
 
 
-def open_codes(config: ConfigDict, tokenizer: Pretrained) -> CodeData | EncodedImages:
-    """The data that a configuration names: token caches, or pictures to encode on the way."""
-    return CodeData(config, tokenizer) if config.codes else EncodedImages(config, tokenizer)
+def open_codes(
+    config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]
+) -> CodeData | EncodedImages:
+    """The data that a configuration names: token caches, or pictures to encode on the way.
+
+    Args:
+      share: which part of every batch to take, and of how many; see `batch_share`.
+    """
+    return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
 
 
 def check_fit(model: AiMConfig, tokenizer: Pretrained, data: CodeData | EncodedImages) -> None:

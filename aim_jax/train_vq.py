@@ -32,7 +32,7 @@ from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
-from aim_jax.sharding import create_sharded, make_mesh
+from aim_jax.sharding import batch_share, create_sharded, make_mesh, to_host
 
 
 def create_train_state(
@@ -168,10 +168,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         f"{mesh.size} {jax.devices()[0].platform} device(s)"
     )
 
+    share = batch_share(mesh)
+
     def batches(split):
         return image_batches(
             sources[split], spec, config.batch_size, seed=config.seed, train=split == "train",
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            shard_index=share[0], shard_count=share[1],
             workers=config.data.workers if split == "train" else 0,
         )  # fmt: skip
 
@@ -184,11 +186,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         donate_argnums=0,
     )  # fmt: skip
     evaluation = jax.jit(lambda params, batch: eval_step(params, batch, config=model_config))
-    local_size = config.batch_size // jax.process_count()
 
     def evaluate(state):
         one = lambda batch: evaluation(state.eval_params, batch)  # noqa: E731
-        means = loop.weighted_means(one, batches("validation"), local_size, mesh)
+        means = loop.weighted_means(one, batches("validation"), config.batch_size // share[1], mesh)
         p = means.pop("codes")
         p = p / p.sum()
         perplexity = float(np.exp(-np.sum(p * np.log(np.maximum(p, 1e-12)))))
@@ -199,9 +200,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     def sample(state, path):
         pairs = np.concatenate(
-            [np.asarray(to_uint8(pictures)), np.asarray(reconstruct(state.eval_params, pictures))]
+            [np.asarray(to_uint8(pictures)), to_host(reconstruct(state.eval_params, pictures))]
         )
-        save_png(make_grid(pairs, len(pictures), ["original", "decoded"]), path)
+        if jax.process_index() == 0:
+            save_png(make_grid(pairs, len(pictures), ["original", "decoded"]), path)
 
     def export(state):
         model = Pretrained(

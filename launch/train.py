@@ -12,11 +12,13 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from aim_jax import distributed
 from aim_jax.launching import start
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/; see its docstring.")
 flags.DEFINE_string("workdir", None, "Directory of this run.")
 flags.DEFINE_string("data", "", "Directory with the pictures; short for --config.data.dir.")
+distributed.define_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 

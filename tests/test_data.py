@@ -18,7 +18,6 @@ from aim_jax.data import (
     ImageSpec,
     check_images,
     image_batches,
-    index_batches,
     open_images,
     preprocess,
 )
@@ -511,36 +510,32 @@ def test_resume_through_orbax(noise_source, tmp_path):
     assert_same(ahead, take(resumed, 3))
 
 
-def test_processes_share_without_overlap_or_loss():
-    source = numbered_source(10)
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_have_the_batches_of_one(noise_source, count):
+    """In order, without overlap or loss, and with the same augmentation."""
     make = lambda train, index, count: image_batches(  # noqa: E731
-        source, ImageSpec(4, 1), 4, seed=1, train=train, process_index=index, process_count=count
+        noise_source, AUGMENTED, 4, seed=1, train=train, shard_index=index, shard_count=count
     )
-    whole = [batch["labels"] for batch in take(make(True, 0, 1), 10)]
-    parts = [[batch["labels"] for batch in take(make(True, i, 2), 10)] for i in range(2)]
-    for batch, first, second in zip(whole, *parts, strict=True):
-        np.testing.assert_array_equal(np.stack([first, second], 1).ravel(), batch)
-    parts = [list(make(False, i, 4)) for i in range(4)]
-    assert sorted(label for part in parts for label in drawn(part)) == list(range(10))
-    # All processes run equally many steps, even where one of them has nothing left.
-    assert [[len(b["labels"]) for b in part] for part in parts] == [[1, 1, 1]] * 2 + [[1, 1, 0]] * 2
 
+    def joined(parts):
+        return [
+            {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+            for batches in zip(*parts, strict=True)
+        ]
 
-def test_processes_draw_different_augmentations():
-    gather = lambda indices, rng: rng.random(len(indices))  # noqa: E731
-    first, second = (
-        next(index_batches(8, gather, 8, seed=0, train=True, process_index=i, process_count=2))
-        for i in range(2)
-    )
-    assert not np.array_equal(first, second)
+    parts = [take(make(True, i, count), 10) for i in range(count)]
+    assert_same(joined(parts), take(make(True, 0, 1), 10))
+    # All run equally many steps, even where one of them has nothing left.
+    parts = [list(make(False, i, count)) for i in range(count)]
+    assert_same(joined(parts), list(make(False, 0, 1)))
 
 
 def test_bad_batches():
     source, spec = numbered_source(4), ImageSpec(4, 1)
     with pytest.raises(ValueError, match="batch_size 3 is not a positive multiple"):
-        image_batches(source, spec, 3, train=True, process_count=2)
-    with pytest.raises(ValueError, match="process_index 2"):
-        image_batches(source, spec, 4, train=True, process_index=2, process_count=2)
+        image_batches(source, spec, 3, train=True, shard_count=2)
+    with pytest.raises(ValueError, match="shard_index 2"):
+        image_batches(source, spec, 4, train=True, shard_index=2, shard_count=2)
     with pytest.raises(ValueError, match="seed must be"):
         image_batches(source, spec, 4, train=True, seed=-1)
     with pytest.raises(ValueError, match="no examples"):

@@ -174,8 +174,8 @@ def image_batches(
     *,
     seed: int = 0,
     train: bool,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
     """Iterates over batches of pictures.
@@ -187,18 +187,18 @@ def image_batches(
     Args:
       source: The pictures.
       spec: How they become inputs.
-      batch_size: Examples per batch over all processes; a multiple of `process_count`.
+      batch_size: Examples per whole batch; a multiple of `shard_count`.
       seed: Of order and augmentation, in [0, 2**32).
       train: See above.
-      process_index: This process; it gets every `process_count`-th example, so that together the
-        processes see each example once, in equally many batches. Outside training its share of
+      shard_index: Which part of every batch to take, for processes that share them: the parts
+        together are the whole batches, in order and augmentation too. Outside training a part of
         the last one may be empty.
-      process_count: Number of processes.
+      shard_count: Number of parts.
       workers: Processes that decode and augment; 0 uses threads of this one.
 
     Returns:
       An iterator of `{"images": float32 (b, S, S, C), "labels": int32 (b,)}`, where b is
-      `batch_size / process_count`, with `get_state` and `set_state` for an exact resume.
+      `batch_size / shard_count`, with `get_state` and `set_state` for an exact resume.
 
     Raises:
       ValueError: bad sizes, or the first picture does not suit `spec`.
@@ -206,11 +206,12 @@ def image_batches(
     if len(source):
         preprocess(source[0]["image"], spec)
 
-    def gather(indices: np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def gather(indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, np.ndarray]:
         images = np.empty((len(indices), *2 * (spec.image_size,), spec.channels), np.float32)
         labels = np.empty(len(indices), np.int32)
         for row, index in enumerate(indices):
             example = source[int(index)]
+            rng = None if seeds is None else np.random.default_rng(int(seeds[row]))
             images[row] = preprocess(example["image"], spec, rng)
             labels[row] = example["label"]
         return {"images": images, "labels": labels}
@@ -222,8 +223,8 @@ def image_batches(
         batch_size,
         seed=seed,
         train=train,
-        process_index=process_index,
-        process_count=process_count,
+        shard_index=shard_index,
+        shard_count=shard_count,
         threads=1 if in_memory else min(8, os.cpu_count() or 1),
         workers=workers,
     )
@@ -231,47 +232,49 @@ def image_batches(
 
 def index_batches(
     size: int,
-    gather: Callable[[np.ndarray, np.random.Generator | None], Any],
+    gather: Callable[[np.ndarray, np.ndarray | None], Any],
     batch_size: int,
     *,
     seed: int,
     train: bool,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
     threads: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
-    """Iterates over `gather(indices, rng)` for batches of indices into `size` examples.
+    """Iterates over `gather(indices, seeds)` for batches of indices into `size` examples.
 
-    The order, the split over processes and the end are those of `image_batches`; `rng` is None
-    outside training.
+    The order, the parts and the end are those of `image_batches`. The seeds, one
+    per example in [0, 2**63), are for its augmentation; None outside training.
 
     Raises:
       ValueError: no examples, or sizes that do not fit together.
     """
     if size < 1:
         raise ValueError("there are no examples to make batches of")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
-    if batch_size < 1 or batch_size % process_count:
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index {shard_index} is not in [0, {shard_count})")
+    if batch_size < 1 or batch_size % shard_count:
         raise ValueError(
-            f"batch_size {batch_size} is not a positive multiple of process_count {process_count}"
+            f"batch_size {batch_size} is not a positive multiple of shard_count {shard_count}"
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
 
+    share = batch_size // shard_count
+    rows = slice(shard_index * share, (shard_index + 1) * share)
+
+    def draw(batch: np.ndarray, rng: np.random.Generator):
+        # Drawn for the whole batch, so that it does not matter how many processes share it.
+        return gather(batch[rows], rng.integers(2**63, size=len(batch))[rows])
+
     indices = grain.MapDataset.range(size)
     if train:
-        indices = indices.shuffle(seed=seed).repeat()
-        if process_count > 1:
-            indices = indices.slice(slice(process_index, None, process_count))
-        batches = indices.batch(batch_size // process_count, batch_fn=np.array)
-        # Processes hold different examples of a batch, so they must not share its random numbers.
-        draws = np.random.SeedSequence([seed, process_index]).generate_state(1)
-        batches = batches.random_map(gather, seed=int(draws[0]))
+        batches = indices.shuffle(seed=seed).repeat().batch(batch_size, batch_fn=np.array)
+        batches = batches.random_map(draw, seed=seed)
     else:
         batches = indices.batch(batch_size, batch_fn=np.array)
-        batches = batches.map(lambda batch: gather(batch[process_index::process_count], None))
+        batches = batches.map(lambda batch: gather(batch[rows], None))
     dataset = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     )

@@ -341,8 +341,8 @@ def token_batches(
     *,
     seed: int = 0,
     train: bool,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> grain.DatasetIterator:
     """Iterates over batches of codes, in the order of `image_batches`.
 
@@ -350,19 +350,18 @@ def token_batches(
 
     Args:
       cache: The codes.
-      batch_size: Examples per batch over all processes; a multiple of `process_count`.
+      batch_size: Examples per whole batch; a multiple of `shard_count`.
       seed: Of order and views, in [0, 2**32).
       train: Shuffled and endless, or one pass in order.
-      process_index: This process.
-      process_count: Number of processes.
+      shard_index, shard_count: Which part of every batch to take; see `image_batches`.
 
     Returns:
       A resumable iterator of `{"codes": int32 (b, t), "labels": int32 (b,)}`, where b is
-      `batch_size / process_count`.
+      `batch_size / shard_count`.
     """
 
-    def gather(indices: np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        views = 0 if rng is None else rng.integers(cache.codes.shape[1], size=len(indices))
+    def gather(indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, np.ndarray]:
+        views = 0 if seeds is None else seeds % cache.codes.shape[1]
         return {
             "codes": cache.codes[indices, views].astype(np.int32),
             "labels": cache.labels[indices],
@@ -374,6 +373,6 @@ def token_batches(
         batch_size,
         seed=seed,
         train=train,
-        process_index=process_index,
-        process_count=process_count,
+        shard_index=shard_index,
+        shard_count=shard_count,
     )

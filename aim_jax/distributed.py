@@ -1,0 +1,73 @@
+"""Starts JAX on several hosts: from flags, or from what a cluster puts into the environment."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import flags
+
+# Seconds until a process that stopped answering ends the whole job.
+HEARTBEAT_TIMEOUT = 100
+
+
+def define_flags() -> None:
+    """The flags of a program that can run as several processes."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where no known cluster starts the processes."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes there are; with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Number of this process; with --coordinator.")
+
+
+def settings(
+    environment: Mapping[str, str],
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> dict[str, Any] | None:
+    """Arguments for `jax.distributed.initialize`; None where this is the only process.
+
+    In this order: the flags; JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on
+    Kubernetes JOB_COMPLETION_INDEX, which indexed jobs set); a SLURM step or an Open MPI job of
+    several tasks; a TPU slice of several hosts, or several slices.
+
+    Raises:
+      ValueError: one of the three is given without the others, or the number is out of range.
+    """
+    source = "--coordinator, --num_processes and --process_id"
+    given = (coordinator, num_processes, process_id)
+    if all(x is None for x in given) and "JAX_COORDINATOR_ADDRESS" in environment:
+        source = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        number = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX"))
+        given = (
+            environment["JAX_COORDINATOR_ADDRESS"],
+            environment.get("JAX_NUM_PROCESSES"),
+            number,
+        )
+    if any(x is not None for x in given):
+        if any(x is None for x in given):
+            raise ValueError(f"{source} belong together, but only some of them are given.")
+        count, number = int(given[1]), int(given[2])
+        if not 0 <= number < count:
+            raise ValueError(f"process {number} of {count}: they are numbered from 0.")
+        return {"coordinator_address": given[0], "num_processes": count, "process_id": number}
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return {"cluster_detection_method": "slurm"}
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return {"cluster_detection_method": "ompi"}
+    several_hosts = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    if several_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return {}
+    return None
+
+
+def initialize(**given) -> None:
+    """Connects this process to the others, if there are any; before anything else of JAX.
+
+    Args:
+      **given: coordinator, num_processes, process_id; see `settings`.
+    """
+    found = settings(os.environ, **given)
+    if found is not None:
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
