@@ -44,6 +44,13 @@ TINY_VQ = VQConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Thousands of small programs add up to gigabytes; the next file needs few of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Pretrained:
     """A random AiM and tokenizer of 4x4 grey pictures, three classes."""

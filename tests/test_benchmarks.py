@@ -1,12 +1,14 @@
 """The benchmarks: their PyTorch peers compute what the library computes; their sums are right."""
 
 import dataclasses
+import json
 import math
 
+import jax
 import pytest
 
 from aim_jax.decode import Engine
-from benchmarks import decode_cpu, traffic
+from benchmarks import decode_cpu, decode_gpu, traffic
 
 RESULTS = {
     "copy": [{"GB/s": 10.0}, {"GB/s": 12.5}, {"GB/s": 20.0}],
@@ -100,3 +102,62 @@ def test_llamagen_peer_steps_as_it_reads(peers):
     config = peers.SMALL_LLAMAGEN
     peer = peers.LlamaGen(config, peers.with_null([1, 2], config.num_classes))
     assert max(peers.check_cached(peer, config.vocab_size, 4).values()) < peers.TOLERANCE
+
+
+# Floors in images/s on an A100, 2.0 TB/s: float32 state, bfloat16 state, bfloat16 dual cache. They
+# were worked out by hand from rounded MB, so that the last digit may be off by one.
+A100_FLOORS = """
+B  | 28/32/34    | 76/120/161 | 93/170/267 | 97/183/300 | 99/190/320 | 100/194/331
+L  | 9/10/11     | 27/42/55   | 35/62/98   | 36/68/112  | 37/71/121  | 38/73/127
+XL | 4.4/4.8/5.1 | 16/23/29   | 22/39/59   | 24/44/71   | 25/47/80   | 25/48/85
+1B | 2.6/2.8/2.9 | 11/15/18   | 16/27/40   | 17/32/51   | 18/34/58   | 19/36/63
+"""
+
+
+def test_floors_of_decoding_on_a_gpu(capsys):
+    assert decode_gpu.main(["--floors", "--images", "1,8,32,64,128,256"]) == 0
+    printed = capsys.readouterr().out
+    floors = {tuple(words[:2]): words[2:] for words in map(str.split, printed.splitlines()[2:])}
+    engines = ("recurrent", "recurrent_bf16", "dual_bf16")
+    for row in A100_FLOORS.strip().splitlines():
+        model, *cells = (cell.strip() for cell in row.split("|"))
+        for column, cell in enumerate(cells):
+            for engine, expected in zip(engines, cell.split("/"), strict=True):
+                digit = 0.1 if "." in expected else 1
+                found = float(floors[model, engine][column])
+                assert abs(found - float(expected)) <= digit, (model, engine, column)
+    assert floors["B", "xla"] == floors["B", "recurrent"]
+
+
+def test_decode_gpu_times_and_compares(tmp_path, capsys, monkeypatch):
+    """All of it that needs no GPU, with tiny models and the modules as engine."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    out = tmp_path / "rates.json"
+    tiny = ["--tiny", "--images", "2", "--engines", "recurrent", "--repeats", "1"]
+    assert decode_gpu.main([*tiny, "--bandwidth", "10", "--out", str(out)]) == 0
+    everything = json.loads(out.read_text())
+    (row,) = everything["results"]
+    assert everything["GB/s"] == 10 and everything["machine"]["device"]
+    assert row["images/s"] == pytest.approx(2 / row["tokens_s"][0])
+    assert row["attained"] == pytest.approx(row["images/s"] / row["floor"])
+    assert row["ms"] == pytest.approx(1e3 * row["tokens_s"][0] / 4)
+    assert row["pictures/s"] == pytest.approx(2 / row["pictures_s"][0])
+    assert decode_gpu.main([*tiny, "--check"]) == 0
+    assert "100.0% of tokens the same ok" in capsys.readouterr().out
+    monkeypatch.setitem(decode_gpu.TOLERANCE, "bfloat16", 1e-9)
+    assert decode_gpu.main([*tiny, "--check"]) == 1
+    with pytest.raises(SystemExit):
+        decode_gpu.main(["--engines", "fast"])
+    assert "fast: expected some of recurrent, recurrent_bf16" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_skipped(monkeypatch, capsys):
+    def out_of_memory(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(decode_gpu, "time_images", out_of_memory)
+    monkeypatch.setattr(decode_gpu, "Models", lambda *args: None)
+    args = decode_gpu.parse(["--models", "B", "--images", "64", "--engines", "xla"])
+    (row,) = decode_gpu.measure(args, 2e12)
+    assert "images/s" not in row
+    assert "skipped: does not fit into the device's memory" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from aim_jax.monitor import MetricsWriter, duration
 from aim_jax.pictures import make_grid
 from tests.conftest import ROOT
 
-PROGRAMS = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+FILES = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+PROGRAMS = [path for path in FILES if "__main__" in path.read_text()]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
