@@ -1,0 +1,372 @@
+"""Generation on a GPU: images per second of every model, batch and engine, beside the memory floor.
+
+Example:
+  python benchmarks/decode_gpu.py --out decode_gpu.json --plot decode_gpu.png
+
+Times whole images, from class labels to codes (256 tokens, guidance, top-k 600, top-p 0.98), in
+bfloat16 with random weights made on the device; and the same with the tokenizer's decoder, to
+pictures of 256 x 256 pixels. Engines: "recurrent" with a float32 state, "recurrent_bf16" and
+"dual_bf16" with bfloat16 caches, all with the Triton kernels; "xla" is the modules, for comparison.
+Every figure is a median over --repeats calls after a first one, which compiles. What does not fit
+into the device's memory is skipped with a line that says so; XLA_CLIENT_MEM_FRACTION=0.95 in the
+environment leaves JAX more of it than the usual 0.75.
+
+The floor of a step is what it has to move, over the device's bandwidth: the weights once; per row
+the state read and written, or the cache of the tokens so far read and a row written (the mean over
+an image); the ring of the convolution's inputs and the logits, both written and read. The
+bandwidth is measured, by copying an array, or given as --bandwidth. "attained" is the time at the
+floor over the time taken.
+
+--floors prints the floors alone, for any --bandwidth, and needs no GPU. --check compares the
+kernels with the modules instead of timing: logits along given codes, and drawn tokens; the exit
+status is 1 if they differ. --tiny replaces models and engines by small ones that run anywhere.
+
+CUDA graphs (--graphs) are XLA's command buffers. By default XLA records the body of the loop over
+tokens, every kernel of a step, as one graph, and launches it once per token; "off" launches every
+kernel from the host; "unrolled" records the loop as well, all steps of an image, which takes long
+to record. Driver 12.9 or newer is needed to record the slices at the loop's ends, else they are
+launched apart. While a profile is recorded (--trace) XLA leaves graphs out, so that kernels show.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from aim_jax.decode import Engine
+from aim_jax.models import PRESETS, AiMConfig, VQConfig
+from aim_jax.models.aim import init_params
+from aim_jax.models.vq import init_params as init_vq
+from aim_jax.sampling import decode_images, generate_tokens
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
+from benchmarks import parity, traffic
+from benchmarks.decode_cpu import SETTINGS, seconds, surroundings
+
+ENGINES = {
+    "recurrent": Engine("recurrent", "triton"),
+    "recurrent_bf16": Engine("recurrent", "triton", "bfloat16"),
+    "dual_bf16": Engine("dual", "triton", "bfloat16"),
+    "xla": Engine("recurrent", "xla"),
+}
+TINY_ENGINES = {"recurrent": Engine("recurrent", "xla"), "dual": Engine("dual", "xla")}
+TINY = AiMConfig(
+    vocab_size=32, num_classes=3, num_tokens=4, d_model=16, n_layer=1, d_state=8, headdim=8
+)
+TINY_VQ = VQConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=32)
+GRAPHS = {
+    "default": "",
+    "off": "--xla_gpu_enable_command_buffer=",
+    "unrolled": "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true",
+}
+COPIED = 2**30  # bytes, far beyond any cache
+# Logits of the engines may differ from those of the modules in float32 by so much of the largest.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+weights_per_step = functools.cache(traffic.weights_per_step)
+
+
+def bytes_per_step(config: AiMConfig, images: int, engine: Engine) -> float:
+    """What a decode step with guidance moves, on average over an image."""
+    rows, kept = 2 * images * config.n_layer, np.dtype(engine.cache_dtype).itemsize
+    computed = np.dtype(config.compute_dtype).itemsize
+    e, gn = config.d_inner, config.ngroups * config.d_state
+    if engine.form == "recurrent":
+        past = 2 * e * config.d_state * kept
+    else:  # position t reads t rows and writes one
+        past = ((e + gn) * kept + 4 * config.n_heads) * (config.num_tokens + 1) / 2
+    ring = 2 * config.d_conv * (e + 2 * gn) * computed
+    logits = 2 * images * config.vocab_size * 2 * 4
+    return weights_per_step(config) + rows * (past + ring) + logits
+
+
+def floor(config: AiMConfig, images: int, engine: Engine, bandwidth: float) -> float:
+    """images/s if a step took no longer than moving its bytes at `bandwidth` bytes/s."""
+    return images / config.num_tokens * bandwidth / bytes_per_step(config, images, engine)
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s of copying an array on the device, read and written bytes counted."""
+    source = jnp.zeros(COPIED // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+
+    def copies():
+        for _ in range(10):
+            copied = copy(source)
+        copied.block_until_ready()
+
+    copies()
+    return 10 * 2 * COPIED / min(seconds(copies) for _ in range(5))
+
+
+def in_float32(config: AiMConfig) -> AiMConfig:
+    return dataclasses.replace(config, compute_dtype="float32")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_params(config: AiMConfig) -> dict:
+    """Parameters as at the start of training, but with gates, which are zero then."""
+    params = nn.unbox(init_params(config, jax.random.key(0)))
+    noise = 0.3 * jax.random.normal(jax.random.key(1), params["adaln"]["bias"].shape)
+    return params | {"adaln": params["adaln"] | {"bias": noise}}
+
+
+def draw(params: dict, config: AiMConfig, images: int, engine: Engine) -> jax.Array:
+    """The codes of `images` images."""
+    index = jnp.arange(images)
+    labels, seed = index % config.num_classes, 0
+    return generate_tokens(
+        params, labels, seed, index, SETTINGS["scale"], 1.0, SETTINGS["top_k"], SETTINGS["top_p"],
+        config=config, engine=engine,
+    )  # fmt: skip
+
+
+def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
+    """Seconds of generating a batch: to codes, and to pictures, `batch` of them at a time."""
+    params, config = models.aim, models.aim_config
+    first = seconds(lambda: draw(params, config, images, engine).block_until_ready())
+
+    def pictures():
+        codes = draw(params, config, images, engine)
+        for start in range(0, images, args.decode_batch):
+            part = codes[start : start + args.decode_batch]
+            decoded = decode_images(models.vq, part, config=models.vq_config)
+        decoded.block_until_ready()
+
+    def repeated(function):
+        return [seconds(function) for _ in range(args.repeats)]
+
+    tokens_s = repeated(lambda: draw(params, config, images, engine).block_until_ready())
+    result = {"tokens_s": tokens_s, "compile_s": first - statistics.median(tokens_s)}
+    if not args.tokens_only:
+        pictures()
+        result["pictures_s"] = repeated(pictures)
+    return result
+
+
+@dataclasses.dataclass
+class Models:
+    """An AiM and a tokenizer, on the device."""
+
+    aim_config: AiMConfig
+    vq_config: VQConfig
+    aim: dict = dataclasses.field(init=False)
+    vq: dict = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.aim = random_params(in_float32(self.aim_config))
+        self.vq = jax.jit(init_vq, static_argnums=0)(self.vq_config, jax.random.key(2))
+
+
+def measure(args, bandwidth: float) -> list[dict]:
+    """Results of every model, batch and engine, printed as they come."""
+    results = []
+    for name, config in args.configs.items():
+        models = Models(config, args.vq_config)
+        for images in args.images:
+            for engine_name in args.engines:
+                engine = args.known_engines[engine_name]
+                row = {"model": name, "images": images, "engine": engine_name}
+                row["floor"] = floor(config, images, engine, bandwidth)
+                try:
+                    row |= time_images(models, images, engine, args)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    row["skipped"] = "does not fit into the device's memory"
+                results.append(row | rates(row, config.num_tokens))
+                print(line(results[-1]), flush=True)
+    return results
+
+
+def rates(row: dict, tokens: int) -> dict:
+    """images/s, with and without pictures, milliseconds per step, and the floor's fraction."""
+    if "skipped" in row:
+        return {}
+    took = statistics.median(row["tokens_s"])
+    found = {"ms": 1e3 * took / tokens, "images/s": row["images"] / took}
+    found["attained"] = found["images/s"] / row["floor"]
+    if "pictures_s" in row:
+        found["pictures/s"] = row["images"] / statistics.median(row["pictures_s"])
+    return found
+
+
+COLUMNS = ("model", "images", "engine", "ms", "images/s", "floor", "attained", "pictures/s")
+
+
+def cells(*values) -> str:
+    model, images, engine, *numbers = values
+    return f"{model:6}{images:>7}  {engine:15}" + "".join(f"{n:>12}" for n in numbers)
+
+
+def line(row: dict) -> str:
+    """A line of the table."""
+    if "skipped" in row:
+        return cells(*(row[k] for k in COLUMNS[:3])) + f"  skipped: {row['skipped']}"
+    values = [f"{row[k]:.3g}" if isinstance(row.get(k), float) else row.get(k, "") for k in COLUMNS]
+    return cells(*values)
+
+
+def plot(results: list[dict], args, title: str) -> None:
+    """images/s against the batch, a line for every model and engine, with their floors."""
+    measured, floors = {}, {}
+    for row in results:
+        if "skipped" not in row:
+            name = f"{row['model']} {row['engine']}"
+            measured.setdefault(name, {})[row["images"]] = row["images/s"]
+            floors.setdefault(name, {})[row["images"]] = row["floor"]
+    traffic.plot(args.plot, title, measured, floors)
+
+
+teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config", "engine"))
+
+
+def check(args) -> bool:
+    """Compares every engine with the modules: logits along given codes, drawn tokens."""
+    modules, agree = Engine("recurrent", "xla"), True
+    for name, config in args.configs.items():
+        exact = in_float32(config)
+        params, images = random_params(exact), 2
+        codes = jax.random.randint(
+            jax.random.key(3), (images, config.num_tokens), 0, config.vocab_size
+        )
+
+        def logits(config, engine):
+            labels = jnp.arange(images) % config.num_classes  # noqa: B023
+            given = (params, codes, labels, 1.5, 0)  # noqa: B023
+            return teacher_forced(*given, config=config, engine=engine)["guided"]
+
+        expected = logits(exact, modules)
+        tokens = draw(params, exact, images, modules)
+        for engine_name in args.engines:
+            engine = args.known_engines[engine_name]
+            for changed in (exact, config):
+                error = jnp.max(jnp.abs(logits(changed, engine) - expected))
+                error = float(error / jnp.max(jnp.abs(expected)))
+                narrow = "bfloat16" in (changed.compute_dtype, engine.cache_dtype)
+                allowed = TOLERANCE["bfloat16" if narrow else "float32"]
+                ok, words = error <= allowed, f"logits {error:.1e} (allowed {allowed:.0e})"
+                if not narrow:
+                    same = float(jnp.mean(draw(params, exact, images, engine) == tokens))
+                    ok, words = ok and same == 1, words + f", {same:.1%} of tokens the same"
+                agree &= ok
+                label = f"{name:6}{engine_name:16}{changed.compute_dtype:10}"
+                print(label, words, "ok" if ok else "DIFFERENT", flush=True)
+    return agree
+
+
+def machine() -> dict:
+    """Hardware, versions and commit."""
+    versions = {}
+    for name in ("triton", "jax-triton", "jax-cuda13-plugin"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    around, device = surroundings(), jax.devices()[0]
+    return around | {
+        "device": device.device_kind,
+        "platform": device.client.platform_version,
+        "versions": around["versions"] | versions,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def names(text):
+        return text.split(",")
+
+    def numbers(text):
+        return [int(i) for i in text.split(",")]
+
+    add = parser.add_argument
+    add("--models", type=names, help=f"of {', '.join(PRESETS)}, separated by commas; all if left")
+    add("--images", type=numbers, default=[1, 8, 64, 256], help="at once; 1,8,64,256 if left")
+    add("--engines", type=names, help=f"of {', '.join(ENGINES)}; all if left")
+    add("--repeats", type=int, default=5, help="timed calls of each")
+    add("--decode_batch", type=int, default=32, help="codes of so many images become pictures")
+    add("--tokens_only", action="store_true", help="leave the tokenizer's decoder out")
+    add("--bandwidth", type=float, help="GB/s of the floor; measured if left")
+    add("--graphs", choices=GRAPHS, default="default", help="CUDA graphs, see above")
+    add("--floors", action="store_true", help="print the floors alone; 2000 GB/s if none are given")
+    add("--check", action="store_true", help="compare the engines instead of timing them")
+    add("--tiny", action="store_true", help="small models and the engines of any device")
+    add("--trace", type=Path, metavar="DIR", help="also profile one call: of the first case")
+    add("--plot", type=Path, metavar="FILE", help="images/s against the batch (needs matplotlib)")
+    add("--out", type=Path, help="write all results as JSON")
+    args = parser.parse_args(argv)
+
+    known = {"tiny": TINY} if args.tiny else PRESETS
+    args.known_engines = TINY_ENGINES if args.tiny else ENGINES
+    args.models, args.engines = args.models or list(known), args.engines or list(args.known_engines)
+    for given, there in ((args.models, known), (args.engines, args.known_engines)):
+        if wrong := set(given) - set(there):
+            parser.error(f"{', '.join(sorted(wrong))}: expected some of {', '.join(there)}")
+    args.configs = {
+        name: dataclasses.replace(known[name], compute_dtype="bfloat16") for name in args.models
+    }
+    vq = TINY_VQ if args.tiny else VQConfig()
+    args.vq_config = dataclasses.replace(vq, compute_dtype="bfloat16")
+    return args
+
+
+def print_floors(args) -> None:
+    """The floors in images/s: a line for every model and engine, a column for every batch."""
+    bandwidth = 1e9 * (args.bandwidth or 2000)
+    print(f"images/s at {bandwidth / 1e9:.0f} GB/s, by the number of images at once")
+    print(f"{'':24}" + "".join(f"{images:>8}" for images in args.images))
+    for name, config in args.configs.items():
+        for engine_name in args.engines:
+            engine = args.known_engines[engine_name]
+            row = [floor(config, images, engine, bandwidth) for images in args.images]
+            print(f"{name:8}{engine_name:16}" + "".join(f"{rate:8.1f}" for rate in row))
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    if args.floors:
+        print_floors(args)
+        return 0
+    # XLA reads them when the first device is asked for.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS[args.graphs]}".strip()
+    around = machine()
+    print(json.dumps(around), flush=True)
+    if args.check:
+        with jax.default_matmul_precision("highest"):
+            return int(not check(args))
+    bandwidth = args.bandwidth * 1e9 if args.bandwidth else copy_bandwidth()
+    print(f"bandwidth {bandwidth / 1e9:.0f} GB/s")
+    print(cells(*COLUMNS))
+    results = measure(args, bandwidth)
+    if args.trace:
+        config, engine = args.configs[args.models[0]], args.known_engines[args.engines[0]]
+        params = random_params(in_float32(config))
+        draw(params, config, args.images[0], engine).block_until_ready()
+        with jax.profiler.trace(str(args.trace)):
+            draw(params, config, args.images[0], engine).block_until_ready()
+    if args.out:
+        everything = {"machine": around, "GB/s": bandwidth / 1e9, "results": results}
+        args.out.write_text(json.dumps(everything, indent=1) + "\n")
+    if args.plot:
+        plot(results, args, f"{around['device']}, {bandwidth / 1e9:.0f} GB/s; tokens only")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
