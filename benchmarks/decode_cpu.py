@@ -260,7 +260,11 @@ def jobs(args) -> list[dict]:
 
 
 def run_child(command: list[str], **options) -> subprocess.CompletedProcess:
-    """Runs a program of this repository, on the CPU."""
+    """Runs a module of this repository, on the CPU.
+
+    As a module, because a program's own directory comes first where Python looks for imports, and
+    what transformers takes `kernels` for is not our kernels.py.
+    """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **options)
@@ -268,7 +272,7 @@ def run_child(command: list[str], **options) -> subprocess.CompletedProcess:
 
 def measure(job: dict, argv: list[str]) -> dict:
     """The result of a job in a process of its own, or {"error": its last words}."""
-    command = ["benchmarks/decode_cpu.py", *argv, "--job", json.dumps(job)]
+    command = ["-m", "benchmarks.decode_cpu", *argv, "--job", json.dumps(job)]
     done = run_child(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -442,7 +446,7 @@ def main(argv=None) -> int:
         print(f"The machine is not idle (load {around['load']:.1f}): figures will be off.")
     sys.stdout.flush()
     if not args.nocheck or args.check_only:
-        checked = run_child(["benchmarks/peers.py", "--size", "B"])
+        checked = run_child(["-m", "benchmarks.peers", "--size", "B"])
         if checked.returncode or args.check_only:
             return checked.returncode
     results = run_rounds(args, argv)
