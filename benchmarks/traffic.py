@@ -69,7 +69,7 @@ def plot(
         axes.plot(*zip(*sorted(rates.items()), strict=True), "o-", color=color, label=name)
         if floors.get(name):
             points = zip(*sorted(floors[name].items()), strict=True)
-            axes.plot(*points, "--", color=color, label=f"{name}: memory floor")
+            axes.plot(*points, "--", color=color, label=f"{name}: what memory allows")
     axes.set(xscale="log", yscale="log", xlabel="images at once", ylabel="images/s", title=title)
     ticks = sorted({images for rates in measured.values() for images in rates})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
