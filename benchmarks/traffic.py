@@ -62,6 +62,7 @@ def plot(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for number, (name, rates) in enumerate(measured.items()):
@@ -73,6 +74,8 @@ def plot(
     axes.set(xscale="log", yscale="log", xlabel="images at once", ylabel="images/s", title=title)
     ticks = sorted({images for rates in measured.values() for images in rates})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
