@@ -12,7 +12,8 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aim_jax.models import aim, vq
 from aim_jax.models.aim import AiMConfig
 from aim_jax.models.vq import VQConfig
+from aim_jax.monitor import say
 from aim_jax.sharding import to_host
 
 MODEL_FILE = "model.json"
@@ -39,7 +42,8 @@ LARGE_BYTES = 64 * 2**20  # read alone
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
 RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "codes")
-RESUMABLE += ("data.dir", "mesh.data", "mesh.model", "mesh.fsdp")
+RESUMABLE += ("export_every", "profile", "optimizer.skip_limit", "data.dir")
+RESUMABLE += ("mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -49,42 +53,158 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
 class RunCheckpoints:
-    """The checkpoints of one training run: state and data iterator, the newest `keep` of them."""
+    """The checkpoints of one training run: state and data iterator, the newest `keep` of them.
+
+    Each has a list of its files with sizes and CRC-32, by which `restore_newest` tells whether one
+    is whole before any process reads it.
+    """
+
+    FILES = "files.json"
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state, iterator: grain.DatasetIterator) -> None:
-        """Saves in the background; a checkpoint counts only once all of it is written."""
+        """Saves in the background; a checkpoint counts only once all of it is written.
+
+        Raises:
+          SaveError: this or the save before failed; older checkpoints are as they were.
+        """
         if step == self.latest_step():
             return
         # Where the iterator is does not depend on the number of processes, so that of one will do.
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
         )
-        self._manager.save(step, args=args)
+        with self._save_errors():
+            self._manager.save(step, args=args)
 
-    def restore(self, step: int, state, iterator: grain.DatasetIterator):
-        """State of a step, with the shardings of `state`; sets the iterator to where it was."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
-        iterator.set_state(restored["data"])
-        return restored["state"]
+    def wait(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          SaveError: it failed.
+        """
+        with self._save_errors():
+            self._manager.wait_until_finished()
+
+    def restore_newest(self, state, iterator: grain.DatasetIterator) -> tuple[int, Any]:
+        """Step and state of the newest whole checkpoint; step 0 and `state` where there is none.
+
+        Sets the iterator to where it was. Damaged checkpoints are reported and moved to `damaged/`
+        in the workdir.
+
+        Args:
+          state: of the same shapes; the result takes its shardings.
+
+        Raises:
+          ValueError: there are checkpoints, but none is whole.
+        """
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if problem := self._problem(step):
+                damaged[step] = problem
+                self._set_aside(step, problem)
+                continue
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+            )
+            restored = self._manager.restore(step, args=args)
+            iterator.set_state(restored["data"])
+            say(f"resumed from step {step} in {self.directory.parent}")
+            return step, restored["state"]
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.directory} is whole ({'; '.join(damaged.values())}). They "
+                "are in damaged/ beside it now; the same command starts from the beginning."
+            )
+        return 0, state
 
     def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.wait_until_finished()
+        """Ends the background work; a failure of the last save is not reported here."""
         self._manager.close()
+
+    def _list_files(self) -> None:
+        """Writes the list of every whole checkpoint that has none; Orbax calls it after a save."""
+        if jax.process_index() != 0:
+            return
+        for path in self.directory.glob("*"):
+            if path.name.isdecimal() and not (path / self.FILES).exists():
+                write_json(path / self.FILES, _checksums(path))
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint; all processes get the same answer."""
+        problem = ""
+        if jax.process_index() == 0:
+            path = self.directory / str(step)
+            file = path / self.FILES  # absent where the run was killed right after the save
+            listed = json.loads(file.read_text()) if file.exists() else {}
+            found = _checksums(path, listed)
+            wrong = sorted(name for name in listed if found.get(name) != listed[name])
+            if wrong:
+                state = "damaged" if wrong[0] in found else "missing"
+                problem = f"step {step}: {state}: {wrong[0]}"
+                problem += f" and {len(wrong) - 1} more files" if wrong[1:] else ""
+        if jax.process_count() == 1:
+            return problem
+        text = np.frombuffer(problem.encode()[:500].ljust(500), np.uint8)
+        return multihost_utils.broadcast_one_to_all(text).tobytes().decode(errors="replace").strip()
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        say(f"checkpoint of {problem}; trying the one before")
+        if jax.process_index() == 0:
+            target = self.directory.with_name("damaged") / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(self.directory / str(step), target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _save_errors(self):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            whole = [int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()]
+            newest = f"step {max(whole)}" if whole else "none yet"
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise SaveError(
+                f"a checkpoint could not be written into {self.directory} ({reason}). The newest "
+                f"whole one: {newest}. Make room or mend the disk, and run the same command again."
+            ) from error
+
+
+def _checksums(path: Path, names: Iterable[str] | None = None) -> dict[str, list[int]]:
+    """Size and CRC-32 of the files under a directory, or of those among `names` that exist."""
+    if names is None:
+        names = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    sums = {}
+    for name in names:
+        if not (path / name).is_file():
+            continue
+        size = crc = 0
+        with (path / name).open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                size, crc = size + len(data), zlib.crc32(data, crc)
+        sums[name] = [size, crc]
+    return sums
 
 
 def has_checkpoint(workdir: Path) -> bool:

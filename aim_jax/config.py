@@ -18,7 +18,9 @@ def _common() -> ConfigDict:
     config.eval_every = 1000
     config.sample_every = 1000
     config.save_every = 1000
+    config.export_every = 0  # steps between exports of the model directory; 0: at the end only
     config.keep = 2  # newest checkpoints kept
+    config.profile = ""  # "FIRST:LAST" steps to trace into workdir/profile
     config.ema_decay = 0.0  # 0: no averaged copy of the parameters
     config.accumulate = 1  # micro-batches per step
     config.init = ""  # model directory or bundled model whose weights training starts from
@@ -33,6 +35,8 @@ def _common() -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0  # 0: no clipping
+    config.optimizer.spike_factor = 0.0  # skip gradients this many times the usual norm; 0: off
+    config.optimizer.skip_limit = 10  # skipped steps in a row that end the run
 
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # see aim_jax.data.open_images
@@ -48,6 +52,7 @@ def _common() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: all that are left
     config.mesh.model = 1  # devices along heads, inner channels and vocabulary
+    config.mesh.slices = 1  # slices of a TPU pod, or other groups of devices, along the batch too
     config.mesh.fsdp = False  # shard the embed axis of parameters over "data" as well
     return config
 

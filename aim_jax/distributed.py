@@ -7,9 +7,6 @@ from typing import Any
 import jax
 from absl import flags
 
-# Seconds until a process that stopped answering ends the whole job.
-HEARTBEAT_TIMEOUT = 100
-
 
 def define_flags() -> None:
     """The flags of a program that can run as several processes."""
@@ -18,6 +15,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", None, "How many processes there are; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Number of this process; with --coordinator.")
+    flags.DEFINE_integer(
+        "heartbeat_seconds", 100, "A process silent for so long ends the whole job.", lower_bound=1
+    )
 
 
 def settings(
@@ -62,12 +62,17 @@ def settings(
     return None
 
 
-def initialize(**given) -> None:
+def initialize(heartbeat_seconds: int = 100, **given) -> None:
     """Connects this process to the others, if there are any; before anything else of JAX.
 
     Args:
+      heartbeat_seconds: after which a process that stopped answering ends all of them.
       **given: coordinator, num_processes, process_id; see `settings`.
     """
     found = settings(os.environ, **given)
     if found is not None:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        jax.distributed.initialize(
+            **found,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=heartbeat_seconds,
+        )

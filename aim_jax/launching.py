@@ -9,7 +9,10 @@ import jax
 from absl import logging
 
 from aim_jax import distributed
-from aim_jax.monitor import NonFiniteLossError
+from aim_jax.monitor import BadStepsError
+
+# EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
+EXIT_STOPPED = 75
 
 
 @contextlib.contextmanager
@@ -20,7 +23,7 @@ def errors_in_one_line():
     keep_compiled_programs()
     try:
         yield
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, BadStepsError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -48,7 +51,7 @@ def start(train, stage: str, flags) -> None:
     """
     config = flags.config
     with errors_in_one_line():
-        names = ("coordinator", "num_processes", "process_id")
+        names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
         distributed.initialize(**{name: flags[name].value for name in names})
         if config.stage != stage:
             program = {"aim": "launch/train.py", "vq": "launch/train_vq.py"}
@@ -57,4 +60,6 @@ def start(train, stage: str, flags) -> None:
             )
         if flags.data:
             config.data.dir = flags.data
-        train(config, flags.workdir)
+        state = train(config, flags.workdir)
+        if int(state.step) < config.steps:
+            raise SystemExit(EXIT_STOPPED)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
-from aim_jax.monitor import MetricsWriter, StepLog, StopSignal, say
+from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal, say
 from aim_jax.sharding import shard_batch
 
 
@@ -56,11 +57,12 @@ class Stage:
     """What one training program gives to the loop.
 
     Attributes:
-      train_step: (state, batch) -> (state, metrics with "loss").
+      train_step: (state, batch) -> (state, metrics with "loss" and "skipped_in_a_row").
       batches: resumable iterator of numpy batches, endless.
       evaluate: state -> scalars on held-out data.
       sample: (state, path) writes a picture.
       export: state writes the model directory.
+      flops: of one example's forward and backward pass, or None.
     """
 
     train_step: Callable
@@ -68,35 +70,40 @@ class Stage:
     evaluate: Callable[[TrainState], dict]
     sample: Callable[[TrainState, Path], None]
     export: Callable[[TrainState], None]
+    flops: float | None = None
 
 
 def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage) -> TrainState:
-    """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one.
+    """Trains to `config.steps`, from the newest whole checkpoint in `workdir` if there is one.
 
-    Stops early, after saving, on SIGTERM or Ctrl-C; a run that continues repeats an uninterrupted
-    one bit for bit.
+    Stops early, after saving, on SIGTERM (sent to any of the processes) or Ctrl-C: the state that
+    is returned then has fewer steps. A run that continues repeats an uninterrupted one bit for bit.
 
     Raises:
-      NonFiniteLossError: naming the step; nothing is saved after it.
+      ValueError: config.profile cannot be read, or every checkpoint is damaged.
+      BadStepsError: too many steps in a row had to be skipped.
+      SaveError: a checkpoint could not be written.
     """
+    profiler = Profiler(config.profile, Path(workdir) / "profile")
     checkpoints = RunCheckpoints(workdir, config.keep)
-    step = checkpoints.latest_step() or 0
-    if step:
-        state = checkpoints.restore(step, state, stage.batches)
-        say(f"resumed from step {step} in {workdir}")
+    step, state = checkpoints.restore_newest(state, stage.batches)
     writer = MetricsWriter(workdir, step)
-    log = StepLog(writer, config.steps, step, config.batch_size)
+    peak = hardware.peak_flops(mesh.devices.flat)
+    mfu = stage.flops and peak and config.batch_size * stage.flops / peak
+    log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
     stop = StopSignal()
 
     def due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == config.steps)
 
     try:
-        while step < config.steps and not stop.received:
-            batch = shard_batch(next(stage.batches), mesh)
+        while step < config.steps and not stop.reached(step):
+            with log.waiting():
+                batch = shard_batch(next(stage.batches), mesh)
             state, metrics = stage.train_step(state, batch)
             step += 1
             log.add(step, metrics)
+            profiler.after(step, metrics)
             if step == 1 or due(config.log_every):
                 log.report(step)
             with log.pause():
@@ -107,16 +114,21 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
                 if due(config.save_every):
                     log.check()
                     checkpoints.save(step, state, stage.batches)
+                if due(config.export_every) and step < config.steps:
                     stage.export(state)
                 if due(config.sample_every):
                     stage.sample(state, Path(workdir) / "samples" / f"step_{step:07d}.png")
         if stop.received:
             log.check()
             checkpoints.save(step, state, stage.batches)
-            stage.export(state)
+            checkpoints.wait()
             say(f"{stop.received}: saved step {step}; the same command continues from there.")
+        if step == config.steps or stop.received == "SIGINT":
+            stage.export(state)
+        checkpoints.wait()
     finally:
         stop.restore()
+        profiler.close()
         checkpoints.close()
         writer.close()
     return state

@@ -1,5 +1,6 @@
 """What a running program shows and obeys: metrics, progress, signals."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 class MetricsWriter:
@@ -54,70 +56,132 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut short by a kill
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step is NaN or infinite."""
+class BadStepsError(RuntimeError):
+    """Too many training steps in a row had gradients that could not be used."""
 
 
 class StepLog:
-    """Collects the metrics of every step without waiting for the device; reports their means."""
+    """Collects the metrics of every step without waiting for the device; reports their means.
 
-    def __init__(self, writer: MetricsWriter, steps: int, first_step: int, examples_per_step: int):
+    Args:
+      writer: where reports go.
+      steps, first_step: of the run, and where it starts now.
+      examples_per_step: of all devices together.
+      skip_limit: skipped steps in a row that end the run.
+      mfu: model FLOPs utilisation at one step per second, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        steps: int,
+        first_step: int,
+        examples_per_step: int,
+        skip_limit: int,
+        mfu: float | None = None,
+    ):
         self._writer, self._steps, self._examples = writer, steps, examples_per_step
+        self._skip_limit, self._mfu = skip_limit, mfu
         self._pending: list[tuple[int, dict]] = []
-        self._step, self._time = first_step, time.perf_counter()
+        self._step, self._time, self._waited = first_step, time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: dict) -> None:
         """Keeps the (device) metrics of one step."""
         self._pending.append((step, metrics))
 
     def check(self) -> dict[str, float]:
-        """Means of the pending metrics.
+        """Means of the pending metrics over the steps that were not skipped; counts as they are.
 
         Raises:
-          NonFiniteLossError: naming the first step whose loss is not finite.
+          BadStepsError: `skip_limit` steps in a row were skipped.
         """
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in fetched:
-            if not np.isfinite(metrics["loss"]):
-                raise NonFiniteLossError(
-                    f"the loss of step {step} is {metrics['loss']}; nothing was saved after the "
-                    "last checkpoint. Lower optimizer.lr, or set optimizer.clip_norm, and resume."
+            if metrics["skipped_in_a_row"] >= self._skip_limit:
+                raise BadStepsError(
+                    f"step {step} is the last of {self._skip_limit} in a row that were skipped "
+                    "because their gradient is not finite or spikes (its loss is "
+                    f"{metrics['loss']:.4g}, its gradient's norm {metrics['grad_norm']:.4g}). "
+                    "Lower optimizer.lr or set optimizer.clip_norm, and continue from the last "
+                    "checkpoint, or raise optimizer.skip_limit."
                 )
-        names = fetched[0][1] if fetched else ()
-        return {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in names}
+        if not fetched:
+            return {}
+        used = [m for _, m in fetched if not m["skipped_in_a_row"]] or [fetched[-1][1]]
+        counts = {"skipped": float(fetched[-1][1]["skipped"])}
+        names = used[0].keys() - {"skipped", "skipped_in_a_row"}
+        return {k: float(np.mean([m[k] for m in used])) for k in used[0] if k in names} | counts
 
     def report(self, step: int) -> None:
         """Writes the means since the last report, and prints a line with rate and time left."""
         means = self.check()
         self._pending.clear()
         now = time.perf_counter()
-        steps_per_second = max(step - self._step, 1) / (now - self._time)
-        self._step, self._time = step, now
-        means["examples_per_second"] = steps_per_second * self._examples
-        self._writer.write(step, means)
-        shown = "  ".join(
-            f"{name} {value:.4g}" for name, value in means.items() if name != "examples_per_second"
-        )
+        elapsed = now - self._time
+        steps_per_second = max(step - self._step, 1) / elapsed
+        speed = {
+            "examples_per_second": steps_per_second * self._examples,
+            "input_wait": self._waited / elapsed,  # share of the time spent waiting for a batch
+        }
+        if self._mfu:
+            speed["mfu"] = steps_per_second * self._mfu
+        self._step, self._time, self._waited = step, now, 0.0
+        self._writer.write(step, means | speed)
+        skipped = means.pop("skipped", 0.0)
+        shown = [f"{name} {value:.4g}" for name, value in means.items()]
+        if skipped:
+            shown.append(f"skipped {skipped:.0f}")
+        shown.append(f"{speed['examples_per_second']:.0f} images/s")
+        if self._mfu:
+            shown.append(f"MFU {speed['mfu']:.1%}")
         left = (self._steps - step) / steps_per_second
-        say(
-            f"step {step}/{self._steps}  {shown}  {means['examples_per_second']:.0f} images/s  "
-            f"ETA {duration(left)}"
-        )
+        say(f"step {step}/{self._steps}  {'  '.join(shown)}  ETA {duration(left)}")
 
-    def pause(self) -> "_Pause":
+    @contextlib.contextmanager
+    def pause(self):
         """Leaves the time inside the block (evaluation, samples) out of the training rate."""
-        return _Pause(self)
+        start = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside the block as waiting for input."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
 
-class _Pause:
-    def __init__(self, log: StepLog):
-        self._log = log
+class Profiler:
+    """Traces the steps that "FIRST:LAST" names, for TensorBoard or Perfetto; "" traces none.
 
-    def __enter__(self):
-        self._start = time.perf_counter()
+    Raises:
+      ValueError: the text is something else.
+    """
 
-    def __exit__(self, *_):
-        self._log._time += time.perf_counter() - self._start
+    def __init__(self, steps: str, directory: Path):
+        self._directory, self._active = directory, False
+        try:
+            self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
+        except ValueError:
+            raise ValueError(f"config.profile={steps!r}: expected FIRST:LAST, as 10:15.") from None
+
+    def after(self, step: int, metrics) -> None:
+        """Starts or stops the trace around the step that follows."""
+        if step == self._first - 1:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._directory))
+            self._active = True
+        elif step == self._last and self._active:
+            jax.block_until_ready(metrics)
+            self.close()
+            say(f"trace of steps {self._first} to {self._last} in {self._directory}")
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._active:
+            jax.profiler.stop_trace()
+            self._active = False
 
 
 class Progress:
@@ -144,19 +208,28 @@ class Progress:
 
 
 class StopSignal:
-    """Turns SIGTERM (and a first Ctrl-C) into a flag that a loop reads between steps."""
+    """Turns SIGTERM, and a first Ctrl-C of a single process, into an end between two steps.
+
+    Several processes have to stop after the same step, whichever of them got the signal: JAX's
+    preemption service takes SIGTERM there, and lets them agree.
+    """
 
     def __init__(self):
         self.received: str | None = None
-        self._previous = {
-            s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._previous = {s: signal.signal(s, self._receive) for s in caught}
 
     def _receive(self, number, frame):
         del frame
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop now; to be asked before every step, on all processes."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = "SIGTERM"
+        return self.received is not None
 
     def restore(self) -> None:
         """Puts the former handlers back."""

@@ -1,4 +1,6 @@
-"""Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA."""
+"""Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA, a guard."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def learning_rate(config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm."""
+    """AdamW (arXiv 1711.05101) after clipping by the global norm, without bad steps."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config, steps),
@@ -62,7 +64,81 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    return skip_bad_steps(optax.chain(clip, adamw), config.spike_factor)
+
+
+class GuardState(NamedTuple):
+    """State of `skip_bad_steps`.
+
+    Attributes:
+      inner: of the optimizer it guards.
+      usual_norm: () running mean of the norms of the gradients that were used.
+      used, skipped, in_a_row: () int32, steps used and skipped, and skipped since the last used.
+    """
+
+    inner: Any
+    usual_norm: jax.Array
+    used: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+# Steps until the running mean of the norm is trusted, and over about how many it runs.
+GUARD_WARMUP, GUARD_MEMORY = 100, 100
+
+
+def skip_bad_steps(
+    inner: optax.GradientTransformation, spike_factor: float
+) -> optax.GradientTransformation:
+    """Leaves parameters and moments alone where the gradient is not finite or suddenly large.
+
+    Args:
+      inner: the optimizer.
+      spike_factor: norm, in multiples of its running mean, from which a gradient is skipped; 0
+        skips only what is not finite.
+    """
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return GuardState(inner.init(params), jnp.zeros(()), zero, zero, zero)
+
+    def update(grads, state, params=None):
+        norm = optax.tree.norm(grads).astype(jnp.float32)
+        good = jnp.isfinite(norm)
+        if spike_factor:
+            good &= (state.used < GUARD_WARMUP) | (norm <= spike_factor * state.usual_norm)
+
+        def choose(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        updates, new = inner.update(grads, state.inner, params)
+        weight = 1 / jnp.minimum(state.used + 1, GUARD_MEMORY)
+        usual = state.usual_norm + weight * (norm - state.usual_norm)
+        state = GuardState(
+            inner=choose(new, state.inner),
+            usual_norm=choose(usual, state.usual_norm),
+            used=state.used + good,
+            skipped=state.skipped + ~good,
+            in_a_row=jnp.where(good, 0, state.in_a_row + 1),
+        )
+        return choose(updates, jax.tree.map(jnp.zeros_like, updates)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def apply_gradients(state, grads, optimizer: optax.GradientTransformation, ema_decay: float):
+    """The state after an optimizer step, and what to report of it.
+
+    Args:
+      state: `aim_jax.loop.TrainState`.
+      optimizer: from `make_optimizer`.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_decay, state.step)
+    report = {"grad_norm": optax.tree.norm(grads), "skipped": opt_state.skipped}
+    report["skipped_in_a_row"] = opt_state.in_a_row
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), report
 
 
 def accumulated_grads(loss_fn, params, batch: dict, rng: jax.Array, parts: int):
@@ -87,14 +163,16 @@ def accumulated_grads(loss_fn, params, batch: dict, rng: jax.Array, parts: int):
         grads, (metrics, outputs) = grad_fn(params, part, key)
         return jax.tree.map(jnp.add, total, (grads, metrics)), outputs
 
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    # Every part takes examples of all devices: part i is examples i, i + parts, ...
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(rng, parts)
     first = jax.tree.map(lambda x: x[0], split)
     shapes, (metrics, _) = jax.eval_shape(grad_fn, params, first, rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, metrics))
     total, outputs = jax.lax.scan(micro, zeros, (split, keys))
     grads, metrics = jax.tree.map(lambda x: x / parts, total)
-    return grads, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    joined = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    return grads, metrics, joined
 
 
 def update_ema(ema, params, decay: float, step: jax.Array):

@@ -1,68 +1,101 @@
-"""Mesh and shardings: one ordered table maps the logical axes of parameters to mesh axes."""
+"""Mesh and shardings: one table maps the logical axes of parameters and activations to mesh axes.
+
+Data parallelism splits batches over "data" (and "slice", where slices of a pod are joined by a
+slower network); FSDP splits the embed axis of parameters over "data" as well; tensor parallelism
+splits heads, inner channels and vocabulary over "model". The sequence stays whole.
+"""
+
+import contextlib
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.linen.spmd import RulesFallback
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axis: tensor parallelism over heads, inner channels and vocabulary.
-RULES = (
-    ("vocab", "model"),
-    ("inner", "model"),
-    ("heads", "model"),
-    ("embed", None),
-    ("layers", None),
-    ("state", None),
-    ("dt_rank", None),
-    ("position", None),
-    ("class", None),
-    ("adaln_group", None),
-    ("adaln_part", None),
-    ("modulation", None),
-)
-BATCH = PartitionSpec("data")
+# Logical axis -> mesh axes.
+RULES = {
+    "batch": ("slice", "data"),
+    "length": (),
+    "vocab": ("model",),
+    "inner": ("model",),
+    "heads": ("model",),
+    "embed": (),  # of parameters; with FSDP ("data",)
+    "layers": (),
+    "state": (),
+    "dt_rank": (),
+    "position": (),
+    "class": (),
+    "adaln_group": (),
+    "adaln_part": (),
+    "modulation": (),
+}
 
 
-def parameter_rules(fsdp: bool = False):
-    """`RULES`, or with the embed axis sharded over "data" as well (fully sharded parameters)."""
-    return tuple((name, "data" if fsdp and name == "embed" else axis) for name, axis in RULES)
+def axis_rules(mesh: Mesh, fsdp: bool = False) -> dict[str, tuple[str, ...]]:
+    """`RULES` for the axes that a mesh has.
+
+    Args:
+      fsdp: shard the embed axis of parameters over "data": inside a slice, never across slices.
+    """
+    rules = RULES | ({"embed": ("data",)} if fsdp else {})
+    return {name: tuple(a for a in axes if a in mesh.shape) for name, axes in rules.items()}
 
 
-def make_mesh(data: int = -1, model: int = 1, devices=None) -> Mesh:
-    """Mesh ('data', 'model') over all devices; -1 takes what the other axis leaves.
+def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> Mesh:
+    """Mesh ('data', 'model') over all devices, or ('slice', 'data', 'model') over several slices.
+
+    Neighbours along "model" are devices with neighbouring numbers, which share the fastest links.
+
+    Args:
+      data, model, slices: sizes; data = -1 takes what the others leave.
+      devices: all by default.
 
     Raises:
-      ValueError: data * model is not the number of devices.
+      ValueError: the product is not the number of devices, or the slices are not whole ones.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = len(devices) // model
-    if data * model != len(devices):
+        data = len(devices) // (model * slices)
+    if slices * data * model != len(devices):
         raise ValueError(
-            f"mesh: data={data} times model={model} is {data * model}, but there are "
-            f"{len(devices)} devices; set config.mesh so that the product fits."
+            f"mesh: slices={slices} times data={data} times model={model} is "
+            f"{slices * data * model}, but there are {len(devices)} devices; set config.mesh so "
+            "that the product fits."
         )
-    return Mesh(
-        np.asarray(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-    )
+    found = {getattr(device, "slice_index", 0) for device in devices}
+    if len(found) > 1:  # devices without a number are of one slice, or simulated
+        if len(found) != slices:
+            raise ValueError(
+                f"mesh: slices={slices}, but the devices are of {len(found)} slices; set "
+                f"config.mesh.slices={len(found)}."
+            )
+        devices = sorted(devices, key=lambda device: (device.slice_index, device.id))
+    axes = {"slice": slices, "data": data, "model": model}
+    if slices == 1:
+        del axes["slice"]
+    grid = np.asarray(devices).reshape(*axes.values())
+    return Mesh(grid, (*axes,), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def partition_specs(boxed, rules=RULES):
+def partition_specs(boxed, rules):
     """PartitionSpec of every leaf of a tree boxed with logical axes; unboxed leaves replicate.
+
+    Args:
+      rules: from `axis_rules`.
 
     Raises:
       ValueError: a logical axis that the table does not name (it would replicate silently).
     """
-    table = dict(rules)
 
     def mesh_axis(axis, path):
-        if axis is not None and axis not in table:
+        if axis is not None and axis not in rules:
             raise ValueError(
                 f"sharding: {jax.tree_util.keystr(path)} has the logical axis {axis!r}, for which "
-                f"the rules have no entry; known are {sorted(table)}."
+                f"the rules have no entry; known are {sorted(rules)}."
             )
-        return table.get(axis)
+        return _entry(rules.get(axis, ()))
 
     def spec(path, leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
@@ -73,14 +106,50 @@ def partition_specs(boxed, rules=RULES):
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=is_box)
 
 
-def shardings(boxed, mesh: Mesh, rules=RULES):
+def _entry(axes: tuple[str, ...]):
+    """Mesh axes as an entry of a PartitionSpec."""
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+def shardings(boxed, mesh: Mesh, rules):
     """NamedSharding of every leaf of a (possibly abstract) boxed tree."""
     specs = partition_specs(boxed, rules)
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def create_sharded(make, mesh: Mesh, rules=RULES):
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Says by logical axes how an activation is sharded; without `sharded_jit` it changes nothing.
+
+    Raises:
+      ValueError: an axis without a rule.
+    """
+    return nn.with_logical_constraint(x, axes, fallback=RulesFallback.RAISE_ERROR)
+
+
+def sharded_jit(fn, mesh: Mesh, rules, **options):
+    """`jax.jit` whose traces know the mesh and the rules, so that `constrain` acts."""
+    table = tuple((name, _entry(axes)) for name, axes in rules.items())
+    jitted = jax.jit(fn, **options)
+
+    @contextlib.contextmanager
+    def known():
+        with jax.set_mesh(mesh), nn.logical_axis_rules(table):
+            yield
+
+    def call(*args):
+        with known():
+            return jitted(*args)
+
+    def lower(*args):
+        with known():
+            return jitted.lower(*args)
+
+    call.lower = lower
+    return call
+
+
+def create_sharded(make, mesh: Mesh, rules):
     """Runs `make()` under jit so that every array is born sharded, and unboxes the result.
 
     Args:
@@ -133,18 +202,34 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
       ValueError: the processes' parts of the data axis are not equal blocks.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(-1, mesh.shape["model"])
     mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
     first, size, total = int(mine[0]), len(mine), len(owners)
     if total % size or first % size or not np.array_equal(mine, np.arange(first, first + size)):
         raise ValueError(
-            f"mesh: this process holds the rows {mine.tolist()} of the data axis of {total}; "
+            f"mesh: this process holds the rows {mine.tolist()} of the data axes of {total}; "
             "expected an equal block for every process. Choose config.mesh.model so that it "
             "divides, or is a multiple of, the number of devices of a process."
         )
     return first // size, total // size
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(_entry(axis_rules(mesh)["batch"])))
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises ValueError where devices and micro-batches cannot have equal parts of a batch."""
+    parts = mesh.size // mesh.shape["model"]
+    if batch_size % (parts * accumulate):
+        raise ValueError(
+            f"config.batch_size={batch_size} is not a multiple of {parts * accumulate}: {parts} "
+            f"devices along the batch times config.accumulate={accumulate}."
+        )
+
+
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of a batch, see `batch_share` -> arrays split over the data axis."""
-    sharding = NamedSharding(mesh, BATCH)
+    """This process's part of a batch, see `batch_share` -> arrays split over the data axes."""
+    sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_jax import loop, sampling
@@ -26,19 +27,24 @@ from aim_jax.data import (
     open_images,
     token_batches,
 )
+from aim_jax.flops import training_flops
 from aim_jax.loop import Stage, TrainState
 from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.models.vq import VQModel
 from aim_jax.monitor import say
-from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
+from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sharding import (
+    axis_rules,
+    batch_sharding,
     batch_share,
+    check_batch,
     create_sharded,
     make_mesh,
-    parameter_rules,
     replicate,
+    sharded_jit,
+    shardings,
     to_host,
 )
 
@@ -60,10 +66,11 @@ def create_train_state(
 
 def loss_fn(params, batch: dict, rng: jax.Array, config: AiMConfig):
     """Mean cross entropy of all codes, in nats per token, with class and token dropout."""
-    logits = AiM(config).apply(
-        {"params": params}, batch["codes"], batch["labels"], train=True, rngs={"dropout": rng}
-    )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean()
+    nats = AiM(config).apply(
+        {"params": params}, batch["codes"], batch["labels"], train=True,
+        rngs={"dropout": rng}, method="cross_entropy",
+    )  # fmt: skip
+    loss = nats.mean()
     return loss, ({"loss": loss}, None)
 
 
@@ -80,18 +87,65 @@ def train_step(
     rng = jax.random.fold_in(state.rng, state.step)
     loss = lambda params, part, key: loss_fn(params, part, key, config)  # noqa: E731
     grads, metrics, _ = accumulated_grads(loss, state.params, batch, rng, accumulate)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+    state, report = apply_gradients(state, grads, optimizer, ema_decay)
+    return state, metrics | report
 
 
 def eval_step(params, batch: dict, *, config: AiMConfig) -> dict:
     """Sums over the real examples of a padded batch: nats per token, and their count."""
-    logits = AiM(config).apply({"params": params}, batch["codes"], batch["labels"])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["codes"]).mean(axis=-1)
-    return {"val_loss": jnp.sum(loss * batch["weights"]), "count": jnp.sum(batch["weights"])}
+    codes, labels, weights = batch["codes"], batch["labels"], batch["weights"]
+    nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
+    return {"val_loss": jnp.sum(nats.mean(axis=-1) * weights), "count": jnp.sum(weights)}
+
+
+class Setup:
+    """What a configuration means on a mesh; the mesh may be of devices that are not here.
+
+    Attributes:
+      model: AiMConfig.
+      optimizer: optax transformation.
+      mesh, rules: devices, and what is sharded over which of their axes.
+      new_state: makes a fresh, boxed TrainState.
+      train_step: jitted (state, batch) -> (state, metrics); consumes the state.
+      eval_step: jitted (params, padded batch) -> sums.
+
+    Raises:
+      ValueError: model, optimizer, batch and mesh do not fit together.
+    """
+
+    def __init__(self, config: ConfigDict, devices=None):
+        self.model = AiMConfig(**config.model)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices, devices)
+        self.rules = axis_rules(self.mesh, config.mesh.fsdp)
+        check_batch(config.batch_size, config.accumulate, self.mesh)
+        self.new_state = lambda: create_train_state(
+            self.model, self.optimizer, config.seed, config.ema_decay > 0
+        )
+        self._batch = jax.ShapeDtypeStruct((config.batch_size, self.model.num_tokens), jnp.int32)
+        abstract = jax.eval_shape(self.new_state)
+        self._state = nn.unbox(abstract)
+        self._shardings = shardings(abstract, self.mesh, self.rules)
+        self.train_step = sharded_jit(
+            lambda state, batch: train_step(
+                state, batch, config=self.model, optimizer=self.optimizer,
+                accumulate=config.accumulate, ema_decay=config.ema_decay,
+            ),
+            self.mesh, self.rules, donate_argnums=0, out_shardings=(self._shardings, None),
+        )  # fmt: skip
+        self.eval_step = sharded_jit(
+            lambda params, batch: eval_step(params, batch, config=self.model), self.mesh, self.rules
+        )
+
+    def abstract_arguments(self) -> tuple[TrainState, dict]:
+        """Shapes, dtypes and shardings of what `train_step` takes."""
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._state, self._shardings,
+        )  # fmt: skip
+        codes, sharding = self._batch, batch_sharding(self.mesh)
+        labels = jax.ShapeDtypeStruct(codes.shape[:1], jnp.int32, sharding=sharding)
+        return state, {"codes": codes.update(sharding=sharding), "labels": labels}
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -106,22 +160,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         any work starts.
     """
     workdir = Path(workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    setup = Setup(config)
+    mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
-    data = open_codes(config, tokenizer, batch_share(mesh))
-    model_config = AiMConfig(**config.model)
+    data = open_codes(config, tokenizer, share)
     check_fit(model_config, tokenizer, data)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     fresh = config.init and not has_checkpoint(workdir)
     start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config)
 
-    state = create_sharded(
-        lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0),
-        mesh,
-        parameter_rules(config.mesh.fsdp),
-    )
+    state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:
         state = state.with_params(start)
     say(
@@ -132,20 +181,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if data.unigram_entropy is not None:
         say(f"unigram entropy of the codes: {data.unigram_entropy:.3f} nats per token")
 
-    step = jax.jit(
-        lambda state, batch: train_step(
-            state, batch, config=model_config, optimizer=optimizer,
-            accumulate=config.accumulate, ema_decay=config.ema_decay,
-        ),
-        donate_argnums=0,
-    )  # fmt: skip
-    evaluation = jax.jit(lambda params, batch: eval_step(params, batch, config=model_config))
-    local_size = config.batch_size // batch_share(mesh)[1]
-
     def evaluate(state):
         batches = data.validation_batches()
-        one = lambda batch: evaluation(state.eval_params, data.encode(batch))  # noqa: E731
-        return loop.weighted_means(one, batches, local_size, mesh)
+        one = lambda batch: setup.eval_step(state.eval_params, data.encode(batch))  # noqa: E731
+        return loop.weighted_means(one, batches, config.batch_size // share[1], mesh)
 
     def as_model(state) -> Pretrained:
         return Pretrained(
@@ -171,9 +210,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         save_model(workdir / "model", as_model(state), config.export_dtype)
 
     def encode_and_step(state, batch):
-        return step(state, data.encode(batch))
+        return setup.train_step(state, data.encode(batch))
 
-    stage = Stage(encode_and_step, data.train_batches(), evaluate, sample, export)
+    stage = Stage(
+        encode_and_step, data.train_batches(), evaluate, sample, export,
+        flops=training_flops(model_config),
+    )  # fmt: skip
     return loop.run(config, workdir, mesh, state, stage)
 
 

@@ -29,10 +29,17 @@ from aim_jax.models.vq import (
     update_history,
 )
 from aim_jax.monitor import say
-from aim_jax.optim import accumulated_grads, make_optimizer, update_ema
+from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
-from aim_jax.sharding import batch_share, create_sharded, make_mesh, to_host
+from aim_jax.sharding import (
+    axis_rules,
+    batch_share,
+    check_batch,
+    create_sharded,
+    make_mesh,
+    to_host,
+)
 
 
 def create_train_state(
@@ -85,14 +92,8 @@ def train_step(
     grads, metrics, indices = accumulated_grads(loss, state.params, batch, rng, accumulate)
     history = update_history(state.history, indices)
     metrics["codebook_usage"] = codebook_usage(history, config.n_embed)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step)
-    state = state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history
-    )
-    return state, metrics
+    state, report = apply_gradients(state, grads, optimizer, ema_decay)
+    return state.replace(history=history), metrics | report
 
 
 def eval_step(params, batch: dict, *, config: VQConfig) -> dict:
@@ -150,14 +151,18 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     for source in sources.values():
         check_images(source, spec)
     check_fit(model_config, config.data)
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
+    check_batch(config.batch_size, config.accumulate, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     fresh = config.init and not has_checkpoint(workdir)
     start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config)
 
+    rules = axis_rules(mesh)
     state = create_sharded(
-        lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0), mesh
+        lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0),
+        mesh,
+        rules,
     )
     if start is not None:
         state = state.with_params(start)

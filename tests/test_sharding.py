@@ -1,13 +1,60 @@
-"""Meshes and partition specs."""
+"""Meshes, partition specs, and steps that do not depend on how they are sharded."""
+
+import functools
+import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from aim_jax import loop, train
+from aim_jax.config import aim_defaults
 from aim_jax.models import PRESETS
 from aim_jax.models.aim import init_params
-from aim_jax.sharding import make_mesh, parameter_rules, partition_specs
+from aim_jax.ops import cross_entropy, linear_cross_entropy
+from aim_jax.sharding import (
+    axis_rules,
+    check_batch,
+    constrain,
+    make_mesh,
+    partition_specs,
+    sharded_jit,
+)
+from tests.conftest import TINY_AIM
+
+# Where every kind of parameter of AiM-L lies on the mesh; with FSDP "data" takes the place of "-".
+SPECS = {
+    "token_embedding/embedding": ("model", "-"),
+    "position_embedding/embedding": (None, "-"),
+    "class_embedding/table/embedding": (None, "-"),
+    "adaln/kernel": (None, "-", None, None),
+    "adaln/bias": (None, None, None),
+    "adaln/table": (None, None, None),
+    "final_adaln/kernel": (None, "-", None, None),
+    "final_adaln/bias": (None, None, None),
+    "norm_f/scale": ("-",),
+    "final_layer/norm_final/scale": ("-",),
+    "layers/norm/scale": (None, "-"),
+    "layers/mixer/z_proj/kernel": (None, "-", "model"),
+    "layers/mixer/x_proj/kernel": (None, "-", "model"),
+    "layers/mixer/B_proj/kernel": (None, "-", None),
+    "layers/mixer/C_proj/kernel": (None, "-", None),
+    "layers/mixer/dt_proj/kernel": (None, "-", "model"),
+    "layers/mixer/conv_x/kernel": (None, None, "model"),
+    "layers/mixer/conv_x/bias": (None, "model"),
+    "layers/mixer/conv_B/kernel": (None, None, None),
+    "layers/mixer/conv_B/bias": (None, None),
+    "layers/mixer/conv_C/kernel": (None, None, None),
+    "layers/mixer/conv_C/bias": (None, None),
+    "layers/mixer/dt_bias": (None, "model"),
+    "layers/mixer/A_log": (None, "model"),
+    "layers/mixer/D": (None, "model"),
+    "layers/mixer/norm/scale": (None, "model"),
+    "layers/mixer/out_proj/kernel": (None, "model", "-"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -15,28 +62,29 @@ def boxed():
     return jax.eval_shape(lambda: init_params(PRESETS["L"], jax.random.key(0)))
 
 
-def test_expected_partition_specs(boxed):
-    specs = partition_specs(boxed)
-    mixer = specs["layers"]["mixer"]
-    assert specs["token_embedding"]["embedding"] == P("model", None)
-    assert mixer["x_proj"]["kernel"] == P(None, None, "model")
-    assert mixer["out_proj"]["kernel"] == P(None, "model", None)
-    assert mixer["dt_bias"] == P(None, "model")
-    assert mixer["conv_x"]["kernel"] == P(None, None, "model")
-    assert mixer["B_proj"]["kernel"] == P(None, None, None)
-    assert specs["adaln"]["kernel"] == P(None, None, None, None)
+def flat_specs(boxed, rules):
+    is_spec = lambda leaf: isinstance(leaf, P)  # noqa: E731
+    specs = partition_specs(boxed, rules)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    return {"/".join(entry.key for entry in path): tuple(spec) for path, spec in leaves}
 
 
-def test_fsdp_shards_the_embed_axis_over_data(boxed):
-    specs = partition_specs(boxed, parameter_rules(fsdp=True))
-    assert specs["layers"]["mixer"]["x_proj"]["kernel"] == P(None, "data", "model")
-    assert specs["layers"]["norm"]["scale"] == P(None, "data")
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_expected_partition_specs(boxed, fsdp, slices):
+    mesh = make_mesh(-1, 2, slices)
+    place = {"-": "data" if fsdp else None}
+    expected = {k: tuple(place.get(a, a) for a in spec) for k, spec in SPECS.items()}
+    assert flat_specs(boxed, axis_rules(mesh, fsdp)) == expected
 
 
 def test_an_axis_without_a_rule_raises(boxed):
-    rules = tuple(rule for rule in parameter_rules() if rule[0] != "inner")
+    mesh = make_mesh(-1, 2)
+    rules = {k: v for k, v in axis_rules(mesh).items() if k != "inner"}
     with pytest.raises(ValueError, match="logical axis 'inner', for which the rules have no entry"):
         partition_specs(boxed, rules)
+    with pytest.raises(ValueError, match="did not match a rule"):
+        sharded_jit(lambda x: constrain(x, "batch", "inner"), mesh, rules)(jnp.ones((8, 8)))
 
 
 def test_every_parameter_names_its_axes(boxed):
@@ -45,8 +93,148 @@ def test_every_parameter_names_its_axes(boxed):
         assert is_box(leaf) and len(leaf.names) == leaf.value.ndim
 
 
-def test_mesh_must_fill_the_devices():
+def test_mesh_and_batch_must_fit_the_devices():
     assert make_mesh().shape == {"data": 8, "model": 1}
     assert make_mesh(-1, 4).shape == {"data": 2, "model": 4}
+    assert make_mesh(-1, 2, 2).shape == {"slice": 2, "data": 2, "model": 2}
     with pytest.raises(ValueError, match="data=3 times model=2 is 6, but there are 8 devices"):
         make_mesh(3, 2)
+    check_batch(24, 3, make_mesh(-1, 1, 2))
+    with pytest.raises(ValueError, match=r"batch_size=20 is not a multiple of 8: 4 devices .*=2"):
+        check_batch(20, 2, make_mesh(-1, 2))
+
+
+class Slice:
+    """A device as a TPU pod describes it."""
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+def test_slices_stay_together():
+    devices = [Slice(i, i % 2) for i in range(8)]
+    mesh = make_mesh(-1, 2, 2, devices)
+    assert [[d.slice_index for d in block.flat] for block in mesh.devices] == [[0] * 4, [1] * 4]
+    with pytest.raises(ValueError, match=r"slices=1, but the devices are of 2 .*mesh.slices=2"):
+        make_mesh(-1, 2, 1, devices)
+
+
+def test_cross_entropy_in_chunks_is_that_of_all_logits():
+    rng = np.random.default_rng(0)
+    x, table = (rng.normal(size=size).astype(np.float32) for size in ((2, 7, 6), (11, 6)))
+    labels = rng.integers(0, 11, (2, 7))
+
+    def loss(x, table, chunk):
+        return jnp.sum(linear_cross_entropy(x, table, labels, chunk) * np.arange(7))
+
+    logits = np.einsum("bld,vd->blv", x, table)
+    z = logits - logits.max(-1, keepdims=True)
+    expected = np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(linear_cross_entropy(x, table, labels), expected, rtol=2e-5)
+    np.testing.assert_allclose(linear_cross_entropy(x, table, labels, 3), expected, rtol=2e-5)
+    whole = jax.grad(loss, argnums=(0, 1))(x, table, 0)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for chunk in (1, 3):
+        parts = jax.grad(loss, argnums=(0, 1))(x, table, chunk)
+        jax.tree.map(close, parts, whole)
+    far = jnp.array([[1e4, 0.0, -1e4]])
+    assert cross_entropy(far, jnp.array([0]))[0] == 0
+    assert cross_entropy(far, jnp.array([2]))[0] == 2e4
+
+
+def small_config(**mesh):
+    config = aim_defaults()
+    config.steps, config.batch_size = 10, 8
+    config.optimizer.update(lr=1e-2, schedule="constant")
+    config.ema_decay = 0.5
+    config.model.update({**vars(TINY_AIM), "class_dropout": 0.5})
+    config.mesh.update(mesh)
+    return config
+
+
+def one_step(config, devices):
+    """State and metrics after a step from random parameters, gates included, on some devices."""
+    setup = train.Setup(config, jax.devices()[:devices])
+    state = train.create_sharded(setup.new_state, setup.mesh, setup.rules)
+    noise = lambda x: np.random.default_rng(x.size).normal(0, 0.1, x.shape)  # noqa: E731
+    state = state.with_params(jax.tree.map(lambda x: np.asarray(x) + noise(x), state.params))
+    rng = np.random.default_rng(0)
+    batch = {"codes": rng.integers(0, 16, (8, 4)), "labels": np.arange(8) % 3}
+    batch = jax.tree.map(lambda x: x.astype(np.int32), batch)
+    return setup.train_step(state, loop.shard_batch(batch, setup.mesh))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return one_step(small_config(), 1)
+
+
+# data, model, slices, fsdp, micro-batches
+ARRANGEMENTS = [
+    (2, 1, 1, False, 1),
+    (1, 2, 1, False, 1),
+    (4, 1, 1, True, 1),
+    (2, 2, 1, True, 1),
+    (8, 1, 1, False, 1),
+    (4, 2, 1, True, 2),
+    (2, 2, 2, True, 1),
+    (1, 1, 2, False, 2),
+]
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS, ids=str)
+def test_a_step_does_not_depend_on_the_mesh(on_one_device, arrangement):
+    """Loss to 1e-6 relative, gradients (by their norm, and first moments) to 1e-5 and 1e-4."""
+    data, model, slices, fsdp, accumulate = arrangement
+    config = small_config(data=data, model=model, slices=slices, fsdp=fsdp)
+    config.accumulate = accumulate
+    if accumulate > 1:  # the parts draw other classes to drop
+        config.model.class_dropout = 0.0
+        reference = small_config()
+        reference.model.class_dropout = 0.0
+        expected, metrics = one_step(reference, 1)
+    else:
+        expected, metrics = on_one_device
+    state, found = one_step(config, data * model * slices)
+    assert state.params["layers"]["mixer"]["x_proj"]["kernel"].sharding.spec == P(
+        None, "data" if fsdp else None, "model"
+    )
+    np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+    for x, y in zip(
+        jax.tree.leaves((state.opt_state, state.ema)),
+        jax.tree.leaves((expected.opt_state, expected.ema)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+def shapes_of(kind, hlo):
+    """Result shapes, as tuples of sizes, of the instructions of a kind."""
+    found = []
+    for line in hlo.splitlines():
+        if match := re.search(rf"= (.*?) {kind}(-start)?\(", line):
+            found += [
+                tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\[([\d,]+)\]", match[1])
+            ]
+    return found
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_logits_of_a_sharded_vocabulary_are_never_gathered(chunk):
+    """No device ever holds a logit of another's part of the vocabulary, forward or backward."""
+    config = small_config(data=2, model=4)
+    config.model.update(vocab_size=4096, logits_chunk=chunk)
+    setup = train.Setup(config)
+    hlo = setup.train_step.lower(*setup.abstract_arguments()).compile().as_text()
+    rows = {4096, 16 * 4096}
+    for kind in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        for shape in shapes_of(kind, hlo):
+            # What travels is a scalar per token, or the table's own gradient, never logits.
+            assert not (len(shape) >= 2 and shape[-1] in (1024, *rows)), (kind, shape)
+    assert shapes_of("all-reduce", hlo)  # of maxima and sums
+    tokens = 4 * (chunk or 4)  # per device: 4 images
+    held = re.findall(r"f32\[(\d+(?:,\d+)*)\]", hlo)
+    sizes = {tuple(map(int, sizes.split(","))) for sizes in held}
+    logits = [s for s in sizes if s[-1] == 4096 and int(np.prod(s)) >= tokens * 4096]
+    assert not logits, logits

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from aim_jax import ops
 from aim_jax.models.layers import (
     AdaLN,
     FinalLayer,
@@ -19,6 +20,7 @@ from aim_jax.models.layers import (
     LabelEmbedder,
     RMSNorm,
     embedding,
+    gathered,
     modulate,
 )
 from aim_jax.models.mamba1 import Mamba1, Mamba1Cache, init_mamba1_cache
@@ -28,6 +30,7 @@ from aim_jax.models.mamba2 import (
     init_mamba2_cache,
     init_mamba2_dual_cache,
 )
+from aim_jax.sharding import constrain
 
 MIXERS = {"mamba1": (Mamba1, init_mamba1_cache), "mamba2": (Mamba2, init_mamba2_cache)}
 REMAT = {
@@ -63,6 +66,7 @@ class AiMConfig:
       compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
         residual stream, norms, decays, states and logits are float32.
       remat: "none", "dots" or "full": what backpropagation recomputes per block.
+      logits_chunk: tokens of an image whose logits the training loss holds at once; 0 is all.
       scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it whole.
     """
 
@@ -88,6 +92,7 @@ class AiMConfig:
     norm_eps: float = 1e-5
     compute_dtype: str = "float32"
     remat: str = "none"
+    logits_chunk: int = 0
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -109,6 +114,7 @@ class AiMConfig:
         sizes += ("d_conv", "expand", "headdim", "ngroups", "chunk_size", "num_groups")
         for name in (*sizes, "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
         if self.mixer == "mamba2":
             require(
                 self.d_inner % self.headdim == 0,
@@ -199,6 +205,7 @@ class Block(nn.Module):
             x = modulate(x, shift_mlp, scale_mlp).astype(cfg.compute_dtype)
             mlp = GatedMLP(cfg.mlp_hidden, cfg.compute_dtype, cfg.residual_scale, name="mlp")
             hidden = gate_mlp[:, None] * mlp(x)
+        hidden, residual = (constrain(t, "batch", "length", None) for t in (hidden, residual))
         self.sow("intermediates", "hidden", hidden)
         self.sow("intermediates", "residual", residual)
         return (hidden, residual), cache
@@ -248,10 +255,24 @@ class AiM(nn.Module):
         Returns:
           float32 (b, t, v); row i predicts codes[:, i].
         """
+        return self.head(self.features(codes, labels, train))
+
+    def cross_entropy(
+        self, codes: jax.Array, labels: jax.Array, *, train: bool = False
+    ) -> jax.Array:
+        """Nats (b, t) of every code under the logits of `__call__`, see `config.logits_chunk`."""
+        x, table = self.features(codes, labels, train), self.output_table()
+        return ops.linear_cross_entropy(
+            x.astype(table.dtype), table, codes, self.config.logits_chunk
+        )
+
+    def features(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
+        """What the output matrix is applied to, (b, t, d); see `__call__`."""
         start, modulation = self.condition(labels, train)
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
-        return self.forward(x, modulation)[0]
+        carry, _ = self.stack(x, modulation)
+        return self.final(*carry, modulation.final)
 
     def condition(self, labels: jax.Array, train: bool = False) -> tuple[jax.Array, Modulation]:
         """labels (b,) -> (the sequence's first input (b, 1, d), modulation of every layer)."""
@@ -274,18 +295,37 @@ class AiM(nn.Module):
           cache: state before x, with a leading layer axis, from `init_cache` or an earlier call;
             None starts from zero and returns none.
         """
-        carry, cache = self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)
+        carry, cache = self.stack(x, modulation, cache)
         return self.logits(*carry, modulation.final), cache
+
+    def stack(self, x: jax.Array, modulation: Modulation, cache: Cache | None = None):
+        """Inputs (b, l, d) -> ((hidden, residual) after the last block, the cache)."""
+        x = constrain(x, "batch", "length", None)
+        return self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)
 
     def logits(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
         """What the last block leaves, (b, l, d) twice, and its modulation -> (b, l, v)."""
+        return self.head(self.final(hidden, residual, final))
+
+    def final(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
+        """The norms that end the stack, modulated: (b, l, d) twice -> (b, l, d)."""
         x = self.norm_f(hidden + residual)
         self.sow("intermediates", "norm_f_out", x)
         x = self.final_layer(x, final[0, :, 0], final[0, :, 1])
         self.sow("intermediates", "final_out", x)
-        dtype = self.config.compute_dtype
-        table = self.token_embedding.embedding.astype(dtype)
-        return jnp.einsum("bld,vd->blv", x.astype(dtype), table, preferred_element_type=jnp.float32)
+        return x
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """(b, l, d) -> logits (b, l, v), float32."""
+        table = self.output_table()
+        return jnp.einsum(
+            "bld,vd->blv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
+        )
+
+    def output_table(self) -> jax.Array:
+        """The code embeddings (v, d), which are the output matrix too, in the compute dtype."""
+        table = self.token_embedding.embedding.astype(self.config.compute_dtype)
+        return gathered(table, ("vocab", "embed"))
 
 
 def init_cache(

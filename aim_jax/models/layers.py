@@ -6,6 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax import ops
+from aim_jax.sharding import constrain
 
 
 def at_least_fp32(x: jax.Array) -> jax.Array:
@@ -118,29 +119,36 @@ def uniform_init(fan_in: int, scale: float = 1.0):
 
 
 class Dense(nn.Module):
-    """Linear layer without bias whose kernel (in, out) carries logical axes."""
+    """Linear layer without bias whose kernel (in, out) carries logical axes.
+
+    Attributes:
+      axes: logical axes of the kernel.
+      scale: shrinks the initial kernel.
+    """
 
     features: int
-    kernel_init: nn.initializers.Initializer
+    axes: tuple[str, str]
     dtype: str
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (b, l, in) -> (b, l, out)."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        init = nn.with_logical_partitioning(uniform_init(x.shape[-1], self.scale), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), gathered(kernel.astype(self.dtype), self.axes)
         if x.shape[1] > 1:
             return x @ kernel
         # On CPU a product of few rows is faster with the matrix on the left.
         return (kernel.T @ x[:, 0].T).T[:, None]
 
 
-def dense(
-    features: int, fan_in: int, axes: tuple[str, str], dtype: str, name: str, scale: float = 1.0
-) -> Dense:
-    """Linear layer without bias whose kernel carries logical axes."""
-    init = nn.with_logical_partitioning(uniform_init(fan_in, scale), axes)
-    return Dense(features, init, dtype, name=name)
+def gathered(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A parameter whole along "embed", which FSDP stores sharded: weights travel, not activations.
+
+    Called on what was cast to the compute dtype, so that bfloat16 travels and not float32.
+    """
+    return constrain(kernel, *(None if axis == "embed" else axis for axis in axes))
 
 
 def embedding(size: int, features: int, axis: str) -> nn.Embed:
@@ -215,6 +223,7 @@ class AdaLN(nn.Module):
             axes = ("layers", "adaln_part", "modulation")
             init = nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), axes)
             offset = offset + self.param("table", init, (self.n_layer, self.parts, d))
+        kernel = gathered(kernel, ("adaln_group", "embed", "adaln_part", "modulation"))
         shared = jnp.einsum("bd,gdpe->gbpe", nn.silu(c), kernel)
         return shared[group] + offset[:, None]
 
@@ -288,7 +297,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        up = dense(self.hidden, d, ("embed", "inner"), self.dtype, "fc1")(x)
-        gate = dense(self.hidden, d, ("embed", "inner"), self.dtype, "gate")(x)
-        out = dense(d, self.hidden, ("inner", "embed"), self.dtype, "fc2", self.out_scale)
+        up = Dense(self.hidden, ("embed", "inner"), self.dtype, name="fc1")(x)
+        gate = Dense(self.hidden, ("embed", "inner"), self.dtype, name="gate")(x)
+        out = Dense(d, ("inner", "embed"), self.dtype, self.out_scale, name="fc2")
         return out(up * nn.silu(gate))

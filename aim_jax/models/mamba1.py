@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
-from aim_jax.models.layers import CausalConv1D, dense
+from aim_jax.models.layers import CausalConv1D, Dense
 from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
 
 
@@ -54,15 +54,15 @@ class Mamba1(nn.Module):
         e, n, r, dtype = cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.compute_dtype
 
         x = x.astype(dtype)
-        xs = dense(e, d, ("embed", "inner"), dtype, "x_proj")(x)
-        z = dense(e, d, ("embed", "inner"), dtype, "z_proj")(x)
+        xs = Dense(e, ("embed", "inner"), dtype, name="x_proj")(x)
+        z = Dense(e, ("embed", "inner"), dtype, name="z_proj")(x)
         start = cache or Mamba1Cache(None, None)
         xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
 
-        dt = dense(r, e, ("inner", "dt_rank"), dtype, "dt_in_proj")(xs)
-        B = dense(n, e, ("inner", "state"), dtype, "B_proj")(xs)
-        C = dense(n, e, ("inner", "state"), dtype, "C_proj")(xs)
-        dt = dense(e, r, ("dt_rank", "inner"), dtype, "dt_proj")(dt)
+        dt = Dense(r, ("inner", "dt_rank"), dtype, name="dt_in_proj")(xs)
+        B = Dense(n, ("inner", "state"), dtype, name="B_proj")(xs)
+        C = Dense(n, ("inner", "state"), dtype, name="C_proj")(xs)
+        dt = Dense(e, ("dt_rank", "inner"), dtype, name="dt_proj")(dt)
 
         inner = ("inner",)
         dt_bias = self.param(
@@ -85,7 +85,9 @@ class Mamba1(nn.Module):
             y, ssm_state = selective_scan_of(cfg)(
                 xs, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial_state=start.ssm_state
             )
-        y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y.astype(dtype))
+        y = Dense(d, ("inner", "embed"), dtype, cfg.residual_scale, name="out_proj")(
+            y.astype(dtype)
+        )
         return y, cache and Mamba1Cache(conv_x, ssm_state)
 
 

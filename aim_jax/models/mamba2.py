@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
-from aim_jax.models.layers import CausalConv1D, GatedRMSNorm, dense
+from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm
+from aim_jax.sharding import constrain
 
 
 class Mamba2Cache(NamedTuple):
@@ -63,11 +64,13 @@ class Mamba2(nn.Module):
         dtype = cfg.compute_dtype
 
         x = x.astype(dtype)
-        z = dense(e, d, ("embed", "inner"), dtype, "z_proj")(x)
-        xs = dense(e, d, ("embed", "inner"), dtype, "x_proj")(x)
-        B = dense(g * n, d, ("embed", "state"), dtype, "B_proj")(x)
-        C = dense(g * n, d, ("embed", "state"), dtype, "C_proj")(x)
-        dt = dense(h, d, ("embed", "heads"), dtype, "dt_proj")(x)
+        z = Dense(e, ("embed", "inner"), dtype, name="z_proj")(x)
+        xs = Dense(e, ("embed", "inner"), dtype, name="x_proj")(x)
+        B = Dense(g * n, ("embed", "state"), dtype, name="B_proj")(x)
+        C = Dense(g * n, ("embed", "state"), dtype, name="C_proj")(x)
+        dt = Dense(h, ("embed", "heads"), dtype, name="dt_proj")(x)
+
+        z, xs = (constrain(t, "batch", "length", "inner") for t in (z, xs))
 
         start = cache or Mamba2Cache(None, None, None, None)
         xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
@@ -98,7 +101,7 @@ class Mamba2(nn.Module):
             if dual:
                 ssm_state = ops.ssd_dual_extend(start.ssm_state, xs, dt, A, B, dt_bias=dt_bias)
         y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
-        y = dense(d, e, ("inner", "embed"), dtype, "out_proj", cfg.residual_scale)(y)
+        y = Dense(d, ("inner", "embed"), dtype, cfg.residual_scale, name="out_proj")(y)
         return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
 
 

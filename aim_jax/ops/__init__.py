@@ -1,6 +1,7 @@
 """State-space operations: scans, single steps and the causal convolution of the Mamba mixers."""
 
 from aim_jax.ops.conv import causal_conv1d, conv_ring
+from aim_jax.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from aim_jax.ops.dual import (
     DualCache,
     grow_dual_cache,
@@ -16,8 +17,10 @@ __all__ = [
     "DualCache",
     "causal_conv1d",
     "conv_ring",
+    "cross_entropy",
     "grow_dual_cache",
     "init_dual_cache",
+    "linear_cross_entropy",
     "recurrence",
     "selective_scan",
     "selective_scan_step",
