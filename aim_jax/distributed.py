@@ -11,7 +11,10 @@ from absl import flags
 def define_flags() -> None:
     """The flags of a program that can run as several processes."""
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where no known cluster starts the processes."
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where no known cluster starts the processes; "
+        "auto on the hosts of a Cloud TPU slice.",
     )
     flags.DEFINE_integer("num_processes", None, "How many processes there are; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Number of this process; with --coordinator.")
@@ -28,13 +31,16 @@ def settings(
 ) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None where this is the only process.
 
-    In this order: the flags; JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on
+    In this order: the flags, whose coordinator "auto" leaves all to JAX, which asks the metadata
+    server of Cloud TPU VMs (their environment says nothing); JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on
     Kubernetes JOB_COMPLETION_INDEX, which indexed jobs set); a SLURM step or an Open MPI job of
     several tasks; a TPU slice of several hosts, or several slices.
 
     Raises:
       ValueError: one of the three is given without the others, or the number is out of range.
     """
+    if (coordinator, num_processes, process_id) == ("auto", None, None):
+        return {}
     source = "--coordinator, --num_processes and --process_id"
     given = (coordinator, num_processes, process_id)
     if all(x is None for x in given) and "JAX_COORDINATOR_ADDRESS" in environment:

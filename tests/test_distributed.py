@@ -24,6 +24,7 @@ def test_where_the_other_processes_are_is_found():
     assert settings({"OMPI_COMM_WORLD_SIZE": "4"}) == {"cluster_detection_method": "ompi"}
     assert settings({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     assert settings({"MEGASCALE_COORDINATOR_ADDRESS": "a"}) == {}
+    assert settings({}, "auto") == {}
     plain = {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
     assert settings(SLURM, "a:1", 4, 3) == plain
     variables = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}

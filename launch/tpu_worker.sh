@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh runs on every TPU VM:
+#   tpu_worker.sh setup [NFS]             installs this checkout, mounts NFS at /mnt/aim
+#   tpu_worker.sh start PROGRAM OPTIONS   starts the training, unless it runs
+#   tpu_worker.sh wait                    shows its log until it ends, and ends with its exit code
+#   tpu_worker.sh stop                    SIGTERM: it saves and ends
+# The training does not hang on a connection: one that breaks neither ends nor repeats it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run=${AIM_JAX_RUN:-$HOME/aim_jax_run}  # outside the checkout, which setup replaces
+mkdir -p "$run"
+
+# Exit code 3: repeating will not mend it. (1 and 255 are what gcloud and ssh end with by themselves.)
+final=3
+
+setup() {
+  # The VMs have Python 3.10.
+  python3 -m pip install --quiet --user uv || return
+  local uv=$HOME/.local/bin/uv
+  "$uv" venv --quiet --allow-existing --python 3.12 .venv || return
+  "$uv" pip install --quiet --python .venv --constraint constraints.txt --editable '.[tpu]' || return
+  if [[ -n ${1-} ]] && ! mountpoint --quiet /mnt/aim; then
+    sudo apt-get install --yes -qq nfs-common || return
+    sudo mkdir -p /mnt/aim || return
+    sudo mount -t nfs "$1" /mnt/aim || return
+  fi
+}
+
+# The training holds $run/lock while it runs; unlike a process id that is true after a reboot too.
+case ${1-} in
+  setup)
+    shift
+    setup "$@" || { echo "error: the setup of $HOSTNAME failed." >&2; exit "$final"; }
+    ;;
+  start)
+    shift
+    exec 9> "$run/lock"
+    flock --nonblock 9 || { echo "$HOSTNAME: training already"; exit 0; }
+    rm -f "$run/status"
+    # shellcheck disable=SC2016  # expanded by the inner shell
+    setsid bash -c '
+      run=$1
+      shift
+      "$@" 9>&- &
+      echo $! > "$run/pid"
+      status=0
+      wait $! || status=$?
+      echo $status > "$run/status"
+    ' - "$run" .venv/bin/python "$@" < /dev/null > "$run/log" 2>&1 &
+    echo "$HOSTNAME: started"
+    ;;
+  wait)
+    tail -n +1 -F "$run/log" 2> /dev/null &
+    flock "$run/lock" true
+    sleep 1  # for the last lines
+    kill $!
+    status=$(cat "$run/status") || { echo "error: the training on $HOSTNAME was killed." >&2; exit 137; }
+    case $status in 1 | 2) status=$final ;; esac
+    exit "$status"
+    ;;
+  stop)
+    flock --nonblock "$run/lock" true && { echo "$HOSTNAME: no training runs"; exit 0; }
+    kill -TERM "$(cat "$run/pid")"
+    flock --timeout 300 "$run/lock" true
+    ;;
+  *)
+    echo "error: unknown command '${1-}'; expected setup, start, wait or stop." >&2
+    exit "$final"
+    ;;
+esac
