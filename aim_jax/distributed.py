@@ -31,10 +31,11 @@ def settings(
 ) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None where this is the only process.
 
-    In this order: the flags, whose coordinator "auto" leaves all to JAX, which asks the metadata
-    server of Cloud TPU VMs (their environment says nothing); JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on
-    Kubernetes JOB_COMPLETION_INDEX, which indexed jobs set); a SLURM step or an Open MPI job of
-    several tasks; a TPU slice of several hosts, or several slices.
+    In this order: the flags, where the coordinator "auto" leaves all to JAX (the environment of
+    Cloud TPU VMs says nothing of other hosts, their metadata server does); JAX_COORDINATOR_ADDRESS
+    with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on Kubernetes JOB_COMPLETION_INDEX, which indexed
+    jobs set); a SLURM step or an Open MPI job of several tasks; a TPU slice of several hosts, or
+    several slices.
 
     Raises:
       ValueError: one of the three is given without the others, or the number is out of range.

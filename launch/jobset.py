@@ -1,11 +1,11 @@
 """Writes a Kubernetes JobSet that trains on TPU slices (GKE) or GPU nodes.
 
 Example:
-  python launch/jobset.py --name aim-xl --accelerator v5e-64 --slices 2 --image IMAGE --claim CLAIM \\
-    -- --config configs/aim_xl.py --workdir /data/runs/aim_xl | kubectl apply -f -
+  python launch/jobset.py --name aim-xl --accelerator v5e-64 --slices 2 --image IMAGE \\
+    --claim CLAIM -- --config configs/aim_xl.py --workdir /data/runs/aim_xl | kubectl apply -f -
 
-The manifest goes to the standard output (as JSON, which kubectl takes); nothing is started. It needs
-no installed package. What comes after `--` are the options of the training. docs/clusters.md tells more.
+The manifest goes to the standard output (as JSON, which kubectl takes); nothing is started, and no
+package is needed. Options of the training come after `--`. docs/clusters.md tells more.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import math
 import re
 from pathlib import PurePosixPath
 
-# Per generation: its name on GKE, the shape of the smallest slice, the cores per chip that the number
-# in an accelerator's name counts, the largest number.
+# Per generation: its name on GKE, the shape of the smallest slice, what the number in the name of an
+# accelerator counts per chip, the largest number.
 TPUS = {
     "v4": ("tpu-v4-podslice", (2, 2, 1), 2, 8192),
     "v5e": ("tpu-v5-lite-podslice", (2, 2), 1, 256),

@@ -50,9 +50,9 @@ case ${1-} in
     echo "$HOSTNAME: started"
     ;;
   wait)
-    tail -n +1 -F "$run/log" 2> /dev/null &
+    tail -n +1 --sleep-interval=0.1 -F "$run/log" 2> /dev/null &
     flock "$run/lock" true
-    sleep 1  # for the last lines
+    sleep 0.3  # for the last lines
     kill $!
     status=$(cat "$run/status") || { echo "error: the training on $HOSTNAME was killed." >&2; exit 137; }
     case $status in 1 | 2) status=$final ;; esac
