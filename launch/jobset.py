@@ -14,8 +14,8 @@ import math
 import re
 from pathlib import PurePosixPath
 
-# Per generation: its name on GKE, the shape of the smallest slice, what the number in the name of an
-# accelerator counts per chip, the largest number.
+# Per generation: its name on GKE, the shape of the smallest slice, how much a chip counts in the
+# number of an accelerator (v5p-128 has 64 chips), the largest number.
 TPUS = {
     "v4": ("tpu-v4-podslice", (2, 2, 1), 2, 8192),
     "v5e": ("tpu-v5-lite-podslice", (2, 2), 1, 256),

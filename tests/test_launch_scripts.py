@@ -130,14 +130,15 @@ def test_a_slurm_process_has_all_gpus_of_its_node(tmp_path):
     program.write_text(
         "import jax\nfrom aim_jax import distributed\n"
         "jax.distributed.initialize(**distributed.settings({'SLURM_STEP_NODELIST': 'localhost',"
-        " 'SLURM_NTASKS': '2'}))\nprint(jax.config.jax_cuda_visible_devices)\n"
+        " 'SLURM_NTASKS': '2'}))\nprint(jax.config.read('jax_cuda_visible_devices'))\n"
     )
     executable(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; "$@"')
     step = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0}
+    step["LOCALID"] = 0
     done = bash(
         "slurm.sh", "--python", sys.executable, "--program", program, "--", *TRAINING,
         PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
-        SLURM_GPUS_ON_NODE="4", SLURM_LOCALID="0", **{f"SLURM_{k}": str(v) for k, v in step.items()},
+        SLURM_GPUS_ON_NODE="4", **{f"SLURM_{name}": str(value) for name, value in step.items()},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["0,1,2,3"], done.stderr
 
@@ -295,10 +296,8 @@ def test_delete_lets_the_training_save(tpu_host, tmp_path):
 def violations(value, schema, path="manifest"):
     """What a structural schema of Kubernetes says against a value; unknown fields count."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
-    if schema.get("x-kubernetes-int-or-string"):
-        expected = (int, str)
-    else:
-        expected = kinds[schema["type"]]
+    either = schema.get("x-kubernetes-int-or-string")
+    expected = (int, str) if either else kinds[schema["type"]]
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         return [f"{path}: {value!r} is no {schema.get('type', 'integer or string')}"]
     found = []
@@ -309,9 +308,8 @@ def violations(value, schema, path="manifest"):
             found += violations(item, schema["items"], f"{path}[{i}]")
     elif isinstance(value, dict) and ("properties" in schema or "additionalProperties" in schema):
         known, others = schema.get("properties", {}), schema.get("additionalProperties")
-        found += [
-            f"{path}: {key} is missing" for key in schema.get("required", []) if key not in value
-        ]
+        missing = set(schema.get("required", [])) - value.keys()
+        found += [f"{path}: {key} is missing" for key in sorted(missing)]
         for key, item in value.items():
             if key in known or others:
                 found += violations(item, known.get(key, others), f"{path}.{key}")
