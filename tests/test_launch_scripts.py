@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -283,8 +284,10 @@ def test_delete_lets_the_training_save(tpu_host, tmp_path):
         start = [*worker, "start", "launch/train.py"]
         done = subprocess.run(start, env=os.environ | tpu_host, capture_output=True, text=True)
         assert done.returncode == 0 and answer in done.stdout
+    waited = time.monotonic()
     while not (tmp_path / "trains").exists():
-        pass
+        assert time.monotonic() - waited < 30
+        time.sleep(0.05)
     assert bash("tpu_pod.sh", "delete", *TPU, **tpu_host).returncode == 0
     assert (tmp_path / "aim_jax_run" / "status").read_text() == "75\n"
     assert not (tmp_path / "state").exists()
