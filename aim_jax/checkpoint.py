@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -68,12 +69,9 @@ class RunCheckpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._lister, self._closed = None, threading.Event()
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint."""
@@ -93,6 +91,9 @@ class RunCheckpoints:
         )
         with self._save_errors():
             self._manager.save(step, args=args)
+        self._join_lister()
+        self._lister = threading.Thread(target=self._list_files, args=(step,), daemon=True)
+        self._lister.start()
 
     def wait(self) -> None:
         """Waits for the last save.
@@ -102,6 +103,7 @@ class RunCheckpoints:
         """
         with self._save_errors():
             self._manager.wait_until_finished()
+        self._join_lister()
 
     def restore_newest(self, state, iterator: grain.DatasetIterator) -> tuple[int, Any]:
         """Step and state of the newest whole checkpoint; step 0 and `state` where there is none.
@@ -138,15 +140,23 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Ends the background work; a failure of the last save is not reported here."""
+        self._closed.set()
+        self._join_lister()
         self._manager.close()
 
-    def _list_files(self) -> None:
-        """Writes the list of every whole checkpoint that has none; Orbax calls it after a save."""
-        if jax.process_index() != 0:
-            return
-        for path in self.directory.glob("*"):
-            if path.name.isdecimal() and not (path / self.FILES).exists():
-                write_json(path / self.FILES, _checksums(path))
+    def _list_files(self, step: int) -> None:
+        """Writes the list of a checkpoint's files as soon as it has its final name."""
+        path = self.directory / str(step)
+        while not path.exists():
+            if self._closed.wait(0.05):
+                return
+        if jax.process_index() == 0:
+            write_json(path / self.FILES, _checksums(path))
+
+    def _join_lister(self) -> None:
+        if self._lister is not None:
+            self._lister.join()
+            self._lister = None
 
     def _problem(self, step: int) -> str:
         """What is wrong with the files of a checkpoint; all processes get the same answer."""

@@ -13,19 +13,27 @@ from aim_jax.monitor import BadStepsError
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
 EXIT_STOPPED = 75
+# EX_UNAVAILABLE: another process was lost; the same command goes on from the last checkpoint.
+EXIT_LOST = 69
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
     """Ends the program with status 1 and one line for errors that say what a user should change."""
-    # Orbax and JAX log every file that they touch at the info level.
-    logging.set_verbosity(logging.WARNING)
+    # Orbax logs every file that it touches, and with their tracebacks the errors that it raises.
+    logging.set_verbosity(logging.FATAL)
     keep_compiled_programs()
     try:
         yield
     except (ValueError, OSError, BadStepsError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # The exchange with another process failed: it was lost, and this one's state with it.
+        print(f"error: lost another process: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)  # an orderly end would wait for the others
 
 
 def keep_compiled_programs() -> None:

@@ -121,11 +121,11 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
         if stop.received:
             log.check()
             checkpoints.save(step, state, stage.batches)
-            checkpoints.wait()
+        checkpoints.wait()
+        if stop.received:
             say(f"{stop.received}: saved step {step}; the same command continues from there.")
         if step == config.steps or stop.received == "SIGINT":
             stage.export(state)
-        checkpoints.wait()
     finally:
         stop.restore()
         profiler.close()

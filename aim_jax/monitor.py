@@ -128,7 +128,8 @@ class StepLog:
         self._step, self._time, self._waited = step, now, 0.0
         self._writer.write(step, means | speed)
         skipped = means.pop("skipped", 0.0)
-        shown = [f"{name} {value:.4g}" for name, value in means.items()]
+        ordered = sorted(means, key=lambda name: name != "loss")
+        shown = [f"{name} {means[name]:.4g}" for name in ordered]
         if skipped:
             shown.append(f"skipped {skipped:.0f}")
         shown.append(f"{speed['examples_per_second']:.0f} images/s")

@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from aim_jax import train
 from aim_jax.distributed import settings
+from aim_jax.launching import EXIT_STOPPED
 from tests.conftest import ROOT
 from tests.test_train import aim_config, codes  # noqa: F401  (fixtures)
 
@@ -38,8 +40,8 @@ def test_where_the_other_processes_are_is_found():
         settings({}, "a:1", 4, 4)
 
 
-def run(config, workdir, processes, *options):
-    """Runs the training program as `processes` processes with four devices in all."""
+def start(config, workdir, processes, *options):
+    """Starts the training program as `processes` processes with four devices in all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -48,39 +50,35 @@ def run(config, workdir, processes, *options):
         "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
-    command = [
-        sys.executable,
-        "launch/train.py",
-        "--config",
-        config,
-        "--workdir",
-        workdir,
-        *options,
-    ]
-    together = ["--coordinator", f"localhost:{port}", "--num_processes", processes]
-    jobs = [
+    command = ["launch/train.py", "--config", config, "--workdir", workdir, *options]
+    command += ["--coordinator", f"localhost:{port}", "--num_processes", processes]
+    return [
         subprocess.Popen(
-            [*map(str, command), *map(str, together), "--process_id", str(i)],
+            [sys.executable, *map(str, command), "--process_id", str(i)],
             cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(processes)
     ]  # fmt: skip
+
+
+def finish(jobs, limit=300):
+    """Exit codes and outputs; one that still runs after `limit` seconds fails the test."""
     try:
-        outputs = [job.communicate(timeout=300)[0] for job in jobs]
+        outputs = [job.communicate(timeout=limit)[0] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
-    assert [job.returncode for job in jobs] == [0] * processes, "\n\n".join(outputs)
+    return [job.returncode for job in jobs], "\n\n".join(outputs)
 
 
-def losses(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss", "val_loss")
-    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
+def run(config, workdir, processes, *options):
+    """Runs the training program to its end."""
+    exits, outputs = finish(start(config, workdir, processes, *options))
+    assert exits == [0] * processes, outputs
 
 
-def test_processes_train_what_one_process_trains(aim_config, tmp_path):  # noqa: F811
-    """Two processes save, four go on with another mesh; the losses are those of one process."""
+@pytest.fixture
+def config_file(aim_config, tmp_path):  # noqa: F811
     aim_config.optimizer.schedule = "constant"  # others depend on the number of steps
     (tmp_path / "config.json").write_text(aim_config.to_json())
     config = tmp_path / "config.py"
@@ -90,13 +88,57 @@ def test_processes_train_what_one_process_trains(aim_config, tmp_path):  # noqa:
         "    text = Path(__file__).with_name('config.json').read_text()\n"
         "    return ConfigDict(json.loads(text))\n"
     )
+    return config
+
+
+def losses(workdir):
+    file = workdir / "metrics.jsonl"
+    rows = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+    names = ("loss", "val_loss")
+    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
+
+
+def test_processes_train_what_one_process_trains(
+    aim_config,  # noqa: F811
+    config_file,
+    tmp_path,
+):
+    """Two processes save, four go on with another mesh; the losses are those of one process."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     train.train(aim_config, alone)
-    run(config, together, 2, "--config.steps=3")
-    run(config, together, 4, "--config.mesh.model=2", "--config.mesh.fsdp=True")
+    run(config_file, together, 2, "--config.steps=3")
+    run(config_file, together, 4, "--config.mesh.model=2", "--config.mesh.fsdp=True")
     expected, found = losses(alone), losses(together)
     assert found.keys() == expected.keys() and len(found) == 8
     assert found == pytest.approx(expected, rel=1e-5)
     assert (together / "model" / "model.json").is_file()
     same = [(path / "samples" / "step_0000006.png").read_bytes() for path in (alone, together)]
     assert same[0] == same[1]
+
+
+def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):
+    """SIGTERM to one makes all save the same step; when one is gone the others end soon."""
+
+    def running(step):
+        options = [f"--config.{k}_every=0" for k in ("eval", "sample", "save")]
+        options += ["--config.steps=1000000", "--heartbeat_seconds=10"]
+        jobs = start(config_file, tmp_path / "run", 2, *options)
+        while not any(int(at) >= step for at, _ in (losses(tmp_path / "run") or {(0, ""): 0})):
+            assert all(job.poll() is None for job in jobs), finish(jobs)
+            time.sleep(0.1)
+        return jobs
+
+    jobs = running(2)
+    jobs[1].terminate()
+    exits, output = finish(jobs)
+    assert exits == [EXIT_STOPPED] * 2, output
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1 and f"SIGTERM: saved step {saved[0]}" in output
+
+    jobs = running(int(saved[0]) + 2)
+    jobs[1].kill()
+    exits, output = finish(jobs, 90)
+    # By an error of the exchange or by the heartbeat; neither "complete" nor "do not repeat".
+    assert exits[0] not in (0, 1, 2, EXIT_STOPPED), output
+    assert f"resumed from step {saved[0]}" in output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == saved

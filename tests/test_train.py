@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from aim_jax.models import VQModel
 from aim_jax.models.layers import group_to_layer
 from aim_jax.monitor import BadStepsError
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
-from tests.conftest import TINY_AIM, TINY_VQ
+from tests.conftest import ROOT, TINY_AIM, TINY_VQ
 
 
 def small(config, folder):
@@ -133,6 +135,79 @@ def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path,
     again = train.train(aim_config, tmp_path / "b")
     assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
     assert load_pretrained(tmp_path / "b").aim_config == TINY_AIM
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Makes a run once; returns (its workdir, its final state)."""
+    made = {}
+
+    def make(config):
+        if not made:
+            workdir = tmp_path_factory.mktemp("finished") / "run"
+            made["run"] = (workdir, train.train(config, workdir))
+        return made["run"]
+
+    return make
+
+
+def spoil_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(spoil_bit, "damaged"), (cut, "damaged"), (os.remove, "missing")],
+    ids=["bit", "cut", "removed"],
+)
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+    aim_config, finished_run, tmp_path, capsys, damage, said
+):
+    workdir, whole = finished_run(aim_config)
+    shutil.copytree(workdir, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    damage(max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size))
+    again = train.train(aim_config, tmp_path / "run")
+    output = capsys.readouterr().err
+    assert f"checkpoint of step 6: {said}: state/" in output and "resumed from step 3" in output
+    assert_same_run(workdir, whole, tmp_path / "run", again)
+    assert (tmp_path / "run" / "damaged" / "6").is_dir() and newest.is_dir()
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(aim_config, finished_run, tmp_path):
+    shutil.copytree(finished_run(aim_config)[0], tmp_path / "run")
+    for step in ("3", "6"):
+        for file in (tmp_path / "run" / "checkpoints" / step / "data").glob("*"):
+            file.unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(step 6: missing: data/"):
+        train.train(aim_config, tmp_path / "run")
+
+
+def test_full_disk_ends_the_run_and_keeps_the_last_save(aim_config, finished_run, tmp_path):
+    """No file may grow to the size of a checkpoint's; the program says so and loses nothing."""
+    workdir, whole = finished_run(aim_config)
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "config.py").write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(json.loads({aim_config.to_json()!r}))\n"
+    )
+    command = f"{sys.executable} launch/train.py --config {tmp_path}/config.py"
+    ended = subprocess.run(
+        ["bash", "-c", f"ulimit -f 20; exec {command} --workdir {tmp_path}/run"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "error: a checkpoint could not be written into" in ended.stderr
+    assert "The newest whole one: step 3." in ended.stderr
+    again = train.train(aim_config, tmp_path / "run")
+    assert_same_run(workdir, whole, tmp_path / "run", again)
 
 
 def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path):
