@@ -62,7 +62,9 @@ def aim_defaults() -> ConfigDict:
     config = _common()
     config.stage = "aim"
     config.tokenizer = ""  # model directory of the tokenizer, or the name of a bundled model
-    config.codes = ""  # directory with train/ and validation/ token caches; "": encode pictures
+    # Directory with train/ and validation/ token caches, or several to mix: "codes/a,codes/b:0.5"
+    # draws pictures of b half as often as those of a. "": encode pictures on the way.
+    config.codes = ""
     config.model = ConfigDict()  # fields of AiMConfig
     config.sample = ConfigDict(SAMPLING_DEFAULTS | {"per_class": 8, "classes": 10})
     return config

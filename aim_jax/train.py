@@ -1,6 +1,8 @@
 """Training of AiM: next-code prediction under a class label (arXiv 2408.12245, section 3)."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from aim_jax import loop, sampling
@@ -21,6 +24,7 @@ from aim_jax.checkpoint import (
 from aim_jax.config import image_spec
 from aim_jax.data import (
     TokenCache,
+    check_alike,
     check_images,
     fingerprint,
     image_batches,
@@ -250,27 +254,62 @@ def open_tokenizer(name_or_path: str) -> Pretrained:
     return tokenizer
 
 
+def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """A function from float32 pictures (b, S, S, C) to codes (b, t), and the number of devices.
+
+    The devices of this process share every batch, so that b is a multiple of their number.
+    """
+    mesh = make_mesh(devices=jax.local_devices())
+    params = jax.device_put(tokenizer.vq_params, NamedSharding(mesh, PartitionSpec()))
+    model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
+    apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
+    return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
+
+
+def parse_codes(text: str) -> list[tuple[Path, float]]:
+    """ "codes/a,codes/b:0.5" -> the directories, and how often their pictures are drawn.
+
+    Raises:
+      ValueError: a weight is no positive number.
+    """
+
+    def parse(item: str) -> tuple[Path, float]:
+        path, _, weight = item.strip().partition(":")
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = 0
+        if not path or not 0 < number < math.inf:
+            raise ValueError(
+                f"config.codes={text!r}: {item!r} is not a directory, or DIRECTORY:WEIGHT with a "
+                "positive number"
+            )
+        return Path(path), number
+
+    return [parse(item) for item in text.split(",")]
+
+
 class CodeData:
-    """Training and validation codes from token caches.
+    """Training codes from one token cache or several, and validation codes from the first.
 
     Attributes:
-      unigram_entropy: nats per token of the codes' marginal distribution: what a model that
-        ignores class, position and context would reach.
+      unigram_entropy: nats per token of the marginal distribution of (the first cache's) codes:
+        what a model that ignores class, position and context would reach.
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
         expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
-        self._train, self._validation = (
-            TokenCache.open(Path(config.codes) / split, expected)
-            for split in ("train", "validation")
-        )
+        paths, self._weights = zip(*parse_codes(config.codes), strict=True)
+        self._train = [TokenCache.open(path / "train", expected) for path in paths]
+        self._validation = TokenCache.open(paths[0] / "validation", expected)
+        check_alike([*self._train, self._validation])
         self._config, self._share = config, share
-        self.class_names = self._train.class_names
-        self.num_tokens, self.vocab_size = self._train.num_tokens, self._train.vocab_size
-        self.train_size, self.validation_size = len(self._train), len(self._validation)
-        frequency = np.bincount(self._train.codes.ravel(), minlength=self.vocab_size)
-        p = frequency[frequency > 0] / frequency.sum()
-        self.unigram_entropy = float(-(p * np.log(p)).sum())
+        first = self._train[0]
+        self.class_names = first.class_names
+        self.num_tokens, self.vocab_size = first.num_tokens, first.vocab_size
+        self.train_size = sum(len(cache) for cache in self._train)
+        self.validation_size = len(self._validation)
+        self.unigram_entropy = unigram_entropy(first)
 
     def encode(self, batch: dict) -> dict:
         """The batch as it is: it holds codes already."""
@@ -278,17 +317,25 @@ class CodeData:
 
     def train_batches(self):
         """Endless shuffled batches of this process."""
-        return self._batches(self._train, train=True)
+        return self._batches(self._train, weights=self._weights, train=True)
 
     def validation_batches(self):
         """One pass over this process's share of the validation codes."""
-        return self._batches(self._validation, train=False)
+        return self._batches([self._validation], train=False)
 
-    def _batches(self, cache, train):
+    def _batches(self, caches, **settings):
         return token_batches(
-            cache, self._config.batch_size, seed=self._config.seed, train=train,
-            shard_index=self._share[0], shard_count=self._share[1],
+            caches, self._config.batch_size, seed=self._config.seed,
+            shard_index=self._share[0], shard_count=self._share[1], **settings,
         )  # fmt: skip
+
+
+def unigram_entropy(cache: TokenCache, most: int = 2**14) -> float:
+    """Nats per token of the marginal distribution of the codes of (evenly spaced) pictures."""
+    codes, _ = cache.take(np.linspace(0, len(cache) - 1, min(most, len(cache))).astype(int))
+    frequency = np.bincount(codes.ravel(), minlength=cache.vocab_size)
+    p = frequency[frequency > 0] / frequency.sum()
+    return float(-(p * np.log(p)).sum())
 
 
 class EncodedImages:

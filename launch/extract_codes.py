@@ -6,14 +6,18 @@ Example:
     --config.tokenizer=runs/cifar10_vq --config.codes=codes/cifar10
 
 Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those
-that the tokenizer was trained on unless flags say otherwise.
+that the tokenizer was trained on unless flags say otherwise. The same command continues an
+interrupted run. Machines that share OUT divide the work, as connected processes (--coordinator) or
+each by itself (--part 1/N to N/N). docs/imagenet.md has an example at full size.
 """
 
 import sys
+import time
 from pathlib import Path
 
 from absl import app, flags
 
+from aim_jax import distributed
 from aim_jax.launching import errors_in_one_line
 
 FLAGS = flags.FLAGS
@@ -22,8 +26,18 @@ flags.DEFINE_string("out", None, "Directory for the token caches.")
 flags.DEFINE_string("data_name", "", "Data set; see aim_jax.data.open_images.")
 flags.DEFINE_string("data", "", "Directory with the pictures.")
 flags.DEFINE_list("split", ["train", "validation"], "Splits to encode.")
-flags.DEFINE_bool("flip", True, "Store the mirrored pictures of the train split as well.")
-flags.DEFINE_integer("batch_size", 128, "Pictures per step.", lower_bound=1)
+flags.DEFINE_enum(
+    "views", "centre_flip", ["centre", "centre_flip", "ten_crop"],
+    "What to store of every picture of the train split: the centre crop, it and its mirror image, "
+    "or the centre and four corners of a larger square and their mirror images. Of other splits it "
+    "is the centre crop.",
+)  # fmt: skip
+flags.DEFINE_float("crop_range", 1.1, "Side of the larger square of ten_crop, in image sizes.")
+flags.DEFINE_integer("batch_size", 128, "Pictures per step and device.", lower_bound=1)
+flags.DEFINE_integer("shard_size", 16384, "Pictures per file.", lower_bound=1)
+flags.DEFINE_integer("workers", 0, "Processes that decode pictures; 0 uses threads.", lower_bound=0)
+flags.DEFINE_string("part", "", "I/N: encode every N-th shard alone, from the I-th on.")
+distributed.define_flags()
 flags.mark_flags_as_required(["tokenizer", "out"])
 
 
@@ -34,13 +48,19 @@ def extract() -> None:
 
     from aim_jax import data
     from aim_jax.config import image_spec
-    from aim_jax.models.vq import VQModel
     from aim_jax.monitor import Progress, say
-    from aim_jax.train import open_tokenizer
+    from aim_jax.train import local_encoder, open_tokenizer
 
-    targets = {split: Path(FLAGS.out) / split for split in FLAGS.split}
-    for target in targets.values():
-        data.check_cache_target(target)
+    distributed.initialize(
+        coordinator=FLAGS.coordinator,
+        num_processes=FLAGS.num_processes,
+        process_id=FLAGS.process_id,
+    )
+    part = jax.process_index(), jax.process_count()
+    if FLAGS.part and part[1] > 1:
+        raise ValueError("--part is for processes that are not connected; these divide the work")
+    if FLAGS.part:
+        part = data.parse_part(FLAGS.part)
     tokenizer = open_tokenizer(FLAGS.tokenizer)
     vq = tokenizer.vq_config
     if "data" not in tokenizer.info:
@@ -49,35 +69,72 @@ def extract() -> None:
     name, spec = FLAGS.data_name or described.name, image_spec(described)
     # The directory belongs to the data set, so the tokenizer's does not go with another name.
     folder = FLAGS.data or (described.get("dir", "") if name == described.name else "") or None
-    sources = {split: data.open_images(name, split, folder) for split in targets}
-    for source in sources.values():
-        data.check_images(source, spec)
-
-    side = spec.image_size // vq.downsampling
-    apply = jax.jit(lambda p, x: VQModel(vq).apply({"params": p}, x, method="encode_to_tokens"))
-    for split, source in sources.items():
-        flip = FLAGS.flip and split == "train"
-        chunks = data.extract_codes(
-            lambda images: apply(tokenizer.vq_params, images),
-            source,
-            spec,
-            FLAGS.batch_size,
-            flip=flip,
-            progress=Progress(f"encoding {split}"),
+    views = {
+        split: data.make_views(
+            FLAGS.views if split == "train" else "centre", spec, FLAGS.crop_range
         )
-        data.write_token_cache(
-            targets[split],
-            chunks,
+        for split in FLAGS.split
+    }
+    sources = {split: data.open_images(name, split, folder) for split in FLAGS.split}
+    side = spec.image_size // vq.downsampling
+    writers = {
+        split: data.CacheWriter(
+            Path(FLAGS.out) / split,
             tokenizer=data.fingerprint(vq, tokenizer.vq_params),
             tokenizer_name=tokenizer.name,
             vocab_size=vq.n_embed,
             grid=(side, side),
             class_names=source.class_names,
-            views=("centre", "flip") if flip else ("centre",),
+            views=views[split].names,
+            num_examples=len(source),
             dataset=name,
             split=split,
+            pictures=views[split].pictures,
+            shard_size=FLAGS.shard_size,
         )
-        say(f"wrote {targets[split]}: {len(source)} pictures, {side * side} codes each")
+        for split, source in sources.items()
+    }
+    encode, devices = local_encoder(tokenizer)
+    missing = [split for split, writer in writers.items() if writer.missing()]
+    for split in missing:
+        data.check_images(sources[split], spec)
+    which = f", part {part[0] + 1}/{part[1]}" if part[1] > 1 else ""
+    for split in missing:
+        data.extract_codes(
+            encode,
+            sources[split],
+            views[split],
+            writers[split],
+            FLAGS.batch_size * devices,
+            part=part,
+            workers=FLAGS.workers,
+            progress=Progress(f"encoding {split}{which}"),
+        )
+    for writer in writers.values():
+        left, shards = len(finish(writer)), len(writer.ranges)
+        names, pictures = writer.manifest["views"], writer.manifest["num_examples"]
+        if left:
+            say(f"{writer.path}: {left} of {shards} shards are left to other parts")
+        else:
+            say(f"{writer.path}: {pictures} pictures, {len(names)} views, {side * side} codes each")
+
+
+def finish(writer) -> list[int]:
+    """Completes a cache where it can be; connected processes first wait for each other's shards."""
+    import jax
+
+    from aim_jax.monitor import Progress
+
+    waiting = Progress(f"waiting for other processes, {writer.path}", "shards")
+    total, together = len(writer.ranges), jax.process_count() > 1
+    while together and (missing := writer.missing()):
+        waiting(total - len(missing), total)
+        time.sleep(1)
+    if jax.process_index() == 0:
+        return writer.finish()
+    while not writer.finished:
+        time.sleep(1)
+    return []
 
 
 def main(_):

@@ -17,8 +17,7 @@ from flax import linen as nn
 from aim_jax import convert, loop, optim, train, train_vq
 from aim_jax.checkpoint import Pretrained, load_pretrained, save_model
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
-from aim_jax.data import extract_codes, fingerprint, open_images, write_token_cache
-from aim_jax.models import VQModel
+from aim_jax.data import CacheWriter, extract_codes, fingerprint, make_views, open_images
 from aim_jax.models.layers import group_to_layer
 from aim_jax.monitor import BadStepsError
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
@@ -47,20 +46,17 @@ def codes(picture_folder, tiny_model, tmp_path_factory):
     """Token caches of the picture folder under the tiny tokenizer."""
     root = tmp_path_factory.mktemp("codes")
     spec = image_spec(small(vq_defaults(), picture_folder).data)
-    encode = jax.jit(
-        lambda x: VQModel(TINY_VQ).apply(
-            {"params": tiny_model.vq_params}, x, method="encode_to_tokens"
-        )
-    )
+    encode, devices = train.local_encoder(tiny_model)
     for split in ("train", "validation"):
         source = open_images("folder", split, picture_folder)
-        write_token_cache(
-            root / split,
-            extract_codes(encode, source, spec, 8, flip=split == "train"),
-            tokenizer=fingerprint(tiny_model.vq_config, tiny_model.vq_params),
-            vocab_size=16, grid=(2, 2), class_names=source.class_names,
-            views=("centre", "flip") if split == "train" else ("centre",),
+        views = make_views("centre_flip" if split == "train" else "centre", spec)
+        writer = CacheWriter(
+            root / split, tokenizer=fingerprint(tiny_model.vq_config, tiny_model.vq_params),
+            vocab_size=16, grid=(2, 2), class_names=source.class_names, views=views.names,
+            num_examples=len(source),
         )  # fmt: skip
+        extract_codes(encode, source, views, writer, devices)
+        assert not writer.finish()
     return root
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import aim_jax
 from aim_jax.checkpoint import Pretrained, find_model, load_pretrained, save_model
 from aim_jax.convert import configs, files, rules
 from aim_jax.convert.files import LazyTensor, WeightsError
+from aim_jax.data.imagenet import imagenet_classes
 from aim_jax.models.adapt import rearrange_adaln
 from aim_jax.models.aim import AiMConfig
 from aim_jax.models.vq import HISTORY_LENGTH, VQConfig
@@ -262,12 +262,6 @@ def _describe_data(model: Pretrained) -> dict:
         "random_crop": False,
         "random_flip": False,
     }
-
-
-def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1000 classes of ImageNet, in the order of their WordNet ids."""
-    file = resources.files("aim_jax.data") / "imagenet_classes.txt"
-    return tuple(file.read_text().splitlines())
 
 
 def to_torch(

@@ -1,5 +1,14 @@
 """Pictures, token caches and resumable batches of both."""
 
+from aim_jax.data.extraction import (
+    VIEWS,
+    CacheWriter,
+    Views,
+    extract_codes,
+    make_views,
+    parse_part,
+)
+from aim_jax.data.imagenet import TarImages
 from aim_jax.data.images import (
     ArrayImages,
     FolderImages,
@@ -17,20 +26,22 @@ from aim_jax.data.pipeline import (
 )
 from aim_jax.data.tokens import (
     TokenCache,
-    check_cache_target,
-    extract_codes,
+    check_alike,
     fingerprint,
     token_batches,
-    write_token_cache,
 )
 
 __all__ = [
+    "VIEWS",
     "ArrayImages",
+    "CacheWriter",
     "FolderImages",
     "ImageSource",
     "ImageSpec",
+    "TarImages",
     "TokenCache",
-    "check_cache_target",
+    "Views",
+    "check_alike",
     "check_images",
     "check_labels",
     "decode_image",
@@ -38,8 +49,9 @@ __all__ = [
     "fingerprint",
     "image_batches",
     "index_batches",
+    "make_views",
     "open_images",
+    "parse_part",
     "preprocess",
     "token_batches",
-    "write_token_cache",
 ]

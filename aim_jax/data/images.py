@@ -192,6 +192,7 @@ def open_images(
     * CIFAR-10's binary batches, `data_batch_1.bin` ... `test_batch.bin` (name "cifar10");
     * a prepared array_record data set: its version folder, or a tfds `data_dir` that holds
       `name/version`;
+    * ImageNet's tar files or folders (name "imagenet2012"; see `imagenet.open_imagenet`);
     * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*`, or just
       `CLASS/*` (any name).
 
@@ -217,6 +218,8 @@ def open_images(
         if name == "folder":
             raise ValueError("data set 'folder' needs a data_dir with one folder per class")
         return _open_tfds(name, split, _tfds_builder(name, None))
+    from aim_jax.data import imagenet  # it builds on this module
+
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"the data directory {root} does not exist")
@@ -226,6 +229,8 @@ def open_images(
         return _open_cifar10(root, split)
     if (root / "dataset_info.json").is_file() or list(root.glob(f"{name}/**/dataset_info.json")):
         return _open_tfds(name, split, _tfds_builder(name, root))
+    if name == imagenet.NAME:
+        return imagenet.open_imagenet(root, split)
     if name == "folder" or _is_class_root(root):
         return _open_folder(name, root, split)
     raise FileNotFoundError(
@@ -313,26 +318,29 @@ def _tail_start(size: int) -> int:
     return size - max(1, round(TAIL_FRACTION * size))
 
 
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is a picture: by its ending, and not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _images_in(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
+    """Paths of the pictures in a folder and the folders in it, sorted."""
     return sorted(
         os.path.join(place, name)
         for place, _, names in os.walk(folder)
         for name in names
-        if _is_image(name)
+        if is_image(name)
     )
 
 
 def _is_class_root(root: Path) -> bool:
     return (root / "train").is_dir() or any(
-        _is_image(file.name) for folder in _folders(root) for file in folder.iterdir()
+        is_image(file.name) for folder in folders(root) for file in folder.iterdir()
     )
 
 
@@ -340,23 +348,23 @@ def _open_folder(name: str, root: Path, split: str) -> ImageSource:
     train = root / "train" if (root / "train").is_dir() else root
     given = {"train": train}
     if train is not root:
-        for folder in _folders(root):
+        for folder in folders(root):
             key = {"val": "validation", "valid": "validation"}.get(folder.name, folder.name)
             given.setdefault(key, folder)
     if split == "test" and "test" not in given:
         raise ValueError(f"{root} has no test split: expected a folder {root / 'test'}")
 
-    class_names = tuple(folder.name for folder in _folders(train))
+    class_names = tuple(folder.name for folder in folders(train))
     if not class_names:
         raise ValueError(f"{train} has no class folders: expected one folder of pictures per class")
     where = given.get(split, train)
-    odd = sorted({folder.name for folder in _folders(where)} ^ set(class_names))
+    odd = sorted({folder.name for folder in folders(where)} ^ set(class_names))
     if odd:
         raise ValueError(
             f"{where} and {train} differ in their class folders: only one has {', '.join(odd)}"
         )
 
-    files = [_images_in(where / class_name) for class_name in class_names]
+    files = [images_in(where / class_name) for class_name in class_names]
     empty = [str(where / c) for c, paths in zip(class_names, files, strict=True) if not paths]
     if empty:
         raise ValueError(
@@ -469,6 +477,8 @@ def _cifar10_examples(builder, dl_manager) -> dict[str, Iterator]:
 def _open_tfds(name: str, split: str, builder) -> ImageSource:
     import tensorflow_datasets as tfds
 
+    from aim_jax.data import imagenet  # it builds on this module
+
     features, splits = builder.info.features, builder.info.splits
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise ValueError(f"data set {name!r} has no 'image' and class 'label' features")
@@ -482,4 +492,6 @@ def _open_tfds(name: str, split: str, builder) -> ImageSource:
     undecoded = {"image": tfds.decode.SkipDecoding()}
     data_source = builder.as_data_source(split=tfds_split, decoders=undecoded)
     class_names, shape = tuple(features["label"].names), features["image"].shape
+    if class_names == imagenet.wordnet_ids():
+        class_names = imagenet.imagenet_classes()
     return TfdsImages(name, split, class_names, data_source, shape)

@@ -6,8 +6,9 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 """
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from aim_jax.data.images import (
     check_labels,
     decode_image,
 )
+
+# Between the seeds of sets that are mixed, so that two of one size never follow the same order.
+SEED_STEP = 0x9E3779B1
 
 # The smallest share of the shorter side that a random crop of unspecified scale keeps.
 MIN_CROP = 0.8
@@ -106,7 +110,7 @@ def check_images(
 
     Every file of a folder has its header read, and up to `decode_limit` files, evenly spaced, are
     decoded in full. Labels are checked wherever they are known without decoding; of other sources
-    the first 64 examples are read.
+    64 examples, evenly spaced, are read.
 
     Args:
       source: What `open_images` returned.
@@ -127,7 +131,7 @@ def check_images(
         check_labels(source.labels, len(source.class_names), source.name)
         first = [source[0]]
     else:
-        first = [source[i] for i in range(min(64, len(source)))]
+        first = [source[i] for i in range(0, len(source), -(-len(source) // 64))]
         labels = np.array([example["label"] for example in first])
         check_labels(labels, len(source.class_names), source.name)
     if spec is not None:
@@ -218,7 +222,7 @@ def image_batches(
 
     in_memory = isinstance(source, ArrayImages)
     return index_batches(
-        len(source),
+        [len(source)],
         gather,
         batch_size,
         seed=seed,
@@ -231,7 +235,7 @@ def image_batches(
 
 
 def index_batches(
-    size: int,
+    sizes: Sequence[int],
     gather: Callable[[np.ndarray, np.ndarray | None], Any],
     batch_size: int,
     *,
@@ -239,19 +243,29 @@ def index_batches(
     train: bool,
     shard_index: int = 0,
     shard_count: int = 1,
+    weights: Sequence[float] | None = None,
     threads: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
-    """Iterates over `gather(indices, seeds)` for batches of indices into `size` examples.
+    """Iterates over `gather(indices, seeds)` for batches of indices into sets of examples.
 
-    The order, the parts and the end are those of `image_batches`. The seeds, one
-    per example in [0, 2**63), are for its augmentation; None outside training.
+    The order, the parts and the end are those of `image_batches`. In training, several sets are
+    shuffled and repeated each by itself, and dealt out in fixed proportions.
+
+    Args:
+      sizes: Examples of each set; an index counts through all of them.
+      gather: Makes a batch of indices and seeds. The seeds, one per example in [0, 2**63), are for
+        its augmentation; None outside training.
+      weights: How often an example of each set is drawn, relative to the others (to a hundredth of
+        the smallest set's share); equally often by default.
 
     Raises:
       ValueError: no examples, or sizes that do not fit together.
     """
-    if size < 1:
+    if not sizes or min(sizes) < 1:
         raise ValueError("there are no examples to make batches of")
+    if weights is not None and (len(weights) != len(sizes) or min(weights) <= 0):
+        raise ValueError(f"expected {len(sizes)} positive weights, got {weights}")
     if not 0 <= shard_index < shard_count:
         raise ValueError(f"shard_index {shard_index} is not in [0, {shard_count})")
     if batch_size < 1 or batch_size % shard_count:
@@ -268,22 +282,34 @@ def index_batches(
         # Drawn for the whole batch, so that it does not matter how many processes share it.
         return gather(batch[rows], rng.integers(2**63, size=len(batch))[rows])
 
-    indices = grain.MapDataset.range(size)
     if train:
-        batches = indices.shuffle(seed=seed).repeat().batch(batch_size, batch_fn=np.array)
-        batches = batches.random_map(draw, seed=seed)
+        starts = np.cumsum([0, *sizes]).tolist()
+        endless = [
+            grain.MapDataset.range(*ends).shuffle(seed=(seed + i * SEED_STEP) % 2**32).repeat()
+            for i, ends in enumerate(itertools.pairwise(starts))
+        ]
+        shares = np.multiply(sizes, weights or 1).tolist()
+        indices = endless[0] if len(sizes) == 1 else grain.MapDataset.mix(endless, shares)
+        batches = indices.batch(batch_size, batch_fn=np.array).random_map(draw, seed=seed)
     else:
-        batches = indices.batch(batch_size, batch_fn=np.array)
-        batches = batches.map(lambda batch: gather(batch[rows], None))
-    dataset = batches.to_iter_dataset(
+        indices = grain.MapDataset.range(sum(sizes))
+        batches = indices.batch(batch_size, batch_fn=np.array).map(
+            lambda batch: gather(batch[rows], None)
+        )
+    return prefetched(batches, threads, workers)
+
+
+def prefetched(dataset: grain.MapDataset, threads: int, workers: int) -> grain.DatasetIterator:
+    """Iterates over a dataset in order; threads, or processes, make the elements ahead of time."""
+    ahead = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     )
     if workers:
         # Grain reads its own flags when it starts workers; outside absl.app nobody has parsed them.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(ahead)
 
 
 def _shorter_side(spec: ImageSpec, rng: np.random.Generator | None) -> int:

@@ -1,39 +1,43 @@
 """Token caches: the codes of a data set under one tokenizer, on disk, and batches of them.
 
-A cache is a directory with `manifest.json` and npz shards. Each shard holds `codes`
-(n, views, t), uint16 or uint32, and `labels` (n,), int32; a view is one augmentation of a picture.
+A cache is a directory with `manifest.json` and one `.npy` file per shard. A row of a shard is one
+example: its label, and its codes (views, t), where a view is one crop of a picture. Shards are
+mapped into memory, so a batch costs the pages it touches, and processes of one machine share them.
+The name of a shard holds the SHA-256 of its content. The manifest is there from the beginning, and
+names the shards when all of them are.
 """
 
 import dataclasses
 import hashlib
-import io
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from aim_jax.data.images import ImageSource, check_labels
-from aim_jax.data.pipeline import ImageSpec, image_batches, index_batches
+from aim_jax.data.pipeline import index_batches
+from aim_jax.monitor import Progress
 
 FORMAT = "aim_jax token cache"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 FIELDS = {
     "tokenizer",
     "tokenizer_name",
     "num_examples",
+    "shard_size",
     "views",
     "grid",
     "num_tokens",
     "vocab_size",
     "dtype",
     "class_names",
-    "shards",
 }
 
 
@@ -67,177 +71,70 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield path, value
 
 
-def extract_codes(
-    encode_fn: Callable[[np.ndarray], Any],
-    source: ImageSource,
-    spec: ImageSpec,
-    batch_size: int,
-    *,
-    flip: bool = True,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encodes every picture of a source, in order.
-
-    Args:
-      encode_fn: Maps float32 (batch_size, S, S, C) to codes (batch_size, t). Its batch never
-        changes size: the last one is filled up, and the filling dropped.
-      source: The pictures.
-      spec: How they become inputs; the centre crop is taken.
-      batch_size: Pictures per call.
-      flip: Whether to add the mirrored picture as a second view.
-      progress: Called with the numbers of pictures done and in all, after each batch.
-
-    Yields:
-      `(codes (n, views, t), labels (n,))`, views 2 with `flip`, else 1.
-    """
-    done = 0
-    for batch in image_batches(source, spec, batch_size, train=False):
-        images, count = batch["images"], len(batch["labels"])
-        images = np.pad(images, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)])
-        views = [images, images[:, :, ::-1]] if flip else [images]
-        codes = np.stack([np.asarray(encode_fn(view)) for view in views], axis=1)
-        yield codes[:count], batch["labels"]
-        done += count
-        if progress is not None:
-            progress(done, len(source))
+def row_type(manifest: Mapping[str, Any]) -> np.dtype:
+    """What a shard has one of per example: `label` int32, `codes` uint16 or uint32 (views, t)."""
+    shape = len(manifest["views"]), manifest["num_tokens"]
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    return np.dtype([("label", "<i4"), ("codes", dtype, shape)])
 
 
-def write_token_cache(
-    out_dir: str | os.PathLike,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    *,
-    tokenizer: str,
-    vocab_size: int,
-    grid: tuple[int, int],
-    class_names: Iterable[str],
-    views: Iterable[str],
-    dataset: str = "",
-    split: str = "",
-    tokenizer_name: str = "",
-    shard_size: int = 65536,
-) -> Path:
-    """Writes a token cache; it appears at `out_dir` only when it is whole.
-
-    Args:
-      out_dir: Where to put it; must not exist, or be empty.
-      batches: Chunks of codes (n, views, t) and labels (n,), of any n.
-      tokenizer: The tokenizer's `fingerprint`.
-      vocab_size: Codes lie in [0, vocab_size).
-      grid: Rows and columns of the token grid; t is their product.
-      class_names: One name per label.
-      views: One name per view, such as ("centre", "flip").
-      dataset: Name of the data set, for the record.
-      split: Its split, for the record.
-      tokenizer_name: A readable name of the tokenizer, for error messages.
-      shard_size: Examples per shard.
-
-    Returns:
-      `out_dir` as a Path.
-
-    Raises:
-      ValueError: `out_dir` is in use, or codes, labels or shapes do not agree with the rest.
-    """
-    check_cache_target(out_dir)
-    out_dir, views, class_names = Path(out_dir).absolute(), list(views), list(class_names)
-    shape = (len(views), grid[0] * grid[1])
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        shards = []
-        checked = _checked(batches, shape, dtype, vocab_size, len(class_names))
-        for codes, labels in _regroup(checked, shard_size):
-            name = f"shard-{len(shards):05d}.npz"
-            buffer = io.BytesIO()
-            np.savez(buffer, codes=codes, labels=labels)
-            data = buffer.getvalue()
-            (partial / name).write_bytes(data)
-            shards.append(
-                {"file": name, "examples": len(codes), "sha256": hashlib.sha256(data).hexdigest()}
-            )
-        if not shards:
-            raise ValueError(f"no examples to write into the token cache {out_dir}")
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tokenizer": tokenizer,
-            "tokenizer_name": tokenizer_name,
-            "dataset": dataset,
-            "split": split,
-            "num_examples": sum(shard["examples"] for shard in shards),
-            "views": views,
-            "grid": list(grid),
-            "num_tokens": shape[1],
-            "vocab_size": vocab_size,
-            "dtype": dtype.name,
-            "class_names": class_names,
-            "shards": shards,
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(partial, out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out_dir
-
-
-def check_cache_target(out_dir: str | os.PathLike) -> None:
-    """Raises ValueError when a cache cannot be written to `out_dir` because it is in use."""
-    out_dir = Path(out_dir)
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} already exists: remove it, or write the token cache elsewhere")
-
-
-def _checked(batches, shape, dtype, vocab_size, num_classes):
-    start = 0
-    for codes, labels in batches:
-        codes, labels = np.asarray(codes), np.asarray(labels)
-        if codes.shape != (len(labels), *shape):
-            raise ValueError(
-                f"codes have shape {codes.shape}, expected {(len(labels), *shape)}: "
-                "labels, views and tokens"
-            )
-        if codes.size and (codes.min() < 0 or codes.max() >= vocab_size):
-            raise ValueError(
-                f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {vocab_size - 1}"
-            )
-        check_labels(labels, num_classes, f"examples from {start} on")
-        start += len(labels)
-        yield codes.astype(dtype), labels.astype(np.int32)
-
-
-def _regroup(batches, size):
-    """Joins and cuts chunks into groups of `size` examples; the last one may be smaller."""
-    parts, held = [], 0
-    for codes, labels in batches:
-        parts.append((codes, labels))
-        held += len(labels)
-        while held >= size:
-            codes, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-            yield codes[:size], labels[:size]
-            parts, held = [(codes[size:], labels[size:])], held - size
-    if held:
-        yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+def shard_ranges(manifest: Mapping[str, Any]) -> list[range]:
+    """The examples of every shard: `shard_size` each, fewer in the last one."""
+    size, total = manifest["shard_size"], manifest["num_examples"]
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A token cache in memory.
+    """A token cache, mapped into memory: a random-access source for Grain.
+
+    `len(cache)` is the number of examples and `cache[i]` is `{"codes": uint16 or uint32 (views, t),
+    "label": int}`.
 
     Attributes:
-      codes: uint16 or uint32 (N, views, t).
-      labels: int32 (N,).
+      shards: Structured arrays (n,) of `row_type`.
       manifest: What `manifest.json` says.
       path: Where it came from.
     """
 
-    codes: np.ndarray
-    labels: np.ndarray
+    shards: Sequence[np.ndarray]
     manifest: dict[str, Any]
     path: Path
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.manifest["num_examples"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        codes, labels = self.take(np.array([index]))
+        return {"codes": codes[0], "label": int(labels[0])}
+
+    def take(
+        self, indices: np.ndarray, views: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and labels of examples.
+
+        Args:
+          indices: int (b,), in [0, len).
+          views: int (b,), the view of each to take; None takes all of them.
+
+        Returns:
+          `(codes, labels int32 (b,))`; codes are (b, t), or (b, views, t) without `views`.
+        """
+        labels = np.empty(len(indices), np.int32)
+        shape = self.shards[0].dtype["codes"].shape[0 if views is None else 1 :]
+        codes = np.empty((len(indices), *shape), self.manifest["dtype"])
+        shard_of, row_of = np.divmod(indices, self.manifest["shard_size"])
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            chosen = row_of[here] if views is None else (row_of[here], views[here])
+            codes[here] = self.shards[shard]["codes"][chosen]
+            labels[here] = self.shards[shard]["label"][row_of[here]]
+        return codes, labels
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """One name per view."""
+        return tuple(self.manifest["views"])
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -261,7 +158,9 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike, expected_tokenizer: str | None = None) -> "TokenCache":
-        """Reads a cache and verifies it.
+        """Maps a cache into memory, after its checksums were computed and compared.
+
+        Reading all of it once is what makes later random access fast, where memory suffices.
 
         Args:
           path: Its directory.
@@ -269,10 +168,11 @@ class TokenCache:
 
         Raises:
           FileNotFoundError: there is no cache, or a shard is missing.
-          ValueError: another tokenizer made it, or the manifest or a shard is damaged.
+          ValueError: another tokenizer made it, it is not finished, or the manifest or a shard is
+            damaged.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if expected_tokenizer not in (None, manifest["tokenizer"]):
             name = f" ({manifest['tokenizer_name']})" if manifest["tokenizer_name"] else ""
             raise ValueError(
@@ -280,18 +180,28 @@ class TokenCache:
                 f"{name}, but the tokenizer in use is {expected_tokenizer}: use that tokenizer, "
                 "or make a cache with this one by launch/extract_codes.py"
             )
-        shape = (manifest["num_examples"], len(manifest["views"]), manifest["num_tokens"])
-        codes = np.empty(shape, manifest["dtype"])
-        labels = np.empty(shape[:1], np.int32)
-        start = 0
-        for shard in manifest["shards"]:
-            stop = start + shard["examples"]
-            codes[start:stop], labels[start:stop] = _read_shard(path, shard, shape[1:])
-            start = stop
-        return cls(codes, labels, manifest, path)
+        if "shards" not in manifest:
+            raise ValueError(
+                f"the token cache {path} is not finished: {len(find_shards(path))} of "
+                f"{len(shard_ranges(manifest))} shards are there. Repeat the "
+                "launch/extract_codes.py that began it"
+            )
+        files = [path / name for name in manifest["shards"]]
+        check_shards(files)
+        shards = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        for file, shard, examples in zip(files, shards, shard_ranges(manifest), strict=True):
+            if (shard.dtype, shard.shape) != (row_type(manifest), (len(examples),)):
+                raise ValueError(f"{file} holds {shard.dtype} {shard.shape}, not {len(examples)}")
+        return cls(shards, manifest, path)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a cache, finished or not; without `shards` it is not finished.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or describes another format.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
@@ -305,40 +215,79 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
     if kind != (FORMAT, VERSION):
-        raise ValueError(f"{file} describes {kind}, expected {(FORMAT, VERSION)}")
+        raise ValueError(
+            f"{file} describes {kind}, expected {(FORMAT, VERSION)}: remove {path} and make it "
+            "again by launch/extract_codes.py"
+        )
     if missing:
         raise ValueError(f"{file} is damaged: it lacks {', '.join(missing)}")
-    counted = sum(shard["examples"] for shard in manifest["shards"])
-    if counted != manifest["num_examples"]:
+    expected = len(shard_ranges(manifest))
+    if len(manifest.get("shards", range(expected))) != expected:
         raise ValueError(
-            f"{file} is damaged: its shards hold {counted} examples, not {manifest['num_examples']}"
+            f"{file} is damaged: it names {len(manifest['shards'])} shards, not {expected}"
         )
     return manifest
 
 
-def _read_shard(path: Path, shard: dict[str, Any], shape: tuple[int, ...]):
-    file = path / shard["file"]
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"the shard {file} is missing: make the token cache again by launch/extract_codes.py"
-        )
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-        raise ValueError(
-            f"the shard {file} is damaged (its SHA-256 is not that of the manifest): make the "
-            "token cache again by launch/extract_codes.py"
-        )
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        codes, labels = arrays["codes"], arrays["labels"]
-    if codes.shape != (shard["examples"], *shape):
-        raise ValueError(f"{file} has codes {codes.shape}, not {(shard['examples'], *shape)}")
-    return codes, labels
+def shard_name(number: int, sha256: str) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}-{sha256}.npy"
+
+
+def find_shards(path: Path) -> dict[int, str]:
+    """File names of the shards in a directory, by number."""
+    return {int(file.name.split("-")[1]): file.name for file in sorted(path.glob("shard-*.npy"))}
+
+
+def check_shards(files: Sequence[Path]) -> None:
+    """Compares the content of shards with the SHA-256 in their names.
+
+    Raises:
+      FileNotFoundError: a shard is missing.
+      ValueError: a shard is damaged.
+    """
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"the shard {file} is missing: repeat the launch/extract_codes.py that made it"
+            )
+    total = sum(file.stat().st_size for file in files)
+    progress, done = Progress(f"checking {files[0].parent}", "MB"), 0
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for file, found in zip(files, pool.map(digest, files), strict=True):
+            if found not in file.name:
+                raise ValueError(
+                    f"the shard {file} is damaged (its SHA-256 is not that in its name): remove it "
+                    "and repeat the launch/extract_codes.py that made it"
+                )
+            done += file.stat().st_size
+            progress(done // 10**6, total // 10**6)
+
+
+def check_alike(caches: Sequence[TokenCache]) -> None:
+    """Raises ValueError unless all caches have the tokenizer, grid and classes of the first."""
+    first = caches[0]
+    for cache, field in itertools.product(
+        caches[1:], ("tokenizer", "vocab_size", "grid", "class_names")
+    ):
+        if cache.manifest[field] != first.manifest[field]:
+            raise ValueError(
+                f"the token caches {first.path} and {cache.path} cannot be mixed: their {field} "
+                f"differ, {reprlib.repr(first.manifest[field])} and "
+                f"{reprlib.repr(cache.manifest[field])}"
+            )
 
 
 def token_batches(
-    cache: TokenCache,
+    caches: Sequence[TokenCache],
     batch_size: int,
     *,
+    weights: Sequence[float] | None = None,
     seed: int = 0,
     train: bool,
     shard_index: int = 0,
@@ -346,11 +295,15 @@ def token_batches(
 ) -> grain.DatasetIterator:
     """Iterates over batches of codes, in the order of `image_batches`.
 
-    In training each draw takes one of the views at random; otherwise it is the first.
+    In training each draw takes one of the views at random; otherwise it is the first. Several
+    caches are shuffled and repeated each by itself, and dealt out in fixed proportions: every
+    example of a cache is drawn once before one of them comes again.
 
     Args:
-      cache: The codes.
+      caches: The codes; alike, see `check_alike`.
       batch_size: Examples per whole batch; a multiple of `shard_count`.
+      weights: How often an example of each cache is drawn, relative to the others; equally often by
+        default.
       seed: Of order and views, in [0, 2**32).
       train: Shuffled and endless, or one pass in order.
       shard_index, shard_count: Which part of every batch to take; see `image_batches`.
@@ -359,20 +312,27 @@ def token_batches(
       A resumable iterator of `{"codes": int32 (b, t), "labels": int32 (b,)}`, where b is
       `batch_size / shard_count`.
     """
+    check_alike(caches)
+    sizes = [len(cache) for cache in caches]
+    starts = np.cumsum([0, *sizes[:-1]])
 
     def gather(indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, np.ndarray]:
-        views = 0 if seeds is None else seeds % cache.codes.shape[1]
-        return {
-            "codes": cache.codes[indices, views].astype(np.int32),
-            "labels": cache.labels[indices],
-        }
+        codes = np.empty((len(indices), caches[0].num_tokens), np.int32)
+        labels = np.empty(len(indices), np.int32)
+        owners = np.searchsorted(starts, indices, side="right") - 1
+        for owner in np.unique(owners):
+            here, cache = np.flatnonzero(owners == owner), caches[owner]
+            views = np.zeros(len(here), int) if seeds is None else seeds[here] % len(cache.views)
+            codes[here], labels[here] = cache.take(indices[here] - starts[owner], views)
+        return {"codes": codes, "labels": labels}
 
     return index_batches(
-        len(cache),
+        sizes,
         gather,
         batch_size,
         seed=seed,
         train=train,
         shard_index=shard_index,
         shard_count=shard_count,
+        weights=weights,
     )

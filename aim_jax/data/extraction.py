@@ -1,0 +1,373 @@
+"""Making of token caches: pictures cut into views, encoded, and written shard by shard.
+
+Shards depend on nothing but their number, so several processes can share them, and an interrupted
+extraction goes on with those that are missing.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from aim_jax.data.images import ImageSource, check_labels
+from aim_jax.data.pipeline import ImageSpec, prefetched, preprocess
+from aim_jax.data.tokens import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    check_shards,
+    find_shards,
+    read_manifest,
+    row_type,
+    shard_name,
+    shard_ranges,
+)
+
+VIEWS = ("centre", "centre_flip", "ten_crop")
+
+# Where a crop lies in the spare room: of height, of width.
+CROPS = {
+    "centre": (1 / 2, 1 / 2),
+    "top_left": (0, 0),
+    "top_right": (0, 1),
+    "bottom_left": (1, 0),
+    "bottom_right": (1, 1),
+}
+
+
+class View(NamedTuple):
+    """One square cut out of a square picture."""
+
+    name: str
+    top: int
+    left: int
+    mirrored: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The views of a picture, and the square that they are cut from.
+
+    Attributes:
+      size: Side S of every view.
+      square: How a picture becomes the square (R, R), R >= S.
+      views: Where in it they lie. The first is the centre, unmirrored.
+    """
+
+    size: int
+    square: ImageSpec
+    views: tuple[View, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per view."""
+        return tuple(view.name for view in self.views)
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """How pictures are prepared, as plain values for a cache's records."""
+        return dataclasses.asdict(self.square) | {"crop_size": self.size}
+
+    def cut(self, squares: np.ndarray) -> Iterator[np.ndarray]:
+        """Cuts (b, R, R, C) into one (b, S, S, C) after the other."""
+        for view in self.views:
+            rows, columns = (slice(start, start + self.size) for start in (view.top, view.left))
+            crop = squares[:, rows, columns]
+            yield crop[:, :, ::-1] if view.mirrored else crop
+
+
+def make_views(kind: str, spec: ImageSpec, crop_range: float = 1.1) -> Views:
+    """The views of a kind.
+
+    "centre" is the centre crop of `spec`; "centre_flip" is it and its mirror image; "ten_crop" is
+    the centre and the four corners of a larger square, and their mirror images. The larger square
+    has the side int(S * crop_range), to which the shorter side of a picture is scaled (LlamaGen has
+    one cache of 1.1 and one of 1.05).
+
+    Raises:
+      ValueError: unknown kind, or ten crops of pictures that are padded or too small for them.
+    """
+    size, spec = spec.image_size, dataclasses.replace(spec, random_crop=False, random_flip=False)
+    if kind in ("centre", "centre_flip"):
+        centre = View("centre", 0, 0, False)
+        flip = View("flip", 0, 0, True)
+        return Views(size, spec, (centre,) if kind == "centre" else (centre, flip))
+    if kind != "ten_crop":
+        raise ValueError(f"unknown views {kind!r}: expected one of {', '.join(VIEWS)}")
+    spare = int(size * crop_range) - size
+    if spec.fit != "resize" or spare < 1:
+        raise ValueError(
+            f"ten_crop has no room: it cuts {size}x{size} from the corners of a square of "
+            f"int({size} * {crop_range}) pixels, and needs fit='resize' (here {spec.fit!r}). Use a "
+            "larger crop_range, or centre_flip"
+        )
+    views = [
+        View(f"{name}_flip" if mirrored else name, int(y * spare), int(x * spare), mirrored)
+        for mirrored in (False, True)
+        for name, (y, x) in CROPS.items()
+    ]
+    square = dataclasses.replace(spec, image_size=size + spare, resize_size=None)
+    return Views(size, square, tuple(views))
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "3/16", the third of sixteen parts -> (2, 16); "" is all: (0, 1).
+
+    Raises:
+      ValueError: it is not of that form, or out of range.
+    """
+    number, slash, count = (text or "1/1").partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"part {text!r} is none: expected such as 3/16, from 1/16 to 16/16")
+    return int(number) - 1, int(count)
+
+
+class CacheWriter:
+    """Writes a token cache shard by shard; `TokenCache.open` takes it when it is finished.
+
+    Args:
+      out_dir: Where to put it: new, empty, or with a part of the same cache.
+      tokenizer: The tokenizer's `fingerprint`.
+      vocab_size: Codes lie in [0, vocab_size).
+      grid: Rows and columns of the token grid; t is their product.
+      class_names: One name per label.
+      views: One name per view, such as ("centre", "flip").
+      num_examples: How many there will be.
+      dataset, split, pictures: Name of the data set, its split, and how its pictures were prepared:
+        for the record, and compared when a cache is continued.
+      tokenizer_name: A readable name of the tokenizer, for error messages.
+      shard_size: Examples per shard.
+
+    Raises:
+      ValueError: no examples; or `out_dir` has other files, or a part of another cache.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike,
+        *,
+        tokenizer: str,
+        vocab_size: int,
+        grid: tuple[int, int],
+        class_names: Iterable[str],
+        views: Iterable[str],
+        num_examples: int,
+        dataset: str = "",
+        split: str = "",
+        pictures: dict[str, Any] | None = None,
+        tokenizer_name: str = "",
+        shard_size: int = 16384,
+    ):
+        if num_examples < 1:
+            raise ValueError(f"no examples to write into the token cache {out_dir}")
+        self.path = Path(out_dir)
+        self.manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tokenizer": tokenizer,
+            "tokenizer_name": tokenizer_name,
+            "dataset": dataset,
+            "split": split,
+            "pictures": pictures or {},
+            "num_examples": num_examples,
+            "shard_size": shard_size,
+            "views": list(views),
+            "grid": list(grid),
+            "num_tokens": grid[0] * grid[1],
+            "vocab_size": vocab_size,
+            "dtype": "uint16" if vocab_size <= 2**16 else "uint32",
+            "class_names": list(class_names),
+        }
+        self.ranges = shard_ranges(self.manifest)
+        self._claim()
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return sorted(set(range(len(self.ranges))) - find_shards(self.path).keys())
+
+    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:
+        """Writes one shard; it appears when it is whole.
+
+        Args:
+          shard: Its number.
+          codes: Integers (n, views, t), n the length of `ranges[shard]`.
+          labels: Integers (n,).
+
+        Raises:
+          ValueError: shapes, codes or labels do not agree with the rest.
+        """
+        rows = np.empty(len(self.ranges[shard]), row_type(self.manifest))
+        self._check(codes, labels, rows["codes"].shape, self.ranges[shard].start)
+        rows["codes"], rows["label"] = codes, labels
+        buffer = io.BytesIO()
+        np.save(buffer, rows)
+        data = buffer.getbuffer()
+        name = shard_name(shard, hashlib.sha256(data).hexdigest())
+        self._put(name, data)
+
+    def finish(self) -> list[int]:
+        """Completes the cache if every shard is there and whole; returns those that are missing.
+
+        Raises:
+          ValueError: a shard is damaged.
+        """
+        missing = self.missing()
+        if not missing:
+            names = [name for _, name in sorted(find_shards(self.path).items())]
+            check_shards([self.path / name for name in names])
+            self._claim()
+            self._put(MANIFEST, _json(self.manifest | {"shards": names}))
+            # What killed processes left, and shards that two processes made.
+            for file in (*self.path.glob(".*.partial"), *self.path.glob("shard-*.npy")):
+                if file.name not in names:
+                    file.unlink(missing_ok=True)
+        return missing
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cache can be opened."""
+        return not self.missing() and "shards" in read_manifest(self.path)
+
+    def _claim(self) -> None:
+        """Leaves the manifest, or finds an equal one."""
+        if not (self.path / MANIFEST).is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
+                raise ValueError(
+                    f"{self.path} already exists and is no token cache: remove it, or write the "
+                    "token cache elsewhere"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._put(MANIFEST, _json(self.manifest))
+            return
+        there = read_manifest(self.path)
+        # The same tokenizer may be named by another path.
+        differ = [
+            f"{field}: {_short(there.get(field))} there, {_short(value)} here"
+            for field, value in self.manifest.items()
+            if field != "tokenizer_name" and there.get(field) != value
+        ]
+        if differ and find_shards(self.path):
+            raise ValueError(
+                f"{self.path} holds another token cache ({'; '.join(differ)}): give what it was "
+                "begun with, remove it, or write elsewhere"
+            )
+        if differ:
+            self._put(MANIFEST, _json(self.manifest))
+
+    def _check(self, codes, labels, shape, start) -> None:
+        if codes.shape != shape or labels.shape != shape[:1]:
+            raise ValueError(
+                f"codes have shape {codes.shape} and labels {labels.shape}, expected {shape} and "
+                f"{shape[:1]}: examples, views and tokens"
+            )
+        vocab_size = self.manifest["vocab_size"]
+        if codes.min() < 0 or codes.max() >= vocab_size:
+            raise ValueError(
+                f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {vocab_size - 1}"
+            )
+        check_labels(labels, len(self.manifest["class_names"]), f"examples from {start} on")
+
+    def _put(self, name: str, data: bytes | memoryview) -> None:
+        partial = self.path / f".{name[:11]}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _json(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def extract_codes(
+    encode_fn: Callable[[np.ndarray], Any],
+    source: ImageSource,
+    views: Views,
+    writer: CacheWriter,
+    batch_size: int,
+    *,
+    part: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encodes the pictures of all shards that are missing, or of this process's part of them.
+
+    Pictures are decoded ahead of time while others are encoded.
+
+    Args:
+      encode_fn: Maps float32 (batch_size, S, S, C) to codes (batch_size, t). Its batch never
+        changes size: the last one of a shard is filled up, and the filling dropped.
+      source: The pictures.
+      views: What to encode of each.
+      writer: Where the codes go.
+      batch_size: Pictures per call.
+      part: (i, n) takes every n-th shard from the i-th on.
+      workers: Processes that decode pictures; 0 uses threads of this one.
+      progress: Called with the numbers of pictures done and in all, after each batch.
+
+    Raises:
+      ValueError: the first picture does not suit `views`, or one cannot be read.
+    """
+    preprocess(source[0]["image"], views.square)
+    shards = [shard for shard in writer.missing() if shard % part[1] == part[0]]
+    pieces = [
+        (shard, writer.ranges[shard][start : start + batch_size])
+        for shard in shards
+        for start in range(0, len(writer.ranges[shard]), batch_size)
+    ]
+    total, done = sum(len(piece) for _, piece in pieces), 0
+    encoded = _encode(encode_fn, source, views, batch_size, pieces, workers)
+    for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
+        codes, labels = [], []
+        for _, some_codes, some_labels in group:
+            codes.append(some_codes)
+            labels.append(some_labels)
+            done += len(some_labels)
+            if progress is not None:
+                progress(done, total)
+        writer.write(shard, np.concatenate(codes), np.concatenate(labels))
+
+
+def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int) -> Iterator:
+    """Shard, codes (n, views, t) and labels (n,) of every piece; one piece ahead on the device."""
+    side, channels = views.square.image_size, views.square.channels
+
+    def load(number: int) -> dict[str, np.ndarray]:
+        indices = pieces[number][1]
+        squares = np.zeros((batch_size, side, side, channels), np.float32)
+        labels = np.empty(len(indices), np.int32)
+        for row, index in enumerate(indices):
+            example = source[index]
+            squares[row] = preprocess(example["image"], views.square)
+            labels[row] = example["label"]
+        return {"squares": squares, "labels": labels}
+
+    def fetch(shard, codes, labels):
+        return shard, np.stack([np.asarray(c) for c in codes], axis=1)[: len(labels)], labels
+
+    if not pieces:
+        return
+    ahead = None
+    numbers = grain.MapDataset.range(len(pieces))
+    loaded = prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
+    for (shard, _), batch in zip(pieces, loaded, strict=True):
+        codes = [encode_fn(view) for view in views.cut(batch["squares"])]
+        if ahead is not None:
+            yield fetch(*ahead)
+        ahead = shard, codes, np.array(batch["labels"])
+    yield fetch(*ahead)
