@@ -1,9 +1,13 @@
 """Image sources, preprocessing and resumable batches."""
 
 import gzip
+import io
+import os
+import pickle
 import struct
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import grain
@@ -18,6 +22,7 @@ from aim_jax.data import (
     ImageSpec,
     check_images,
     image_batches,
+    imagenet,
     open_images,
     preprocess,
 )
@@ -283,6 +288,123 @@ def test_tfds_array_record(tiny_tfds):
     assert len(open_images("tiny_pictures", "test", folder)) == 5
     with pytest.raises(ValueError, match="'tiny_pictures', not 'cifar10'"):
         open_images("cifar10", "train", folder)
+
+
+JPEG = io.BytesIO()
+Image.new("RGB", (5, 4), (9, 9, 9)).save(JPEG, "JPEG")
+
+
+def grey_jpeg(value):
+    """A small JPEG file of one grey, which it keeps exactly."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def add(archive, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def imagenet_files(tmp_path_factory):
+    """ImageNet's layout in small: tar files, and the same as folders. Greys are classes mod 250."""
+    root = tmp_path_factory.mktemp("imagenet")
+    tars, in_folders = root / "tars", root / "folders"
+    tars.mkdir()
+    jpegs = [grey_jpeg(value) for value in range(250)]
+    # Inside the tar neither the classes nor their pictures are in order.
+    with tarfile.open(tars / "ILSVRC2012_img_train.tar", "w") as outer:
+        for label in reversed(range(1000)):
+            wordnet_id, inner = imagenet.wordnet_ids()[label], io.BytesIO()
+            (in_folders / "train" / wordnet_id).mkdir(parents=True)
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for number in (7, 10) if label % 500 == 0 else (3,):
+                    name = f"{wordnet_id}_{number}.JPEG"
+                    add(archive, name, jpegs[label % 250])
+                    (in_folders / "train" / wordnet_id / name).write_bytes(jpegs[label % 250])
+            add(outer, f"{wordnet_id}.tar", inner.getvalue())
+    (in_folders / "val").mkdir()
+    with tarfile.open(tars / "ILSVRC2012_img_val.tar", "w") as archive:
+        for number in (3, 1, 50000, 2):
+            name = f"ILSVRC2012_val_{number:08d}.JPEG"
+            add(archive, name, jpegs[number % 250])
+            (in_folders / "val" / name).write_bytes(jpegs[number % 250])
+    return tars, in_folders
+
+
+def examples_of(source):
+    return [(example["label"], example["image"].tobytes()) for example in source]
+
+
+def test_imagenet_tars_equal_its_folders(imagenet_files):
+    tars, in_folders = imagenet_files
+    for split, size in (("train", 1002), ("validation", 4)):
+        packed, loose = (open_images("imagenet2012", split, root) for root in (tars, in_folders))
+        assert len(packed) == len(loose) == size
+        assert examples_of(packed) == examples_of(loose)
+        assert packed.class_names == loose.class_names
+        assert packed.class_names[:2] == ("tench", "goldfish") and len(packed.class_names) == 1000
+        check_images(packed, ImageSpec(8))
+    train = open_images("imagenet2012", "train", tars)
+    assert [e["label"] for e in train] == sorted([*range(1000), 0, 500])
+    assert [int(e["image"][0, 0, 0]) for e in train] == [e["label"] % 250 for e in train]
+
+
+def test_imagenet_validation_labels(imagenet_files):
+    """The first three known from the devkit's ground truth: sea snake, alp, Shetland sheepdog."""
+    assert len(imagenet.wordnet_ids()) == 1000 and len(imagenet.validation_ids()) == 50_000
+    assert list(imagenet.wordnet_ids()) == sorted(imagenet.wordnet_ids())
+    assert set(Counter(imagenet.validation_ids()).values()) == {50}
+    for root in imagenet_files:
+        held_out = open_images("imagenet2012", "validation", root)
+        names = [held_out.class_names[example["label"]] for example in held_out]
+        assert names[:3] == ["sea snake", "alp", "Shetland sheepdog"]
+
+
+def test_the_index_of_a_tar_is_made_once(imagenet_files, monkeypatch):
+    tars, _ = imagenet_files
+    first = open_images("imagenet2012", "validation", tars)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet, "_members", None)
+        again = open_images("imagenet2012", "validation", tars)
+    assert examples_of(again) == examples_of(first)
+    assert pickle.loads(pickle.dumps(again))[3]["label"] == first[3]["label"]
+    tar = tars / "ILSVRC2012_img_val.tar"
+    os.utime(tar, (1, 1))  # another file
+    monkeypatch.setattr(imagenet, "_members", lambda tar: iter([]))
+    assert len(open_images("imagenet2012", "validation", tars)) == 0
+    index = tar.with_name(tar.name + ".index.npz")
+    index.write_bytes(index.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=f"{index} is damaged .*: remove it"):
+        open_images("imagenet2012", "validation", tars)
+    index.unlink()
+
+
+def test_bad_imagenet_files_are_named(imagenet_files, tmp_path):
+    tars, _ = imagenet_files
+    with pytest.raises(FileNotFoundError, match=r"lacks the train .*: expected ILSVRC2012_img_tr"):
+        open_images("imagenet2012", "train", tmp_path)
+    with pytest.raises(ValueError, match="no labels for its test pictures"):
+        open_images("imagenet2012", "test", tmp_path)
+    cut = tmp_path / "ILSVRC2012_img_train.tar"
+    whole = (tars / cut.name).read_bytes()
+    cut.write_bytes(whole[:-20480])
+    with pytest.raises(ValueError, match=f"{cut} is cut short"):
+        open_images("imagenet2012", "train", tmp_path)
+    cut.write_bytes(b"no tar" * 500 + bytes(1024))
+    with pytest.raises(ValueError, match=f"cannot read {cut}"):
+        open_images("imagenet2012", "train", tmp_path)
+    with tarfile.open(cut, "w") as archive:
+        add(archive, "n01440764/n01440764_1.JPEG", JPEG.getvalue())
+    with pytest.raises(ValueError, match=rf"{cut} holds no pictures of the classes .*\(1000\)"):
+        open_images("imagenet2012", "train", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [cut.name]
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00050001.JPEG").write_bytes(JPEG.getvalue())
+    with pytest.raises(ValueError, match=r"50001.JPEG' in .* is no validation picture"):
+        open_images("imagenet2012", "validation", tmp_path)
 
 
 class NoTensorFlow:

@@ -1,12 +1,14 @@
-"""Token caches, tokenizer fingerprints and batches of codes."""
+"""Token caches, their making, tokenizer fingerprints and batches of codes."""
 
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
@@ -14,16 +16,19 @@ from aim_jax.checkpoint import load_pretrained, save_model
 from aim_jax.config import vq_defaults
 from aim_jax.data import (
     ArrayImages,
+    CacheWriter,
     ImageSpec,
     TokenCache,
     extract_codes,
     fingerprint,
     image_batches,
+    make_views,
     open_images,
+    parse_part,
     token_batches,
-    write_token_cache,
 )
 from aim_jax.models.vq import VQModel
+from aim_jax.train import parse_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,21 +40,31 @@ def rng():
     return np.random.default_rng(0)
 
 
-def write(path, codes, labels, **changes):
-    """Writes a cache of codes (n, 2, 6) in uneven chunks."""
+def writer_of(path, **changes):
+    """The writer of a cache of ten examples (2, 6) in three shards."""
     settings = {
         "tokenizer": OURS,
         "vocab_size": 50,
         "grid": (2, 3),
         "class_names": ["cat", "dog", "owl"],
         "views": ["centre", "flip"],
+        "num_examples": 10,
         "dataset": "pets",
         "split": "train",
         "tokenizer_name": "pets_vq",
         "shard_size": 4,
     }
-    chunks = [(codes[i : i + 3], labels[i : i + 3]) for i in range(0, len(codes), 3)]
-    return write_token_cache(path, chunks, **(settings | changes))
+    return CacheWriter(path, **(settings | changes))
+
+
+def write(path, codes, labels, **changes):
+    writer = writer_of(path, num_examples=len(codes), **changes)
+    for shard, examples in enumerate(writer.ranges):
+        rows = slice(examples.start, examples.stop)
+        writer.write(shard, codes[rows], labels[rows])
+    assert not writer.finished
+    assert writer.finish() == [] and writer.finished
+    return path
 
 
 @pytest.fixture
@@ -62,26 +77,42 @@ def path(tmp_path, made):
     return write(tmp_path / "cache", *made)
 
 
+def content(path):
+    """Names and bytes of all files of a cache, hidden ones too."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def test_round_trip(path, made, tmp_path):
     cache = TokenCache.open(path, expected_tokenizer=OURS)
-    np.testing.assert_array_equal(cache.codes, made[0])
-    np.testing.assert_array_equal(cache.labels, made[1])
-    assert (cache.codes.dtype, cache.labels.dtype) == (np.uint16, np.int32)
+    codes, labels = cache.take(np.arange(10))
+    np.testing.assert_array_equal(codes, made[0])
+    np.testing.assert_array_equal(labels, made[1])
+    assert (codes.dtype, labels.dtype) == (np.uint16, np.int32)
     assert (len(cache), cache.num_tokens, cache.vocab_size, cache.grid) == (10, 6, 50, (2, 3))
     assert cache.class_names == ("cat", "dog", "owl")
-    assert [shard["examples"] for shard in cache.manifest["shards"]] == [4, 4, 2]
-    assert cache.manifest["views"] == ["centre", "flip"]
+    assert [len(shard) for shard in cache.shards] == [4, 4, 2]
+    assert cache.views == ("centre", "flip")
     # Nothing else was left behind.
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
-    assert len(list(path.iterdir())) == 4
+    assert sorted(content(path)) == ["manifest.json", *cache.manifest["shards"]]
+
+
+def test_random_access_is_mapped_and_serves_grain(path, made):
+    cache = TokenCache.open(path)
+    assert all(isinstance(shard, np.memmap) for shard in cache.shards)
+    indices, views = np.array([9, 0, 5, 0]), np.array([1, 0, 0, 1])
+    np.testing.assert_array_equal(cache.take(indices, views)[0], made[0][indices, views])
+    example = grain.MapDataset.source(cache).shuffle(seed=3)[2]
+    [same] = np.flatnonzero((made[0] == example["codes"]).all(axis=(1, 2)))
+    assert example["label"] == made[1][same]
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     codes = np.array([[[0, 69_999]]])
     settings = {"vocab_size": 70_000, "grid": (1, 2), "views": ["centre"]}
     cache = TokenCache.open(write(tmp_path / "cache", codes, np.array([0]), **settings))
-    assert cache.codes.dtype == np.uint32
-    np.testing.assert_array_equal(cache.codes, codes)
+    assert cache[0]["codes"].dtype == np.uint32
+    np.testing.assert_array_equal(cache[0]["codes"], codes[0])
 
 
 def test_cache_of_another_tokenizer_is_refused(path):
@@ -89,16 +120,55 @@ def test_cache_of_another_tokenizer_is_refused(path):
         TokenCache.open(path, expected_tokenizer=OTHER)
 
 
-def test_missing_and_damaged_shards_are_named(path):
-    shard = path / "shard-00001.npz"
+def test_missing_and_damaged_shards_are_named_and_made_again(path, made):
+    whole = content(path)
+    [shard] = path.glob("shard-00001-*.npy")
     data = bytearray(shard.read_bytes())
-    data[-100] ^= 1
+    data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match=r"shard-00001\.npz is damaged"):
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
         TokenCache.open(path)
+    with pytest.raises(ValueError, match=rf"{shard.name} is damaged"):
+        writer_of(path).finish()
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00001\.npz is missing"):
+    with pytest.raises(FileNotFoundError, match=rf"{shard.name} is missing"):
         TokenCache.open(path)
+    writer = writer_of(path)
+    assert writer.missing() == writer.finish() == [1]
+    writer.write(1, made[0][4:8], made[1][4:8])
+    assert writer.finish() == []
+    assert content(path) == whole
+
+
+def test_a_cache_that_is_not_finished_is_refused_and_continued(tmp_path, made, path):
+    codes, labels = made
+    half = tmp_path / "half"
+    writer = writer_of(half)
+    writer.write(2, codes[8:], labels[8:])
+    assert writer.finish() == [0, 1] and not writer.finished
+    with pytest.raises(ValueError, match="not finished: 1 of 3 shards"):
+        TokenCache.open(half)
+    # A kill in the middle of a file leaves a hidden one, which counts for nothing.
+    (half / ".shard-00000.0123.partial").write_bytes(b"half a shard")
+    for field, value in (
+        ("tokenizer", OTHER),
+        ("views", ["centre", "other"]),
+        ("num_examples", 11),
+        ("pictures", {"image_size": 8}),
+        ("shard_size", 5),
+    ):
+        with pytest.raises(
+            ValueError, match=f"holds another token cache .{field}: .* there, .* here"
+        ):
+            writer_of(half, **{field: value})
+    writer = writer_of(half, tokenizer_name="the same by another path")
+    assert writer.missing() == [0, 1]
+    for shard in (0, 1):
+        writer.write(shard, codes[4 * shard :][:4], labels[4 * shard :][:4])
+    assert writer.finish() == []
+    expected, found = content(path), content(half)
+    expected.pop("manifest.json"), found.pop("manifest.json")
+    assert found == expected
 
 
 def test_missing_and_damaged_manifests(path, tmp_path):
@@ -115,36 +185,42 @@ def test_missing_and_damaged_manifests(path, tmp_path):
         opened_with(json.dumps(manifest)[:-20])
     with pytest.raises(ValueError, match="is damaged: it lacks grid"):
         opened_with(json.dumps({k: v for k, v in manifest.items() if k != "grid"}))
-    with pytest.raises(ValueError, match="hold 10 examples, not 11"):
+    with pytest.raises(ValueError, match="names 3 shards, not 4"):
+        opened_with(json.dumps(manifest | {"num_examples": 13}))
+    with pytest.raises(ValueError, match=r"holds .* not 3"):
         opened_with(json.dumps(manifest | {"num_examples": 11}))
-    with pytest.raises(ValueError, match=r"expected .*token cache"):
-        opened_with(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(ValueError, match=r"1\), expected .*token cache.* 2\): remove .* again"):
+        opened_with(json.dumps(manifest | {"version": 1}))
 
 
 def test_bad_codes_leave_nothing_behind(tmp_path, made):
-    codes, labels = made
+    codes, labels = made[0][:4], made[1][:4]
+    writer = writer_of(tmp_path / "cache")
     for wrong_codes, wrong_labels, message in (
-        (np.where(np.arange(10)[:, None, None] == 9, 50, codes), labels, "to 50, expected 0 to 49"),
-        (codes, np.where(np.arange(10) == 7, 3, labels), "out of range: 3"),
+        (np.where(np.arange(4)[:, None, None] == 3, 50, codes), labels, "to 50, expected 0 to 49"),
+        (codes, np.where(np.arange(4) == 2, 3, labels), "out of range: 3"),
         (codes[..., :5], labels, "expected .*2, 6"),
-        (codes[:0], labels[:0], "no examples"),
+        (codes[:3], labels[:3], "expected .4, 2, 6"),
     ):
         with pytest.raises(ValueError, match=message):
-            write(tmp_path / "cache", wrong_codes, wrong_labels)
-        assert not list(tmp_path.iterdir())
+            writer.write(0, wrong_codes, wrong_labels)
+        assert list(content(tmp_path / "cache")) == ["manifest.json"]
+    with pytest.raises(ValueError, match="no examples"):
+        writer_of(tmp_path / "empty", num_examples=0)
 
 
-def test_existing_directories_are_kept(path, made):
-    with pytest.raises(ValueError, match=f"{path} already exists"):
-        write(path, *made)
-    assert len(TokenCache.open(path)) == 10
+def test_other_directories_are_kept(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path} already exists and is no token cache"):
+        writer_of(tmp_path)
+    assert list(content(tmp_path)) == ["notes.txt"]
 
 
 def test_training_batches_take_either_view(path, made):
     codes, labels = made
     cache = TokenCache.open(path)
     rows = {tuple(codes[i, v]): (i, v) for i in range(10) for v in range(2)}
-    iterator = token_batches(cache, 4, seed=2, train=True)
+    iterator = token_batches([cache], 4, seed=2, train=True)
     batches = [next(iterator) for _ in range(50)]
     assert batches[0]["codes"].dtype == batches[0]["labels"].dtype == np.int32
     drawn = [rows[tuple(row)] for batch in batches for row in batch["codes"]]
@@ -159,25 +235,77 @@ def test_training_batches_take_either_view(path, made):
 
 
 def test_evaluation_batches_take_the_first_view(path, made):
-    batches = list(token_batches(TokenCache.open(path), 4, train=False))
+    batches = list(token_batches([TokenCache.open(path)], 4, train=False))
     np.testing.assert_array_equal(np.concatenate([b["codes"] for b in batches]), made[0][:, 0])
     np.testing.assert_array_equal(np.concatenate([b["labels"] for b in batches]), made[1])
     assert len(batches[-1]["labels"]) == 2
 
 
-def test_resume_is_exact(path):
-    cache = TokenCache.open(path)
-    iterator = token_batches(cache, 3, seed=5, train=True)
+@pytest.fixture
+def pair(tmp_path):
+    """Caches of 10 and 20 examples whose first code tells the cache, the second the example."""
+    caches = []
+    for number, (size, views) in enumerate(((10, 2), (20, 3))):
+        codes = np.zeros((size, views, 6), int)
+        codes[..., 0], codes[..., 1] = number, np.arange(size)[:, None]
+        codes[..., 2] = np.arange(views)
+        names = [f"view {i}" for i in range(views)]
+        path = write(tmp_path / str(number), codes, np.arange(size) % 3, views=names)
+        caches.append(TokenCache.open(path))
+    return caches
+
+
+@pytest.mark.parametrize(("weights", "share"), [(None, 1 / 3), ((1, 0.5), 1 / 2), ((3, 1), 3 / 5)])
+def test_mixing_keeps_proportions(pair, weights, share):
+    iterator = token_batches(pair, 150, weights=weights, seed=1, train=True)
+    drawn = np.concatenate([next(iterator)["codes"] for _ in range(4)])
+    for start in range(0, 600, 60):  # evenly from the beginning, not only in the long run
+        assert abs(np.mean(drawn[start : start + 60, 0] == 0) - share) <= 1 / 30
+    for number, cache in enumerate(pair):
+        mine = drawn[drawn[:, 0] == number]
+        whole = mine[: len(mine) // len(cache) * len(cache), 1].reshape(-1, len(cache))
+        assert (np.sort(whole) == np.arange(len(cache))).all()
+        assert set(mine[:, 2]) == set(range(len(cache.views)))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resume_is_exact_for_any_number_of_processes(pair, mixed):
+    caches = pair if mixed else pair[:1]
+    make = lambda **parts: token_batches(caches, 4, seed=5, train=True, **parts)  # noqa: E731
+    iterator = make()
     for _ in range(7):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
     ahead = [next(iterator) for _ in range(5)]
-    resumed = token_batches(cache, 3, seed=5, train=True)
-    resumed.set_state(state)
+    resumed, *halves = make(), *(make(shard_index=i, shard_count=2) for i in range(2))
+    for other in (resumed, *halves):
+        other.set_state(state)
     for expected in ahead:
-        batch = next(resumed)
-        np.testing.assert_array_equal(batch["codes"], expected["codes"])
-        np.testing.assert_array_equal(batch["labels"], expected["labels"])
+        batch, parts = next(resumed), [next(half) for half in halves]
+        for key in expected:
+            np.testing.assert_array_equal(batch[key], expected[key])
+            np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), expected[key])
+
+
+def test_only_caches_that_are_alike_are_mixed(path, made, tmp_path):
+    for field, value in (
+        ("tokenizer", OTHER),
+        ("grid", (3, 2)),
+        ("class_names", ["cat", "dog", "emu"]),
+    ):
+        other = write(tmp_path / field, *made, **{field: value})
+        with pytest.raises(ValueError, match=f"cannot be mixed: their {field} differ"):
+            token_batches([TokenCache.open(path), TokenCache.open(other)], 4, train=True)
+    with pytest.raises(ValueError, match="expected 1 positive weights"):
+        token_batches([TokenCache.open(path)], 4, train=True, weights=[-1])
+
+
+def test_the_syntax_of_mixes():
+    assert parse_codes("codes/a") == [(Path("codes/a"), 1)]
+    assert parse_codes("codes/a, b:0.5") == [(Path("codes/a"), 1), (Path("b"), 0.5)]
+    for wrong in ("a,", "a:0", "a:-1", "a:much", "a:nan", ":2"):
+        with pytest.raises(ValueError, match="DIRECTORY:WEIGHT"):
+            parse_codes(wrong)
 
 
 def test_fingerprint():
@@ -200,60 +328,175 @@ def test_fingerprint():
     assert len({first, *changed}) == 5
 
 
-def test_extracted_codes(tmp_path, rng):
+def encode(batch):
+    """Every other pixel is a code."""
+    return np.round((np.asarray(batch)[:, ::2, ::2, 0] + 1) * 127.5).astype(np.int32).reshape(-1, 4)
+
+
+@pytest.fixture
+def pets(rng):
     images = rng.integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
-    source = ArrayImages("pets", "train", ["cat", "dog"], images, np.arange(7) % 2)
+    return ArrayImages("pets", "train", ["cat", "dog"], images, np.arange(7) % 2)
+
+
+def extract(path, source, kind="centre_flip", spec=ImageSpec(4, 1, random_flip=True), **more):  # noqa: B008
+    """Extracts codes in shards of three and batches of two."""
+    views = make_views(kind, spec, more.pop("crop_range", 1.1))
+    writer = writer_of(
+        path, vocab_size=256, grid=(2, 2), class_names=source.class_names, views=views.names,
+        num_examples=len(source), pictures=views.pictures, shard_size=3,
+    )  # fmt: skip
+    extract_codes(more.pop("encode", encode), source, views, writer, 2, **more)
+    return writer.finish()
+
+
+def test_extracted_codes(tmp_path, pets):
     sizes, progress = [], []
 
-    def encode(batch):
+    def watched(batch):
         sizes.append(len(batch))
-        return np.round((batch[:, ::2, ::2, 0] + 1) * 127.5).astype(np.int32).reshape(-1, 4)
+        return encode(batch)
 
-    spec = ImageSpec(4, 1, random_flip=True)
-    chunks = extract_codes(encode, source, spec, 3, progress=lambda *done: progress.append(done))
-    out = write_token_cache(
-        tmp_path / "cache", chunks, tokenizer=OURS, vocab_size=256, grid=(2, 2),
-        class_names=source.class_names, views=("centre", "flip"),
-    )  # fmt: skip
-    cache = TokenCache.open(out)
-    views = np.stack([images[:, ::2, ::2], images[:, ::2, ::-1][:, :, ::2]], axis=1)
-    np.testing.assert_array_equal(cache.codes, views.reshape(7, 2, 4))
-    assert cache.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
-    assert set(sizes) == {3}
-    assert progress == [(3, 7), (6, 7), (7, 7)]
-    [(codes, _)] = extract_codes(encode, source, spec, 8, flip=False)
-    np.testing.assert_array_equal(codes[:, 0], cache.codes[:, 0])
+    done = lambda *counts: progress.append(counts)  # noqa: E731
+    assert extract(tmp_path / "cache", pets, encode=watched, progress=done) == []
+    codes, labels = TokenCache.open(tmp_path / "cache").take(np.arange(7))
+    views = [pets.images[:, ::2, ::2], pets.images[:, ::2, ::-1][:, :, ::2]]
+    np.testing.assert_array_equal(codes, np.stack(views, axis=1).reshape(7, 2, 4))
+    np.testing.assert_array_equal(labels, pets.labels)
+    assert set(sizes) == {2}
+    assert progress == [(2, 7), (3, 7), (5, 7), (6, 7), (7, 7)]
+    assert extract(tmp_path / "one", pets, "centre") == []
+    np.testing.assert_array_equal(
+        TokenCache.open(tmp_path / "one").take(np.arange(7))[0], codes[:, :1]
+    )
 
 
-def test_extract_codes_program(tmp_path, tiny_model, picture_folder):
+def test_ten_crops(rng):
+    spec = ImageSpec(4, 3, random_crop=True)
+    views = make_views("ten_crop", spec, 1.8)
+    picture = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    source = ArrayImages("pets", "train", ["cat"], picture[None], [0])
+    [batch] = image_batches(source, views.square, 1, train=False)
+    cut = np.concatenate(list(views.cut(batch["images"])))
+    square = picture[:, 1:8] / 127.5 - 1  # the shorter side is 7 = int(4 * 1.8) already
+    corners = [(1, 1), (0, 0), (0, 3), (3, 0), (3, 3)]
+    expected = [square[y : y + 4, x : x + 4] for y, x in corners]
+    expected += [crop[:, ::-1] for crop in expected]
+    np.testing.assert_allclose(cut, expected, atol=1e-6)
+    assert views.names[:3] == ("centre", "top_left", "top_right")
+    assert views.names[5:] == tuple(f"{name}_flip" for name in views.names[:5])
+    for wrong in (ImageSpec(4, 3), ImageSpec(32, 1, "pad")):
+        with pytest.raises(ValueError, match="ten_crop has no room"):
+            make_views("ten_crop", wrong)
+    with pytest.raises(ValueError, match="unknown views 'five'"):
+        make_views("five", spec)
+
+
+def test_ten_crops_are_extracted(tmp_path, rng):
+    images = rng.integers(0, 256, (7, 6, 6, 1), dtype=np.uint8)
+    source = ArrayImages("pets", "train", ["cat", "dog"], images, np.arange(7) % 2)
+    assert extract(tmp_path / "cache", source, "ten_crop", crop_range=1.5) == []
+    codes, _ = TokenCache.open(tmp_path / "cache").take(np.arange(7))
+    assert codes.shape == (7, 10, 4)
+    np.testing.assert_array_equal(codes[:, 4], images[:, 2:, 2:][:, ::2, ::2].reshape(7, 4))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_together_make_the_cache_of_one(tmp_path, pets, parts):
+    assert extract(tmp_path / "one", pets) == []
+    left = [extract(tmp_path / "many", pets, part=(i, parts)) for i in reversed(range(parts))]
+    assert left[0] and not left[-1]
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def test_an_interrupted_extraction_goes_on(tmp_path, pets):
+    assert extract(tmp_path / "whole", pets) == []
+    calls = []
+
+    def dying(batch):
+        calls.append(None)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(tmp_path / "cut", pets, encode=dying)
+    shards = sorted(name for name in content(tmp_path / "cut") if name.startswith("shard"))
+    assert [name[:11] for name in shards] == ["shard-00000"]
+    calls.clear()
+    progress = []
+    done = lambda *counts: progress.append(counts)  # noqa: E731
+    assert extract(tmp_path / "cut", pets, progress=done) == []
+    assert progress[-1] == (4, 4)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"holds another token cache .pictures: .*views: "):
+        extract(tmp_path / "cut", pets, "ten_crop", crop_range=1.5)
+
+
+def test_parts_are_numbered_from_one():
+    assert [parse_part(text) for text in ("", "1/1", "3/16")] == [(0, 1), (0, 1), (2, 16)]
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/2/3"):
+        with pytest.raises(ValueError, match="expected such as 3/16"):
+            parse_part(wrong)
+
+
+@pytest.fixture
+def tokenizer(tmp_path, tiny_model, picture_folder):
+    """The tiny model on disk, with the picture folder as what it was trained on."""
     described = vq_defaults().data
     described.update(name="folder", dir=str(picture_folder), image_size=4, channels=1)
     info = {"data": described.to_dict()}
-    model = save_model(tmp_path / "model", dataclasses.replace(tiny_model, info=info))
-    program = [sys.executable, ROOT / "launch" / "extract_codes.py"]
-    program += [f"--tokenizer={model}", f"--out={tmp_path / 'codes'}", "--batch_size=5"]
-    settings = {"capture_output": True, "text": True, "cwd": tmp_path}
-    settings["env"] = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(program, **settings)
-    assert run.returncode == 0, run.stderr
+    return save_model(tmp_path / "model", dataclasses.replace(tiny_model, info=info))
 
-    tokenizer = load_pretrained(model)
-    expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
-    train, held_out = (
-        TokenCache.open(tmp_path / "codes" / split, expected) for split in ("train", "validation")
-    )
-    assert (train.codes.shape, held_out.codes.shape) == ((48, 2, 4), (12, 1, 4))
+
+def start(tokenizer, out, *options, devices=2):
+    """Starts the program."""
+    program = [sys.executable, ROOT / "launch" / "extract_codes.py", f"--tokenizer={tokenizer}"]
+    program += [f"--out={out}", "--batch_size=4", "--shard_size=16", *options]
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [*map(str, program)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+    )  # fmt: skip
+
+
+def ended(process, status=0):
+    """What a program wrote until it ended as expected."""
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == status, error
+    return error
+
+
+def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
+    out = tmp_path / "codes"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    pair = [start(tokenizer, out, *together, f"--process_id={i}") for i in range(2)]
+    alone = start(tokenizer, tmp_path / "alone", devices=2)
+    for process in (*pair, alone):
+        ended(process)
+    for split in ("train", "validation"):
+        assert content(out / split) == content(tmp_path / "alone" / split)
+
+    model = load_pretrained(tokenizer)
+    expected = fingerprint(model.vq_config, model.vq_params)
+    train, held_out = (TokenCache.open(out / split, expected) for split in ("train", "validation"))
+    codes, labels = train.take(np.arange(48))
+    assert (codes.shape, held_out[0]["codes"].shape, len(held_out)) == ((48, 2, 4), (1, 4), 12)
     assert train.class_names == ("boat", "house", "old tree")
     assert (train.vocab_size, train.grid) == (16, (2, 2))
     source = open_images("folder", "train", picture_folder)
     [batch] = image_batches(source, ImageSpec(4, 1), 48, train=False)
-    np.testing.assert_array_equal(train.labels, batch["labels"])
-    vq = VQModel(tokenizer.vq_config)
+    np.testing.assert_array_equal(labels, batch["labels"])
+    vq = VQModel(model.vq_config)
     for view, images in enumerate([batch["images"], batch["images"][:, :, ::-1]]):
-        codes = vq.apply({"params": tokenizer.vq_params}, images, method="encode_to_tokens")
+        found = vq.apply({"params": model.vq_params}, images, method="encode_to_tokens")
         # A tie between two codes may fall either way in a batch of another size.
-        assert np.mean(train.codes[:, view] == np.asarray(codes)) > 0.98
+        assert np.mean(codes[:, view] == np.asarray(found)) > 0.98
 
-    again = subprocess.run(program, **settings)
-    assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'codes'}")
+    # Again there is nothing to do, and no other cache takes its place.
+    again, other = start(tokenizer, out, "--part=2/2"), start(tokenizer, out, "--views=centre")
+    assert f"{out / 'train'}: 48 pictures, 2 views" in ended(again)
+    error = ended(other, status=1).strip().splitlines()[-1]
+    assert error.startswith(f"error: {out / 'train'} holds another token cache (views: ")
