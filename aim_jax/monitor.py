@@ -196,7 +196,7 @@ class Progress:
         """Shows that `done` of `total` are finished, at most twice a second on a terminal."""
         now = time.perf_counter()
         terminal = sys.stderr.isatty()
-        if done < total and now - self._last < (0.5 if terminal else 10):
+        if done < total and (not done or now - self._last < (0.5 if terminal else 10)):
             return
         self._last = now
         rate = done / max(now - self._start, 1e-9)

@@ -112,7 +112,7 @@ def open_imagenet(root: Path, split: str) -> ImageSource:
 
 
 def _in_folder(folder: Path, split: str) -> tuple[list[str], np.ndarray]:
-    if split == "validation" and any(is_image(entry.name) for entry in os.scandir(folder)):
+    if split == "validation" and any(map(is_image, os.listdir(folder))):
         paths = images_in(folder)
         return paths, _numbered_labels([os.path.basename(path) for path in paths], folder)
     found = [(group.name, path) for group in folders(folder) for path in images_in(group)]
