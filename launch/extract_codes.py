@@ -120,21 +120,16 @@ def extract() -> None:
 
 
 def finish(writer) -> list[int]:
-    """Completes a cache where it can be; connected processes first wait for each other's shards."""
+    """Completes a cache if it can be; connected processes first wait for each other's shards."""
     import jax
 
     from aim_jax.monitor import Progress
 
-    waiting = Progress(f"waiting for other processes, {writer.path}", "shards")
-    total, together = len(writer.ranges), jax.process_count() > 1
-    while together and (missing := writer.missing()):
-        waiting(total - len(missing), total)
+    waiting = Progress(f"waiting for the other processes to write into {writer.path}", "shards")
+    while jax.process_count() > 1 and (missing := writer.missing()):
+        waiting(len(writer.ranges) - len(missing), len(writer.ranges))
         time.sleep(1)
-    if jax.process_index() == 0:
-        return writer.finish()
-    while not writer.finished:
-        time.sleep(1)
-    return []
+    return writer.finish() if jax.process_index() == 0 else []
 
 
 def main(_):

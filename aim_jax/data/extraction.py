@@ -227,15 +227,10 @@ class CacheWriter:
             self._claim()
             self._put(MANIFEST, _json(self.manifest | {"shards": names}))
             # What killed processes left, and shards that two processes made.
-            for file in (*self.path.glob(".*.partial"), *self.path.glob("shard-*.npy")):
+            for file in (*self.path.glob(".shard-*.partial"), *self.path.glob("shard-*.npy")):
                 if file.name not in names:
                     file.unlink(missing_ok=True)
         return missing
-
-    @property
-    def finished(self) -> bool:
-        """Whether the cache can be opened."""
-        return not self.missing() and "shards" in read_manifest(self.path)
 
     def _claim(self) -> None:
         """Leaves the manifest, or finds an equal one."""
@@ -371,3 +366,4 @@ def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int
             yield fetch(*ahead)
         ahead = shard, codes, np.array(batch["labels"])
     yield fetch(*ahead)
+    loaded.close()

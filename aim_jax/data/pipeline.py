@@ -24,9 +24,13 @@ from aim_jax.data.images import (
     check_labels,
     decode_image,
 )
+from aim_jax.monitor import Progress
 
 # Between the seeds of sets that are mixed, so that two of one size never follow the same order.
 SEED_STEP = 0x9E3779B1
+
+# Picture files that a thread checks before it reports.
+CHECKED_AT_ONCE = 1024
 
 # The smallest share of the shorter side that a random crop of unspecified scale keeps.
 MIN_CROP = 0.8
@@ -141,7 +145,6 @@ def check_images(
 
 def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) -> None:
     every = -(-len(paths) // decode_limit)
-    threads = min(8, os.cpu_count() or 1)
 
     def problem(index: int) -> str | None:
         path = paths[index]
@@ -159,11 +162,17 @@ def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) ->
         return None
 
     def problems(start: int) -> list[str]:
-        found = map(problem, range(start, len(paths), threads))
+        found = map(problem, range(start, min(start + CHECKED_AT_ONCE, len(paths))))
         return [text for text in found if text is not None]
 
-    with ThreadPoolExecutor(threads) as pool:
-        bad = sorted(text for part in pool.map(problems, range(threads)) for text in part)
+    progress, bad = Progress("checking the pictures"), []
+    starts = range(0, len(paths), CHECKED_AT_ONCE)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start, found in zip(starts, pool.map(problems, starts), strict=True):
+            bad += found
+            if len(starts) > 10:
+                progress(min(start + CHECKED_AT_ONCE, len(paths)), len(paths))
+    bad.sort()
     if bad:
         raise ValueError(
             f"{len(bad)} of {len(paths)} pictures cannot be used; repair or remove them:\n  "
