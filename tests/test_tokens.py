@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -449,7 +450,7 @@ def tokenizer(tmp_path, tiny_model, picture_folder):
 
 
 def start(tokenizer, out, *options, devices=2):
-    """Starts the program."""
+    """Starts the program with shards of 16 pictures."""
     program = [sys.executable, ROOT / "launch" / "extract_codes.py", f"--tokenizer={tokenizer}"]
     program += [f"--out={out}", "--batch_size=4", "--shard_size=16", *options]
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -472,12 +473,8 @@ def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
         free.bind(("localhost", 0))
         together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
     pair = [start(tokenizer, out, *together, f"--process_id={i}") for i in range(2)]
-    alone = start(tokenizer, tmp_path / "alone", devices=2)
-    for process in (*pair, alone):
-        ended(process)
-    for split in ("train", "validation"):
-        assert content(out / split) == content(tmp_path / "alone" / split)
-
+    assert f"{out / 'train'}: 48 pictures, 2 views, 4 codes each" in ended(pair[0])
+    ended(pair[1])
     model = load_pretrained(tokenizer)
     expected = fingerprint(model.vq_config, model.vq_params)
     train, held_out = (TokenCache.open(out / split, expected) for split in ("train", "validation"))
@@ -489,13 +486,15 @@ def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
     [batch] = image_batches(source, ImageSpec(4, 1), 48, train=False)
     np.testing.assert_array_equal(labels, batch["labels"])
     vq = VQModel(model.vq_config)
+    encode = jax.jit(lambda p, x: vq.apply({"params": p}, x, method="encode_to_tokens"))
     for view, images in enumerate([batch["images"], batch["images"][:, :, ::-1]]):
-        found = vq.apply({"params": model.vq_params}, images, method="encode_to_tokens")
+        found = np.asarray(encode(model.vq_params, images))
         # A tie between two codes may fall either way in a batch of another size.
-        assert np.mean(codes[:, view] == np.asarray(found)) > 0.98
+        assert np.mean(codes[:, view] == found) > 0.98
 
-    # Again there is nothing to do, and no other cache takes its place.
-    again, other = start(tokenizer, out, "--part=2/2"), start(tokenizer, out, "--views=centre")
-    assert f"{out / 'train'}: 48 pictures, 2 views" in ended(again)
-    error = ended(other, status=1).strip().splitlines()[-1]
-    assert error.startswith(f"error: {out / 'train'} holds another token cache (views: ")
+    error = ended(start(tokenizer, out, "--views=centre", "--part=2/2"), status=1)
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .startswith(f"error: {out / 'train'} holds another token cache (views: ")
+    )
