@@ -217,6 +217,19 @@ def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path)
     assert abs(a[-1]["val_loss"] - b[-1]["val_loss"]) < 0.05
 
 
+def test_caches_are_mixed_for_training_alone(aim_config, codes, tiny_model, tmp_path):
+    shutil.copytree(codes, tmp_path / "more")
+    aim_config.codes = f"{codes},{tmp_path / 'more'}:2"
+    data = train.open_codes(aim_config, tiny_model, (0, 1))
+    assert (data.train_size, data.validation_size) == (96, 12)
+    assert next(data.train_batches())["codes"].shape == (8, 4)
+    assert sum(len(batch["labels"]) for batch in data.validation_batches()) == 12
+    manifest = tmp_path / "more" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("boat", "ship"))
+    with pytest.raises(ValueError, match="cannot be mixed: their class_names differ"):
+        train.open_codes(aim_config, tiny_model, (0, 1))
+
+
 def test_model_learns_a_small_batch_by_heart():
     optimizer = optim.skip_bad_steps(optax.adam(1e-2), spike_factor=0.0)
     model = TINY_AIM.__class__(**{**vars(TINY_AIM), "class_dropout": 0.0})
