@@ -47,9 +47,9 @@ def extract() -> None:
     from ml_collections import ConfigDict
 
     from aim_jax import data
+    from aim_jax.codes import local_encoder, open_tokenizer
     from aim_jax.config import image_spec
     from aim_jax.monitor import Progress, say
-    from aim_jax.train import local_encoder, open_tokenizer
 
     distributed.initialize(
         coordinator=FLAGS.coordinator,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from aim_jax.checkpoint import load_pretrained, save_model
+from aim_jax.codes import parse_codes
 from aim_jax.config import vq_defaults
 from aim_jax.data import (
     ArrayImages,
@@ -29,7 +30,6 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel
-from aim_jax.train import parse_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from aim_jax import convert, loop, optim, train, train_vq
 from aim_jax.checkpoint import Pretrained, load_pretrained, save_model
+from aim_jax.codes import local_encoder, open_codes
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, fingerprint, make_views, open_images
 from aim_jax.models.layers import group_to_layer
@@ -46,7 +47,7 @@ def codes(picture_folder, tiny_model, tmp_path_factory):
     """Token caches of the picture folder under the tiny tokenizer."""
     root = tmp_path_factory.mktemp("codes")
     spec = image_spec(small(vq_defaults(), picture_folder).data)
-    encode, devices = train.local_encoder(tiny_model)
+    encode, devices = local_encoder(tiny_model)
     for split in ("train", "validation"):
         source = open_images("folder", split, picture_folder)
         views = make_views("centre_flip" if split == "train" else "centre", spec)
@@ -220,14 +221,14 @@ def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path)
 def test_caches_are_mixed_for_training_alone(aim_config, codes, tiny_model, tmp_path):
     shutil.copytree(codes, tmp_path / "more")
     aim_config.codes = f"{codes},{tmp_path / 'more'}:2"
-    data = train.open_codes(aim_config, tiny_model, (0, 1))
+    data = open_codes(aim_config, tiny_model, (0, 1))
     assert (data.train_size, data.validation_size) == (96, 12)
     assert next(data.train_batches())["codes"].shape == (8, 4)
     assert sum(len(batch["labels"]) for batch in data.validation_batches()) == 12
     manifest = tmp_path / "more" / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("boat", "ship"))
     with pytest.raises(ValueError, match="cannot be mixed: their class_names differ"):
-        train.open_codes(aim_config, tiny_model, (0, 1))
+        open_codes(aim_config, tiny_model, (0, 1))
 
 
 def test_model_learns_a_small_batch_by_heart():

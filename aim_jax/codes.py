@@ -1,0 +1,181 @@
+"""The codes that AiM is trained on: from token caches, or of pictures encoded on the way."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from aim_jax.checkpoint import Pretrained, load_pretrained
+from aim_jax.config import image_spec
+from aim_jax.data import (
+    TokenCache,
+    check_alike,
+    check_images,
+    fingerprint,
+    image_batches,
+    open_images,
+    token_batches,
+)
+from aim_jax.models.vq import VQModel
+from aim_jax.sharding import batch_sharding, make_mesh
+
+
+def open_tokenizer(name_or_path: str) -> Pretrained:
+    """The tokenizer of a model directory.
+
+    Raises:
+      ValueError: none was given, or the directory holds no tokenizer.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "config.tokenizer is empty: give the model directory of a trained tokenizer "
+            "(--config.tokenizer=DIR, made by launch/train_vq.py), or a bundled model's name."
+        )
+    tokenizer = load_pretrained(name_or_path)
+    if tokenizer.vq_params is None:
+        raise ValueError(f"{name_or_path} holds no tokenizer.")
+    return tokenizer
+
+
+def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """A function from float32 pictures (b, S, S, C) to codes (b, t), and the number of devices.
+
+    The devices of this process share every batch, so that b is a multiple of their number.
+    """
+    mesh = make_mesh(devices=jax.local_devices())
+    params = jax.device_put(tokenizer.vq_params, NamedSharding(mesh, PartitionSpec()))
+    model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
+    apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
+    return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
+
+
+def parse_codes(text: str) -> list[tuple[Path, float]]:
+    """ "codes/a,codes/b:0.5" -> the directories, and how often their pictures are drawn.
+
+    Raises:
+      ValueError: a weight is no positive number.
+    """
+
+    def parse(item: str) -> tuple[Path, float]:
+        path, _, weight = item.strip().partition(":")
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = 0
+        if not path or not 0 < number < math.inf:
+            raise ValueError(
+                f"config.codes={text!r}: {item!r} is not a directory, or DIRECTORY:WEIGHT with a "
+                "positive number"
+            )
+        return Path(path), number
+
+    return [parse(item) for item in text.split(",")]
+
+
+class CodeData:
+    """Training codes from one token cache or several, and validation codes from the first.
+
+    Attributes:
+      unigram_entropy: nats per token of the marginal distribution of (the first cache's) codes:
+        what a model that ignores class, position and context would reach.
+    """
+
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
+        expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
+        paths, self._weights = zip(*parse_codes(config.codes), strict=True)
+        self._train = [TokenCache.open(path / "train", expected) for path in paths]
+        self._validation = TokenCache.open(paths[0] / "validation", expected)
+        check_alike([*self._train, self._validation])
+        self._config, self._share = config, share
+        first = self._train[0]
+        self.class_names = first.class_names
+        self.num_tokens, self.vocab_size = first.num_tokens, first.vocab_size
+        self.train_size = sum(len(cache) for cache in self._train)
+        self.validation_size = len(self._validation)
+        self.unigram_entropy = unigram_entropy(first)
+
+    def encode(self, batch: dict) -> dict:
+        """The batch as it is: it holds codes already."""
+        return batch
+
+    def train_batches(self):
+        """Endless shuffled batches of this process."""
+        return self._batches(self._train, weights=self._weights, train=True)
+
+    def validation_batches(self):
+        """One pass over this process's share of the validation codes."""
+        return self._batches([self._validation], train=False)
+
+    def _batches(self, caches, **settings):
+        return token_batches(
+            caches, self._config.batch_size, seed=self._config.seed,
+            shard_index=self._share[0], shard_count=self._share[1], **settings,
+        )  # fmt: skip
+
+
+def unigram_entropy(cache: TokenCache, most: int = 2**14) -> float:
+    """Nats per token of the marginal distribution of the codes of (evenly spaced) pictures."""
+    codes, _ = cache.take(np.linspace(0, len(cache) - 1, min(most, len(cache))).astype(int))
+    frequency = np.bincount(codes.ravel(), minlength=cache.vocab_size)
+    p = frequency[frequency > 0] / frequency.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+class EncodedImages:
+    """Training and validation pictures, encoded by the frozen tokenizer as they are needed."""
+
+    unigram_entropy = None
+
+    def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
+        data, vq = config.data, tokenizer.vq_config
+        self._config, self._spec, self._share = config, image_spec(data), share
+        self._train, self._validation = (
+            open_images(data.name, split, data.dir or None) for split in ("train", "validation")
+        )
+        for source in (self._train, self._validation):
+            check_images(source, self._spec)
+        self.class_names = self._train.class_names
+        self.num_tokens = (data.image_size // vq.downsampling) ** 2
+        self.vocab_size = vq.n_embed
+        self.train_size, self.validation_size = len(self._train), len(self._validation)
+        self._encode = jax.jit(
+            lambda params, images: VQModel(vq).apply(
+                {"params": params}, images, method="encode_to_tokens"
+            )
+        )
+        self._params = tokenizer.vq_params
+
+    def encode(self, batch: dict) -> dict:
+        """The batch with `codes` in the place of `images`."""
+        codes = self._encode(self._params, batch["images"])
+        return {k: v for k, v in batch.items() if k != "images"} | {"codes": codes}
+
+    def train_batches(self):
+        """Endless shuffled batches of this process."""
+        return self._batches(self._train, train=True)
+
+    def validation_batches(self):
+        """One pass over this process's share of the validation pictures."""
+        return self._batches(self._validation, train=False)
+
+    def _batches(self, source, train):
+        return image_batches(
+            source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
+            shard_index=self._share[0], shard_count=self._share[1],
+            workers=self._config.data.workers if train else 0,
+        )  # fmt: skip
+
+
+def open_codes(
+    config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]
+) -> CodeData | EncodedImages:
+    """The data that a configuration names: token caches, or pictures to encode on the way.
+
+    Args:
+      share: which part of every batch to take, and of how many; see `batch_share`.
+    """
+    return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
