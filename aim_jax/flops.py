@@ -19,23 +19,41 @@ def forward_flops(config: AiMConfig, tokens: int | None = None) -> float:
     t = config.num_tokens if tokens is None else tokens
     d, e, n = config.d_model, config.d_inner, config.d_state
     if config.mixer == "mamba2":
-        groups = config.ngroups
-        chunks, q = split_length(t, config.chunk_size)
-        projections = d * (2 * e + 2 * groups * n + config.n_heads) + e * d
-        # Per token: C B^T and the weighted sum inside a chunk; the state that leaves it and what
-        # the state that entered it contributes (sections 6 and 7 of arXiv 2405.21060).
-        scan = q * (groups * n + e) + (2 * e * n if chunks > 1 else 0)
+        projections = d * (2 * e + 2 * config.ngroups * n + config.n_heads) + e * d
     else:
         r = config.dt_rank
         projections = 2 * d * e + e * (r + 2 * n) + r * e + e * d
-        scan = 4.5 * e * n  # elementwise: 9 operations per channel and state
     mlp = 3 * d * config.mlp_hidden
     groups = config.num_groups if config.adaln == "group" else config.n_layer
     modulation = groups * config.modulation_parts * d * d + 2 * d * d
-    layers = config.n_layer * t * (projections + scan + mlp)
-    return 2.0 * (layers + t * d * config.vocab_size + modulation)
+    products = config.n_layer * (projections + mlp) + d * config.vocab_size
+    return 2.0 * (t * products + modulation) + scan_flops(config, t)
+
+
+def scan_flops(config: AiMConfig, tokens: int) -> float:
+    """The part of the scans in `forward_flops`."""
+    e, n = config.d_inner, config.d_state
+    if config.mixer == "mamba2":
+        chunks, q = split_length(tokens, config.chunk_size)
+        # Per token: C B^T and the weighted sum inside a chunk; the state that leaves it and what
+        # the state that entered it contributes (sections 6 and 7 of arXiv 2405.21060).
+        per_token = q * (config.ngroups * n + e) + (2 * e * n if chunks > 1 else 0)
+    else:
+        per_token = 4.5 * e * n  # elementwise: 9 operations per channel and state
+    return 2.0 * config.n_layer * tokens * per_token
 
 
 def training_flops(config: AiMConfig) -> float:
     """Operations of one image's forward and backward pass; recomputation (remat) is not counted."""
     return 3 * forward_flops(config)
+
+
+def executed_flops(config: AiMConfig) -> float:
+    """`training_flops` and what `config.remat` and `config.logits_chunk` compute a second time."""
+    t = config.num_tokens
+    repeated = 2.0 * t * config.d_model * config.vocab_size if config.logits_chunk else 0.0
+    if config.remat == "full":
+        repeated += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
+    elif config.remat == "dots":  # products over a batch axis are not kept
+        repeated += scan_flops(config, t)
+    return training_flops(config) + repeated

@@ -1,7 +1,14 @@
-"""What accelerators can do, from their vendors' data sheets."""
+"""What accelerators can do, by their vendors' data sheets, and devices to compile for from afar."""
 
 import dataclasses
+import importlib
+import math
+import os
+import re
 from collections.abc import Iterable
+
+import jax
+from jax.experimental import topologies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +54,118 @@ def peak_flops(devices: Iterable) -> float | None:
     """Operations per second of all devices together, or None where one of them is unknown."""
     chips = [accelerator(device.device_kind) for device in devices]
     return None if None in chips else sum(chip.flops for chip in chips)
+
+
+# Shapes of TPU slices by the number of chips.
+SHAPES = {
+    "v4": {
+        2**i: shape
+        for i, shape in enumerate(["-", "-", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"])
+    },
+    "v5e": {
+        2**i: shape
+        for i, shape in enumerate(["1x1", "-", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"])
+    },
+}
+SHAPES |= {"v5p": SHAPES["v4"], "v6e": SHAPES["v5e"]}
+CORES_COUNTED = ("v4", "v5p")  # names of slices count TensorCores there, two per chip
+TPU_OPTIONS = {
+    "v4": {"chip_config_name": "megacore"},
+    "1x1": {"chips_per_host_bounds": (1, 1, 1)},
+}
+# What XLA's GPU compiler asks about a device: compute capability, multiprocessors, registers and so
+# on, from CUDA's own query; GPU-80G is the SXM module.
+GPUS = {
+    "A100-80G": ("NVIDIA A100-SXM4-80GB", 8, 108, 1.41, 166912, 167936, 41943040, 2039, 64),
+    "H100": ("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 232448, 233472, 52428800, 3352, 128),
+    "H200": ("NVIDIA H200", 9, 132, 1.98, 232448, 233472, 62914560, 4800, 128),
+}
+GPU_TARGET = """
+platform_name: "CUDA"
+device_description_str: "{}"
+dnn_version_info {{ major: 9 minor: 3 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {} }}
+  core_count: {}
+  clock_rate_ghz: {}
+  shared_memory_per_block_optin: {}
+  shared_memory_per_core: {}
+  l2_cache_size: {}
+  memory_bandwidth: {}000000000
+  fpus_per_core: {}
+  device_memory_size: {}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+TOPOLOGY_HELP = (
+    "expected a TPU slice by its shape or name, as v5e:16x16, v5e-256 or v5p-32 (16 chips), or "
+    f"GPUs of one node, as 8xA100-80G ({', '.join(GPUS)})."
+)
+
+
+def topology(name: str, slices: int = 1) -> list[jax.Device]:
+    """Devices that programs can be compiled for without having them.
+
+    Args:
+      name: "v5e:16x16" (v4, v5e, v5p, v6e and a shape), "v5e-256" (its name in the cloud), or
+        "8xA100-80G".
+      slices: how many such TPU slices.
+
+    Raises:
+      ValueError: an unknown name, or more than one slice of GPUs.
+      ModuleNotFoundError: the compiler for these devices is not installed.
+    """
+    if match := re.fullmatch(r"(\d+)x([A-Z].*)", name):
+        if match[2] not in GPUS or slices != 1:
+            raise ValueError(f"topology {name!r} with {slices} slices: {TOPOLOGY_HELP}")
+        return _gpus(int(match[1]), match[2])
+    family, _, shape = re.sub("[-:]", " ", name).partition(" ")
+    if family in SHAPES and "-" in name and shape.isdecimal():
+        chips = int(shape) // (2 if family in CORES_COUNTED else 1)
+        shape = SHAPES[family].get(chips, "")
+    if family not in SHAPES or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise ValueError(f"topology {name!r}: {TOPOLOGY_HELP}")
+    return _tpus(family, shape, slices)
+
+
+def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "the compiler for TPUs is libtpu (700 MB on disk): pip install 'aim_jax[tpu]'."
+        )
+    # libtpu looks for a TPU and its metadata server otherwise.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    options = TPU_OPTIONS.get(family, {}) | TPU_OPTIONS.get(shape, {})
+    if slices > 1:
+        options["num_slices"] = slices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{family}:{shape}", **options
+    ).devices
+
+
+def _gpus(count: int, kind: str) -> list[jax.Device]:
+    try:
+        importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    except ImportError:
+        raise ModuleNotFoundError(
+            "the compiler for NVIDIA GPUs is JAX's CUDA plugin: "
+            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of the version of jax."
+        ) from None
+    memory = math.floor(accelerator(GPUS[kind][0]).memory)
+    target = GPU_TARGET.format(*GPUS[kind], memory)
+    return topologies.get_topology_desc(
+        platform="cuda", topology=f"1x1x{count}", target_config=target
+    ).devices

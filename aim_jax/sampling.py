@@ -188,24 +188,26 @@ def _advance(decoder, loop: Loop, request: Request, interval, first, count: int,
 
 
 @functools.lru_cache
-def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+def device_mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    """The mesh whose devices each draw a share of the images."""
     return Mesh(np.array(devices), ("data",))
 
 
 def _generate_on(devices, params, seed, request: Request, interval, *, method: Method):
     """The codes of the images asked for; every device draws its share."""
-    mesh, b = _mesh(devices), len(request.labels)
+    mesh, b = device_mesh(devices), len(request.labels)
     # Images repeat the first one until there are equally many for every device.
     order = np.arange(-(-b // len(devices)) * len(devices))
     order = np.where(order < b, order, 0)
     # As NumPy, because arrays of one process's devices may not meet those of all.
     request, interval = jax.tree.map(np.asarray, (request, interval))
     request = jax.tree.map(lambda x: x[order], request)
-    return _generate_sharded(params, seed, request, interval, method=method, mesh=mesh)[:b]
+    return generate_sharded(params, seed, request, interval, method=method, mesh=mesh)[:b]
 
 
 @functools.partial(jax.jit, static_argnames=("method", "mesh"))
-def _generate_sharded(params, seed, request, interval, *, method, mesh):
+def generate_sharded(params, seed, request, interval, *, method, mesh):
+    """What `generate_tokens` runs on several devices: codes (b, t), b a multiple of them."""
     share = jax.shard_map(
         functools.partial(_generate, method=method),
         mesh=mesh,

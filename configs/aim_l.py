@@ -25,4 +25,5 @@ def get_config():
     config.model.update(dataclasses.asdict(PRESETS["L"]))
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "dots"
+    config.model.chunk_size = 256  # one chunk: no states in memory
     return config

@@ -1,5 +1,7 @@
 """Layers of the AiM stack: norms, causal convolution, label embedding, the adaLN family."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,12 +145,20 @@ class Dense(nn.Module):
         return (kernel.T @ x[:, 0].T).T[:, None]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A parameter whole along "embed", which FSDP stores sharded: weights travel, not activations.
 
-    Called on what was cast to the compute dtype, so that bfloat16 travels and not float32.
+    Called on what was cast to the compute dtype, so that bfloat16 travels and not float32. Its
+    gradient is asked for sharded again, so that the devices' parts are summed by a reduce-scatter.
     """
     return constrain(kernel, *(None if axis == "embed" else axis for axis in axes))
+
+
+gathered.defvjp(
+    lambda kernel, axes: (gathered(kernel, axes), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes),),
+)
 
 
 def embedding(size: int, features: int, axis: str) -> nn.Embed:

@@ -39,15 +39,16 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"
 
     dtype = compute_dtype(x)
     if initial_state is None:
-        initial_state = jnp.zeros((b, w - 1, c), dtype)
-    inputs = jnp.concatenate([initial_state.astype(dtype), x.astype(dtype)], axis=1)
+        initial_state = jnp.zeros((b, w - 1, c), x.dtype)
+    kept = jnp.promote_types(x.dtype, initial_state.dtype)
+    inputs = jnp.concatenate([initial_state.astype(kept), x.astype(kept)], axis=1)
     weight = weight.astype(dtype)
-    y = sum(weight[k] * inputs[:, k : k + l] for k in range(w))
+    y = sum(weight[k] * inputs[:, k : k + l].astype(dtype) for k in range(w))
     if bias is not None:
         y = y + bias.astype(dtype)
     if activation == "silu":
         y = jax.nn.silu(y)
-    return y.astype(x.dtype), inputs[:, l:]
+    return y.astype(x.dtype), inputs[:, l:].astype(dtype)
 
 
 def conv_ring(window, position):

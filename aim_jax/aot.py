@@ -1,0 +1,124 @@
+"""Training and generation compiled ahead of time for a named topology; see launch/compile.py."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from aim_jax import sampling
+from aim_jax.decode import Engine, resolve
+from aim_jax.flops import executed_flops, forward_flops, training_flops
+from aim_jax.footprint import DoesNotFitError, Footprint, describe, footprint
+from aim_jax.hardware import peak_flops, topology
+from aim_jax.models.aim import AiMConfig, init_params
+from aim_jax.monitor import say
+from aim_jax.train import Setup
+
+
+def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
+    """Of the very train step that `train` runs.
+
+    Raises:
+      DoesNotFitError, ValueError: see `footprint` and `Setup`.
+    """
+    setup = Setup(config, devices)
+    lowered = setup.train_step.lower(*setup.abstract_arguments())
+    flops = executed_flops(setup.model) * config.batch_size / len(devices)
+    return footprint(lowered, flops, devices[0])
+
+
+def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Footprint:
+    """Of `generate` with guidance, without the tokenizer.
+
+    Args:
+      images: per device.
+    """
+    mesh = sampling.device_mesh(tuple(devices))
+    whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    params = jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
+    params = jax.tree.map(lambda x: x.update(sharding=whole), params)
+    count = images * len(devices)
+
+    def per_image(dtype, *shape):
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
+
+    ints, floats = per_image(jnp.int32), per_image(jnp.float32)
+    request = sampling.Request(ints, ints, floats, floats, ints, floats, per_image(jnp.int32, 0))
+    # Triton's kernels ask the GPU at hand what it is, so this is the program without them.
+    engine = resolve(Engine(kernels="xla"), model, 2 * images, devices[0].platform)
+    method = sampling.Method(model, True, "constant", engine)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
+    lowered = sampling.generate_sharded.lower(
+        params, seed, request, interval, method=method, mesh=mesh
+    )
+    return footprint(lowered, 2 * images * forward_flops(model), devices[0])
+
+
+def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
+    """Compiles, prints, and returns the figures.
+
+    Args:
+      name: see `hardware.topology`.
+      images: per device, for generation; 0 leaves it out.
+      search: double `config.accumulate` until training fits.
+
+    Returns:
+      "fits", and for "training" and "generation" the fields of `Footprint` or the compiler's
+      refusal.
+    """
+    devices = topology(name, config.mesh.slices)
+    model = AiMConfig(**config.model)
+    say(
+        f"{len(devices)} x {devices[0].device_kind}; analytic GFLOP per image: "
+        f"{training_flops(model) / 1e9:.1f} in training, {forward_flops(model) / 1e9:.1f} forward"
+    )
+    results = {"topology": name, "devices": len(devices), "kind": devices[0].device_kind}
+    while True:
+        found = _tried("training", lambda: training(config, devices))
+        fits = isinstance(found, Footprint) and found.fits
+        more = 2 * config.accumulate
+        if fits or not search or config.batch_size % (more * len(devices) // config.mesh.model):
+            break
+        config.accumulate = more
+        say(f"again with config.accumulate={more}")
+    results["training"] = _plain(found) | {"accumulate": config.accumulate}
+    if fits:
+        rate = config.batch_size / found.seconds
+        mfu = rate * training_flops(model) / peak_flops(devices)
+        hours = config.steps * found.seconds / 3600
+        results["training"] |= {"images_per_second": rate, "mfu": mfu, "hours": hours}
+        say(
+            f"{rate:.0f} images/s, MFU {mfu:.0%}, {config.steps} steps in {hours:.1f} h, "
+            f"{hours * len(devices):.0f} device hours (modelled)"
+        )
+    if images:
+        drawn = _tried(
+            f"generation, {images} images per device", lambda: generation(model, images, devices)
+        )
+        fits = fits and isinstance(drawn, Footprint) and drawn.fits
+        results["generation"] = _plain(drawn) | {"images": images}
+        if isinstance(drawn, Footprint):
+            say(f"{images / drawn.seconds:.2f} images/s per device (modelled)")
+    return results | {"fits": fits}
+
+
+def _tried(what: str, make) -> Footprint | str:
+    start = time.perf_counter()
+    try:
+        found = make()
+    except DoesNotFitError as error:
+        say(f"\n{what}: DOES NOT FIT: {error}")
+        return str(error)
+    say(f"\n{what} (compiled in {time.perf_counter() - start:.0f} s)\n{describe(found)}")
+    return found
+
+
+def _plain(found: Footprint | str) -> dict:
+    if isinstance(found, str):
+        return {"refused": found}
+    return dataclasses.asdict(found) | {"seconds": found.seconds, "fits": found.fits}

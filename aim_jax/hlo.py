@@ -1,0 +1,241 @@
+"""What a compiled program moves: its HLO text, read with the trip counts of its loops.
+
+XLA's own cost analysis takes the body of a loop once. Here every instruction counts as often as it
+runs: layers of a scan, micro-batches, rounds of a collective matrix product.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that move nothing by themselves.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
+}  # fmt: skip
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "token": 0}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*?\) -> .*?\{\n(.*?)^\}", re.M | re.S)
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$", re.M)
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `name = shape op(operands), attributes`."""
+
+    name: str
+    shape: str
+    op: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
+
+    def attribute(self, name: str) -> str | None:
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return match and match[1]
+
+
+def size(shape: str, *, memory: bool = False) -> int:
+    """Bytes of a shape, or of all parts of a tuple.
+
+    Args:
+      memory: leave out what the compiler keeps on the chip, which TPU layouts mark by S(1).
+    """
+    return sum(_sizes(shape, memory))
+
+
+def _sizes(shape: str, memory: bool) -> list[int]:
+    """Bytes of every array of a shape."""
+    sizes = []
+    for kind, dimensions, layout in _SHAPE.findall(shape):
+        bits = BITS[kind] if kind in BITS else int(re.search(r"\d+", kind)[0])
+        count = math.prod(map(int, filter(None, dimensions.split(","))))
+        sizes.append(0 if memory and "S(1)" in layout else count * bits // 8)
+    return sizes
+
+
+class Program:
+    """A compiled program as its computations, and how often each of them runs."""
+
+    def __init__(self, hlo: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        entry = None
+        for is_entry, name, body in _COMPUTATION.findall(hlo):
+            self.computations[name] = {
+                m[2]: Instruction(m[2], m[3], m[4], m[5], bool(m[1]))
+                for m in _INSTRUCTION.finditer(body)
+            }
+            entry = name if is_entry else entry
+        if entry is None:
+            raise ValueError("no ENTRY computation: this is not the text of a compiled program.")
+        self.runs: dict[str, int] = {}
+        self._count(entry, 1)
+
+    def _count(self, name: str, times: int) -> None:
+        self.runs[name] = self.runs.get(name, 0) + times
+        for instruction in self.computations[name].values():
+            if instruction.op == "while":
+                rounds = self._trip_count(instruction.attribute("condition"))
+                self._count(instruction.attribute("body"), times * rounds)
+            elif instruction.op == "conditional":
+                branches = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)
+                names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
+                names += filter(
+                    None, map(instruction.attribute, ("true_computation", "false_computation"))
+                )
+                for branch in names:
+                    self._count(branch, times)
+            elif instruction.op in ("call", "async-start"):
+                called = instruction.attribute("to_apply") or instruction.attribute("calls")
+                if called:
+                    self._count(called, times)
+
+    def _trip_count(self, condition: str) -> int:
+        """The bound that a loop's condition compares its counter with."""
+        found = self._constants(condition)
+        if len(found) != 1:
+            raise ValueError(f"the loop condition {condition} has the constants {found}, not one.")
+        return found.pop()
+
+    def _constants(self, name: str) -> set[int]:
+        found = set()
+        for instruction in self.computations[name].values():
+            if instruction.op == "constant" and re.match(r"[su]\d+\[\]", instruction.shape):
+                found.add(int(instruction.rest.split(")")[0]))
+            if instruction.op == "fusion":
+                found |= self._constants(instruction.attribute("calls"))
+        return found
+
+    def collectives(self) -> dict[str, tuple[int, int]]:
+        """Number of runs, and bytes that one device sends in all of them, by kind.
+
+        A ring is assumed: of n devices each sends (n - 1) / n of a gathered or scattered array,
+        twice that of an all-reduced one.
+        """
+        seen: dict[tuple, tuple[str, int, int]] = {}
+        for owner, times, instruction in self._everywhere():
+            kind = instruction.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            operands = [self.computations[owner].get(name) for name in instruction.operands]
+            taken = sum(size(x.shape) for x in operands if x is not None)
+            result = size(instruction.shape)
+            if instruction.op.endswith("-start"):  # the result lists the operands as well
+                result -= taken
+            n = _group_size(instruction.rest)
+            share = (n - 1) / n
+            sent = {
+                "all-gather": result * share,
+                "reduce-scatter": taken * share,
+                "all-to-all": taken * share,
+                "all-reduce": 2 * taken * share,
+                "collective-permute": taken,
+            }[kind]
+            # An asynchronous collective may be written in several fusions; its channel is one.
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            unique = channel and kind != "collective-permute"
+            key = (kind, channel[1]) if unique else (owner, instruction.name)
+            if key not in seen or seen[key][1] < times:
+                seen[key] = (kind, times, round(sent))
+        totals: dict[str, tuple[int, int]] = {}
+        for kind, times, sent in seen.values():
+            runs, moved = totals.get(kind, (0, 0))
+            totals[kind] = (runs + times, moved + times * sent)
+        return totals
+
+    def _everywhere(self) -> Iterator[tuple[str, int, Instruction]]:
+        """(computation, how often it runs, instruction), those inside fusions included."""
+        for name, times in self.runs.items():
+            for instruction in self.computations[name].values():
+                yield name, times, instruction
+                inner = instruction.op == "fusion" and instruction.attribute("calls")
+                for fused in self._nested(inner):
+                    yield fused[0], times, fused[1]
+
+    def _nested(self, name: str | None) -> Iterator[tuple[str, Instruction]]:
+        for instruction in self.computations.get(name, {}).values():
+            yield name, instruction
+            if instruction.op == "fusion":
+                yield from self._nested(instruction.attribute("calls"))
+
+    def memory_traffic(self) -> int:
+        """Bytes read from and written to the device's memory: what every fusion takes and makes.
+
+        A fusion that reads or updates a part of an array in place counts that part.
+        """
+        total = 0
+        for name, times in self.runs.items():
+            here = self.computations[name]
+            for instruction in here.values():
+                if instruction.op in FREE or instruction.op.endswith("-done"):
+                    continue
+                total += times * self._moved(instruction, here)
+        return total
+
+    def _moved(self, instruction: Instruction, here: dict[str, Instruction]) -> int:
+        operands = [here.get(name) for name in instruction.operands]
+        sizes = [size(x.shape, memory=True) if x else 0 for x in operands]
+        made = size(instruction.shape, memory=True)
+        if instruction.op.endswith("-start"):  # a copy, slice or collective; it lists its operands
+            return size(instruction.shape) - sum(size(x.shape) for x in operands if x)
+        if instruction.op in ("dynamic-slice", "slice", "gather"):
+            return 2 * made
+        if instruction.op == "dynamic-update-slice":
+            return 2 * sizes[1]
+        inner = self.computations.get(instruction.attribute("calls") or "")
+        if instruction.op != "fusion" or not inner:
+            return made + sum(sizes)
+        uses: dict[str, list[Instruction]] = {}
+        for x in inner.values():
+            for operand in x.operands:
+                uses.setdefault(operand, []).append(x)
+        for x in inner.values():
+            readers = self._readers(x, uses) if x.op == "parameter" else []
+            number = int(x.rest.split(")")[0]) if readers else 0
+            if readers and number < len(sizes):
+                parts = sum(self._part_read(x, reader, inner) for reader in readers)
+                sizes[number] = min(sizes[number], parts)
+        (root,) = (x for x in inner.values() if x.root)
+        made = _sizes(instruction.shape, memory=True)
+        results = [inner.get(name) for name in root.operands] if root.op == "tuple" else [root]
+        if len(made) == len(results):
+            for i, x in enumerate(results):
+                while x is not None and x.op == "bitcast":
+                    x = inner.get(x.operands[0])
+                if x is not None and x.op == "dynamic-update-slice":
+                    made[i] = min(made[i], size(inner[x.operands[1]].shape))
+        return sum(made) + sum(sizes)
+
+    def _part_read(self, x: Instruction, reader: Instruction, inner: dict[str, Instruction]) -> int:
+        """Bytes of x that an instruction of the same fusion needs."""
+        if reader.op in ("dynamic-slice", "slice", "gather"):
+            return size(reader.shape)
+        target = inner.get(reader.operands[0]) if reader.op == "dynamic-update-slice" else None
+        while target is not None and target.op == "bitcast":
+            target = inner.get(target.operands[0])
+        return 0 if target is x else size(x.shape)
+
+    def _readers(self, x: Instruction, uses: dict[str, list[Instruction]]) -> list[Instruction]:
+        """Instructions that use a value, seen through bitcasts."""
+        readers = []
+        for user in uses.get(x.name, []):
+            readers += self._readers(user, uses) if user.op == "bitcast" else [user]
+        return readers
+
+
+def _group_size(text: str) -> int:
+    """Devices that take part in one collective together."""
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(match[1].split(","))
+    return 2  # collective-permute has source-target pairs instead

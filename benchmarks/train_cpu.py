@@ -1,0 +1,188 @@
+"""Times a training step of AiM-B on a CPU beside plain PyTorch with the official mathematics.
+
+Example:
+  python benchmarks/train_cpu.py --batch 4 --rounds 3
+
+A step is forward, backward, clipping and AdamW on the same weights and batch. Every contestant runs
+in a process of its own, in turns; the table has medians over the rounds. First a small model of the
+same width takes one step with each of them, and losses and gradient norms must agree.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from aim_jax.models import PRESETS, AiMConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What is changed in the model's configuration, of ours; tokens per chunk, of PyTorch's.
+OURS = {
+    "ours": {},
+    "ours, chunk 256": {"chunk_size": 256},
+    "ours, chunk 128": {"chunk_size": 128},
+    "ours, unrolled": {"scan_unroll": 24},
+    "ours, bfloat16": {"compute_dtype": "bfloat16"},
+    "ours, remat dots": {"remat": "dots"},
+    "ours, logits_chunk 32": {"logits_chunk": 32},
+}
+PEERS = {"torch, official": 256, "torch, chunk 64": 64}
+
+
+def batch_of(config: AiMConfig, size: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, config.vocab_size, (size, config.num_tokens)).astype(np.int32)
+    return {"codes": codes, "labels": (np.arange(size) % config.num_classes).astype(np.int32)}
+
+
+def our_steps(model: AiMConfig, batch: int):
+    """Endless steps of ours: (loss, gradient norm) of each."""
+    import jax
+
+    from aim_jax import convert, loop, train
+    from aim_jax.config import aim_defaults
+    from benchmarks.conversion import random_weights
+
+    config = aim_defaults()
+    config.batch_size = batch
+    config.optimizer.schedule = "constant"
+    config.model.update(dataclasses.asdict(model))
+    setup = train.Setup(config, jax.devices()[:1])
+    state = train.create_sharded(setup.new_state, setup.mesh, setup.rules)
+    state = state.with_params(convert.convert_aim(random_weights(model), model))
+    data = loop.shard_batch(batch_of(model, batch), setup.mesh)
+    while True:
+        state, metrics = setup.train_step(state, data)
+        yield float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def their_steps(model: AiMConfig, batch: int, chunk: int):
+    """Endless steps of the peer."""
+    from benchmarks.conversion import random_weights
+    from benchmarks.train_peer import Trainer
+
+    peer, data = Trainer(random_weights(model), model, chunk), batch_of(model, batch)
+    while True:
+        yield peer.step(data["codes"], data["labels"])
+
+
+def steps_of(name: str, model: AiMConfig, batch: int):
+    if name in PEERS:
+        return their_steps(model, batch, PEERS[name])
+    return our_steps(dataclasses.replace(model, **OURS[name]), batch)
+
+
+def without_dropout(model: AiMConfig) -> AiMConfig:
+    return dataclasses.replace(model, class_dropout=0.0)
+
+
+def check(name: str) -> dict:
+    """Two steps of a model of two layers."""
+    model = dataclasses.replace(without_dropout(PRESETS["B"]), n_layer=2, vocab_size=512)
+    changed = {"scan_unroll": 2} if name == "ours, unrolled" else OURS.get(name, {})
+    steps = (
+        their_steps(model, 2, PEERS[name])
+        if name in PEERS
+        else our_steps(dataclasses.replace(model, **changed), 2)
+    )
+    return {"steps": [next(steps) for _ in range(2)]}
+
+
+def measure(name: str, batch: int, count: int) -> dict:
+    """Seconds of `count` steps, the first one left out, and the peak memory."""
+    import resource
+
+    steps = steps_of(name, without_dropout(PRESETS["B"]), batch)
+    next(steps)
+    taken = []
+    for _ in range(count):
+        start = time.perf_counter()
+        next(steps)
+        taken.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": taken, "GB": peak / 1e9}
+
+
+def gemm_flops() -> float:
+    """Operations per second of float32 matrix products in PyTorch, the best of a few."""
+    import torch
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = np.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def child(*options: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.train_cpu", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=4, help="images per step")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per turn")
+    parser.add_argument("--only", default="", help="contestants, separated by ;")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        kind, _, name = args.child.partition(":")
+        if kind == "gemm":
+            print(json.dumps({"flops": gemm_flops()}))
+        else:
+            found = check(name) if kind == "check" else measure(name, args.batch, args.steps)
+            print(json.dumps(found))
+        return
+
+    from aim_jax.flops import training_flops
+
+    names = args.only.split(";") if args.only else [*OURS, *PEERS]
+    reference = None
+    for name in names:
+        steps = child("--child", f"check:{name}")["steps"]
+        reference = reference or steps
+        loose = 0.02 if "bfloat16" in name else 2e-4
+        if not np.allclose(steps, reference, rtol=loose):
+            sys.exit(f"{name} takes other steps: {steps}, not {reference}")
+    print("checked: the same losses and gradient norms", flush=True)
+    peak = child("--child", "gemm:")["flops"]
+    floor = training_flops(PRESETS["B"]) * args.batch / peak
+    print(
+        f"float32 matrix products: {peak / 1e9:.0f} GFLOP/s, so a step takes {floor:.2f} s or more"
+    )
+    taken, memory = {name: [] for name in names}, {}
+    for number in range(args.rounds):
+        for name in names:
+            found = child(
+                "--child", f"time:{name}", "--batch", str(args.batch), "--steps", str(args.steps)
+            )
+            taken[name] += found["seconds"]
+            memory[name] = max(memory.get(name, 0), found["GB"])
+            print(f"round {number}: {name}: {min(found['seconds']):.2f} s", flush=True)
+    print(f"\n| AiM-B, {args.batch} images | s per step (median) | peak GB |\n|---|---|---|")
+    for name in names:
+        print(f"| {name} | {statistics.median(taken[name]):.2f} | {memory[name]:.1f} |")
+    for peer in filter(PEERS.__contains__, names):
+        ratio = statistics.median(taken[peer]) / statistics.median(taken[names[0]])
+        print(f"{peer}: {ratio:.2f} x the time of {names[0]}")
+
+
+if __name__ == "__main__":
+    main()
