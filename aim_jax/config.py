@@ -4,6 +4,8 @@ A configuration describes a run; modules never see it. Every field can be overri
 line: `--config.optimizer.lr=3e-4`.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from aim_jax.checkpoint import SAMPLING_DEFAULTS
@@ -67,6 +69,36 @@ def aim_defaults() -> ConfigDict:
     config.codes = ""
     config.model = ConfigDict()  # fields of AiMConfig
     config.sample = ConfigDict(SAMPLING_DEFAULTS | {"per_class": 8, "classes": 10})
+    return config
+
+
+def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
+    """The paper's training on ImageNet at 256 pixels (arXiv 2408.12245, section 4.1).
+
+    AdamW with betas 0.9 and 0.95 and weight decay 0.05, learning rate 1e-4 per 256 images of a
+    global batch of 2048, linear decay without warm-up, class dropout 0.1, bfloat16, no averaged
+    parameters.
+
+    Args:
+      size: "B", "L", "XL" or "1B".
+      epochs: over the 1,281,167 training images.
+    """
+    from aim_jax.models import PRESETS
+
+    config = aim_defaults()
+    config.tokenizer = "runs/vq_f16"
+    config.codes = "codes/imagenet"
+    config.batch_size = 2048
+    config.steps = epochs * 1_281_167 // config.batch_size
+    config.save_every = config.eval_every = config.sample_every = 5000
+    config.export_every = 50_000
+    config.optimizer.lr = 1e-4 * config.batch_size / 256
+    config.mesh.fsdp = True
+    config.model.update(dataclasses.asdict(PRESETS[size]))
+    # How it is computed; benchmarks/footprints.py compares the choices.
+    config.model.compute_dtype = "bfloat16"
+    config.model.chunk_size = 256
+    config.model.remat = "dots"
     return config
 
 

@@ -1,7 +1,7 @@
 """What accelerators can do, by their vendors' data sheets, and devices to compile for from afar."""
 
 import dataclasses
-import importlib
+import importlib.util
 import math
 import os
 import re
@@ -136,8 +136,12 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     return _tpus(family, shape, slices)
 
 
+def _find(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not _find("libtpu"):
         raise ModuleNotFoundError(
             "the compiler for TPUs is libtpu (700 MB on disk): pip install 'aim_jax[tpu]'."
         )
@@ -157,13 +161,12 @@ def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
 
 
 def _gpus(count: int, kind: str) -> list[jax.Device]:
-    try:
-        importlib.import_module("jax_plugins.xla_cuda13").initialize()
-    except ImportError:
+    if not (_find("jax_plugins") and _find("jax_plugins.xla_cuda13")):
         raise ModuleNotFoundError(
             "the compiler for NVIDIA GPUs is JAX's CUDA plugin: "
             "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of the version of jax."
-        ) from None
+        )
+    jax.devices()  # JAX looks for plugins when it first looks for devices
     memory = math.floor(accelerator(GPUS[kind][0]).memory)
     target = GPU_TARGET.format(*GPUS[kind], memory)
     return topologies.get_topology_desc(

@@ -13,7 +13,7 @@ def get_config():
     config.batch_size = 64
     config.steps = 800
     config.log_every = 50
-    config.eval_every = config.save_every = 200
+    config.eval_every = config.save_every = config.export_every = 200
     config.sample_every = 200
     config.export_dtype = "float16"
     config.ema_decay = 0.995

@@ -11,7 +11,7 @@ def get_config():
     config.batch_size = 32
     config.steps = 1000
     config.log_every = 50
-    config.eval_every = config.sample_every = config.save_every = 200
+    config.eval_every = config.sample_every = config.save_every = config.export_every = 200
     config.export_dtype = "float16"
     config.ema_decay = 0.99
     config.optimizer.lr = 1e-3

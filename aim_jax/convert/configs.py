@@ -209,7 +209,12 @@ def official_aim_config(config: AiMConfig) -> dict:
 
     Fields without an official counterpart (position offset, class dropout, dtypes, what changes
     speed only) are left out.
+
+    Raises:
+      ValueError: a model without position embeddings, which the official one always has.
     """
+    if not config.positions:
+        raise ValueError("the official AiM always has position embeddings; this model has none.")
     layer = config.mixer.capitalize()
     flat = {name: getattr(config, ours) for name, ours in _AIM_FIELDS.items()}
     names = [name for name in _MIXER_FIELDS[layer] if name != "chunk_size"]  # speed only

@@ -234,8 +234,10 @@ class CacheWriter:
 
     def _claim(self) -> None:
         """Leaves the manifest, or finds an equal one."""
+        # Listed before the manifest is looked for: another process puts it there before any shard.
+        in_use = self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*")))
         if not (self.path / MANIFEST).is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
+            if in_use:
                 raise ValueError(
                     f"{self.path} already exists and is no token cache: remove it, or write the "
                     "token cache elsewhere"

@@ -59,6 +59,7 @@ class AiMConfig:
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
         one group is adaLN-single).
       num_groups: maps shared by the layers when adaln="group".
+      positions: whether codes get position embeddings (the paper's ablation goes without).
       position_offset: position row of code j is j + position_offset. 0 is what the paper's training
         does; 1 is what its published sampler does.
       class_dropout, token_dropout: training only: probability of the null class; dropout of inputs.
@@ -86,6 +87,7 @@ class AiMConfig:
     d_intermediate: int = 0
     adaln: str = "layer"
     num_groups: int = 1
+    positions: bool = True
     position_offset: int = 0
     class_dropout: float = 0.1
     token_dropout: float = 0.0
@@ -222,7 +224,8 @@ class AiM(nn.Module):
     def setup(self):
         cfg = self.config
         self.token_embedding = embedding(cfg.vocab_size, cfg.d_model, "vocab")
-        self.position_embedding = embedding(cfg.num_tokens + 1, cfg.d_model, "position")
+        if cfg.positions:
+            self.position_embedding = embedding(cfg.num_tokens + 1, cfg.d_model, "position")
         self.class_embedding = LabelEmbedder(cfg.num_classes, cfg.d_model, cfg.class_dropout)
         groups = cfg.num_groups if cfg.adaln == "group" else cfg.n_layer
         table = cfg.adaln == "group"
@@ -281,8 +284,10 @@ class AiM(nn.Module):
 
     def embed_codes(self, codes: jax.Array, index: jax.Array) -> jax.Array:
         """codes (b, l) at raster indices (l,) -> inputs (b, l, d)."""
-        position = self.position_embedding(index + self.config.position_offset)
-        return self.token_embedding(codes) + position
+        x = self.token_embedding(codes)
+        if not self.config.positions:
+            return x
+        return x + self.position_embedding(index + self.config.position_offset)
 
     def forward(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None

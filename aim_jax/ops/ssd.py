@@ -58,8 +58,7 @@ def ssd_scan(
 
     Returns:
       y like x, and the state after the last position (b, h, p, n). Everything is computed in
-      float32, or in float64 for float64 x; for bfloat16 x the factors of matrix products are
-      rounded to bfloat16, while decays, sums and states stay float32.
+      float32, or in float64 for float64 x.
 
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
@@ -69,12 +68,7 @@ def ssd_scan(
     c, q = split_length(l, chunk_size)
     r = h // g
     dtype = compute_dtype(x)
-    factors = x.dtype if x.dtype == jnp.bfloat16 else dtype
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
-
-    def product(equation, *operands):
-        operands = (t.astype(factors) for t in operands)
-        return jnp.einsum(equation, *operands, preferred_element_type=dtype)
 
     # Batch, chunk and group are folded into one axis m, so that everything below is a plain
     # batched matrix product without axes of size one, which XLA handles badly on CPU. A padded
@@ -82,11 +76,11 @@ def ssd_scan(
     m = b * c * g
 
     def fold(t):
-        t = pad_length(t, c * q).reshape(b, c, q, g, -1)
+        t = pad_length(t.astype(dtype), c * q).reshape(b, c, q, g, -1)
         return t.swapaxes(2, 3).reshape(m, q, -1)
 
     B, C = fold(B), fold(C)
-    inputs = fold((dt[..., None] * x).astype(factors)).reshape(m, q, r, p).swapaxes(1, 2)
+    inputs = fold(dt[..., None] * x.astype(dtype)).reshape(m, q, r, p).swapaxes(1, 2)
     # The running sum of dt A as a matrix product: XLA would fuse a cumsum into the exponential
     # and repeat it for every element of the weights.
     causal = jnp.tril(jnp.ones((q, q), bool))
@@ -102,12 +96,12 @@ def ssd_scan(
         log_decay[..., :, None] - log_decay[..., None, :],
         jnp.where(causal, 0.0, -jnp.inf).astype(dtype),
     )
-    weights = product("mqn,msn->mqs", C, B)[:, None] * jnp.exp(log_weights)
-    y = product("mrqs,mrsp->mrqp", weights, inputs)
+    weights = jnp.einsum("mqn,msn->mqs", C, B)[:, None] * jnp.exp(log_weights)
+    y = jnp.einsum("mrqs,mrsp->mrqp", weights, inputs)
 
     to_end = jnp.exp(log_decay[..., -1:] - log_decay)
     outgoing = (to_end[..., None] * inputs).swapaxes(1, 2).reshape(m, q, r * p)
-    states = product("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
+    states = jnp.einsum("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
 
     if c > 1 or initial_state is not None:
         if initial_state is None:
@@ -118,7 +112,7 @@ def ssd_scan(
         states = jnp.concatenate([initial_state, states], axis=1)
         _, states = jax.lax.associative_scan(compose, (decays, states), axis=1)
         incoming = states[:, :-1].reshape(m, r * p, n)
-        carried = product("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
+        carried = jnp.einsum("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
         y = y + jnp.exp(log_decay)[..., None] * carried
 
     y = y.reshape(b, c, g, r, q, p).transpose(0, 1, 4, 2, 3, 5).reshape(b, c * q, h, p)[:, :l]

@@ -1,0 +1,34 @@
+"""The ablations of AiM-L (arXiv 2408.12245, section 4.3), one variant each, given after a colon.
+
+no_position  without position embeddings    adaln_layer   adaLN on every layer ("adaLN-full")
+adaln_single one map for all layers         groups_2, groups_4, groups_8   adaLN-Group; 4 is AiM-L
+mamba1       Mamba-1 mixers, state of 16    ema           averaged parameters, decay 0.9999
+
+The paper's FID with guidance: 3.41 without positions, 3.34 with them, 2.83 with adaLN-Group.
+
+python launch/train.py --config configs/aim_ablation.py:groups_8 --workdir runs/groups_8
+"""
+
+from aim_jax.config import imagenet_recipe
+
+MODEL = {
+    "no_position": {"positions": False},
+    "adaln_layer": {"adaln": "layer"},
+    "adaln_single": {"num_groups": 1},
+    "groups_2": {"num_groups": 2},
+    "groups_4": {"num_groups": 4},
+    "groups_8": {"num_groups": 8},
+    # The exact scan of Mamba-1 keeps a state per channel: short chunks bound its memory.
+    "mamba1": {"mixer": "mamba1", "d_state": 16, "chunk_size": 32},
+    "ema": {},
+}
+
+
+def get_config(variant="groups_4"):
+    if variant not in MODEL:
+        raise ValueError(f"variant {variant!r}; expected one of {', '.join(MODEL)}.")
+    config = imagenet_recipe("L", epochs=300)
+    config.model.update(MODEL[variant])
+    if variant == "ema":
+        config.ema_decay = 0.9999
+    return config

@@ -1,0 +1,25 @@
+"""Fine-tunes converted AiM-B weights on your pictures: class folders, encoded beforehand.
+
+A tenth of the learning rate for 20 epochs of 50,000 pictures, averaged parameters, and the
+positions that the published sampler uses. Another number of classes gets a new class table.
+
+python launch/train.py --config configs/aim_finetune.py --workdir runs/mine \
+  --config.init=models/aim_b --config.tokenizer=models/aim_b --config.codes=codes/mine \
+  --config.model.num_classes=10
+"""
+
+from aim_jax.config import imagenet_recipe
+
+
+def get_config():
+    config = imagenet_recipe("B", epochs=300)
+    config.init = config.tokenizer = "models/aim_b"
+    config.codes = "codes/mine"
+    config.batch_size = 256
+    config.steps = 20 * 50_000 // config.batch_size
+    config.save_every = config.eval_every = config.sample_every = 500
+    config.export_every = 0
+    config.optimizer.update(lr=1e-5, schedule="cosine", warmup_steps=200)
+    config.ema_decay = 0.999
+    config.model.position_offset = 1
+    return config
