@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("aim_b", "aim_l", "aim_xl", "aim_1b")
 TOPOLOGIES = ("v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "8xA100-80G", "8xH100")
 # Per device, the images of one micro-batch to begin with; --search halves them until they fit.
-START = {"aim_b": 64, "aim_l": 32, "aim_xl": 16, "aim_1b": 16}
+START = {"aim_b": 32, "aim_l": 16, "aim_xl": 8, "aim_1b": 8}
 CHOICES = {
     "as configured": [],
     "chunk_size=128": ["--config.model.chunk_size=128"],

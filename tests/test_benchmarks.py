@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from aim_jax.decode import Engine
-from benchmarks import decode_cpu, decode_gpu, traffic
+from benchmarks import decode_cpu, decode_gpu, footprints, scale, traffic
 
 RESULTS = {
     "copy": [{"GB/s": 10.0}, {"GB/s": 12.5}, {"GB/s": 20.0}],
@@ -161,3 +161,35 @@ def test_what_does_not_fit_is_skipped(monkeypatch, capsys):
     (row,) = decode_gpu.measure(args, 2e12)
     assert "images/s" not in row
     assert "skipped: does not fit into the device's memory" in capsys.readouterr().out
+
+
+def test_table_of_footprints():
+    """What launch/compile.py reports becomes rows, whether it fits or not."""
+    fits = {
+        "arguments": 2**30, "temporaries": 2**31, "outputs": 0, "capacity": 2**34, "fits": True,
+        "seconds": 0.5, "images_per_second": 4096.0, "mfu": 0.25, "hours": 10.0, "accumulate": 4,
+    }  # fmt: skip
+    refused = {"refused": "Used 20G of 16G", "accumulate": 8}
+    one = {"topology": "v5e-16", "devices": 16, "kind": "TPU v5 lite"}
+    reports = {
+        "aim_b v5e-16": one | {"training": fits},
+        "aim_1b v5e-16": one | {"training": refused},
+        "choice remat=full": one | {"training": fits | {"fits": False}},
+    }
+    text = footprints.table(reports)
+    row = "| aim_b | 3.0 of 16.0 | 4 | 0.50 | 4096 | 25% | 10 h, 160 |"
+    assert f"| v5e-16 (16 x TPU v5 lite) {row}" in text
+    assert "| aim_1b | does not fit: Used 20G of 16G |" in text
+    assert "| remat=full | **3.0 of 16.0** | 4 |" in text
+    names = [name for name, *_ in footprints.jobs()]
+    assert len(names) == len(set(names)) == 7 * 4 + len(footprints.CHOICES)
+
+
+def test_growth_is_fitted_and_drawn(tmp_path):
+    x = [1, 2, 4]
+    assert scale.slope(x, [3 * n**2 for n in x]) == pytest.approx(2)
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the dev extra")
+    rows = [{"x": n, "seconds": n, "bytes": 1e9 * n} for n in x]
+    results = {"series": {"tokens": rows}, "sent": {"data": [(2, 1e6), (4, 2e6)]}}
+    scale.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
