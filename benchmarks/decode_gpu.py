@@ -40,7 +40,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from aim_jax.decode import Engine
@@ -75,21 +74,7 @@ COPIED = 2**30  # bytes, far beyond any cache
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-weights_per_step = functools.cache(traffic.weights_per_step)
-
-
-def bytes_per_step(config: AiMConfig, images: int, engine: Engine) -> float:
-    """What a decode step with guidance moves, on average over an image."""
-    rows, kept = 2 * images * config.n_layer, np.dtype(engine.cache_dtype).itemsize
-    computed = np.dtype(config.compute_dtype).itemsize
-    e, gn = config.d_inner, config.ngroups * config.d_state
-    if engine.form == "recurrent":
-        past = 2 * e * config.d_state * kept
-    else:  # position t reads t rows and writes one
-        past = ((e + gn) * kept + 4 * config.n_heads) * (config.num_tokens + 1) / 2
-    ring = 2 * config.d_conv * (e + 2 * gn) * computed
-    logits = 2 * images * config.vocab_size * 2 * 4
-    return weights_per_step(config) + rows * (past + ring) + logits
+bytes_per_step = functools.cache(traffic.bytes_per_step)
 
 
 def floor(config: AiMConfig, images: int, engine: Engine, bandwidth: float) -> float:

@@ -29,22 +29,25 @@ def weights_per_step(config: AiMConfig) -> int:
 def bytes_per_step(config: AiMConfig, images: int, engine: Engine) -> float:
     """Least traffic of a decode step with guidance, on average over an image.
 
-    The weights once; per row the convolution's inputs read and written; in the recurrent form the
-    state read and written, in the dual form the rows of all tokens so far read, half of them on
-    average, and one row written.
+    The weights and the logits; per row the convolution's ring of inputs read and written; in the
+    recurrent form the state read and written, in the dual form the rows of the tokens before read,
+    half of them on average, and one row written.
 
     Args:
       engine: with its form resolved; its cache_dtype is that of states, or of inputs and B.
     """
-    rows, kept = 2 * images, np.dtype(engine.cache_dtype).itemsize
-    cache = jax.eval_shape(lambda: init_cache(config, rows))
-    state = cache.ssm_state.size * kept
-    windows = size(cache._replace(ssm_state=()))
+    rows, kept = 2 * images * config.n_layer, np.dtype(engine.cache_dtype).itemsize
+    computed = np.dtype(config.compute_dtype).itemsize
+    cache = jax.eval_shape(lambda: init_cache(config, 2 * images))
+    channels = sum(x.shape[-1] for x in cache._replace(ssm_state=None) if x is not None)
     if engine.form == "recurrent":
-        return weights_per_step(config) + 2 * (windows + state)
-    channels = config.d_inner + config.ngroups * config.d_state
-    row = config.n_layer * rows * (channels * kept + 4 * config.n_heads)
-    return weights_per_step(config) + 2 * windows + (config.num_tokens / 2 + 1) * row
+        past = 2 * cache.ssm_state.size * kept / rows
+    else:  # position t reads t rows and writes one
+        row = (config.d_inner + config.ngroups * config.d_state) * kept + 4 * config.n_heads
+        past = row * (config.num_tokens + 1) / 2
+    ring = 2 * config.d_conv * channels * computed
+    logits = 2 * images * config.vocab_size * 2 * 4
+    return weights_per_step(config) + rows * (past + ring) + logits
 
 
 def plot(

@@ -47,16 +47,19 @@ def test_bytes_per_step_of_aim_b():
     config, recurrent = decode_cpu.PRESETS["B"], Engine(form="recurrent")
     one, eight = (traffic.bytes_per_step(config, images, recurrent) for images in (1, 8))
     state = 24 * 1536 * 128 * 4 * 2 * 2  # layers, channels, states, bytes, rows, read and write
-    windows = 24 * 3 * (1536 + 2 * 128) * 4 * 2 * 2
-    assert eight - one == 7 * (state + windows)
+    ring = 24 * 4 * (1536 + 2 * 128) * 4 * 2 * 2
+    logits = 2 * 16384 * 4 * 2  # rows, codes, bytes, written and read
+    assert eight - one == 7 * (state + ring + logits)
     weights = 147_622_080  # less modulation, class and position tables
     weights -= 24 * 769 * 3 * 768 + 769 * 2 * 768 + 1001 * 768 + 257 * 768
-    assert one == 4 * weights + state + windows
+    assert one == 4 * weights + state + ring + logits
     half = dataclasses.replace(config, compute_dtype="bfloat16")
-    assert traffic.bytes_per_step(half, 1, recurrent) == 2 * weights + state + windows // 2
+    moved = 2 * weights + state + ring // 2 + logits
+    assert traffic.bytes_per_step(half, 1, recurrent) == moved
     rounded = Engine(form="dual", cache_dtype="bfloat16")
     tokens = 24 * ((1536 + 128) * 2 + 24 * 4) * 2  # layers, inputs and B, decays, rows
-    assert traffic.bytes_per_step(config, 1, rounded) == 4 * weights + windows + 129 * tokens
+    moved = 4 * weights + ring + logits + 128.5 * tokens
+    assert traffic.bytes_per_step(config, 1, rounded) == moved
 
 
 def test_rates_are_drawn_beside_their_floor(tmp_path):
