@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -41,7 +42,7 @@ ARRANGEMENTS = {
 }
 
 
-def setup_of(model: AiMConfig, batch: int, devices: int = 1, **mesh) -> train.Setup:
+def setup_of(model: AiMConfig, batch: int, devices: int = 1, mesh: Mapping = {}) -> train.Setup:
     config = aim_defaults()
     config.batch_size = batch
     config.model.update(dataclasses.asdict(model))
@@ -69,7 +70,7 @@ def measure(model: AiMConfig, batch: int) -> dict:
 
 def sent(devices: int, arrangement: str) -> int:
     """Bytes that one device sends in a step of DEVICES images."""
-    setup = setup_of(BASE, DEVICES, devices, **ARRANGEMENTS[arrangement](devices))
+    setup = setup_of(BASE, DEVICES, devices, ARRANGEMENTS[arrangement](devices))
     text = setup.train_step.lower(*setup.abstract_arguments()).compile().as_text()
     return sum(moved for _, moved in Program(text).collectives().values())
 
@@ -112,6 +113,10 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON for the figures")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    counts = [n for n in (2, 4, 8) if n <= jax.device_count()]
+    exchanged = {name: [(n, sent(n, name)) for n in counts] for name in ARRANGEMENTS}
+    for name, rows in exchanged.items():
+        print(f"{name}: " + ", ".join(f"{n} devices {b / 1e6:.1f} MB" for n, b in rows), flush=True)
     results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "series": {}}
     for name, (field, values) in SERIES.items():
         rows = results["series"][name] = []
@@ -124,10 +129,7 @@ def main():
             )
         x, seconds, size = zip(*[row.values() for row in rows], strict=True)
         print(f"{name}: time grows as x^{slope(x, seconds):.2f}, memory as x^{slope(x, size):.2f}")
-    counts = [n for n in (2, 4, 8) if n <= jax.device_count()]
-    results["sent"] = {name: [(n, sent(n, name)) for n in counts] for name in ARRANGEMENTS}
-    for name, rows in results["sent"].items():
-        print(f"{name}: " + ", ".join(f"{n} devices {b / 1e6:.1f} MB" for n, b in rows))
+    results["sent"] = exchanged
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -41,11 +42,17 @@ def test_every_configuration_builds_its_model(config):
     spec = importlib.util.spec_from_file_location(config.stem, config)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    built = module.get_config()
-    {"aim": AiMConfig, "vq": VQConfig}[built.stage](**built.model)
-    learning_rate(built.optimizer, built.steps)
-    image_spec(built.data)
-    assert f"--config configs/{config.name} --workdir runs/{config.stem}\n" in module.__doc__
+    for arguments in ([], *([variant] for variant in getattr(module, "MODEL", ()))):
+        built = module.get_config(*arguments)
+        {"aim": AiMConfig, "vq": VQConfig}[built.stage](**built.model)
+        learning_rate(built.optimizer, built.steps)
+        image_spec(built.data)
+    if hasattr(module, "MODEL"):
+        assert all(variant in module.__doc__ for variant in module.MODEL)
+        with pytest.raises(ValueError, match="expected one of"):
+            module.get_config("none")
+    command = rf"--config configs/{config.name}(:\w+)? --workdir runs/\w+"
+    assert re.search(command, module.__doc__)
 
 
 def test_help_and_one_line_errors(tmp_path):
