@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,12 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             path = self.directory / str(step)
             file = path / self.FILES  # absent where the run was killed right after the save
-            listed = json.loads(file.read_text()) if file.exists() else {}
-            found = _checksums(path, listed)
+            found, listed = _checksums(path), {}
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    listed = json.loads(file.read_text())
+                except ValueError:
+                    listed = {self.FILES: "cut short"}
             wrong = sorted(name for name in listed if found.get(name) != listed[name])
             if wrong:
                 state = "damaged" if wrong[0] in found else "missing"
@@ -201,19 +205,15 @@ class RunCheckpoints:
             ) from error
 
 
-def _checksums(path: Path, names: Iterable[str] | None = None) -> dict[str, list[int]]:
-    """Size and CRC-32 of the files under a directory, or of those among `names` that exist."""
-    if names is None:
-        names = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file under a directory."""
     sums = {}
-    for name in names:
-        if not (path / name).is_file():
-            continue
+    for file in filter(Path.is_file, path.rglob("*")):
         size = crc = 0
-        with (path / name).open("rb") as file:
-            while data := file.read(CHUNK_BYTES):
+        with file.open("rb") as opened:
+            while data := opened.read(CHUNK_BYTES):
                 size, crc = size + len(data), zlib.crc32(data, crc)
-        sums[name] = [size, crc]
+        sums[str(file.relative_to(path))] = [size, crc]
     return sums
 
 

@@ -21,26 +21,24 @@ class Accelerator:
       bandwidth: bytes per second from that memory.
       link: bytes per second that a ring of chips passes on: inside a slice both directions of one
         axis of the torus, inside a node one direction of NVLink.
-      network: bytes per second in one direction, between slices or nodes, per chip.
     """
 
     flops: float
     memory: float
     bandwidth: float
     link: float
-    network: float
 
 
 # By the beginning of JAX's `device_kind`; the longer of two that fit counts.
 ACCELERATORS = {
-    "TPU v4": Accelerator(275e12, 32 * 2**30, 1228e9, 90e9, 6.25e9),
-    "TPU v5 lite": Accelerator(197e12, 16 * 2**30, 819e9, 90e9, 6.25e9),
-    "TPU v5": Accelerator(459e12, 95 * 2**30, 2765e9, 180e9, 6.25e9),
-    "TPU v6 lite": Accelerator(918e12, 32 * 2**30, 1640e9, 180e9, 12.5e9),
-    "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * 2**30, 1555e9, 300e9, 25e9),
-    "NVIDIA A100": Accelerator(312e12, 80 * 2**30, 2039e9, 300e9, 25e9),
-    "NVIDIA H100": Accelerator(989e12, 80 * 2**30, 3350e9, 450e9, 50e9),
-    "NVIDIA H200": Accelerator(989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
+    "TPU v4": Accelerator(275e12, 32 * 2**30, 1228e9, 90e9),
+    "TPU v5 lite": Accelerator(197e12, 16 * 2**30, 819e9, 90e9),
+    "TPU v5": Accelerator(459e12, 95 * 2**30, 2765e9, 180e9),
+    "TPU v6 lite": Accelerator(918e12, 32 * 2**30, 1640e9, 180e9),
+    "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * 2**30, 1555e9, 300e9),
+    "NVIDIA A100": Accelerator(312e12, 80 * 2**30, 2039e9, 300e9),
+    "NVIDIA H100": Accelerator(989e12, 80 * 2**30, 3350e9, 450e9),
+    "NVIDIA H200": Accelerator(989e12, 141 * 10**9, 4800e9, 450e9),
 }
 
 
@@ -73,8 +71,7 @@ TPU_OPTIONS = {
     "v4": {"chip_config_name": "megacore"},
     "1x1": {"chips_per_host_bounds": (1, 1, 1)},
 }
-# What XLA's GPU compiler asks about a device: compute capability, multiprocessors, registers and so
-# on, from CUDA's own query; GPU-80G is the SXM module.
+# What XLA's GPU compiler asks about a device, in the order of GPU_TARGET; all are SXM modules.
 GPUS = {
     "A100-80G": ("NVIDIA A100-SXM4-80GB", 8, 108, 1.41, 166912, 167936, 41943040, 2039, 64),
     "H100": ("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 232448, 233472, 52428800, 3352, 128),

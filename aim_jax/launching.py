@@ -20,8 +20,9 @@ EXIT_LOST = 69
 @contextlib.contextmanager
 def errors_in_one_line():
     """Ends the program with status 1 and one line for errors that say what a user should change."""
-    # Orbax logs every file that it touches, and with their tracebacks the errors that it raises.
-    logging.set_verbosity(logging.FATAL)
+    logging.set_verbosity(logging.WARNING)
+    # Orbax logs the errors that it raises as well, with their tracebacks.
+    logging.get_absl_handler().addFilter(_is_not_of_orbax)
     keep_compiled_programs()
     try:
         yield
@@ -31,9 +32,13 @@ def errors_in_one_line():
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        # The exchange with another process failed: it was lost, and this one's state with it.
-        print(f"error: lost another process: {error}", file=sys.stderr, flush=True)
+        # As a rule the exchange with another process failed: it was lost.
+        print(f"error: a step over all processes failed: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)  # an orderly end would wait for the others
+
+
+def _is_not_of_orbax(record) -> bool:
+    return "orbax" not in record.pathname
 
 
 def keep_compiled_programs() -> None:

@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
     peak = hardware.peak_flops(mesh.devices.flat)
     mfu = stage.flops and peak and config.batch_size * stage.flops / peak
     log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
-    stop = StopSignal()
+    stop, metrics = StopSignal(), None
 
     def due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == config.steps)
@@ -100,6 +100,7 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
         while step < config.steps and not stop.reached(step):
             with log.waiting():
                 batch = shard_batch(next(stage.batches), mesh)
+            profiler.before(step + 1, metrics)
             state, metrics = stage.train_step(state, batch)
             step += 1
             log.add(step, metrics)

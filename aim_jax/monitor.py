@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -109,8 +110,8 @@ class StepLog:
             return {}
         used = [m for _, m in fetched if not m["skipped_in_a_row"]] or [fetched[-1][1]]
         counts = {"skipped": float(fetched[-1][1]["skipped"])}
-        names = used[0].keys() - {"skipped", "skipped_in_a_row"}
-        return {k: float(np.mean([m[k] for m in used])) for k in used[0] if k in names} | counts
+        names = [name for name in used[0] if name not in ("skipped", "skipped_in_a_row")]
+        return {name: float(np.mean([m[name] for m in used])) for name in names} | counts
 
     def report(self, step: int) -> None:
         """Writes the means since the last report, and prints a line with rate and time left."""
@@ -157,23 +158,35 @@ class Profiler:
     """Traces the steps that "FIRST:LAST" names, for TensorBoard or Perfetto; "" traces none.
 
     Raises:
-      ValueError: the text is something else.
+      ValueError: the text is something else, or the steps are in the wrong order.
     """
 
     def __init__(self, steps: str, directory: Path):
         self._directory, self._active = directory, False
-        try:
-            self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
-        except ValueError:
-            raise ValueError(f"config.profile={steps!r}: expected FIRST:LAST, as 10:15.") from None
+        self._first, self._last = 0, 0
+        if steps:
+            match = re.fullmatch(r"([1-9]\d*):(\d+)", steps)
+            if not match or int(match[2]) < int(match[1]):
+                raise ValueError(
+                    f"config.profile={steps!r}: expected FIRST:LAST, the numbers of two steps from "
+                    "1 on, as 10:15."
+                )
+            self._first, self._last = int(match[1]), int(match[2])
 
-    def after(self, step: int, metrics) -> None:
-        """Starts or stops the trace around the step that follows."""
-        if step == self._first - 1:
+    def before(self, step: int, metrics) -> None:
+        """Starts the trace if this is its first step.
+
+        Args:
+          metrics: of the step before, which is waited for; None before the first one.
+        """
+        if step == self._first:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(str(self._directory))
             self._active = True
-        elif step == self._last and self._active:
+
+    def after(self, step: int, metrics) -> None:
+        """Ends the trace if this was its last step."""
+        if step == self._last and self._active:
             jax.block_until_ready(metrics)
             self.close()
             say(f"trace of steps {self._first} to {self._last} in {self._directory}")

@@ -205,7 +205,7 @@ def check_report(found, config, output):
 
 def test_report_of_a_step_and_of_generation(capsys, monkeypatch):
     """With the devices that are here in the place of others."""
-    chip = hardware.Accelerator(1e12, 2**30, 1e11, 1e10, 1e9)
+    chip = hardware.Accelerator(1e12, 2**30, 1e11, 1e10)
     monkeypatch.setitem(hardware.ACCELERATORS, "cpu", chip)
     monkeypatch.setattr(aot, "topology", lambda name, slices: jax.devices()[:2])
     config = small_config(data=2)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import importlib.util
+import logging as std_logging
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 from aim_jax.gallery import class_ids, complete, sample_to_directory
+from aim_jax.launching import errors_in_one_line
 from aim_jax.monitor import MetricsWriter, duration
 from aim_jax.pictures import make_grid
 from tests.conftest import ROOT
@@ -53,6 +56,15 @@ def test_every_configuration_builds_its_model(config):
             module.get_config("none")
     command = rf"--config configs/{config.name}(:\w+)? --workdir runs/\w+"
     assert re.search(command, module.__doc__)
+
+
+def test_programs_warn_but_not_for_orbax(caplog):
+    with errors_in_one_line():
+        logging.warning("no compiler was found")
+        handler = logging.get_absl_handler()
+        record = std_logging.LogRecord("absl", 40, "/x/orbax/a.py", 1, "noise", (), None)
+        assert not handler.filter(record)
+    assert "no compiler was found" in caplog.text
 
 
 def test_help_and_one_line_errors(tmp_path):

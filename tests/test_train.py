@@ -20,7 +20,7 @@ from aim_jax.codes import local_encoder, open_codes
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, fingerprint, make_views, open_images
 from aim_jax.models.layers import group_to_layer
-from aim_jax.monitor import BadStepsError
+from aim_jax.monitor import BadStepsError, Profiler
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
 from tests.conftest import ROOT, TINY_AIM, TINY_VQ
 
@@ -158,21 +158,31 @@ def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
+def largest(checkpoint):
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [(spoil_bit, "damaged"), (cut, "damaged"), (os.remove, "missing")],
-    ids=["bit", "cut", "removed"],
+    ("damage", "choose", "said"),
+    [
+        (spoil_bit, largest, "damaged: state/"),
+        (cut, largest, "damaged: state/"),
+        (os.remove, largest, "missing: state/"),
+        (cut, lambda checkpoint: checkpoint / "files.json", "damaged: files.json"),
+    ],
+    ids=["bit", "cut", "removed", "list"],
 )
 def test_damaged_checkpoint_falls_back_to_the_one_before(
-    aim_config, finished_run, tmp_path, capsys, damage, said
+    aim_config, finished_run, tmp_path, capsys, damage, choose, said
 ):
     workdir, whole = finished_run(aim_config)
     shutil.copytree(workdir, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "6"
-    damage(max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size))
+    damage(choose(newest))
     again = train.train(aim_config, tmp_path / "run")
     output = capsys.readouterr().err
-    assert f"checkpoint of step 6: {said}: state/" in output and "resumed from step 3" in output
+    assert f"checkpoint of step 6: {said}" in output and "resumed from step 3" in output
     assert_same_run(workdir, whole, tmp_path / "run", again)
     assert (tmp_path / "run" / "damaged" / "6").is_dir() and newest.is_dir()
 
@@ -202,6 +212,7 @@ def test_full_disk_ends_the_run_and_keeps_the_last_save(aim_config, finished_run
     )  # fmt: skip
     assert ended.returncode == 1, ended.stderr
     assert "error: a checkpoint could not be written into" in ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
     assert "The newest whole one: step 3." in ended.stderr
     again = train.train(aim_config, tmp_path / "run")
     assert_same_run(workdir, whole, tmp_path / "run", again)
@@ -279,6 +290,25 @@ def test_bad_steps_change_nothing_and_are_counted(monkeypatch):
         for norm in (1.0, 1.0, 1.0, 100.0):
             _, state = guarded.update({"w": jnp.full(3, norm)}, state, params)
         assert int(state.skipped) == skipped
+
+
+def test_profile_of_the_steps_that_are_named(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    for steps, expected in (("1:2", [0, 2]), ("3:3", [2, 3]), ("9:9", []), ("", [])):
+        profiler, seen = Profiler(steps, tmp_path), []
+        for step in range(1, 6):
+            profiler.before(step, None)
+            seen += [step - 1] * len(calls)
+            calls.clear()
+            profiler.after(step, None)
+            seen += [step] * len(calls)
+            calls.clear()
+        assert seen == expected, steps
+    for steps in ("x", "5", "5:3", "0:3", "-1:3"):
+        with pytest.raises(ValueError, match="expected FIRST:LAST"):
+            Profiler(steps, tmp_path)
 
 
 def test_workdir_of_another_run_is_refused(aim_config, tmp_path):

@@ -24,6 +24,7 @@ pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 from aim_jax import filters, ops, sampling
 from aim_jax.decode import Engine, make_decoder
 from aim_jax.decode_fused import FusedDecoder
+from aim_jax.hardware import topology
 from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
@@ -919,33 +920,6 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
         assert found[name].registers <= 104, name
 
 
-A100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA A100-SXM4-80GB"
-dnn_version_info { major: 9 minor: 3 }
-gpu_device_info {
-  cuda_compute_capability { major: 8 }
-  core_count: 108
-  fpus_per_core: 64
-  clock_rate_ghz: 1.41
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 166912
-  shared_memory_per_core: 167936
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  l2_cache_size: 41943040
-  memory_bandwidth: 2039000000000
-  device_memory_size: 85050654720
-}
-"""
-
-
 def trace_generation(config, engine, images=1, prefix=0, sharding=None):
     """What `sampling.generate_tokens` compiles, with guidance, for arrays that need not exist."""
 
@@ -993,11 +967,9 @@ def reads_what_it_updated(projected, conv_cache, state, *args, **options):
 def test_the_compiled_loop_copies_no_cache(form, step, monkeypatch):
     """What XLA makes of generation for an A100, compiled here without one."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
-    from jax.experimental import topologies
-
     monkeypatch.setattr(launch, "default_compute_capability", 80)
-    gpu = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=A100)
-    sharding = jax.sharding.SingleDeviceSharding(gpu.devices[0])
+    (gpu,) = topology("1xA100-80G")
+    sharding = jax.sharding.SingleDeviceSharding(gpu)
     config = AiMConfig(
         vocab_size=24, num_classes=3, num_tokens=8, d_model=64, n_layer=2, d_state=32, headdim=16
     )
