@@ -29,8 +29,12 @@ OURS = {
     "ours": {},
     "ours, chunk 256": {"chunk_size": 256},
     "ours, chunk 128": {"chunk_size": 128},
-    "ours, unrolled": {"scan_unroll": 24},
-    "ours, bfloat16": {"compute_dtype": "bfloat16"},
+    "ours, unrolled": {"chunk_size": 128, "scan_unroll": 24},
+    "ours, unrolled, bfloat16": {
+        "chunk_size": 128,
+        "scan_unroll": 24,
+        "compute_dtype": "bfloat16",
+    },
     "ours, remat dots": {"remat": "dots"},
     "ours, logits_chunk 32": {"logits_chunk": 32},
 }
@@ -87,7 +91,9 @@ def without_dropout(model: AiMConfig) -> AiMConfig:
 def check(name: str) -> dict:
     """Two steps of a model of two layers."""
     model = dataclasses.replace(without_dropout(PRESETS["B"]), n_layer=2, vocab_size=512)
-    changed = {"scan_unroll": 2} if name == "ours, unrolled" else OURS.get(name, {})
+    changed = dict(OURS.get(name, {}))
+    if "scan_unroll" in changed:
+        changed["scan_unroll"] = model.n_layer
     steps = (
         their_steps(model, 2, PEERS[name])
         if name in PEERS

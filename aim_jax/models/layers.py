@@ -140,7 +140,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), gathered(kernel.astype(self.dtype), self.axes)
         if x.shape[1] > 1:
-            return x @ kernel
+            # With all positions in one axis; XLA is slow on CPU at gradients that sum over two.
+            return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
         # On CPU a product of few rows is faster with the matrix on the left.
         return (kernel.T @ x[:, 0].T).T[:, None]
 

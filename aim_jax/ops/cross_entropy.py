@@ -42,8 +42,9 @@ def linear_cross_entropy(x, table, labels, chunk_size=0):
 
     def nats(x, labels):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=dtype)
-        return cross_entropy(logits, labels)
+        rows = x.reshape(-1, x.shape[-1])  # one axis of positions, as in `models.layers.Dense`
+        logits = jnp.einsum("md,vd->mv", rows, table, preferred_element_type=dtype)
+        return cross_entropy(logits, labels.reshape(-1)).reshape(labels.shape)
 
     b, l, d = x.shape
     if not 0 < chunk_size < l:
