@@ -7,6 +7,7 @@ line: `--config.optimizer.lr=3e-4`.
 import dataclasses
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from aim_jax.checkpoint import SAMPLING_DEFAULTS
 
@@ -114,6 +115,26 @@ def vq_defaults() -> ConfigDict:
     config.loss.l1 = 0.0
     config.loss.l2 = 1.0
     config.sample = ConfigDict({"images": 16})
+    return config
+
+
+def eval_defaults() -> ConfigDict:
+    """Evaluation of a model. Sampling settings that are not given are the model's own."""
+    config = ConfigDict()
+    config.stage = "eval"
+    config.num_samples = 10_000
+    config.batch_size = 64  # over all devices
+    config.seed = 0
+    config.neighbour_images = 10_000  # of either set, for precision, recall, KID and neighbours
+    config.sample = ConfigDict()
+    config.sample.cfg_scale = placeholder(float)
+    config.sample.cfg_schedule = "constant"
+    config.sample.temperature = placeholder(float)
+    config.sample.top_k = placeholder(int)
+    config.sample.top_p = placeholder(float)
+    # How the pictures of a reference are fitted where the model does not say.
+    config.data = _common().data
+    config.data.image_size = 0
     return config
 
 

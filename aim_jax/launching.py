@@ -3,13 +3,13 @@
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 import jax
 from absl import logging
 
 from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
+from aim_jax.ops.native.build import cache_directory
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
 EXIT_STOPPED = 75
@@ -44,13 +44,12 @@ def _is_not_of_orbax(record) -> bool:
 def keep_compiled_programs() -> None:
     """Lets a second run skip most of its compilation.
 
-    What took over half a second to compile is kept in $XDG_CACHE_HOME/aim_jax, by default
-    ~/.cache/aim_jax; JAX_COMPILATION_CACHE_DIR names another place, and
+    What took over half a second to compile is kept in the `cache_directory`;
+    JAX_COMPILATION_CACHE_DIR names another place, and
     JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "aim_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

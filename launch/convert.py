@@ -4,6 +4,7 @@ Examples:
   python launch/convert.py to-jax --weights aim-large --out models/aim_l
   python launch/convert.py to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
   python launch/convert.py to-torch --checkpoint models/aim_l --out aim_l.safetensors
+  python launch/convert.py inception --weights inception-2015-12-05.pt --out inception.safetensors
 
 Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
 directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
@@ -51,6 +52,9 @@ def parse(argv=None):
         help="*.safetensors, *.bin, *.pt (tokenizer alone), "
         "or a directory for config.json and model.safetensors",
     )
+    inception = programs.add_parser("inception", help="the network of FID -> one file of ours")
+    inception.add_argument("--weights", required=True, help="any file of the Inception of 2015")
+    inception.add_argument("--out", required=True, help="*.safetensors")
     for program in (jax, torch):
         program.add_argument("--dtype", choices=DTYPES, help="by default that of the source")
     return parser.parse_args(argv)  # fmt: skip
@@ -62,7 +66,11 @@ def main() -> None:
     from aim_jax.monitor import say
 
     with errors_in_one_line():
-        if args.program == "to-torch":
+        if args.program == "inception":
+            from aim_jax.convert.inception import load_inception, save_inception
+
+            out = save_inception(load_inception(args.weights), args.out)
+        elif args.program == "to-torch":
             out = convert.to_torch(args.checkpoint, args.out, args.dtype)
         else:
             names = args.class_names and tuple(Path(args.class_names).read_text().splitlines())

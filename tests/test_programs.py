@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import logging as std_logging
 import re
 import subprocess
@@ -16,6 +17,7 @@ from aim_jax.gallery import class_ids, complete, sample_to_directory
 from aim_jax.launching import errors_in_one_line
 from aim_jax.monitor import MetricsWriter, duration
 from aim_jax.pictures import make_grid
+from aim_jax.sampling import generate
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
@@ -47,6 +49,9 @@ def test_every_configuration_builds_its_model(config):
     spec.loader.exec_module(module)
     for arguments in ([], *([variant] for variant in getattr(module, "MODEL", ()))):
         built = module.get_config(*arguments)
+        if built.stage == "eval":
+            assert set(built.sample) <= set(inspect.signature(generate).parameters)
+            continue
         {"aim": AiMConfig, "vq": VQConfig}[built.stage](**built.model)
         learning_rate(built.optimizer, built.steps)
         image_spec(built.data)
@@ -54,7 +59,8 @@ def test_every_configuration_builds_its_model(config):
         assert all(variant in module.__doc__ for variant in module.MODEL)
         with pytest.raises(ValueError, match="expected one of"):
             module.get_config("none")
-    command = rf"--config configs/{config.name}(:\w+)? --workdir runs/\w+"
+    where = "--checkpoint" if built.stage == "eval" else r"--workdir runs/\w+"
+    command = rf"--config configs/{config.name}(:\w+)? {where}"
     assert re.search(command, module.__doc__)
 
 

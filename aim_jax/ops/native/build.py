@@ -25,7 +25,7 @@ class BuildError(RuntimeError):
 
 
 def cache_directory() -> Path:
-    """Where compiled code is kept: $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax."""
+    """What can be made anew is kept in $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aim_jax"
 
 

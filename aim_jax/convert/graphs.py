@@ -1,0 +1,214 @@
+"""Constants of stored graphs, read without the frameworks that wrote them.
+
+TensorFlow's frozen GraphDef and ONNX are protocol buffers; a TorchScript archive is a zip file with
+a pickle, of which only names, numbers and tensors are let in. Nothing of any file is run.
+"""
+
+import io
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from aim_jax.convert.files import WeightsError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+FLOAT = 1  # of both TensorFlow's and ONNX's enumerations
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Field number and value of every field of a protocol buffer: an int, or the bytes of it."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            if at >= len(message) or shift > 63:
+                raise ValueError("cut short")
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == VARINT:
+            yield number, varint()
+            continue
+        length = {FIXED64: 8, FIXED32: 4}.get(wire)
+        if length is None:
+            if wire != BYTES:
+                raise ValueError(f"has a field of kind {wire}")
+            length = varint()
+        if length > len(message) - at:
+            raise ValueError("cut short")
+        yield number, message[at : at + length]
+        at += length
+
+
+def _grouped(message: memoryview) -> dict[int, list]:
+    found: dict[int, list] = {}
+    for number, value in fields(message):
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def _text(values: list) -> str:
+    return bytes(values[-1]).decode()
+
+
+def _numbers(values: list) -> Iterator[int]:
+    """Integers of a repeated field, packed or not."""
+    for value in values:
+        if isinstance(value, int):
+            yield value
+        else:  # packed: one varint after the other; each is read as the value of a field 0
+            rest = bytes(value)
+            while rest:
+                length = next(i for i, byte in enumerate(rest) if byte < 128) + 1
+                yield next(fields(memoryview(b"\0" + rest[:length])))[1]
+                rest = rest[length:]
+
+
+def _floats(name: str, shape: tuple[int, ...], raw: list) -> np.ndarray:
+    flat = np.frombuffer(b"".join(bytes(part) for part in raw), "<f4")
+    if flat.size != math.prod(shape):
+        raise ValueError(f"{name} has {flat.size} numbers for its shape {shape}")
+    return flat.reshape(shape)
+
+
+def read_graphdef(path: Path) -> dict[str, np.ndarray]:
+    """The float32 constants of a frozen TensorFlow graph, by name of their nodes."""
+
+    def constants(graph):
+        for number, node in fields(graph):
+            node = _grouped(node) if number == 1 else {}
+            if not node or _text(node.get(2, [b""])) != "Const":
+                continue
+            name = _text(node[1])
+            attributes = {_text(a[1]): _grouped(a[2][-1]) for a in map(_grouped, node.get(5, []))}
+            tensor = _grouped(attributes["value"][8][-1])
+            if tensor.get(1) != [FLOAT]:
+                continue
+            dims = _grouped(tensor[2][-1]).get(2, []) if 2 in tensor else []
+            shape = tuple(_grouped(dim).get(1, [0])[-1] for dim in dims)
+            yield name, _floats(name, shape, tensor.get(4) or tensor.get(5, []))
+
+    return _read(path, "a frozen TensorFlow graph", constants)
+
+
+def read_onnx(path: Path) -> dict[str, np.ndarray]:
+    """The float32 initializers of an ONNX model.
+
+    Those of convolutions and matrix products without a name of their own are called `#i.weight` and
+    `#i.bias`, i being the number of the operation in the order of the graph.
+    """
+
+    def initializers(model):
+        graph = _grouped(_grouped(model)[7][-1])
+        found = {}
+        for tensor in map(_grouped, graph.get(5, [])):
+            name = _text(tensor[8])
+            if 13 in tensor:
+                raise ValueError("keeps its numbers in another file; save it as one file")
+            if tensor.get(2) == [FLOAT]:
+                shape = tuple(_numbers(tensor.get(1, [])))
+                found[name] = _floats(name, shape, tensor.get(9) or tensor.get(4, []))
+        nodes = [_grouped(node) for node in graph.get(1, [])]
+        products = [node for node in nodes if _text(node[4]) in ("Conv", "Gemm", "MatMul")]
+        for number, node in enumerate(products):
+            names = [bytes(name).decode() for name in node.get(1, [])]
+            for name, part in zip(names[1:], ("weight", "bias"), strict=False):
+                if name in found:
+                    yield f"#{number}.{part}", found[name]
+        yield from found.items()
+
+    return _read(path, "an ONNX model", initializers)
+
+
+def _read(path: Path, kind: str, parse) -> dict[str, np.ndarray]:
+    try:
+        return dict(parse(memoryview(path.read_bytes())))
+    except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+        raise WeightsError(f"{path}: is not {kind} ({error!r}).") from None
+
+
+class _Module:
+    """Stands for any class of a TorchScript archive: attributes and nothing else."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+class _Reader(pickle.Unpickler):
+    """Lets in tensors, containers and `_Module`s."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._archive, self._root = archive, root
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):
+            return _Module
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        if module == "torch.jit._pickle":
+            return lambda values, *_: values
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid):
+        _, storage, key, *_ = pid
+        dtypes = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8",
+                  "HalfStorage": "<f2"}  # fmt: skip
+        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtypes[storage])
+
+
+def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
+    end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if min((offset, *shape, *strides), default=0) < 0 or (math.prod(shape) and end > storage.size):
+        raise ValueError("a tensor is larger than what is stored of it")
+    steps = tuple(s * storage.itemsize for s in strides)
+    return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), steps, writeable=False)
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a zip file is an archive of TorchScript."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(re.fullmatch(r"[^/]+/constants\.pkl", n) for n in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def read_torchscript(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a TorchScript archive, by the path of their attributes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = archive.namelist()[0].split("/")[0]
+            content = _Reader(archive, root).load()
+    except Exception as error:  # a hostile pickle can make a loader raise anything
+        raise WeightsError(
+            f"{path}: is not a TorchScript archive of tensors ({error}). Nothing of it was run."
+        ) from None
+
+    def walk(module, prefix):
+        for name, value in vars(module).items():
+            if isinstance(value, _Module):
+                yield from walk(value, f"{prefix}{name}.")
+            elif isinstance(value, np.ndarray):
+                yield prefix + name, value
+
+    if not isinstance(content, _Module):
+        raise WeightsError(f"{path}: a TorchScript archive holds a module, this one does not.")
+    return dict(walk(content, ""))

@@ -1,0 +1,25 @@
+"""Metrics of generated and reconstructed images."""
+
+from aim_jax.metrics.distribution import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from aim_jax.metrics.reconstruction import codebook_use, psnr, ssim
+
+__all__ = [
+    "Gaussian",
+    "InceptionScore",
+    "Moments",
+    "codebook_use",
+    "density_coverage",
+    "frechet_distance",
+    "kernel_distance",
+    "precision_recall",
+    "psnr",
+    "ssim",
+]

@@ -1,0 +1,129 @@
+"""Features of a set of images, and what is kept of them for the metrics."""
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aim_jax.metrics import inception
+from aim_jax.metrics.distribution import Gaussian, InceptionScore, Moments
+from aim_jax.metrics.image_sets import ImageSet
+from aim_jax.monitor import Progress, say
+from aim_jax.pictures import to_rgb
+from aim_jax.sharding import batch_sharding, make_mesh
+
+FORMAT = 1
+
+
+class FeatureSet(NamedTuple):
+    """What the metrics need of a set of images.
+
+    Attributes:
+      count: images.
+      pool, spatial: statistics of FID's and sFID's features; spatial may be missing in a reference.
+      features: (m, 2048) float32 of the first m images, for what compares images with images.
+      inception_score: mean and standard deviation over splits, or None without the last layer.
+    """
+
+    count: int
+    pool: Gaussian
+    spatial: Gaussian | None
+    features: np.ndarray
+    inception_score: tuple[float, float] | None
+
+
+class FeatureExtractor:
+    """The Inception network on all devices of this process.
+
+    Args:
+      params: from `aim_jax.convert.inception.load_inception`.
+      batch_size: images at once, over all devices.
+    """
+
+    def __init__(self, params: dict, batch_size: int = 64):
+        mesh = make_mesh(devices=jax.local_devices())
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._sharding = batch_sharding(mesh)
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        digest = hashlib.sha256()
+        for layer in sorted(params):
+            for part in sorted(params[layer]):
+                digest.update(np.ascontiguousarray(params[layer][part]).tobytes())
+        self.identity = digest.hexdigest()
+
+    def __call__(self, images: np.ndarray) -> inception.Features:
+        """uint8 (b, H, W, 1 or 3), b at most the batch size -> NumPy arrays of b rows."""
+        b = len(images)
+        filled = np.resize(to_rgb(images), (self._batch_size, *images.shape[1:3], 3))
+        found = inception.extract(self._params, jax.device_put(filled, self._sharding))
+        return jax.tree.map(lambda x: np.asarray(x)[:b], found)
+
+    def of(self, images: ImageSet, keep: int | None = None) -> FeatureSet:
+        """Goes through a set of images.
+
+        Args:
+          keep: how many images' features to keep; all by default.
+
+        Raises:
+          ValueError: a feature is not finite.
+        """
+        pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
+        keep = len(images) if keep is None else min(keep, len(images))
+        progress, scored = Progress(f"features of {images.name}"), False
+        for batch in images.batches(self._batch_size):
+            found = self(batch)
+            kept.append(found.pool[: max(0, keep - pool.count)])
+            pool.add(found.pool)
+            spatial.add(found.spatial)
+            if found.logits is not None:
+                score.add(found.logits)
+                scored = True
+            progress(pool.count, len(images))
+        return FeatureSet(
+            pool.count, pool.gaussian(), spatial.gaussian(), np.concatenate(kept),
+            score.result() if scored else None,
+        )  # fmt: skip
+
+    def of_cached(self, images: ImageSet, keep: int, cache: Path) -> FeatureSet:
+        """`of`, looked up in a directory first and kept there after."""
+        key = json.dumps([FORMAT, images.identity, self.identity, min(keep, len(images))])
+        file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        try:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                return _unpack(stored)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            say(f"{file} is damaged ({error}); it is made anew.")
+        found = self.of(images, keep)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, **_pack(found))
+        os.replace(partial, file)
+        return found
+
+
+def _pack(found: FeatureSet) -> dict[str, np.ndarray]:
+    return {
+        "count": np.asarray(found.count),
+        "mu": found.pool.mean,
+        "sigma": found.pool.covariance,
+        "mu_s": found.spatial.mean,
+        "sigma_s": found.spatial.covariance,
+        "features": found.features,
+        "inception_score": np.asarray(found.inception_score or ()),
+    }
+
+
+def _unpack(stored) -> FeatureSet:
+    count = int(stored["count"])
+    score = tuple(stored["inception_score"].tolist())
+    pool, spatial = (Gaussian(stored[f"mu{s}"], stored[f"sigma{s}"], count) for s in ("", "_s"))
+    return FeatureSet(count, pool, spatial, stored["features"], score or None)

@@ -1,0 +1,180 @@
+"""Sets of images as the metrics read them: batch after batch, never all of them at once."""
+
+import abc
+import contextlib
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from aim_jax.data import ImageSource, ImageSpec, preprocess
+
+
+class ImageSet(abc.ABC):
+    """uint8 images of one size.
+
+    Attributes:
+      name: for people. shape: (n, H, W, c), c 1 or 3.
+      identity: changes when the images do; for caches.
+    """
+
+    name: str
+    shape: tuple[int, int, int, int]
+    identity: str
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abc.abstractmethod
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 (b, H, W, c) in order, b = size but for the last."""
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """The images of some indices, in one pass."""
+        found, wanted, start = {}, set(map(int, indices)), 0
+        for batch in self.batches(256):
+            for i in wanted & set(range(start, start + len(batch))):
+                found[i] = batch[i - start].copy()
+            start += len(batch)
+        return np.stack([found[int(i)] for i in indices])
+
+
+class SourceImages(ImageSet):
+    """A data set's pictures, as a model sees them: fitted, with the centre crop."""
+
+    def __init__(self, source: ImageSource, spec: ImageSpec):
+        self._source, self._spec = source, spec
+        self.name = f"{source.name}, {source.split}"
+        self.shape = (len(source), spec.image_size, spec.image_size, spec.channels)
+        some = [source[i]["image"] for i in np.linspace(0, len(source) - 1, 32).astype(int)]
+        content = hashlib.sha256(b"".join(image.tobytes() for image in some)).hexdigest()
+        self.identity = f"{self.name} {self.shape} {spec} {content}"
+
+    def _image(self, index: int) -> np.ndarray:
+        pixels = preprocess(self._source[index]["image"], self._spec)
+        return np.round((pixels + 1) * 127.5).astype(np.uint8)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        return np.stack([self._image(int(i)) for i in indices])
+
+
+class NpzImages(ImageSet):
+    """`arr_0` of an npz file: uint8 (n, H, W, c), the form that the ADM evaluator reads.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it holds no such array.
+    """
+
+    KEY = "arr_0"
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = Path(path)
+        self.name = self._path.name
+        stat = self._path.stat()
+        self.identity = f"{self._path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        with self._opened() as (_, self.shape, dtype):
+            pass
+        if dtype != np.uint8:
+            hint = "values in [-1, 1] become pictures by round((x + 1) * 127.5)"
+            raise ValueError(f"{path}: {self.KEY} is {dtype}, expected uint8 in [0, 255]; {hint}.")
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not self.shape[0]:
+            raise ValueError(
+                f"{path}: {self.KEY} has the shape {self.shape}, expected (n, H, W, 3) or "
+                "(n, H, W, 1) with n > 0: channels last."
+            )
+
+    @contextlib.contextmanager
+    def _opened(self):
+        """The array as a stream of bytes after its header, its shape and its dtype."""
+        try:
+            with zipfile.ZipFile(self._path) as file, file.open(f"{self.KEY}.npy") as stream:
+                version = np.lib.format.read_magic(stream)
+                read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                shape, fortran, dtype = read(stream)
+                if fortran:
+                    raise ValueError("in Fortran order; save it in C order")
+                yield stream, shape, dtype
+        except (zipfile.BadZipFile, KeyError, ValueError, AttributeError, EOFError) as error:
+            raise ValueError(
+                f"{self._path}: is no whole npz file with images in {self.KEY!r} ({error})."
+            ) from None
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        with self._opened() as (stream, shape, _):
+            for start in range(0, len(self), size):
+                count = min(size, len(self) - start)
+                data = stream.read(count * math.prod(shape[1:]))
+                yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+class ImageParts:
+    """A series of images in parts on the disk, which any number of runs and processes fill.
+
+    The settings of the series are kept beside the parts, so that no other series goes on in it. A
+    part appears under its name when it is whole.
+
+    Raises:
+      ValueError: the directory holds a series with other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict):
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        file, text = directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
+        if file.exists():
+            old = json.loads(file.read_text())
+            if old != json.loads(text):
+                changed = sorted(k for k in old | settings if old.get(k) != settings.get(k))
+                raise ValueError(
+                    f"{directory} holds images of other settings ({', '.join(changed)} differ); "
+                    "give another --out, or delete it."
+                )
+        else:
+            self._write(file, lambda partial: partial.write_text(text))
+
+    @staticmethod
+    def _write(file: Path, write) -> None:
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        write(partial)
+        os.replace(partial, file)
+
+    def _file(self, number: int) -> Path:
+        return self._directory / f"{number:06d}.npy"
+
+    def __contains__(self, number: int) -> bool:
+        return self._file(number).exists()
+
+    def add(self, number: int, images: np.ndarray) -> None:
+        def write(partial):
+            with partial.open("wb") as file:
+                np.save(file, images)
+
+        self._write(self._file(number), write)
+
+    def join(self, count: int, out: Path, **arrays: np.ndarray) -> None:
+        """Writes parts 0 to count - 1 as `arr_0` of an npz file, and further arrays with it."""
+        parts = [np.load(self._file(i), mmap_mode="r") for i in range(count)]
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+
+        def write(partial):
+            with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+                with archive.open(f"{NpzImages.KEY}.npy", "w", force_zip64=True) as stream:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    for part in parts:
+                        stream.write(np.ascontiguousarray(part).data)
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w") as stream:
+                        np.lib.format.write_array(stream, array)
+
+        self._write(out, write)

@@ -1,0 +1,54 @@
+"""How well a tokenizer gives back its pictures, and how much of its codebook it uses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+WINDOW = 7
+
+
+@jax.jit
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB of pictures uint8 (b, H, W, c) -> (b,); inf where equal."""
+    difference = a.astype(jnp.float32) - b.astype(jnp.float32)
+    return 10 * jnp.log10(255**2 / jnp.mean(jnp.square(difference), axis=(1, 2, 3)))
+
+
+@jax.jit
+def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Structural similarity of pictures uint8 (b, H, W, c) -> (b,).
+
+    Wang et al. 2004 in the form that tokenizers are reported with: means over windows of 7 x 7 of
+    equal weights, sample covariances, the mean over all windows that lie in the picture, and over
+    channels.
+    """
+    x, y = (t.astype(jnp.float32) - 127.5 for t in (a, b))  # smaller numbers, the same variances
+
+    def window_mean(t):
+        return nn.avg_pool(t, (WINDOW, WINDOW))
+
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    sample = WINDOW**2 / (WINDOW**2 - 1)
+    var_x = sample * (window_mean(x * x) - mean_x**2)
+    var_y = sample * (window_mean(y * y) - mean_y**2)
+    covariance = sample * (window_mean(x * y) - mean_x * mean_y)
+    mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    score /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return score.mean(axis=(1, 2, 3))
+
+
+def codebook_use(counts: np.ndarray) -> dict[str, float]:
+    """From how often each code occurred, (codes,).
+
+    Returns:
+      usage: share of the codes that occurred; perplexity: exp of the entropy of their frequencies,
+      which is the number of codes where all are equally frequent.
+    """
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "usage": float(np.mean(counts > 0)),
+        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+    }

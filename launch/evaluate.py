@@ -1,0 +1,68 @@
+"""Scores a model, or images: FID, sFID, Inception Score, KID, precision, recall, density, coverage.
+
+Examples:
+  python launch/evaluate.py --checkpoint cifar10 --reference cifar10:train --inception FILE
+  python launch/evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+      --inception FILE
+  python launch/evaluate.py --checkpoint cifar10 --reconstruct --reference cifar10:test \\
+      --inception FILE   # the tokenizer: rFID, PSNR, SSIM, use of the codebook
+
+Samples are balanced over the classes, and an interrupted run goes on. --out gets samples.npz
+(arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and neighbours.png with
+the nearest images of the reference. --inception is the network of 2015 in any form that people
+have; docs/evaluation.md tells more.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from aim_jax import distributed
+from aim_jax.launching import errors_in_one_line
+from aim_jax.ops.native.build import cache_directory
+
+config_flags.DEFINE_config_file(
+    "config", str(Path(__file__).parents[1] / "configs" / "eval.py"), "A file of configs/."
+)
+flags.DEFINE_string("checkpoint", "", "Bundled model, model directory or workdir.")
+flags.DEFINE_string("samples", "", "npz file of images to score instead of sampling.")
+flags.DEFINE_string(
+    "reference", "", "npz of images, ADM reference npz, NAME:SPLIT of a data set, or class folders."
+)
+flags.DEFINE_string("data", "", "Directory with the data set; short for --config.data.dir.")
+flags.DEFINE_string(
+    "inception", os.environ.get("AIM_JAX_INCEPTION", ""), "Weights; $AIM_JAX_INCEPTION by default."
+)
+flags.DEFINE_bool("reconstruct", False, "Score the tokenizer on the reference's pictures.")
+flags.DEFINE_string("out", "evaluation", "Directory for the results.")
+distributed.define_flags()
+
+
+def main(_):
+    from aim_jax.checkpoint import load_pretrained
+    from aim_jax.convert.inception import EXPECTED, load_inception
+    from aim_jax.evaluate import evaluate
+
+    f = flags.FLAGS
+    with errors_in_one_line():
+        names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
+        distributed.initialize(**{name: f[name].value for name in names})
+        if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
+            raise ValueError("give --reference, and either --checkpoint or --samples.")
+        if not f.inception:
+            raise ValueError(f"--inception is missing: {EXPECTED}.")
+        f.config.data.dir = f.data or f.config.data.dir
+        model = load_pretrained(f.checkpoint) if f.checkpoint else None
+        report = evaluate(
+            model, f.samples, f.reference, load_inception(f.inception), f.config, Path(f.out),
+            cache_directory() / "references", reconstructions=f.reconstruct,
+        )  # fmt: skip
+        if report:
+            print((Path(f.out) / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

@@ -1,0 +1,197 @@
+"""Evaluation from the model to the report, with random features."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aim_jax import evaluate
+from aim_jax.config import eval_defaults
+from aim_jax.convert.inception import load_inception, save_inception
+from aim_jax.metrics.distribution import frechet_distance
+from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.metrics.image_sets import ImageParts, NpzImages
+from aim_jax.sampling import generate
+from tests.conftest import ROOT
+from tests.inception_weights import seeded_weights
+
+DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
+        "random_crop": False, "random_flip": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    weights, params = seeded_weights(), {}
+    for layer, parts in weights.items():
+        kernel = parts["weight"].T if layer == "softmax" else parts["weight"].transpose(2, 3, 1, 0)
+        params[layer] = {"kernel": np.ascontiguousarray(kernel)}
+        if layer != "softmax":
+            params[layer]["bias"] = parts["beta"]
+    return save_inception(params, tmp_path_factory.mktemp("inception") / "random.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inception_params(inception_file):
+    return load_inception(inception_file)
+
+
+@pytest.fixture
+def model(tiny_model):
+    return dataclasses.replace(tiny_model, info={"data": DATA})
+
+
+@pytest.fixture
+def config():
+    config = eval_defaults()
+    config.num_samples, config.batch_size, config.seed = 14, 8, 3
+    return config
+
+
+def test_classes_come_in_turns():
+    labels = evaluate.balanced_labels(50, 10)
+    assert all((np.bincount(part) == 1).all() for part in labels.reshape(5, 10))
+
+
+def test_samples_are_resumed_where_they_stopped(model, config, tmp_path, monkeypatch):
+    whole = evaluate.sample_npz(model, config, tmp_path / "whole").read_bytes()
+    with np.load(tmp_path / "whole" / "samples.npz") as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.dtype == np.uint8 and images.shape == (14, 4, 4, 1)
+    np.testing.assert_array_equal(labels, np.arange(14) % 3)
+    # The images are those that anybody gets who asks for them, in whatever batches.
+    alone = generate(model, labels[5:7], 3, first_index=5).images
+    np.testing.assert_array_equal(images[5:7], alone)
+
+    add = ImageParts.add
+
+    def killed(parts, number, drawn):
+        add(parts, number, drawn)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ImageParts, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.sample_npz(model, config, tmp_path / "cut")
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "samples.npz").exists()
+    drawn = []
+    monkeypatch.setattr(
+        evaluate, "generate",
+        lambda *args, **kwargs: drawn.append(kwargs["first_index"]) or generate(*args, **kwargs),
+    )  # fmt: skip
+    assert evaluate.sample_npz(model, config, tmp_path / "cut").read_bytes() == whole
+    assert drawn == [8]
+    config.sample.cfg_scale = 1.0
+    with pytest.raises(ValueError, match=r"other settings \(cfg_scale differ\)"):
+        evaluate.sample_npz(model, config, tmp_path / "cut")
+    config.sample.cfg_scale = float("nan")
+    with pytest.raises(ValueError, match="cfg_scale=nan"):
+        evaluate.sample_npz(model, config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_report_and_pictures(model, config, inception_params, picture_folder, tmp_path):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    report = evaluate.evaluate(
+        model, "", f"{picture_folder}:train", inception_params, config, out, cache
+    )
+    metrics = report["metrics"]
+    assert set(metrics) == {"fid", "sfid", "inception_score", "kid", "precision", "recall",
+                            "density", "coverage"}  # fmt: skip
+    extract = FeatureExtractor(inception_params, 8)
+    made = extract.of(NpzImages(out / "samples.npz"))
+    target = extract.of(evaluate.open_set(f"{picture_folder}:train", model, config))
+    assert target.count == 48
+    expected = frechet_distance(made.pool, target.pool)
+    assert metrics["fid"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["fid"] > 0 and metrics["sfid"] > 0 and metrics["inception_score"][0] > 1
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    text = (out / "report.md").read_text()
+    assert f"| fid | {metrics['fid']:.4f} |" in text and "cfg_scale | 2.0" in text
+    notes = " ".join(report["notes"])
+    assert "14 images in samples for 2048 features" in notes and "compare it with" in notes
+    assert np.asarray(Image.open(out / "neighbours.png")).shape[1] == 6 * 66 + 2
+    assert (out / "images.png").is_file() and len(list(cache.glob("*.npz"))) == 1
+
+    # The pictures themselves, scored as samples: everything is as good as it can be.
+    np.savez(tmp_path / "real.npz", arr_0=next(iter(
+        evaluate.open_set(f"{picture_folder}:train", model, config).batches(48)
+    )))  # fmt: skip
+    report = evaluate.evaluate(
+        None, str(tmp_path / "real.npz"), str(tmp_path / "real.npz"), inception_params, config,
+        tmp_path / "same", cache,
+    )  # fmt: skip
+    metrics = report["metrics"]
+    assert abs(metrics["fid"]) < 1e-3 * np.trace(target.pool.covariance)
+    assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1.0
+
+
+def test_reference_files_of_the_adm_evaluator(inception_params, config, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "made.npz", arr_0=images)
+    extract = FeatureExtractor(inception_params, 8)
+    mean, wide = rng.normal(size=2048), np.eye(2048)
+    statistics = {"mu": mean, "sigma": wide, "mu_s": mean[:2023], "sigma_s": wide[:2023, :2023]}
+    np.savez(tmp_path / "virtual.npz", arr_0=images[:6], **statistics)
+
+    def run(reference, out):
+        return evaluate.evaluate(
+            None, str(tmp_path / "made.npz"), str(reference), inception_params, config, out,
+            tmp_path / "cache",
+        )  # fmt: skip
+
+    report = run(tmp_path / "virtual.npz", tmp_path / "out")
+    made = extract.of(NpzImages(tmp_path / "made.npz"))
+    target = made.pool._replace(mean=mean, covariance=wide)
+    assert report["metrics"]["fid"] == pytest.approx(frechet_distance(made.pool, target), rel=1e-6)
+    assert report["metrics"]["recall"] == 1.0
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 1.0)  # seconds each
+    del statistics["mu_s"]
+    np.savez(tmp_path / "no_spatial.npz", arr_0=images[:6], **statistics)
+    report = run(tmp_path / "no_spatial.npz", tmp_path / "out")
+    assert "sfid" not in report["metrics"] and "No sFID" in " ".join(report["notes"])
+    np.savez(tmp_path / "other.npz", arr_0=images[:6], mu=mean[:64], sigma=wide[:64, :64])
+    with pytest.raises(ValueError, match=r"expected mu \(2048,\)"):
+        run(tmp_path / "other.npz", tmp_path / "out")
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((12, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"images of 4 x 4, the reference large.npz of 8 x 8"):
+        run(tmp_path / "large.npz", tmp_path / "out")
+
+
+def test_reconstructions(model, config, inception_params, picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 1.0)  # seconds each
+    report = evaluate.evaluate(
+        model, "", f"{picture_folder}:validation", inception_params, config, tmp_path,
+        tmp_path / "cache", reconstructions=True,
+    )  # fmt: skip
+    metrics = report["metrics"]
+    assert set(metrics) == {"rfid", "psnr", "ssim", "usage", "perplexity"}
+    real = evaluate.open_set(f"{picture_folder}:validation", model, config)
+    real = np.concatenate(list(real.batches(5))).astype(np.float64)
+    with np.load(tmp_path / "reconstructions.npz") as file:
+        error = np.mean(np.square(file["arr_0"] - real), axis=(1, 2, 3))
+    expected = np.mean(10 * np.log10(255**2 / error))
+    assert metrics["psnr"] == pytest.approx(expected, rel=1e-4)
+    assert 0 < metrics["usage"] <= 1 <= metrics["perplexity"] <= model.vq_config.n_embed
+
+
+def test_program_says_what_is_missing(inception_file, tmp_path):
+    def run(*options):
+        command = [sys.executable, "launch/evaluate.py", "--out", str(tmp_path / "out"), *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "give --reference" in run("--checkpoint", "cifar10")
+    both = ("--checkpoint", "cifar10", "--reference", "cifar10:test")
+    assert "TorchScript" in run(*both, "--inception", "")
+    assert "no such file" in run(*both, "--inception", str(tmp_path / "none"))
+    floats = tmp_path / "floats.npz"
+    np.savez(floats, arr_0=np.zeros((4, 8, 8, 3), np.float32))
+    given = ("--samples", str(floats), "--reference", str(floats))
+    assert "expected uint8" in run(*given, "--inception", str(inception_file))
+    assert not (tmp_path / "out").exists()

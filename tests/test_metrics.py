@@ -1,0 +1,213 @@
+"""Metrics against independent NumPy and SciPy, and against numbers of public implementations."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from aim_jax.data import ImageSpec
+from aim_jax.data.images import ArrayImages
+from aim_jax.metrics import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    codebook_use,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    ssim,
+)
+from aim_jax.metrics.distribution import nearest
+from aim_jax.metrics.image_sets import ImageParts, NpzImages, SourceImages
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Two sets of correlated features, (900, 64) and (700, 64)."""
+    rng = np.random.default_rng(0)
+    return tuple(
+        rng.normal(size=(n, 64)) @ rng.normal(size=(64, 64)) * 0.3 + shift
+        for n, shift in ((900, 0.0), (700, 0.2))
+    )
+
+
+def gaussian_of(x, parts=7) -> Gaussian:
+    moments = Moments()
+    for part in np.array_split(x, parts):
+        moments.add(part)
+    return moments.gaussian()
+
+
+def test_moments_of_batches_are_those_of_everything(features):
+    found = gaussian_of(features[0] + 1000)  # far from zero, where sums of squares lose digits
+    np.testing.assert_allclose(found.mean, features[0].mean(0) + 1000, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(features[0].T), atol=1e-7)
+    assert found.count == 900
+    moments = Moments()
+    moments.add(features[0])
+    with pytest.raises(ValueError, match=r"images \[902\] are not finite"):
+        moments.add(np.where(np.arange(5)[:, None] == 2, np.nan, 0 * features[0][:5]))
+    with pytest.raises(ValueError, match="at least two"):
+        Moments().gaussian()
+
+
+def test_frechet_distance_against_scipy_and_closed_forms(features):
+    a, b = (gaussian_of(x) for x in features)
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
+    expected = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert abs(frechet_distance(a, a)) < 1e-8
+    moved = a._replace(mean=a.mean + 0.5)
+    assert frechet_distance(a, moved) == pytest.approx(64 * 0.25, rel=1e-9)
+    wider = a._replace(covariance=4 * a.covariance)
+    assert frechet_distance(a, wider) == pytest.approx(np.trace(a.covariance), rel=1e-9)
+    # Singular: 20 images of 64 features. SciPy's root of the product is the yardstick again.
+    few, some = gaussian_of(features[0][:20], 3), gaussian_of(features[1][:30], 3)
+    root = scipy.linalg.sqrtm(few.covariance @ some.covariance).real
+    traces = np.trace(few.covariance) + np.trace(some.covariance)
+    expected = np.sum((few.mean - some.mean) ** 2) + traces - 2 * np.trace(root)
+    assert frechet_distance(few, some) == pytest.approx(expected, abs=1e-6 * traces)
+
+
+def test_inception_score_is_that_of_torch_fidelity():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1000, 50)) * 3
+    score = InceptionScore(100)
+    for part in np.array_split(logits, 13):
+        score.add(part)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    splits = [
+        np.exp(np.mean(np.sum(q * (np.log(q) - np.log(q.mean(0))), axis=1)))
+        for q in np.split(p, 10)
+    ]
+    mean, deviation = score.result()
+    assert mean == pytest.approx(np.mean(splits), rel=1e-10)
+    assert deviation == pytest.approx(np.std(splits), rel=1e-9)
+    alike = InceptionScore()
+    alike.add(np.zeros((30, 10)))
+    assert alike.result() == (pytest.approx(1.0), 0.0)
+    certain = InceptionScore()
+    certain.add(1e3 * np.eye(10))  # also: no overflow, no log of zero
+    assert certain.result()[0] == pytest.approx(10.0)
+    with pytest.raises(ValueError, match="no images"):
+        InceptionScore().result()
+
+
+def test_kernel_distance_is_the_unbiased_estimate(features):
+    a, b = features[0][:60], features[1][:60]
+    k = lambda x, y: (np.dot(x, y) / 64 + 1) ** 3  # noqa: E731
+    pairs = [(i, j) for i in range(60) for j in range(60)]
+    within = sum(k(x[i], x[j]) for x in (a, b) for i, j in pairs if i != j) / (60 * 59)
+    across = sum(k(a[i], b[j]) for i, j in pairs) / 60**2
+    mean, deviation = kernel_distance(a, b, subsets=2, size=60)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-9) and deviation < 1e-9
+    mean, _ = kernel_distance(features[0][:450], features[0][450:], subsets=50, size=200)
+    assert abs(mean) < 0.2 * kernel_distance(*features, subsets=50, size=200)[0]
+    with pytest.raises(ValueError, match="at least two"):
+        kernel_distance(a[:1], b)
+
+
+def test_neighbour_metrics_against_a_search_by_hand():
+    rng = np.random.default_rng(3)
+    real = rng.normal(size=(1100, 6)).astype(np.float32)  # more than one block
+    made = (rng.normal(size=(1050, 6)) * 0.8 + 0.3).astype(np.float32)
+
+    def distances(x, y):
+        return np.sqrt(((x[:, None].astype(np.float64) - y[None]) ** 2).sum(-1))
+
+    def inside(x, balls, k):
+        radii = np.sort(distances(balls, balls), axis=1)[:, k]
+        return distances(x, balls) <= radii
+
+    found = precision_recall(real, made)
+    assert found["precision"] == inside(made, real, 3).any(1).mean()
+    assert found["recall"] == inside(real, made, 3).any(1).mean()
+    member, found = inside(made, real, 5), density_coverage(real, made)
+    assert found["density"] == pytest.approx(member.sum() / (5 * len(made)), rel=1e-12)
+    assert found["coverage"] == member.any(0).mean()
+    np.testing.assert_array_equal(
+        nearest(made[:9], real, 4), np.argsort(distances(made[:9], real), axis=1)[:, :4]
+    )
+    with pytest.raises(ValueError, match="3 images have no 3 neighbours"):
+        precision_recall(real[:3], made)
+    twins = np.repeat(real[:10], 4, axis=0)  # radius zero: a twin is a neighbour
+    assert precision_recall(twins, twins) == {"precision": 1.0, "recall": 1.0}
+
+
+def test_psnr_and_ssim_are_those_of_scikit_image():
+    rng = np.random.default_rng(5)
+    x = rng.integers(0, 256, (3, 32, 40, 3), dtype=np.uint8)
+    y = np.clip(x + rng.normal(size=x.shape) * 20, 0, 255).astype(np.uint8)
+    # scikit-image 0.26.0: structural_similarity and peak_signal_noise_ratio, data_range 255.
+    np.testing.assert_allclose(ssim(x, y), SSIM, rtol=1e-5)
+    np.testing.assert_allclose(psnr(x, y), PSNR, rtol=1e-5)
+    assert np.allclose(ssim(x, x), 1) and np.all(np.isinf(psnr(x, x)))
+    flat = np.full((1, 16, 16, 1), 250, np.uint8)
+    assert ssim(flat, flat)[0] == pytest.approx(1, abs=1e-6)
+
+
+SSIM = [0.96498099, 0.96704608, 0.96630188]
+PSNR = [22.343498, 22.505096, 22.437266]
+
+
+def test_codebook_use():
+    assert codebook_use(np.array([5, 5, 0, 5, 5, 0, 0, 0])) == {
+        "usage": 0.5,
+        "perplexity": pytest.approx(4.0),
+    }
+
+
+def test_npz_images_come_in_batches(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), dtype=np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", arr_0=images, labels=np.arange(10))
+        found = NpzImages(tmp_path / "a.npz")
+        assert found.shape == images.shape
+        np.testing.assert_array_equal(np.concatenate(list(found.batches(4))), images)
+        np.testing.assert_array_equal(found.take([7, 0, 7]), images[[7, 0, 7]])
+
+    def refuse(message, **arrays):
+        np.savez(tmp_path / "b.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            NpzImages(tmp_path / "b.npz")
+
+    refuse(r"float32, expected uint8.*round\(\(x \+ 1\)", arr_0=images.astype(np.float32) / 127 - 1)
+    refuse(r"expected \(n, H, W, 3\)", arr_0=images.transpose(0, 3, 1, 2))
+    refuse("no whole npz file.*arr_0", images=images)
+    refuse(r"n > 0", arr_0=images[:0])
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match="no whole npz file"):
+        NpzImages(tmp_path / "c.npz")
+    with pytest.raises(FileNotFoundError):
+        NpzImages(tmp_path / "none.npz")
+
+
+def test_source_images_are_what_a_model_is_trained_on():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
+    source = ArrayImages("some", "train", ("a",), pictures, np.zeros(5))
+    found = SourceImages(source, ImageSpec(8))
+    np.testing.assert_array_equal(np.concatenate(list(found.batches(2))), pictures[:, :, 2:10])
+    other = ArrayImages("some", "train", ("a",), 255 - pictures, np.zeros(5))
+    assert SourceImages(other, ImageSpec(8)).identity != found.identity
+
+
+def test_parts_go_on_and_join(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 1), dtype=np.uint8)
+    parts = ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 2.0})
+    parts.add(1, images[4:])
+    assert 1 in parts and 0 not in parts
+    again = ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 2.0})
+    assert 1 in again
+    again.add(0, images[:4])
+    again.join(2, tmp_path / "all.npz", labels=np.arange(7))
+    with np.load(tmp_path / "all.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], images)
+        np.testing.assert_array_equal(file["labels"], np.arange(7))
+    assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
+    assert not list(tmp_path.rglob("*.partial"))
+    with pytest.raises(ValueError, match=r"other settings \(cfg_scale differ\)"):
+        ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 3.0})
