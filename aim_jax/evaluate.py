@@ -76,6 +76,14 @@ def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
     return settings | {"cfg_schedule": config.sample.cfg_schedule}
 
 
+def identity_of(model: Pretrained) -> list[str]:
+    """Changes when a model's configuration or weights do."""
+    return [
+        fingerprint(model.aim_config, model.aim_params),
+        fingerprint(model.vq_config, model.vq_params),
+    ]
+
+
 def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     """Samples `config.num_samples` images into out/samples.npz: arr_0 uint8 NHWC, labels int32.
 
@@ -93,8 +101,7 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
         schedule=settings["cfg_schedule"], interval=(0, 1),
     )  # fmt: skip
     identity = settings | {
-        "model": fingerprint(model.aim_config, model.aim_params),
-        "tokenizer": fingerprint(model.vq_config, model.vq_params),
+        "model": identity_of(model),
         "num_samples": config.num_samples,
         "seed": config.seed,
         "batch_size": size,

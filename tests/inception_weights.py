@@ -1,4 +1,4 @@
-"""Seeded weights of the Inception of 2015, in the names of its graph, and images to go with them."""
+"""Seeded weights of the Inception of 2015, in the names of its graph, and images for them."""
 
 import numpy as np
 

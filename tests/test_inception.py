@@ -322,7 +322,7 @@ def test_other_files_are_refused(weights, params, tmp_path):
         load_inception(write_graphdef(wide, tmp_path / "wide.pb"))
     broken = {k: dict(v) for k, v in params.items()}
     broken["mixed_conv"]["bias"] = np.full_like(broken["mixed_conv"]["bias"], np.nan)
-    with pytest.raises(WeightsError, match="mixed_conv.bias is not finite"):
+    with pytest.raises(WeightsError, match=r"mixed_conv\.bias is not finite"):
         load_inception(save_inception(broken, tmp_path / "nan.safetensors"))
     whole = (tmp_path / "wide.pb").read_bytes()
     for name, content, message in (

@@ -1,0 +1,150 @@
+"""Looks for the sampling settings that suit a model best, with few samples each."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from aim_jax import evaluate
+from aim_jax.checkpoint import MODEL_FILE, Pretrained, find_model, write_json
+from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.metrics.image_sets import NpzImages
+from aim_jax.monitor import say
+
+# Metrics that a sweep can look for the best of, and whether more of it is better.
+METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}
+
+
+def value_of(metrics: Mapping, name: str) -> float:
+    """A metric, or the mean of one that has a deviation."""
+    value = metrics[name]
+    return value[0] if isinstance(value, Sequence) else value
+
+
+def best_of(rows: Sequence[Mapping], metric: str) -> Mapping:
+    """The row with the best value of a metric.
+
+    Raises:
+      ValueError: no row has the metric.
+    """
+    rows = [row for row in rows if metric in row["metrics"]]
+    if not rows:
+        raise ValueError(
+            f"none of the settings has a value of {metric}; see the notes in sweep.md."
+        )
+    choose = max if METRICS[metric] else min
+    return choose(rows, key=lambda row: value_of(row["metrics"], metric))
+
+
+def sweep(
+    model: Pretrained,
+    grid: Mapping[str, Sequence],
+    reference: str,
+    inception_params: dict,
+    config: ConfigDict,
+    out: Path,
+    cache: Path,
+) -> list[dict]:
+    """Scores every combination of settings; a sweep that was interrupted goes on.
+
+    Args:
+      grid: values of cfg_scale, temperature, top_k, top_p, by name.
+      reference, inception_params, config, out, cache: see `evaluate.evaluate`.
+
+    Returns:
+      One row per combination: `settings`, `metrics`, `notes`; also in out/sweep.json. None of the
+      images are kept.
+    """
+    extract = FeatureExtractor(inception_params, config.batch_size)
+    ref = evaluate.open_reference(reference, extract, model, config, cache)
+    out.mkdir(parents=True, exist_ok=True)
+    combinations = [
+        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    ]
+    identity = {
+        "num_samples": config.num_samples, "seed": config.seed, "reference": ref.images.identity,
+        "model": evaluate.identity_of(model), "inception": extract.identity,
+    }  # fmt: skip
+    file, rows = out / "sweep.json", []
+    if file.exists():
+        old = json.loads(file.read_text())
+        if old["identity"] != identity:
+            raise ValueError(
+                f"{out} holds a sweep of another model, reference, seed or number of samples; "
+                "give another --out, or delete it."
+            )
+        rows = old["rows"]
+    for number, settings in enumerate(combinations, start=1):
+        # What the grid leaves open is part of the row too: the model's own settings.
+        chosen = ConfigDict(config.to_dict())
+        chosen.sample.update(settings)
+        settings = evaluate.sampling_settings(model, chosen)
+        if any(row["settings"] == settings for row in rows):
+            continue
+        say(f"setting {number} of {len(combinations)}: {settings}")
+        images = NpzImages(evaluate.sample_npz(model, chosen, out / "samples"))
+        evaluate.check_alike(images, ref.images)
+        metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
+        rows.append({"settings": settings, "metrics": metrics, "notes": notes})
+        if jax.process_index() == 0:
+            write_json(file, {"identity": identity, "rows": rows})
+        shutil.rmtree(out / "samples")
+    return rows
+
+
+def table(rows: Sequence[Mapping], best: Mapping) -> str:
+    """Markdown; the best row is bold."""
+    names = [*rows[0]["settings"], *rows[0]["metrics"]]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [str(value) for value in row["settings"].values()]
+        cells += [f"{value_of(row['metrics'], name):.4f}" for name in row["metrics"]]
+        cells = [f"**{cell}**" for cell in cells] if row is best else cells
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = dict.fromkeys(note for row in rows for note in row["notes"])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def draw(rows: Sequence[Mapping], path: Path) -> Path:
+    """Plots of the metrics over the setting with most values, a line per rest of the settings."""
+    from aim_jax.plots import new_figure, save_figure
+
+    names = list(rows[0]["settings"])
+    axis = max(names, key=lambda name: len({row["settings"][name] for row in rows}))
+    metrics = [name for name in (*METRICS, "precision", "recall") if name in rows[0]["metrics"]]
+    figure, plots = new_figure(len(metrics))
+    lines: dict[str, list] = {}
+    for row in rows:
+        rest = {k: v for k, v in row["settings"].items() if k != axis}
+        changing = {k: v for k, v in rest.items() if len({r["settings"][k] for r in rows}) > 1}
+        lines.setdefault(", ".join(f"{k} {v}" for k, v in changing.items()), []).append(row)
+    for plot, name in zip(plots, metrics, strict=True):
+        for label, points in lines.items():
+            points = sorted(points, key=lambda row: row["settings"][axis])
+            plot.plot(
+                [row["settings"][axis] for row in points],
+                [value_of(row["metrics"], name) for row in points],
+                marker="o", label=label or None,
+            )  # fmt: skip
+        plot.set_xlabel(axis)
+        plot.set_title(name)
+    if len(lines) > 1:
+        plots[0].legend()
+    return save_figure(figure, path)
+
+
+def write_defaults(checkpoint: str, settings: Mapping) -> Path:
+    """Makes settings the sampling defaults of a model directory.
+
+    Returns:
+      The file that was changed.
+    """
+    file = find_model(checkpoint) / MODEL_FILE
+    content = json.loads(file.read_text())
+    content["sampling"] |= {k: settings[k] for k in content["sampling"]}
+    write_json(file, content)
+    return file

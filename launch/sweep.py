@@ -1,0 +1,72 @@
+"""Looks for the sampling settings that suit a model best: few samples for every combination.
+
+Examples:
+  python launch/sweep.py --checkpoint cifar10 --reference cifar10:train --inception FILE \\
+      --cfg_scale 1,1.5,2,3 --out sweep
+  python launch/sweep.py --checkpoint runs/mine --reference folder:train --data pictures \\
+      --inception FILE --cfg_scale 1,2,4 --top_p 0.9,1 --write_defaults
+
+--out gets sweep.json, sweep.md and sweep.png. An interrupted sweep goes on. The best setting is the
+one with the lowest --metric; KID is less biased than FID where samples are few.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from aim_jax.launching import errors_in_one_line
+from aim_jax.ops.native.build import cache_directory
+
+config_flags.DEFINE_config_file(
+    "config", str(Path(__file__).parents[1] / "configs" / "eval.py"), "A file of configs/."
+)
+flags.DEFINE_string("checkpoint", "", "Bundled model, model directory or workdir.")
+flags.DEFINE_string("reference", "", "As of launch/evaluate.py.")
+flags.DEFINE_string("data", "", "Directory with the data set; short for --config.data.dir.")
+flags.DEFINE_string(
+    "inception", os.environ.get("AIM_JAX_INCEPTION", ""), "Weights; $AIM_JAX_INCEPTION by default."
+)
+flags.DEFINE_integer("num_samples", 2000, "Samples for every combination.", lower_bound=10)
+for _name in ("cfg_scale", "temperature", "top_k", "top_p"):
+    flags.DEFINE_list(_name, [], "Values to try; the model's own by default.")
+flags.DEFINE_enum("metric", "fid", ["fid", "sfid", "kid", "inception_score"], "To choose by.")
+flags.DEFINE_bool("write_defaults", False, "Make the best setting the model's own.")
+flags.DEFINE_string("out", "sweep", "Directory for the results.")
+
+
+def main(_):
+    from aim_jax import sweep
+    from aim_jax.checkpoint import load_pretrained
+    from aim_jax.convert.inception import EXPECTED, load_inception
+
+    f, out = flags.FLAGS, Path(flags.FLAGS.out)
+    with errors_in_one_line():
+        names = ("cfg_scale", "temperature", "top_k", "top_p")
+        kinds = {"top_k": int}
+        grid = {n: [kinds.get(n, float)(x) for x in f[n].value] for n in names if f[n].value}
+        if not (f.checkpoint and f.reference and grid):
+            raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
+        if not f.inception:
+            raise ValueError(f"--inception is missing: {EXPECTED}.")
+        f.config.num_samples, f.config.data.dir = f.num_samples, f.data or f.config.data.dir
+        model = load_pretrained(f.checkpoint)
+        rows = sweep.sweep(
+            model, grid, f.reference, load_inception(f.inception), f.config, out,
+            cache_directory() / "references",
+        )  # fmt: skip
+        best = sweep.best_of(rows, f.metric)
+        text = sweep.table(rows, best)
+        (out / "sweep.md").write_text(text)
+        print(text)
+        if f.write_defaults:
+            print(
+                f"best {f.metric}: written to {sweep.write_defaults(f.checkpoint, best['settings'])}"
+            )
+        print(sweep.draw(rows, out / "sweep.png"))
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
