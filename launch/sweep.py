@@ -62,9 +62,8 @@ def main(_):
         (out / "sweep.md").write_text(text)
         print(text)
         if f.write_defaults:
-            print(
-                f"best {f.metric}: written to {sweep.write_defaults(f.checkpoint, best['settings'])}"
-            )
+            changed = sweep.write_defaults(f.checkpoint, best["settings"])
+            print(f"the setting with the best {f.metric} is now in {changed}")
         print(sweep.draw(rows, out / "sweep.png"))
 
 

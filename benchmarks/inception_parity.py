@@ -1,0 +1,106 @@
+"""Compares Inception's features, and FID made of them, with the TorchScript network in torch.
+
+Example:
+  python benchmarks/inception_parity.py --torchscript inception-2015-12-05.pt --images cifar10:test \\
+      --data cifar10 --count 2000
+
+torch interpolates and applies the network by itself, in float32; the FID between the two halves of
+the pictures is computed from its features by NumPy and scipy.linalg.sqrtm. Ends with 1 where a
+feature differs by more than 1e-4 of the largest, or the FID by more than 0.01.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import numpy as np
+import scipy.linalg
+
+try:
+    import torch
+except ImportError:
+    sys.exit("The peer is PyTorch: pip install '.[torch]'")
+
+from aim_jax.config import eval_defaults
+from aim_jax.convert.inception import load_inception
+from aim_jax.evaluate import open_set
+from aim_jax.metrics import Moments, frechet_distance
+from aim_jax.metrics.features import FeatureExtractor
+
+
+def interpolate(x, axis: int, side: int = 299):
+    """TensorFlow 1's bilinear interpolation of one axis of x, on torch tensors."""
+    size = x.shape[axis]
+    place = torch.arange(side, dtype=torch.float64) * size / side
+    low = place.floor().long()
+    shape = [1] * x.ndim
+    shape[axis] = side
+    share = (place - low).float().reshape(shape)
+    lower, upper = (x.index_select(axis, i.clamp(max=size - 1)) for i in (low, low + 1))
+    return lower * (1 - share) + upper * share
+
+
+def torch_features(network, images: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float()
+    with torch.inference_mode():
+        return network((interpolate(interpolate(x, 2), 3) - 128) / 128).numpy()
+
+
+def fid_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(ca @ cb).real
+    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(ca + cb - 2 * root))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torchscript", required=True)
+    parser.add_argument("--images", required=True, help="as --reference of launch/evaluate.py")
+    parser.add_argument("--data", default="", help="directory of the data set")
+    parser.add_argument("--size", type=int, default=32, help="pictures are fitted to this side")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=50)
+    args = parser.parse_args()
+    config = eval_defaults()
+    config.data.dir, config.data.image_size = args.data, args.size
+    images = open_set(args.images, None, config)
+    index = np.linspace(0, len(images) - 1, min(args.count, len(images))).astype(int)
+    network = torch.jit.load(args.torchscript, map_location="cpu").eval()
+    extract = FeatureExtractor(load_inception(args.torchscript), args.batch)
+    ours, theirs, seconds = [], [], np.zeros(2)
+    for part in np.array_split(index, -(-len(index) // args.batch)):
+        pixels = images.take(part)
+        start = time.perf_counter()
+        ours.append(extract(pixels).pool)
+        middle = time.perf_counter()
+        theirs.append(torch_features(network, pixels))
+        if len(ours) > 1:  # the first one compiles
+            seconds += middle - start, time.perf_counter() - middle
+    ours, theirs = np.concatenate(ours), np.concatenate(theirs)
+    worst = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    print(
+        f"jax {jax.__version__}, torch {torch.__version__}; {len(index)} pictures of {images.name}"
+    )
+    rates = (len(index) - args.batch) / np.maximum(seconds, 1e-9)
+    print(f"largest difference of a feature: {worst:.1e} of the largest feature")
+    print(f"images/s: ours {rates[0]:.1f}, torch {rates[1]:.1f}")
+    if len(index) < 4096:
+        print(
+            "note: fewer pictures than features in a half, so this FID is of singular covariances"
+        )
+    halves = []
+    for half in (ours[::2], ours[1::2]):
+        moments = Moments()
+        moments.add(half)
+        halves.append(moments.gaussian())
+    fids = frechet_distance(*halves), fid_by_scipy(theirs[::2], theirs[1::2])
+    print(f"FID between the halves: ours {fids[0]:.4f}, torch and SciPy {fids[1]:.4f}")
+    return int(worst > 1e-4 or abs(fids[0] - fids[1]) > 0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
