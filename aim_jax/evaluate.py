@@ -34,7 +34,7 @@ from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages, SourceIm
 from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.models.vq import VQModel
 from aim_jax.monitor import Progress, say
-from aim_jax.pictures import make_grid, save_png
+from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.sampling import check_settings, decode_images, generate
 from aim_jax.sharding import make_mesh
 
@@ -128,7 +128,9 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
 
 
 def open_set(name: str, model: Pretrained | None, config: ConfigDict) -> ImageSet:
-    """An npz file of images, or NAME:SPLIT of a data set (or a folder of class folders).
+    """An npz file of images, or NAME:SPLIT of a data set or of a folder of class folders.
+
+    The split is "train" by default; "train+validation" is both of them.
 
     Raises:
       ValueError: no such data set, or nothing says how its pictures are to be fitted.
@@ -146,10 +148,11 @@ def open_set(name: str, model: Pretrained | None, config: ConfigDict) -> ImageSe
             f"the pictures of {name!r} need a size: give --config.data.image_size, or a "
             "--checkpoint that says how its pictures were fitted."
         )
-    folder = Path(name)
-    where = (config.data.dir or None) if not folder.is_dir() else folder
-    source = open_images("folder" if folder.is_dir() else name, split or "train", where)
-    return SourceImages(source, spec)
+    where = config.data.dir or None
+    if Path(name).is_dir():
+        name, where = "folder", name
+    splits = (split or "train").split("+")
+    return SourceImages([open_images(name, split, where) for split in splits], spec)
 
 
 def open_reference(
@@ -269,12 +272,13 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
 
 def neighbours_picture(made: NpzImages, features: FeatureSet, reference: Reference, path: Path):
     """Writes generated images, each beside its nearest reference images in feature space."""
-    count = min(12, len(made))
+    count, k = min(12, len(made)), min(5, len(reference.features.features))
     index = np.linspace(0, len(features.features) - 1, count).astype(int)
-    near = nearest(features.features[index], reference.features.features, 5)
-    pictures = reference.images.take(near.ravel()).reshape(count, 5, *reference.images.shape[1:])
-    rows = np.concatenate([made.take(index)[:, None], pictures], axis=1)
-    return save_png(make_grid(rows.reshape(-1, *rows.shape[2:]), 6), path)
+    near = nearest(features.features[index], reference.features.features, k)
+    pictures = to_rgb(reference.images.take(near.ravel()))
+    pictures = pictures.reshape(count, k, *pictures.shape[1:])
+    rows = np.concatenate([to_rgb(made.take(index))[:, None], pictures], axis=1)
+    return save_png(make_grid(rows.reshape(-1, *rows.shape[2:]), k + 1), path)
 
 
 def provenance() -> dict:
@@ -312,6 +316,12 @@ def write_report(out: Path, report: dict) -> None:
     os.replace(partial, out / "report.md")
 
 
+def _wait_for_the_first() -> None:
+    """Keeps processes that have nothing to score; one that ends is taken for lost."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("scored")
+
+
 def evaluate(
     model: Pretrained | None,
     samples: str,
@@ -344,12 +354,12 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     if reconstructions:
         if jax.process_index():
-            return None
+            return _wait_for_the_first()
         file, extra = reconstruct(model, target or NpzImages(reference), config, out)
     else:
         file = Path(samples) if samples else sample_npz(model, config, out)
     if jax.process_index():
-        return None
+        return _wait_for_the_first()
     made = NpzImages(file)
     ref = open_reference(reference, extract, model, config, cache)
     check_alike(made, ref.images)
@@ -357,7 +367,7 @@ def evaluate(
     metrics, notes = score(features, ref.features)
     if reconstructions:
         metrics = {"rfid": metrics["fid"]} | extra
-        notes = notes[:-1] if features.inception_score is None else notes
+        notes = [note for note in notes if "Inception Score" not in note]
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
     if model is not None:
@@ -375,4 +385,5 @@ def evaluate(
         neighbours_picture(made, features, ref, out / "neighbours.png")
     for note in notes:
         say(f"note: {note}")
+    _wait_for_the_first()
     return report

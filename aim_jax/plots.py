@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def new_figure(count: int):
-    """A figure with `count` plots in a row, and the plots.
+def pyplot():
+    """matplotlib.pyplot, drawing into files.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -15,19 +15,22 @@ def new_figure(count: int):
     except ImportError:
         raise ValueError("plots need matplotlib: pip install 'aim_jax[eval]'.") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
-    figure, plots = plt.subplots(1, count, figsize=(4 * count, 3.2), squeeze=False)
+    return matplotlib.pyplot
+
+
+def new_figure(count: int):
+    """A figure with `count` plots in a row, and the plots."""
+    figure, plots = pyplot().subplots(1, count, figsize=(4 * count, 3.2), squeeze=False)
     return figure, list(plots[0])
 
 
 def save_figure(figure, path: Path) -> Path:
     """Writes a PNG to a temporary name, then renames it."""
-    import matplotlib.pyplot as plt
-
     figure.tight_layout()
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=100, format="png")
-    plt.close(figure)
+    pyplot().close(figure)
     os.replace(partial, path)
     return path

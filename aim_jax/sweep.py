@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from aim_jax import evaluate
@@ -90,8 +89,7 @@ def sweep(
         evaluate.check_alike(images, ref.images)
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
-        if jax.process_index() == 0:
-            write_json(file, {"identity": identity, "rows": rows})
+        write_json(file, {"identity": identity, "rows": rows})
         shutil.rmtree(out / "samples")
     return rows
 

@@ -1,7 +1,7 @@
 """Compares Inception's features, and FID made of them, with the TorchScript network in torch.
 
 Example:
-  python benchmarks/inception_parity.py --torchscript inception-2015-12-05.pt --images cifar10:test \\
+  python benchmarks/inception_parity.py --torchscript FILE.pt --images cifar10:test \\
       --data cifar10 --count 2000
 
 torch interpolates and applies the network by itself, in float32; the FID between the two halves of

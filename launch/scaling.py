@@ -22,9 +22,11 @@ flags.mark_flag_as_required("runs")
 
 def main(_):
     from aim_jax import scaling
+    from aim_jax.plots import pyplot
 
     out = Path(flags.FLAGS.out)
     with errors_in_one_line():
+        pyplot()
         runs = [scaling.read_run(Path(run)) for run in flags.FLAGS.runs]
         text = scaling.report(runs)
         out.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ def main(_):
     from aim_jax import sweep
     from aim_jax.checkpoint import load_pretrained
     from aim_jax.convert.inception import EXPECTED, load_inception
+    from aim_jax.plots import pyplot
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     with errors_in_one_line():
@@ -52,6 +53,7 @@ def main(_):
         if not f.inception:
             raise ValueError(f"--inception is missing: {EXPECTED}.")
         f.config.num_samples, f.config.data.dir = f.num_samples, f.data or f.config.data.dir
+        pyplot()  # before any long work starts, rather than after it
         model = load_pretrained(f.checkpoint)
         rows = sweep.sweep(
             model, grid, f.reference, load_inception(f.inception), f.config, out,

@@ -5,6 +5,8 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from aim_jax.decode import Engine
@@ -196,3 +198,40 @@ def test_growth_is_fitted_and_drawn(tmp_path):
     results = {"series": {"tokens": rows}, "sent": {"data": [(2, 1e6), (4, 2e6)]}}
     scale.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_peer_transformer_is_causal_and_decodes_from_its_cache():
+    """Of benchmarks/against_transformer.py: full pass, cached pass and greedy samples agree."""
+    from benchmarks import transformer
+
+    config = transformer.TransformerConfig(32, 3, 16, d_model=64, n_layer=2, n_head=2)
+    params = transformer.init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 3, params)  # far from uniform logits
+    assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    model = transformer.Transformer(config)
+    codes = jax.random.randint(jax.random.key(1), (2, 16), 0, 32)
+    labels = jnp.array([0, 2])
+    logits = model.apply({"params": params}, codes, labels)
+    assert logits.shape == (2, 16, 32)
+    changed = model.apply({"params": params}, codes.at[:, 7].add(1) % 32, labels)
+    np.testing.assert_allclose(changed[:, :8], logits[:, :8], rtol=1e-5)
+    assert np.abs(changed[:, 8:] - logits[:, 8:]).max() > 1e-3
+    nats = model.apply({"params": params}, codes, labels, method="cross_entropy")
+    expected = -np.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nats, expected, rtol=1e-4)
+    drawn = transformer.generate_tokens(
+        params, labels, 0, jnp.arange(2), 3.0, 1.0, 1, 1.0, config=config
+    )
+    null = model.apply({"params": params}, drawn, jnp.full((2,), 3))
+    guided = null + 3.0 * (model.apply({"params": params}, drawn, labels) - null)
+    np.testing.assert_array_equal(drawn, jnp.argmax(guided, axis=-1))
+
+
+def test_peer_transformer_has_as_many_parameters():
+    from aim_jax.models import PRESETS, AiMConfig
+    from benchmarks.against_transformer import matching_transformer
+
+    peer = matching_transformer(PRESETS["B"], 147_622_080)
+    assert (peer.n_layer, peer.vocab_size, peer.d_model % 32) == (12, 16384, 0)
+    with pytest.raises(ValueError, match="within 5 %"):
+        matching_transformer(AiMConfig(n_layer=48, vocab_size=16384), 100_000)

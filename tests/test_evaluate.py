@@ -157,7 +157,7 @@ def test_reference_files_of_the_adm_evaluator(inception_params, config, tmp_path
     np.savez(tmp_path / "other.npz", arr_0=images[:6], mu=mean[:64], sigma=wide[:64, :64])
     with pytest.raises(ValueError, match=r"expected mu \(2048,\)"):
         run(tmp_path / "other.npz", tmp_path / "out")
-    np.savez(tmp_path / "large.npz", arr_0=np.zeros((12, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "large.npz", arr_0=np.full((12, 8, 8, 3), 9, np.uint8))
     with pytest.raises(ValueError, match=r"images of 4 x 4, the reference large.npz of 8 x 8"):
         run(tmp_path / "large.npz", tmp_path / "out")
 

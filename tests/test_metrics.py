@@ -179,6 +179,7 @@ def test_npz_images_come_in_batches(tmp_path):
     refuse(r"expected \(n, H, W, 3\)", arr_0=images.transpose(0, 3, 1, 2))
     refuse("no whole npz file.*arr_0", images=images)
     refuse(r"n > 0", arr_0=images[:0])
+    refuse(r"no value above 1.*x \* 255", arr_0=images % 2)
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
     with pytest.raises(ValueError, match="no whole npz file"):
         NpzImages(tmp_path / "c.npz")
@@ -189,10 +190,15 @@ def test_npz_images_come_in_batches(tmp_path):
 def test_source_images_are_what_a_model_is_trained_on():
     pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
     source = ArrayImages("some", "train", ("a",), pictures, np.zeros(5))
-    found = SourceImages(source, ImageSpec(8))
+    found = SourceImages([source], ImageSpec(8))
     np.testing.assert_array_equal(np.concatenate(list(found.batches(2))), pictures[:, :, 2:10])
     other = ArrayImages("some", "train", ("a",), 255 - pictures, np.zeros(5))
-    assert SourceImages(other, ImageSpec(8)).identity != found.identity
+    assert SourceImages([other], ImageSpec(8)).identity != found.identity
+    both = SourceImages([other, source], ImageSpec(8))
+    assert both.shape == (10, 8, 8, 3)
+    np.testing.assert_array_equal(
+        both.take([4, 5]), [255 - pictures[4, :, 2:10], found.take([0])[0]]
+    )
 
 
 def test_parts_go_on_and_join(tmp_path):
@@ -208,6 +214,6 @@ def test_parts_go_on_and_join(tmp_path):
         np.testing.assert_array_equal(file["arr_0"], images)
         np.testing.assert_array_equal(file["labels"], np.arange(7))
     assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.npy"))
     with pytest.raises(ValueError, match=r"other settings \(cfg_scale differ\)"):
         ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 3.0})

@@ -45,18 +45,29 @@ class ImageSet(abc.ABC):
 
 
 class SourceImages(ImageSet):
-    """A data set's pictures, as a model sees them: fitted, with the centre crop."""
+    """Pictures of data sets, as a model sees them: fitted, with the centre crop.
 
-    def __init__(self, source: ImageSource, spec: ImageSpec):
-        self._source, self._spec = source, spec
-        self.name = f"{source.name}, {source.split}"
-        self.shape = (len(source), spec.image_size, spec.image_size, spec.channels)
-        some = [source[i]["image"] for i in np.linspace(0, len(source) - 1, 32).astype(int)]
+    Args:
+      sources: one after the other, such as the splits of a data set.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], spec: ImageSpec):
+        self._sources, self._spec = sources, spec
+        self._ends = np.cumsum([len(source) for source in sources])
+        self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
+        count = int(self._ends[-1])
+        self.shape = (count, spec.image_size, spec.image_size, spec.channels)
+        some = [self._picture(i) for i in np.linspace(0, count - 1, 32).astype(int)]
         content = hashlib.sha256(b"".join(image.tobytes() for image in some)).hexdigest()
         self.identity = f"{self.name} {self.shape} {spec} {content}"
 
+    def _picture(self, index: int) -> np.ndarray:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        start = self._ends[number - 1] if number else 0
+        return self._sources[number][int(index - start)]["image"]
+
     def _image(self, index: int) -> np.ndarray:
-        pixels = preprocess(self._source[index]["image"], self._spec)
+        pixels = preprocess(self._picture(index), self._spec)
         return np.round((pixels + 1) * 127.5).astype(np.uint8)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
@@ -91,6 +102,12 @@ class NpzImages(ImageSet):
             raise ValueError(
                 f"{path}: {self.KEY} has the shape {self.shape}, expected (n, H, W, 3) or "
                 "(n, H, W, 1) with n > 0: channels last."
+            )
+
+        if next(self.batches(64)).max() <= 1:
+            raise ValueError(
+                f"{path}: the first images have no value above 1; expected pixels in [0, 255]. "
+                "Values in [0, 1] become pictures by round(x * 255)."
             )
 
     @contextlib.contextmanager
@@ -162,7 +179,7 @@ class ImageParts:
         self._write(self._file(number), write)
 
     def join(self, count: int, out: Path, **arrays: np.ndarray) -> None:
-        """Writes parts 0 to count - 1 as `arr_0` of an npz file, and further arrays with it."""
+        """Makes of parts 0 to count - 1 `arr_0` of an npz file, and writes arrays with it."""
         parts = [np.load(self._file(i), mmap_mode="r") for i in range(count)]
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
 
@@ -178,3 +195,5 @@ class ImageParts:
                         np.lib.format.write_array(stream, array)
 
         self._write(out, write)
+        for i in range(count):
+            self._file(i).unlink()

@@ -1,0 +1,189 @@
+"""Trains AiM and a transformer of LlamaGen's shape alike, and compares loss, samples and speed.
+
+Example:
+  python benchmarks/against_transformer.py --config configs/cifar10.py --tokenizer cifar10 \\
+      --codes codes/cifar10 --work runs/against --steps 800
+
+Same codes in the same order, same optimizer, schedule, steps and dropout of classes; the numbers of
+parameters differ by at most 5 %. Each leaves its validation loss in WORK/result.json and samples in
+WORK/NAME.npz (same labels, seeds and settings), which launch/evaluate.py --samples scores. Sampling
+is timed with guidance, in one process, in turns.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from aim_jax import evaluate, loop, sampling
+from aim_jax.checkpoint import write_json
+from aim_jax.codes import open_codes, open_tokenizer
+from aim_jax.loop import TrainState
+from aim_jax.metrics.image_sets import ImageParts
+from aim_jax.models import AiM, AiMConfig
+from aim_jax.models.aim import init_params
+from aim_jax.monitor import Progress
+from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
+from aim_jax.sharding import make_mesh
+from benchmarks import transformer
+
+
+def contestants(model: AiMConfig) -> dict:
+    """Module, parameters and token sampler of each, by name."""
+    count = parameters(nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0)))))
+    peer = matching_transformer(model, count)
+    return {
+        "aim": (
+            AiM(model),
+            lambda key: nn.unbox(init_params(model, key)),
+            lambda params, *args: sampling.generate_tokens(params, *args, config=model),
+        ),
+        "transformer": (
+            transformer.Transformer(peer),
+            lambda key: transformer.init_params(peer, key),
+            lambda params, *args: transformer.generate_tokens(params, *args, config=peer),
+        ),
+    }
+
+
+def parameters(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def matching_transformer(model: AiMConfig, count: int) -> transformer.TransformerConfig:
+    """A transformer with half of AiM's layers, as wide as gives it as many parameters.
+
+    Half, because each of its blocks has two branches, attention and SwiGLU.
+
+    Raises:
+      ValueError: no width comes within 5 %.
+    """
+    found = []
+    for width in range(32, 8192, 32):
+        config = transformer.TransformerConfig(
+            model.vocab_size, model.num_classes, model.num_tokens, width,
+            max(1, model.n_layer // 2), width // 32, class_dropout=model.class_dropout,
+        )  # fmt: skip
+        found.append((abs(config.parameters / count - 1), config))
+    off, best = min(found, key=lambda pair: pair[0])
+    if off > 0.05:
+        raise ValueError(f"no transformer of this shape has {count:,} parameters within 5 %.")
+    return best
+
+
+def train(module, new_params, config, data, steps: int, name: str):
+    """The trained (averaged) parameters, validation loss, and median seconds of a step."""
+    optimizer = make_optimizer(config.optimizer, steps)
+    rng = jax.random.PRNGKey(config.seed)
+    params = jax.jit(new_params)(jax.random.fold_in(rng, 1))
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None, rng=rng,
+    )  # fmt: skip
+
+    def nats(params, batch, **how):
+        return module.apply(
+            {"params": params}, batch["codes"], batch["labels"], method="cross_entropy", **how
+        )
+
+    def loss(params, batch, key):
+        value = nats(params, batch, train=True, rngs={"dropout": key}).mean()
+        return value, ({"loss": value}, None)
+
+    @jax.jit
+    def step(state, batch):
+        key = jax.random.fold_in(state.rng, state.step)
+        grads, metrics, _ = accumulated_grads(loss, state.params, batch, key, 1)
+        state, _ = apply_gradients(state, grads, optimizer, config.ema_decay)
+        return state, metrics
+
+    @jax.jit
+    def eval_step(params, batch):
+        found = nats(params, batch).mean(axis=-1) * batch["weights"]
+        return {"val_loss": jnp.sum(found), "count": jnp.sum(batch["weights"])}
+
+    batches, progress = iter(data.train_batches()), Progress(f"training {name}", "steps")
+    seconds = []
+    for number in range(steps):
+        batch, start = next(batches), time.perf_counter()
+        state, metrics = step(state, batch)
+        metrics["loss"].block_until_ready()
+        seconds.append(time.perf_counter() - start)
+        progress(number + 1, steps)
+    found = loop.weighted_means(
+        lambda batch: eval_step(state.eval_params, batch), data.validation_batches(),
+        config.batch_size, make_mesh(devices=jax.devices()[:1]),
+    )  # fmt: skip
+    return state.eval_params, found["val_loss"], statistics.median(seconds)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="configuration of AiM, a file of configs/")
+    parser.add_argument("--tokenizer", required=True, help="bundled model or model directory")
+    parser.add_argument("--codes", required=True, help="token caches, as config.codes")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--steps", type=int, default=0, help="the configuration's by default")
+    parser.add_argument("--samples", type=int, default=10_000, help="images of each in the npz")
+    parser.add_argument("--cfg_scale", type=float, default=2.0)
+    parser.add_argument("--sizes", default="1,16,64", help="images at once, for the speed")
+    args = parser.parse_args()
+    spec = importlib.util.spec_from_file_location("config", args.config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.tokenizer, config.codes = args.tokenizer, args.codes
+    steps, tokenizer = args.steps or config.steps, open_tokenizer(args.tokenizer)
+    model = AiMConfig(**config.model)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results, samplers = {}, {}
+    for name, (network, new_params, sampler) in contestants(model).items():
+        data = open_codes(config, tokenizer, (0, 1))
+        params, loss, seconds = train(network, new_params, config, data, steps, name)
+        results[name] = {"parameters": parameters(params), "val_loss": loss, "step": seconds}
+        results[name]["config"] = str(network.config)
+
+        def draw(labels, index, params=params, sampler=sampler):
+            settings = args.cfg_scale, 1.0, 0, 1.0
+            tokens = sampler(params, jnp.asarray(labels), 0, jnp.asarray(index), *settings)
+            return sampling.decode_images(tokenizer.vq_params, tokens, config=tokenizer.vq_config)
+
+        samplers[name] = draw
+    sizes = [int(size) for size in args.sizes.split(",")]
+    for size in sizes:
+        labels = evaluate.balanced_labels(size, model.num_classes)
+        taken = {name: [] for name in samplers}
+        for turn in range(4):
+            for name, draw in samplers.items():
+                start = time.perf_counter()
+                jax.block_until_ready(draw(labels, np.arange(size)))
+                if turn:  # the first one compiles
+                    taken[name].append(time.perf_counter() - start)
+        for name, seconds in taken.items():
+            results[name][f"images/s, {size} at once"] = size / statistics.median(seconds)
+    results["environment"] = evaluate.provenance() | {"steps": steps}
+    write_json(args.work / "result.json", results)
+    print(json.dumps(results, indent=1))
+    labels, size = evaluate.balanced_labels(args.samples, model.num_classes), sizes[-1]
+    for name, draw in samplers.items():
+        parts = ImageParts(args.work / f"{name}_parts", results[name])
+        progress, count = Progress(f"sampling {name}"), -(-len(labels) // size)
+        for i in range(count):
+            part = labels[i * size : (i + 1) * size]
+            images = np.asarray(draw(np.resize(part, size), i * size + np.arange(size)))
+            parts.add(i, images[: len(part)])
+            progress(i + 1, count)
+        parts.join(count, args.work / f"{name}.npz", labels=labels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""A causal transformer of LlamaGen's shape (arXiv 2406.06525), to compare AiM with.
+
+RMSNorm before attention and SwiGLU, rotary positions in two dimensions, a class embedding as the
+first input, an output matrix of its own. Same inputs and outputs as `aim_jax.models.AiM`.
+
+b batch, l length, t tokens of an image, d model, h heads, p head dimension, v vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_jax import filters, ops
+from aim_jax.models.layers import LabelEmbedder
+
+THETA = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the transformer.
+
+    Attributes:
+      hidden_multiple: the hidden width of SwiGLU, 8/3 d_model, is rounded up to a multiple of it.
+      dropout: of inputs, attention's output and SwiGLU's output, while training.
+    """
+
+    vocab_size: int
+    num_classes: int
+    num_tokens: int
+    d_model: int
+    n_layer: int
+    n_head: int
+    hidden_multiple: int = 32
+    class_dropout: float = 0.1
+    dropout: float = 0.0
+
+    @property
+    def hidden(self) -> int:
+        return -(-8 * self.d_model // 3 // self.hidden_multiple) * self.hidden_multiple
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        d = self.d_model
+        tables = (2 * self.vocab_size + self.num_classes + 1) * d
+        return tables + self.n_layer * (4 * d * d + 3 * d * self.hidden + 2 * d) + d
+
+
+def rotary_angles(config: TransformerConfig) -> jax.Array:
+    """(t, p / 2): half of the pairs turn with the row, half with the column; none for the class.
+
+    Input 0 is the class, input i + 1 is code i.
+    """
+    p, side = config.d_model // config.n_head, math.isqrt(config.num_tokens)
+    speeds = THETA ** -(jnp.arange(0, p // 2, 2) / (p // 2))
+    code = jnp.arange(config.num_tokens - 1)
+    angles = [(place[:, None] * speeds) for place in (code // side, code % side)]
+    return jnp.pad(jnp.concatenate(angles, axis=1), ((1, 0), (0, 0)))
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """x (b, l, h, p), angles (l, p / 2) -> x with its pairs turned."""
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = (f(angles)[:, None] for f in (jnp.cos, jnp.sin))
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, cache, start, angles, train: bool):
+        """x (b, l, d); cache: keys and values (b, t, h, p), or None; start: position of x[:, 0]."""
+        cfg, (b, l, d) = self.config, x.shape
+        dense = functools.partial(
+            nn.Dense, use_bias=False, kernel_init=nn.initializers.normal(0.02)
+        )
+        drop = nn.Dropout(cfg.dropout, deterministic=not train)
+        normed = nn.RMSNorm(epsilon=1e-5, name="attention_norm")(x)
+        q, k, v = jnp.split(dense(3 * d, name="qkv")(normed), 3, axis=-1)
+        q, k, v = (y.reshape(b, l, cfg.n_head, -1) for y in (q, k, v))
+        turns = jax.lax.dynamic_slice_in_dim(angles, start, l)
+        q, k = rotate(q, turns), rotate(k, turns)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, start, 1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = k, v
+        seen = jnp.arange(k.shape[1])[None] <= start + jnp.arange(l)[:, None]
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
+        x = x + drop(dense(d, name="out")(mixed.reshape(b, l, d)))
+        normed = nn.RMSNorm(epsilon=1e-5, name="mlp_norm")(x)
+        gate, up = jnp.split(dense(2 * cfg.hidden, name="gate_up")(normed), 2, axis=-1)
+        return x + drop(dense(d, name="down")(nn.silu(gate) * up)), cache
+
+
+class Transformer(nn.Module):
+    """Codes (b, t) and labels (b,) -> logits (b, t, v); row i predicts code i."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        cfg = self.config
+        self.token_embedding = nn.Embed(
+            cfg.vocab_size, cfg.d_model, embedding_init=nn.initializers.normal(0.02)
+        )
+        self.class_embedding = LabelEmbedder(cfg.num_classes, cfg.d_model, cfg.class_dropout)
+        self.blocks = [Block(cfg, name=f"block_{i}") for i in range(cfg.n_layer)]
+        self.norm = nn.RMSNorm(epsilon=1e-5)
+        self.output = nn.Dense(
+            cfg.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
+        )
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def __call__(self, codes, labels, *, train: bool = False):
+        x = self.token_embedding(codes[:, :-1])
+        x = jnp.concatenate([self.class_embedding(labels, train)[:, None], x], axis=1)
+        return self.forward(self.dropout(x, deterministic=not train), None, 0, train)[0]
+
+    def cross_entropy(self, codes, labels, *, train: bool = False):
+        """Nats (b, t) of every code."""
+        return ops.cross_entropy(self(codes, labels, train=train), codes)
+
+    def forward(self, x, caches, start, train: bool = False):
+        """Inputs (b, l, d) from position `start` on -> (logits (b, l, v), caches)."""
+        angles, new = rotary_angles(self.config), []
+        for i, block in enumerate(self.blocks):
+            x, cache = block(x, caches and caches[i], start, angles, train)
+            new.append(cache)
+        return self.output(self.norm(x)), caches and new
+
+    def first(self, labels):
+        """labels (b,) -> the first input (b, 1, d)."""
+        return self.class_embedding(labels)[:, None]
+
+    def embed(self, tokens):
+        """tokens (b,) -> the next input (b, 1, d)."""
+        return self.token_embedding(tokens)[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def generate_tokens(
+    params, labels, seed, index, cfg_scale, temperature, top_k, top_p, *, config
+) -> jax.Array:
+    """Codes (b, t) with guidance from cached keys and values; see `sampling.generate_tokens`."""
+    b, p = len(labels), config.d_model // config.n_head
+
+    def apply(name, *args):
+        return Transformer(config).apply({"params": params}, *args, method=name)
+
+    x = apply("first", jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)]))
+    empty = jnp.zeros((2 * b, config.num_tokens, config.n_head, p), x.dtype)
+    caches = [(empty, empty)] * config.n_layer
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
+    settings = [jnp.broadcast_to(s, (b,)) for s in (cfg_scale, temperature, top_k, top_p)]
+
+    def step(carry, position):
+        x, caches = carry
+        logits, caches = apply("forward", x, caches, position)
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
+        token = filters.sample(logits[:, 0], uniform, *settings)
+        return (apply("embed", jnp.concatenate([token, token])), caches), token
+
+    _, tokens = jax.lax.scan(step, (x, caches), jnp.arange(config.num_tokens))
+    return tokens.T
+
+
+def init_params(config: TransformerConfig, key: jax.Array) -> dict:
+    """Random float32 parameters."""
+    codes = jnp.zeros((1, config.num_tokens), jnp.int32)
+    return nn.unbox(Transformer(config).init(key, codes, jnp.zeros((1,), jnp.int32))["params"])
