@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from aim_jax.checkpoint import Pretrained, write_json
 from aim_jax.config import image_spec
-from aim_jax.data import fingerprint, open_images
+from aim_jax.data import ImageSpec, fingerprint, open_images
+from aim_jax.data.images import FolderImages, images_in
 from aim_jax.metrics import (
     Gaussian,
     codebook_use,
@@ -31,7 +32,8 @@ from aim_jax.metrics import (
 from aim_jax.metrics.distribution import nearest
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages, SourceImages
-from aim_jax.metrics.inception import NUM_FEATURES
+from aim_jax.metrics.inception import NUM_FEATURES, NUM_SPATIAL
+from aim_jax.metrics.reconstruction import WINDOW
 from aim_jax.models.vq import VQModel
 from aim_jax.monitor import Progress, say
 from aim_jax.pictures import make_grid, save_png, to_rgb
@@ -46,12 +48,12 @@ class Reference(NamedTuple):
 
     Attributes:
       name: for the report. features: see `FeatureSet`.
-      images: the images whose features are kept, or None.
+      images: where the kept features come from.
     """
 
     name: str
     features: FeatureSet
-    images: ImageSet | None
+    images: ImageSet
 
 
 def on_local_devices(model: Pretrained) -> Pretrained:
@@ -85,7 +87,10 @@ def identity_of(model: Pretrained) -> list[str]:
 
 
 def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
-    """Samples `config.num_samples` images into out/samples.npz: arr_0 uint8 NHWC, labels int32.
+    """Samples `config.num_samples` images into out/samples.npz.
+
+    arr_0 is uint8 (n, H, W, 3), grey images too, because other evaluators take nothing else; labels
+    int32 (n,).
 
     All processes call this and draw in turns; they share the directory. What an interrupted run has
     drawn is in out/parts and is not drawn again.
@@ -106,7 +111,8 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
         "seed": config.seed,
         "batch_size": size,
     }
-    parts, file = ImageParts(out / "parts", identity), out / "samples.npz"
+    file = out / "samples.npz"
+    parts = ImageParts(out / "parts", file, identity)
     numbers = range(-(-len(labels) // size))
     if not file.exists():
         model = on_local_devices(model)
@@ -118,19 +124,25 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
             drawn = generate(
                 model, np.resize(batch, size), config.seed, first_index=i * size, **settings
             )
-            parts.add(i, np.asarray(drawn.images)[: len(batch)])
-            progress(done * size, len(mine) * size)
+            parts.add(i, to_rgb(np.asarray(drawn.images)[: len(batch)]))
+            progress(min(done * size, len(labels)), min(len(mine) * size, len(labels)))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("samples")
         if jax.process_index() == 0:
-            parts.join(len(numbers), file, labels=labels)
+            parts.join(len(numbers), labels=labels)
     return file
 
 
-def open_set(name: str, model: Pretrained | None, config: ConfigDict) -> ImageSet:
+def open_set(
+    name: str, model: Pretrained | None, config: ConfigDict, like: ImageSet | None = None
+) -> ImageSet:
     """An npz file of images, or NAME:SPLIT of a data set or of a folder of class folders.
 
-    The split is "train" by default; "train+validation" is both of them.
+    The split is "train" by default; "train+validation" is both of them. Of a folder without a split
+    all pictures are taken, and it may be one without class folders.
+
+    Args:
+      like: images whose size pictures are fitted to where neither model nor configuration says it.
 
     Raises:
       ValueError: no such data set, or nothing says how its pictures are to be fitted.
@@ -143,13 +155,21 @@ def open_set(name: str, model: Pretrained | None, config: ConfigDict) -> ImageSe
         spec = image_spec(ConfigDict(model.info["data"]))
     elif config.data.image_size:
         spec = image_spec(config.data)
+    elif like is not None:
+        spec = ImageSpec(like.shape[1], like.shape[3])
     else:
         raise ValueError(
             f"the pictures of {name!r} need a size: give --config.data.image_size, or a "
             "--checkpoint that says how its pictures were fitted."
         )
     where = config.data.dir or None
-    if Path(name).is_dir():
+    if where is None and Path(name).is_dir():
+        if not split:
+            files = images_in(Path(name))
+            if not files:
+                raise ValueError(f"{name}: no pictures in this folder.")
+            flat = FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))
+            return SourceImages([flat], spec)
         name, where = "folder", name
     splits = (split or "train").split("+")
     return SourceImages([open_images(name, split, where) for split in splits], spec)
@@ -161,6 +181,7 @@ def open_reference(
     model: Pretrained | None,
     config: ConfigDict,
     cache: Path,
+    like: ImageSet | None = None,
 ) -> Reference:
     """Statistics of a reference, computed once and then read from `cache`.
 
@@ -170,16 +191,11 @@ def open_reference(
     """
     keep = config.neighbour_images
     if name.endswith(".npz"):
+        images = NpzImages(name)
         with np.load(name, allow_pickle=False) as file:
             statistics = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
         if statistics:
-            missing = {"mu", "sigma"} - set(statistics)
-            if missing or statistics["mu"].shape != (NUM_FEATURES,):
-                raise ValueError(
-                    f"{name}: expected mu ({NUM_FEATURES},) and sigma of the features of the "
-                    f"Inception of 2015, found { ({k: v.shape for k, v in statistics.items()}) }."
-                )
-            images = NpzImages(name)
+            _check_statistics(name, statistics)
             found = extract.of_cached(images, keep, cache)
             spatial = None
             if {"mu_s", "sigma_s"} <= set(statistics):
@@ -188,13 +204,29 @@ def open_reference(
             return Reference(
                 Path(name).name, found._replace(count=0, pool=pool, spatial=spatial), images
             )
-    images = open_set(name, model, config)
+    images = open_set(name, model, config, like)
     return Reference(images.name, extract.of_cached(images, keep, cache), images)
 
 
-def check_alike(made: ImageSet, reference: ImageSet | None) -> None:
+def _check_statistics(name: str, statistics: dict) -> None:
+    """Raises ValueError unless they are means and covariances of the two kinds of features."""
+    sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
+    expected = {f"mu{s}": (n,) for s, n in sizes.items()}
+    expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
+    wrong = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
+    if wrong or not {"mu", "sigma"} <= set(statistics):
+        raise ValueError(
+            f"{name}: expected mu ({NUM_FEATURES},) and sigma of the features of the Inception of "
+            f"2015, found { {k: v.shape for k, v in statistics.items()} }."
+        )
+    broken = [k for k, v in statistics.items() if not np.all(np.isfinite(v))]
+    if broken:
+        raise ValueError(f"{name}: {', '.join(broken)} are not finite; the file is damaged.")
+
+
+def check_alike(made: ImageSet, reference: ImageSet) -> None:
     """Raises ValueError where two sets of images have another resolution."""
-    if reference is not None and made.shape[1:3] != reference.shape[1:3]:
+    if made.shape[1:3] != reference.shape[1:3]:
         raise ValueError(
             f"{made.name} has images of {made.shape[1]} x {made.shape[2]}, the reference "
             f"{reference.name} of {reference.shape[1]} x {reference.shape[2]}; features of other "
@@ -246,14 +278,22 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     Returns:
       A file with the reconstructions (arr_0), and psnr, ssim, usage and perplexity.
     """
-    if model.vq_params is None:
-        raise ValueError(f"{model.name} holds no tokenizer.")
+    vq_config = model.vq_config
+    _, height, width, channels = images.shape
+    if height != width or height % vq_config.downsampling or channels != vq_config.in_channels:
+        raise ValueError(
+            f"{images.name} has images of {height} x {width} x {channels}; the tokenizer takes "
+            f"squares of a multiple of {vq_config.downsampling} pixels and {vq_config.in_channels} "
+            "channel(s)."
+        )
     vq, size = VQModel(model.vq_config), config.batch_size
     encode = jax.jit(lambda p, x: vq.apply({"params": p}, x, method="encode_to_tokens"))
     identity = {"tokenizer": fingerprint(model.vq_config, model.vq_params), "of": images.identity,
                 "batch_size": size}  # fmt: skip
-    parts, counts = ImageParts(out / "parts", identity), np.zeros(model.vq_config.n_embed, np.int64)
-    sums, progress, done = np.zeros(2), Progress("reconstructing"), 0
+    file, counts = out / "reconstructions.npz", np.zeros(vq_config.n_embed, np.int64)
+    parts = ImageParts(out / "reconstruction_parts", file, identity)
+    measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
+    sums, progress, done = np.zeros(len(measured)), Progress("reconstructing"), 0
     model = on_local_devices(model)
     for i, batch in enumerate(images.batches(size)):
         filled = np.resize(batch, (size, *batch.shape[1:]))
@@ -262,12 +302,12 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
         back = back[: len(batch)]
         parts.add(i, back)
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))
-        sums += [float(np.sum(metric(batch, back))) for metric in (psnr, ssim)]
+        sums += [float(np.sum(metric(batch, back))) for metric in measured.values()]
         done += len(batch)
         progress(done, len(images))
-    parts.join(i + 1, out / "reconstructions.npz")
-    found = dict(zip(("psnr", "ssim"), (sums / done).tolist(), strict=True))
-    return out / "reconstructions.npz", found | codebook_use(counts)
+    parts.join(i + 1)
+    found = dict(zip(measured, (sums / done).tolist(), strict=True))
+    return file, found | codebook_use(counts)
 
 
 def neighbours_picture(made: NpzImages, features: FeatureSet, reference: Reference, path: Path):
@@ -275,16 +315,17 @@ def neighbours_picture(made: NpzImages, features: FeatureSet, reference: Referen
     count, k = min(12, len(made)), min(5, len(reference.features.features))
     index = np.linspace(0, len(features.features) - 1, count).astype(int)
     near = nearest(features.features[index], reference.features.features, k)
-    pictures = to_rgb(reference.images.take(near.ravel()))
+    pictures = to_rgb(reference.images.take(reference.features.indices[near].ravel()))
     pictures = pictures.reshape(count, k, *pictures.shape[1:])
-    rows = np.concatenate([to_rgb(made.take(index))[:, None], pictures], axis=1)
+    shown = to_rgb(made.take(features.indices[index]))
+    rows = np.concatenate([shown[:, None], pictures], axis=1)
     return save_png(make_grid(rows.reshape(-1, *rows.shape[2:]), k + 1), path)
 
 
 def provenance() -> dict:
     """Versions and hardware, for reports."""
     root = Path(__file__).parent
-    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -305,7 +346,7 @@ def write_report(out: Path, report: dict) -> None:
     write_json(out / "report.json", report)
     lines = [f"# {report['title']}", "", "| metric | value |", "|---|---|"]
     for name, value in report["metrics"].items():
-        text = f"{value[0]:.4f} ± {value[1]:.4f}" if isinstance(value, list) else f"{value:.4f}"
+        text = f"{value[0]:.5g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.5g}"
         lines.append(f"| {name} | {text} |")
     lines += [""] + [f"- {note}" for note in report["notes"]]
     for section in ("settings", "environment"):
@@ -346,23 +387,31 @@ def evaluate(
     Returns:
       The report; None on all processes but the first.
     """
+    if config.stage != "eval" or config.batch_size < 1 or config.num_samples < 2:
+        raise ValueError(
+            f"the configuration is of stage {config.stage!r}, expected one for evaluation such as "
+            "configs/eval.py, with a batch_size of 1 and num_samples of 2 at least."
+        )
+    needed = [] if samples else ["vq_params"] if reconstructions else ["aim_params", "vq_params"]
+    if any(getattr(model, part) is None for part in needed):
+        raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
     extract, extra = FeatureExtractor(inception_params, config.batch_size), {}
     given = NpzImages(samples) if samples else None
-    target = None if reference.endswith(".npz") else open_set(reference, model, config)
-    if given is not None and target is not None:
+    target = open_set(reference, model, config, given)
+    if given is not None:
         check_alike(given, target)
     out.mkdir(parents=True, exist_ok=True)
     if reconstructions:
         if jax.process_index():
             return _wait_for_the_first()
-        file, extra = reconstruct(model, target or NpzImages(reference), config, out)
+        file, extra = reconstruct(model, target, config, out)
     else:
         file = Path(samples) if samples else sample_npz(model, config, out)
     if jax.process_index():
         return _wait_for_the_first()
     made = NpzImages(file)
-    ref = open_reference(reference, extract, model, config, cache)
-    check_alike(made, ref.images)
+    check_alike(made, target)
+    ref = open_reference(reference, extract, model, config, cache, made)
     features = extract.of(made, config.neighbour_images)
     metrics, notes = score(features, ref.features)
     if reconstructions:
@@ -370,6 +419,8 @@ def evaluate(
         notes = [note for note in notes if "Inception Score" not in note]
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
+    settings["images compared one by one"] = config.neighbour_images
+    settings["network"] = f"Inception 2015, weights {extract.identity[:12]}"
     if model is not None:
         settings["model"] = model.name
         if not samples and not reconstructions:

@@ -67,6 +67,7 @@ def start(train, stage: str, flags) -> None:
         distributed.initialize(**{name: flags[name].value for name in names})
         if config.stage != stage:
             program = {"aim": "launch/train.py", "vq": "launch/train_vq.py"}
+            program["eval"] = "launch/evaluate.py"
             raise ValueError(
                 f"the configuration is of stage {config.stage!r}; {program[config.stage]} runs it."
             )

@@ -52,7 +52,10 @@ def read_run(workdir: Path, report: Path | None = None) -> Run:
       FileNotFoundError: no such run, or no such report.
       ValueError: the run has no validation loss yet.
     """
-    model = AiMConfig(**json.loads((workdir / "model" / MODEL_FILE).read_text())["aim"])
+    content = json.loads((workdir / "model" / MODEL_FILE).read_text())
+    if not content["aim"]:
+        raise ValueError(f"{workdir} is a run of a tokenizer; a scaling report compares AiMs.")
+    model = AiMConfig(**content["aim"])
     batch = json.loads((workdir / "run.json").read_text())["batch_size"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row for row in rows if "val_loss" in row]
@@ -60,7 +63,7 @@ def read_run(workdir: Path, report: Path | None = None) -> Run:
         raise ValueError(f"{workdir}: no val_loss in metrics.jsonl; let it run to an evaluation.")
     usual = workdir / "evaluation" / "report.json"
     report = report or (usual if usual.exists() else None)
-    fid = report and json.loads(report.read_text())["metrics"]["fid"]
+    fid = report and json.loads(report.read_text())["metrics"].get("fid")
     last = losses[-1]
     flops = training_flops(model) * batch * last["step"]
     return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid)

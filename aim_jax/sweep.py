@@ -1,18 +1,27 @@
 """Looks for the sampling settings that suit a model best, with few samples each."""
 
+import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax import evaluate
-from aim_jax.checkpoint import MODEL_FILE, Pretrained, find_model, write_json
+from aim_jax.checkpoint import (
+    MODEL_FILE,
+    Pretrained,
+    bundled_models,
+    find_model,
+    write_json,
+)
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.monitor import say
+from aim_jax.sampling import check_settings
 
 # Metrics that a sweep can look for the best of, and whether more of it is better.
 METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}
@@ -32,9 +41,7 @@ def best_of(rows: Sequence[Mapping], metric: str) -> Mapping:
     """
     rows = [row for row in rows if metric in row["metrics"]]
     if not rows:
-        raise ValueError(
-            f"none of the settings has a value of {metric}; see the notes in sweep.md."
-        )
+        raise ValueError(f"no setting has a value of {metric}; the notes of sweep.md say why.")
     choose = max if METRICS[metric] else min
     return choose(rows, key=lambda row: value_of(row["metrics"], metric))
 
@@ -58,6 +65,12 @@ def sweep(
       One row per combination: `settings`, `metrics`, `notes`; also in out/sweep.json. None of the
       images are kept.
     """
+    if model.aim_params is None or model.vq_params is None:
+        raise ValueError(f"{model.name} lacks the tokenizer or the AiM that a sweep needs.")
+    for name, values in grid.items():  # before any long work starts
+        for value in values:
+            tried = {k: model.sampling[k] for k in evaluate.SETTINGS} | {name: value}
+            check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
     extract = FeatureExtractor(inception_params, config.batch_size)
     ref = evaluate.open_reference(reference, extract, model, config, cache)
     out.mkdir(parents=True, exist_ok=True)
@@ -66,6 +79,7 @@ def sweep(
     ]
     identity = {
         "num_samples": config.num_samples, "seed": config.seed, "reference": ref.images.identity,
+        "neighbour_images": config.neighbour_images,
         "model": evaluate.identity_of(model), "inception": extract.identity,
     }  # fmt: skip
     file, rows = out / "sweep.json", []
@@ -85,22 +99,24 @@ def sweep(
         if any(row["settings"] == settings for row in rows):
             continue
         say(f"setting {number} of {len(combinations)}: {settings}")
-        images = NpzImages(evaluate.sample_npz(model, chosen, out / "samples"))
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        samples = out / f"samples_{key}"
+        images = NpzImages(evaluate.sample_npz(model, chosen, samples))
         evaluate.check_alike(images, ref.images)
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
         write_json(file, {"identity": identity, "rows": rows})
-        shutil.rmtree(out / "samples")
+        shutil.rmtree(samples, ignore_errors=True)
     return rows
 
 
-def table(rows: Sequence[Mapping], best: Mapping) -> str:
+def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:
     """Markdown; the best row is bold."""
     names = [*rows[0]["settings"], *rows[0]["metrics"]]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
         cells = [str(value) for value in row["settings"].values()]
-        cells += [f"{value_of(row['metrics'], name):.4f}" for name in row["metrics"]]
+        cells += [f"{value_of(row['metrics'], name):.5g}" for name in row["metrics"]]
         cells = [f"**{cell}**" for cell in cells] if row is best else cells
         lines.append("| " + " | ".join(cells) + " |")
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
@@ -140,9 +156,16 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
 
     Returns:
       The file that was changed.
+
+    Raises:
+      ValueError: the model is a bundled one, or the guidance is not constant.
     """
+    if str(checkpoint) in bundled_models():
+        raise ValueError(f"{checkpoint} is a bundled model; copy it before you change it.")
+    if settings["cfg_schedule"] != "constant":
+        raise ValueError("a model's own settings hold constant guidance, not a schedule.")
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
-    content["sampling"] |= {k: settings[k] for k in content["sampling"]}
+    content["sampling"] |= {name: settings[name] for name in evaluate.SETTINGS}
     write_json(file, content)
     return file

@@ -13,6 +13,7 @@ is timed with guidance, in one process, in turns.
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -175,14 +176,18 @@ def main():
     print(json.dumps(results, indent=1))
     labels, size = evaluate.balanced_labels(args.samples, model.num_classes), sizes[-1]
     for name, draw in samplers.items():
-        parts = ImageParts(args.work / f"{name}_parts", results[name])
+        settings = {"config": results[name]["config"], "steps": steps, "cfg_scale": args.cfg_scale}
+        shutil.rmtree(args.work / f"{name}_parts", ignore_errors=True)
+        file = args.work / f"{name}.npz"
+        file.unlink(missing_ok=True)
+        parts = ImageParts(args.work / f"{name}_parts", file, settings)
         progress, count = Progress(f"sampling {name}"), -(-len(labels) // size)
         for i in range(count):
             part = labels[i * size : (i + 1) * size]
             images = np.asarray(draw(np.resize(part, size), i * size + np.arange(size)))
             parts.add(i, images[: len(part)])
             progress(i + 1, count)
-        parts.join(count, args.work / f"{name}.npz", labels=labels)
+        parts.join(count, labels=labels)
 
 
 if __name__ == "__main__":

@@ -15,5 +15,4 @@ def get_config():
     config = eval_defaults()
     config.num_samples = 50_000
     config.neighbour_images = 50_000
-    config.sample.cfg_scale = 2.0
     return config

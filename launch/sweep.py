@@ -29,7 +29,7 @@ flags.DEFINE_string("data", "", "Directory with the data set; short for --config
 flags.DEFINE_string(
     "inception", os.environ.get("AIM_JAX_INCEPTION", ""), "Weights; $AIM_JAX_INCEPTION by default."
 )
-flags.DEFINE_integer("num_samples", 2000, "Samples for every combination.", lower_bound=10)
+flags.DEFINE_integer("num_samples", 2000, "For every combination, not config.num_samples.", 10)
 for _name in ("cfg_scale", "temperature", "top_k", "top_p"):
     flags.DEFINE_list(_name, [], "Values to try; the model's own by default.")
 flags.DEFINE_enum("metric", "fid", ["fid", "sfid", "kid", "inception_score"], "To choose by.")
@@ -59,6 +59,7 @@ def main(_):
             model, grid, f.reference, load_inception(f.inception), f.config, out,
             cache_directory() / "references",
         )  # fmt: skip
+        (out / "sweep.md").write_text(sweep.table(rows))
         best = sweep.best_of(rows, f.metric)
         text = sweep.table(rows, best)
         (out / "sweep.md").write_text(text)

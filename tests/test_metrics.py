@@ -203,17 +203,21 @@ def test_source_images_are_what_a_model_is_trained_on():
 
 def test_parts_go_on_and_join(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 1), dtype=np.uint8)
-    parts = ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 2.0})
+    out = tmp_path / "all.npz"
+    parts = ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 2.0})
     parts.add(1, images[4:])
     assert 1 in parts and 0 not in parts
-    again = ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 2.0})
+    again = ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 2.0})
     assert 1 in again
     again.add(0, images[:4])
-    again.join(2, tmp_path / "all.npz", labels=np.arange(7))
+    again.join(2, labels=np.arange(7))
     with np.load(tmp_path / "all.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], images)
         np.testing.assert_array_equal(file["labels"], np.arange(7))
     assert zipfile.ZipFile(tmp_path / "all.npz").testzip() is None
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.npy"))
     with pytest.raises(ValueError, match=r"other settings \(cfg_scale differ\)"):
-        ImageParts(tmp_path / "parts", {"seed": 1, "cfg_scale": 3.0})
+        ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})
+    (tmp_path / "parts" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="not the settings that it was made with"):
+        ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})

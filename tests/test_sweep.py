@@ -12,6 +12,7 @@ from aim_jax.config import eval_defaults
 from aim_jax.metrics.distribution import Gaussian
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
 from aim_jax.models import PRESETS
+from aim_jax.pictures import to_rgb
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip
@@ -22,9 +23,10 @@ def pixels_for_features(monkeypatch):
     """Pixels stand in for the features of a network, which other tests look at."""
 
     def of(self, images, keep=None):
-        rows = np.concatenate(list(images.batches(8))).reshape(len(images), -1) / 255
+        rows = to_rgb(np.concatenate(list(images.batches(8)))).reshape(len(images), -1) / 255
         gaussian = Gaussian(rows.mean(0), np.cov(rows.T), len(rows))
-        return FeatureSet(len(rows), gaussian, gaussian, rows.astype(np.float32)[:keep], None)
+        kept, indices = rows.astype(np.float32)[:keep], np.arange(len(rows))[:keep]
+        return FeatureSet(len(rows), gaussian, gaussian, kept, indices, None)
 
     monkeypatch.setattr(FeatureExtractor, "of", of)
     monkeypatch.setattr(
@@ -56,14 +58,14 @@ def test_sweep_goes_on_and_finds_the_best(
     )
     rows = run({"cfg_scale": [1.0, 2.0, 4.0], "top_k": [0, 3]})
     assert len(rows) == 6 and rows[:2] == first and sorted(drawn) == [1.0, 2.0, 2.0, 4.0]
-    assert not (out / "samples").exists()
+    assert not list(out.glob("samples*"))
     best = sweep.best_of(rows, "fid")
     assert best["metrics"]["fid"] == min(row["metrics"]["fid"] for row in rows)
     text = sweep.table(rows, best)
-    assert text.count("\n| **") == 1 and f"**{best['metrics']['fid']:.4f}**" in text
+    assert text.count("\n| **") == 1 and f"**{best['metrics']['fid']:.5g}**" in text
     with pytest.raises(ValueError, match="another model, reference, seed or number"):
         run({"cfg_scale": [1.0]}, seed=5)
-    with pytest.raises(ValueError, match=r"none of the settings has a value of inception_score"):
+    with pytest.raises(ValueError, match="no setting has a value of inception_score"):
         sweep.best_of(rows, "inception_score")
     assert sweep.best_of(rows, "kid")["metrics"]["kid"][0] == min(
         row["metrics"]["kid"][0] for row in rows
@@ -72,11 +74,16 @@ def test_sweep_goes_on_and_finds_the_best(
 
 def test_the_best_setting_becomes_the_models_own(tiny_model, tmp_path):
     path = save_model(tmp_path / "model", tiny_model)
-    settings = {"cfg_scale": 3.5, "temperature": 0.9, "top_k": 5, "top_p": 1.0, "cfg_schedule": "x"}
+    settings = {"cfg_scale": 3.5, "temperature": 0.9, "top_k": 5, "top_p": 1.0}
+    settings["cfg_schedule"] = "constant"
     sweep.write_defaults(str(path), settings)
     found = load_pretrained(path)
     assert found.sampling == {"cfg_scale": 3.5, "temperature": 0.9, "top_k": 5, "top_p": 1.0}
     assert found.aim_config == tiny_model.aim_config
+    with pytest.raises(ValueError, match="bundled"):
+        sweep.write_defaults("cifar10", settings)
+    with pytest.raises(ValueError, match="constant guidance"):
+        sweep.write_defaults(str(path), settings | {"cfg_schedule": "linear"})
 
 
 def test_published_figures_have_the_published_correlation():

@@ -136,7 +136,7 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
 def _read(path: Path, kind: str, parse) -> dict[str, np.ndarray]:
     try:
         return dict(parse(memoryview(path.read_bytes())))
-    except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise WeightsError(f"{path}: is not {kind} ({error!r}).") from None
 
 

@@ -136,7 +136,7 @@ def _by_layer(tensors: Mapping, layers: set[str]) -> dict[str, dict[str, np.ndar
         layer = "softmax" if layer in ("output", "softmax_logits") else layer
         if layer in layers and part:
             found.setdefault(layer, {})[part] = tensor
-    return found or _by_order(tensors)
+    return found if found.keys() - {"softmax"} else _by_order(tensors)
 
 
 def _from_torchvision(module: list[str]) -> str:
@@ -184,7 +184,9 @@ def _fold(layers: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> dict[st
         if "var" in parts:
             scale = parts.get("gamma", 1.0) / np.sqrt(np.float64(parts["var"]) + EPSILON)
             bias = parts["beta"] - parts["mean"] * scale
+        elif "bias" in parts:
+            scale, bias = 1.0, parts["bias"]
         else:
-            scale, bias = 1.0, parts.get("bias", np.zeros(kernel.shape[-1]))
+            continue  # a batch norm that was not found by name; the layer counts as missing
         flat[f"{layer}.kernel"], flat[f"{layer}.bias"] = kernel * scale, bias
     return flat

@@ -18,7 +18,7 @@ from aim_jax.monitor import Progress, say
 from aim_jax.pictures import to_rgb
 from aim_jax.sharding import batch_sharding, make_mesh
 
-FORMAT = 1
+FORMAT = 2
 
 
 class FeatureSet(NamedTuple):
@@ -27,7 +27,8 @@ class FeatureSet(NamedTuple):
     Attributes:
       count: images.
       pool, spatial: statistics of FID's and sFID's features; spatial may be missing in a reference.
-      features: (m, 2048) float32 of the first m images, for what compares images with images.
+      features: (m, 2048) float32 of some images, for what compares them one by one.
+      indices: (m,) which ones, evenly spaced over the set.
       inception_score: mean and standard deviation over splits, or None without the last layer.
     """
 
@@ -35,6 +36,7 @@ class FeatureSet(NamedTuple):
     pool: Gaussian
     spatial: Gaussian | None
     features: np.ndarray
+    indices: np.ndarray
     inception_score: tuple[float, float] | None
 
 
@@ -75,10 +77,13 @@ class FeatureExtractor:
         """
         pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
         keep = len(images) if keep is None else min(keep, len(images))
+        # Not the first ones: data sets come class after class.
+        indices = np.linspace(0, len(images) - 1, keep).astype(int)
         progress, scored = Progress(f"features of {images.name}"), False
         for batch in images.batches(self._batch_size):
             found = self(batch)
-            kept.append(found.pool[: max(0, keep - pool.count)])
+            inside = (indices >= pool.count) & (indices < pool.count + len(batch))
+            kept.append(found.pool[indices[inside] - pool.count])
             pool.add(found.pool)
             spatial.add(found.spatial)
             if found.logits is not None:
@@ -86,7 +91,7 @@ class FeatureExtractor:
                 scored = True
             progress(pool.count, len(images))
         return FeatureSet(
-            pool.count, pool.gaussian(), spatial.gaussian(), np.concatenate(kept),
+            pool.count, pool.gaussian(), spatial.gaussian(), np.concatenate(kept), indices,
             score.result() if scored else None,
         )  # fmt: skip
 
@@ -118,6 +123,7 @@ def _pack(found: FeatureSet) -> dict[str, np.ndarray]:
         "mu_s": found.spatial.mean,
         "sigma_s": found.spatial.covariance,
         "features": found.features,
+        "indices": found.indices,
         "inception_score": np.asarray(found.inception_score or ()),
     }
 
@@ -126,4 +132,4 @@ def _unpack(stored) -> FeatureSet:
     count = int(stored["count"])
     score = tuple(stored["inception_score"].tolist())
     pool, spatial = (Gaussian(stored[f"mu{s}"], stored[f"sigma{s}"], count) for s in ("", "_s"))
-    return FeatureSet(count, pool, spatial, stored["features"], score or None)
+    return FeatureSet(count, pool, spatial, stored["features"], stored["indices"], score or None)

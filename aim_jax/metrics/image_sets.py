@@ -2,17 +2,22 @@
 
 import abc
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from aim_jax.data import ImageSource, ImageSpec, preprocess
+
+DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 
 
 class ImageSet(abc.ABC):
@@ -41,6 +46,8 @@ class ImageSet(abc.ABC):
             for i in wanted & set(range(start, start + len(batch))):
                 found[i] = batch[i - start].copy()
             start += len(batch)
+            if len(found) == len(wanted):
+                break
         return np.stack([found[int(i)] for i in indices])
 
 
@@ -52,6 +59,7 @@ class SourceImages(ImageSet):
     """
 
     def __init__(self, sources: Sequence[ImageSource], spec: ImageSpec):
+        spec = dataclasses.replace(spec, random_crop=False, random_flip=False)
         self._sources, self._spec = sources, spec
         self._ends = np.cumsum([len(source) for source in sources])
         self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
@@ -121,7 +129,7 @@ class NpzImages(ImageSet):
                 if fortran:
                     raise ValueError("in Fortran order; save it in C order")
                 yield stream, shape, dtype
-        except (zipfile.BadZipFile, KeyError, ValueError, AttributeError, EOFError) as error:
+        except (*DAMAGED, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self._path}: is no whole npz file with images in {self.KEY!r} ({error})."
             ) from None
@@ -140,12 +148,16 @@ class ImageParts:
     The settings of the series are kept beside the parts, so that no other series goes on in it. A
     part appears under its name when it is whole.
 
+    Args:
+      directory: of the parts. out: the npz file that they become.
+      settings: of the series, as JSON has it.
+
     Raises:
-      ValueError: the directory holds a series with other settings.
+      ValueError: the directory or the file holds a series with other, or unknown, settings.
     """
 
-    def __init__(self, directory: Path, settings: dict):
-        self._directory = directory
+    def __init__(self, directory: Path, out: Path, settings: dict):
+        self._directory, self._out = directory, out
         directory.mkdir(parents=True, exist_ok=True)
         file, text = directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
         if file.exists():
@@ -153,15 +165,20 @@ class ImageParts:
             if old != json.loads(text):
                 changed = sorted(k for k in old | settings if old.get(k) != settings.get(k))
                 raise ValueError(
-                    f"{directory} holds images of other settings ({', '.join(changed)} differ); "
+                    f"{out.parent} holds images of other settings ({', '.join(changed)} differ); "
                     "give another --out, or delete it."
                 )
+        elif out.exists():
+            raise ValueError(
+                f"{out} is there, but not the settings that it was made with; give another --out, "
+                "or delete it."
+            )
         else:
             self._write(file, lambda partial: partial.write_text(text))
 
     @staticmethod
     def _write(file: Path, write) -> None:
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        partial = file.with_name(f".{file.name}.{jax.process_index()}.{os.getpid()}.partial")
         write(partial)
         os.replace(partial, file)
 
@@ -178,22 +195,23 @@ class ImageParts:
 
         self._write(self._file(number), write)
 
-    def join(self, count: int, out: Path, **arrays: np.ndarray) -> None:
+    def join(self, count: int, **arrays: np.ndarray) -> None:
         """Makes of parts 0 to count - 1 `arr_0` of an npz file, and writes arrays with it."""
-        parts = [np.load(self._file(i), mmap_mode="r") for i in range(count)]
-        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        # One after the other: as many open files as parts may be too many.
+        shapes = [np.load(self._file(i), mmap_mode="r").shape for i in range(count)]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
         def write(partial):
             with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
                 with archive.open(f"{NpzImages.KEY}.npy", "w", force_zip64=True) as stream:
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(stream, header)
-                    for part in parts:
-                        stream.write(np.ascontiguousarray(part).data)
+                    for i in range(count):
+                        stream.write(np.load(self._file(i)).data)
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w") as stream:
                         np.lib.format.write_array(stream, array)
 
-        self._write(out, write)
+        self._write(self._out, write)
         for i in range(count):
             self._file(i).unlink()
