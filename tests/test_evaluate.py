@@ -98,15 +98,15 @@ def test_report_and_pictures(
 ):
     out, cache = tmp_path / "out", tmp_path / "cache"
     report = evaluate.evaluate(
-        model, "", f"{picture_folder}:train", inception_params, config, out, cache
+        model, "", f"{picture_folder}:validation", inception_params, config, out, cache
     )
     metrics = report["metrics"]
     assert set(metrics) == {"fid", "sfid", "inception_score", "kid", "precision", "recall",
                             "density", "coverage"}  # fmt: skip
     extract = FeatureExtractor(inception_params, 8)
     made = extract.of(NpzImages(out / "samples.npz"))
-    target = extract.of(evaluate.open_set(f"{picture_folder}:train", model, config))
-    assert target.count == 48
+    target = extract.of(evaluate.open_set(f"{picture_folder}:validation", model, config))
+    assert target.count == 12
     expected = frechet_distance(made.pool, target.pool)
     assert metrics["fid"] == pytest.approx(expected, rel=1e-4)
     assert metrics["fid"] > 0 and metrics["sfid"] > 0 and metrics["inception_score"][0] > 1
@@ -121,7 +121,7 @@ def test_report_and_pictures(
     # The pictures themselves, scored as samples: everything is as good as it can be.
     monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 0.0)  # seconds each
     np.savez(tmp_path / "real.npz", arr_0=next(iter(
-        evaluate.open_set(f"{picture_folder}:train", model, config).batches(48)
+        evaluate.open_set(f"{picture_folder}:validation", model, config).batches(48)
     )))  # fmt: skip
     report = evaluate.evaluate(
         None, str(tmp_path / "real.npz"), str(tmp_path / "real.npz"), inception_params, config,
