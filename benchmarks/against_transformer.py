@@ -12,6 +12,7 @@ is timed with guidance, in one process, in turns.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shutil
 import statistics
@@ -26,6 +27,7 @@ from flax import linen as nn
 from aim_jax import evaluate, loop, sampling
 from aim_jax.checkpoint import write_json
 from aim_jax.codes import open_codes, open_tokenizer
+from aim_jax.launching import errors_in_one_line
 from aim_jax.loop import TrainState
 from aim_jax.metrics.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
@@ -67,10 +69,10 @@ def matching_transformer(model: AiMConfig, count: int) -> transformer.Transforme
       ValueError: no width comes within 5 %.
     """
     found = []
-    for width in range(32, 8192, 32):
+    for width, multiple in itertools.product(range(32, 8192, 32), (32, 64, 128, 256)):
         config = transformer.TransformerConfig(
             model.vocab_size, model.num_classes, model.num_tokens, width,
-            max(1, model.n_layer // 2), width // 32, class_dropout=model.class_dropout,
+            max(1, model.n_layer // 2), width // 32, multiple, model.class_dropout,
         )  # fmt: skip
         found.append((abs(config.parameters / count - 1), config))
     off, best = min(found, key=lambda pair: pair[0])
@@ -191,4 +193,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()
