@@ -183,7 +183,7 @@ def main():
         file = args.work / f"{name}.npz"
         file.unlink(missing_ok=True)
         parts = ImageParts(args.work / f"{name}_parts", file, settings)
-        progress, count = Progress(f"sampling {name}"), -(-len(labels) // size)
+        progress, count = Progress(f"sampling {name}", "batches"), -(-len(labels) // size)
         for i in range(count):
             part = labels[i * size : (i + 1) * size]
             images = np.asarray(draw(np.resize(part, size), i * size + np.arange(size)))
