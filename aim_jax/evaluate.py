@@ -417,6 +417,8 @@ def evaluate(
     if reconstructions:
         metrics = {"rfid": metrics["fid"]} | extra
         notes = [note for note in notes if "Inception Score" not in note]
+        if "ssim" not in extra:
+            notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the pictures.")
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
     settings["images compared one by one"] = config.neighbour_images

@@ -1,4 +1,4 @@
-"""How quality follows size and compute over several runs (arXiv 2408.12245, section 4.3)."""
+"""How quality follows size and compute over several runs (arXiv 2408.12245)."""
 
 import json
 from pathlib import Path

@@ -19,6 +19,7 @@ from aim_jax.checkpoint import (
 from aim_jax.config import describe_data, image_spec
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.loop import Stage, TrainState
+from aim_jax.metrics import codebook_use, psnr
 from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.vq import (
     HISTORY_LENGTH,
@@ -103,14 +104,11 @@ def eval_step(params, batch: dict, *, config: VQConfig) -> dict:
     """
     recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
     weights = batch["weights"]
-    pixels = to_uint8(recon).astype(jnp.float32) - to_uint8(batch["images"]).astype(jnp.float32)
-    error = jnp.mean(jnp.square(pixels), axis=(1, 2, 3))
-    psnr = 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-8))
     l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
     ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
     return {
         "val_rec_l2": jnp.sum(l2 * weights),
-        "val_psnr": jnp.sum(psnr * weights),
+        "val_psnr": jnp.sum(psnr(to_uint8(recon), to_uint8(batch["images"])) * weights),
         "count": jnp.sum(weights),
         "codes": jnp.zeros(config.n_embed).at[quantized.indices].add(ones),
     }
@@ -195,10 +193,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     def evaluate(state):
         one = lambda batch: evaluation(state.eval_params, batch)  # noqa: E731
         means = loop.weighted_means(one, batches("validation"), config.batch_size // share[1], mesh)
-        p = means.pop("codes")
-        p = p / p.sum()
-        perplexity = float(np.exp(-np.sum(p * np.log(np.maximum(p, 1e-12)))))
-        return means | {"val_usage": float(np.mean(p > 0)), "val_perplexity": perplexity}
+        use = codebook_use(means.pop("codes"))
+        return means | {f"val_{name}": value for name, value in use.items()}
 
     pictures = next(iter(batches("validation")))["images"][: config.sample.images]
     reconstruct = jax.jit(lambda p, x: to_uint8(VQModel(model_config).apply({"params": p}, x)[0]))

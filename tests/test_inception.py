@@ -36,7 +36,7 @@ def extract(params):
     return FeatureExtractor(params, batch_size=8)
 
 
-def test_features_are_those_of_the_public_network(params, extract):
+def test_features_are_those_of_the_public_network(extract):
     """tests/golden/inception.npz: the TorchScript network with these weights, in float64."""
     with np.load(ROOT / "tests" / "golden" / "inception.npz") as golden:
         found = extract(seeded_images())
@@ -44,7 +44,6 @@ def test_features_are_those_of_the_public_network(params, extract):
             ours, theirs = getattr(found, name), golden[name]
             assert ours.shape == theirs.shape and ours.dtype == np.float32
             np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
-    del params
 
 
 @pytest.mark.parametrize("side", [8, 299, 340])
@@ -362,6 +361,12 @@ def test_nothing_of_a_torchscript_archive_is_run(tmp_path):
             rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2
             return rebuild, (_Storage(self.array), 0, (1000,), (1,), False, {})
 
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+    with pytest.raises(WeightsError, match=r"data\.pkl is packed"):
+        load_inception(packed)
     path = write_torchscript({"conv": {"weight": np.zeros(1)}}, tmp_path / "wide.pt", Wide)
     with pytest.raises(WeightsError, match="larger than what is stored"):
         load_inception(path)

@@ -151,8 +151,14 @@ class _Reader(pickle.Unpickler):
     """Lets in tensors, containers and `_Module`s."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
         self._archive, self._root = archive, root
+        super().__init__(io.BytesIO(self._entry("data.pkl")))
+
+    def _entry(self, name: str) -> bytes:
+        name = f"{self._root}/{name}"
+        if self._archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is packed, which torch does not do")
+        return self._archive.read(name)
 
     def find_class(self, module, name):
         if module.startswith("__torch__"):
@@ -171,7 +177,7 @@ class _Reader(pickle.Unpickler):
         _, storage, key, *_ = pid
         dtypes = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8",
                   "HalfStorage": "<f2"}  # fmt: skip
-        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtypes[storage])
+        return np.frombuffer(self._entry(f"data/{key}"), dtypes[storage])
 
 
 def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
@@ -197,18 +203,18 @@ def read_torchscript(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             root = archive.namelist()[0].split("/")[0]
             content = _Reader(archive, root).load()
+        if not isinstance(content, _Module):
+            raise ValueError("it holds no module")
+        return dict(_tensors(content))
     except Exception as error:  # a hostile pickle can make a loader raise anything
         raise WeightsError(
             f"{path}: is not a TorchScript archive of tensors ({error}). Nothing of it was run."
         ) from None
 
-    def walk(module, prefix):
-        for name, value in vars(module).items():
-            if isinstance(value, _Module):
-                yield from walk(value, f"{prefix}{name}.")
-            elif isinstance(value, np.ndarray):
-                yield prefix + name, value
 
-    if not isinstance(content, _Module):
-        raise WeightsError(f"{path}: a TorchScript archive holds a module, this one does not.")
-    return dict(walk(content, ""))
+def _tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in vars(module).items():
+        if isinstance(value, _Module):
+            yield from _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, np.ndarray):
+            yield prefix + name, value
