@@ -395,7 +395,7 @@ def evaluate(
     needed = [] if samples else ["vq_params"] if reconstructions else ["aim_params", "vq_params"]
     if any(getattr(model, part) is None for part in needed):
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
-    extract, extra = FeatureExtractor(inception_params, config.batch_size), {}
+    extract, extra = FeatureExtractor(inception_params), {}
     given = NpzImages(samples) if samples else None
     target = open_set(reference, model, config, given)
     if given is not None:

@@ -71,7 +71,7 @@ def sweep(
         for value in values:
             tried = {k: model.sampling[k] for k in evaluate.SETTINGS} | {name: value}
             check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
-    extract = FeatureExtractor(inception_params, config.batch_size)
+    extract = FeatureExtractor(inception_params)
     ref = evaluate.open_reference(reference, extract, model, config, cache)
     out.mkdir(parents=True, exist_ok=True)
     combinations = [
