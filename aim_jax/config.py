@@ -104,16 +104,21 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 
 
 def vq_defaults() -> ConfigDict:
-    """Training of the VQ tokenizer on pictures (recipe of arXiv 2406.06525, section 2.1)."""
+    """Training of the VQ tokenizer on pictures, with the pixels' squared error alone."""
+    from aim_jax.vq_loss import LossConfig
+
     config = _common()
     config.stage = "vq"
     config.batch_size = 128
     config.optimizer.schedule = "constant"
     config.optimizer.weight_decay = 0.0
     config.model = ConfigDict()  # fields of VQConfig
-    config.loss = ConfigDict()
-    config.loss.l1 = 0.0
-    config.loss.l2 = 1.0
+    config.loss = ConfigDict(dataclasses.asdict(LossConfig()))
+    config.discriminator = ConfigDict({"ch": 64, "depth": 3})  # fields of PatchGAN
+    config.lpips = ""  # weights of the perceptual loss; "": the file that AIM_JAX_LPIPS names
+    config.restart_codes = 0  # steps between new beginnings of codes out of use; 0: never
+    # Weights of the network of FID, for rFID at every evaluation; "": none.
+    config.inception = ""
     config.sample = ConfigDict({"images": 16})
     return config
 
@@ -135,6 +140,27 @@ def eval_defaults() -> ConfigDict:
     # How the pictures of a reference are fitted where the model does not say.
     config.data = _common().data
     config.data.image_size = 0
+    return config
+
+
+def llamagen_recipe() -> ConfigDict:
+    """The training of LlamaGen's tokenizers on ImageNet at 256 pixels (arXiv 2406.06525, 2.1).
+
+    40 epochs of batch 128 are 400k steps: squared error and LPIPS, from step 20,000 on also a
+    discriminator. Needs the weights of LPIPS (config.lpips).
+    """
+    config = vq_defaults()
+    config.steps = 400_000
+    config.save_every = config.eval_every = config.sample_every = 5000
+    config.export_every = 50_000
+    config.loss.perceptual = 1.0
+    config.loss.adversarial = 0.5
+    config.loss.adversarial_start = 20_000
+    config.data.workers = 8
+    config.data.random_crop = True
+    config.data.random_flip = True
+    config.mesh.fsdp = True
+    config.model.compute_dtype = "bfloat16"
     return config
 
 

@@ -17,6 +17,19 @@ from aim_jax.sharding import shard_batch
 
 
 @flax.struct.dataclass
+class Discriminator:
+    """The tokenizer's adversary, which is trained beside it.
+
+    Attributes:
+      params: float32 parameters.
+      opt_state: state of its own optimizer.
+    """
+
+    params: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that a run carries from step to step.
 
@@ -27,6 +40,7 @@ class TrainState:
       ema: averaged parameters, or None.
       rng: key from which the randomness of every step is folded.
       history: (65536,) int32 codes seen last (tokenizer), or None.
+      discriminator: parameters and optimizer state of the tokenizer's adversary, or None.
     """
 
     step: jax.Array
@@ -35,6 +49,7 @@ class TrainState:
     ema: Any
     rng: jax.Array
     history: jax.Array | None = None
+    discriminator: Discriminator | None = None
 
     def with_params(self, params) -> "TrainState":
         """The state with other parameters, given as host arrays, and with the averages of those."""

@@ -141,19 +141,18 @@ def apply_gradients(state, grads, optimizer: optax.GradientTransformation, ema_d
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), report
 
 
-def accumulated_grads(loss_fn, params, batch: dict, rng: jax.Array, parts: int):
-    """Gradient of the mean of `loss_fn(params, batch, rng)` over a batch taken in `parts`.
+def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
+    """Mean of the gradients `grad_fn(params, batch, rng)` of a batch that is taken in `parts`.
 
     Args:
-      loss_fn: returns (loss, (metrics, outputs)): means over the examples it was given, and arrays
-        with one row per example.
+      grad_fn: returns (gradients, (metrics, outputs)): means over the examples it was given, and
+        arrays with one row per example; `jax.grad(loss_fn, has_aux=True)` is one.
       batch: arrays with a leading batch axis divisible by `parts`.
       parts: number of equal micro-batches that are differentiated one after the other.
 
     Returns:
       (grads, metrics, outputs): means over the micro-batches, and the outputs of all examples.
     """
-    grad_fn = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
         grads, (metrics, outputs) = grad_fn(params, batch, rng)
         return grads, metrics, outputs

@@ -193,6 +193,12 @@ def to_host(tree):
     return jax.tree.map(fetch, tree)
 
 
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's part of an array that is split along its first axis."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process's devices hold, and how many parts there are.
 

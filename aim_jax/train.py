@@ -1,6 +1,7 @@
 """Training of AiM: next-code prediction under a class label (arXiv 2408.12245, section 3)."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -76,8 +77,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
     rng = jax.random.fold_in(state.rng, state.step)
-    loss = lambda params, part, key: loss_fn(params, part, key, config)  # noqa: E731
-    grads, metrics, _ = accumulated_grads(loss, state.params, batch, rng, accumulate)
+    grad_fn = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
+    grads, metrics, _ = accumulated_grads(grad_fn, state.params, batch, rng, accumulate)
     state, report = apply_gradients(state, grads, optimizer, ema_decay)
     return state, metrics | report
 

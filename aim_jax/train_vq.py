@@ -1,11 +1,16 @@
-"""Training of the VQ tokenizer: reconstruction, codebook, commitment loss (arXiv 2406.06525)."""
+"""Training of the VQ tokenizer (arXiv 2406.06525, section 2.1); its losses are in `vq_loss`."""
 
+import dataclasses
+import functools
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aim_jax import loop
@@ -17,19 +22,26 @@ from aim_jax.checkpoint import (
     save_model,
 )
 from aim_jax.config import describe_data, image_spec
+from aim_jax.convert.inception import load_inception
+from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
-from aim_jax.loop import Stage, TrainState
-from aim_jax.metrics import codebook_use, psnr
+from aim_jax.loop import Discriminator, Stage, TrainState
+from aim_jax.metrics import Moments, codebook_use, frechet_distance, psnr
+from aim_jax.metrics.features import FeatureExtractor, over_processes
+from aim_jax.metrics.lpips import lpips
 from aim_jax.models.adapt import VQ_SHAPE, check_same
+from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import (
     HISTORY_LENGTH,
     VQConfig,
     VQModel,
     codebook_usage,
     init_params,
+    restart_dead_codes,
+    unit,
     update_history,
 )
-from aim_jax.monitor import say
+from aim_jax.monitor import Progress, say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
@@ -37,76 +49,147 @@ from aim_jax.sharding import (
     axis_rules,
     batch_share,
     check_batch,
+    constrain,
     create_sharded,
+    local_rows,
     make_mesh,
+    replicate,
+    shard_batch,
+    sharded_jit,
+    shardings,
     to_host,
 )
+from aim_jax.vq_loss import LossConfig, gradients
 
 
-def create_train_state(
-    config: VQConfig, optimizer: optax.GradientTransformation, seed: int, ema: bool = False
-) -> TrainState:
-    """A fresh state, with an empty history of codes."""
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a tokenizer is trained.
+
+    Attributes:
+      model: of the tokenizer.
+      optimizer: of the tokenizer, and another one like it of the discriminator.
+      losses: see `vq_loss`.
+      discriminator: trained if losses.adversarial is not 0.
+      accumulate: micro-batches per step.
+      ema_decay: of the averaged copy of the parameters; 0: none.
+      restart_codes: steps between new beginnings of codes out of use; 0: never.
+    """
+
+    model: VQConfig
+    optimizer: optax.GradientTransformation
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    discriminator: PatchGAN = dataclasses.field(default_factory=PatchGAN)
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    restart_codes: int = 0
+
+
+def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 1) -> TrainState:
+    """A fresh state, with an empty history of codes; parameters are boxed with logical axes.
+
+    Args:
+      parts: devices that an axis is to be split over with FSDP.
+    """
     rng = jax.random.PRNGKey(seed)
-    params = init_params(config, jax.random.fold_in(rng, 1))
+    params = name_axes(init_params(recipe.model, jax.random.fold_in(rng, 1)), parts)
+    adversary = None
+    if recipe.losses.adversarial:
+        pictures = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
+        found = recipe.discriminator.init(jax.random.fold_in(rng, 2), pictures)["params"]
+        found = name_axes(found, parts)
+        adversary = Discriminator(found, recipe.optimizer.init(found))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        opt_state=recipe.optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if recipe.ema_decay else None,
         rng=rng,
         history=jnp.zeros(HISTORY_LENGTH, jnp.int32),
+        discriminator=adversary,
     )
 
 
-def reconstruction_loss(recon: jax.Array, images: jax.Array, l1: float, l2: float) -> jax.Array:
-    """l1 mean(|recon - images|) + l2 mean((recon - images)^2)."""
-    error = recon - images
-    return l1 * jnp.mean(jnp.abs(error)) + l2 * jnp.mean(jnp.square(error))
+def name_axes(params, parts: int):
+    """Boxes parameters: the output channels of kernels are what FSDP splits, if `parts` divides."""
 
+    def box(leaf):
+        if leaf.ndim < 2 or leaf.shape[-1] % parts:
+            return leaf
+        return nn.LogicallyPartitioned(leaf, (None,) * (leaf.ndim - 1) + ("embed",))
 
-def loss_fn(params, batch: dict, rng: jax.Array, config: VQConfig, l1: float, l2: float):
-    """Reconstruction + codebook + commitment (+ entropy) loss of a batch of `images`."""
-    recon, quantized = VQModel(config).apply(
-        {"params": params}, batch["images"], train=True, rngs={"dropout": rng}
-    )
-    rec_loss = reconstruction_loss(recon, batch["images"], l1, l2)
-    loss = rec_loss + quantized.vq_loss + quantized.commit_loss + quantized.entropy_loss
-    metrics = {"loss": loss, "rec_loss": rec_loss, "vq_loss": quantized.vq_loss}
-    return loss, (metrics, quantized.indices)
+    return jax.tree.map(box, params)
 
 
 def train_step(
-    state: TrainState,
-    batch: dict,
-    *,
-    config: VQConfig,
-    optimizer: optax.GradientTransformation,
-    l1: float,
-    l2: float,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
+    state: TrainState, batch: dict, lpips_params: dict | None, *, recipe: Recipe
 ) -> tuple[TrainState, dict]:
-    """One optimizer step on a batch of `images` (b, H, W, c) in [-1, 1]."""
-    rng = jax.random.fold_in(state.rng, state.step)
-    loss = lambda params, part, key: loss_fn(params, part, key, config, l1, l2)  # noqa: E731
-    grads, metrics, indices = accumulated_grads(loss, state.params, batch, rng, accumulate)
+    """One step of tokenizer and discriminator on a batch of `images` (b, H, W, c) in [-1, 1]."""
+    rng, optimizer = jax.random.fold_in(state.rng, state.step), recipe.optimizer
+    # With FSDP the kernels are gathered here, and their gradients are split again below.
+    params = {"vq": jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), state.params)}
+    if state.discriminator is not None:
+        params["discriminator"] = state.discriminator.params
+    grad_fn = functools.partial(
+        gradients, model=recipe.model, losses=recipe.losses, discriminator=recipe.discriminator,
+        lpips_params=lpips_params, step=state.step,
+    )  # fmt: skip
+    grads, metrics, indices = accumulated_grads(grad_fn, params, batch, rng, recipe.accumulate)
     history = update_history(state.history, indices)
-    metrics["codebook_usage"] = codebook_usage(history, config.n_embed)
-    state, report = apply_gradients(state, grads, optimizer, ema_decay)
-    return state.replace(history=history), metrics | report
+    metrics["codebook_usage"] = codebook_usage(history, recipe.model.n_embed)
+    encode_with = state.params
+    state, report = apply_gradients(state, grads["vq"], optimizer, recipe.ema_decay)
+    if state.discriminator is not None:
+        adversary = state.discriminator
+        updates, opt_state = optimizer.update(
+            grads["discriminator"], adversary.opt_state, adversary.params
+        )
+        new = Discriminator(optax.apply_updates(adversary.params, updates), opt_state)
+        state = state.replace(discriminator=new)
+        # Its optimizer guards itself; a run whose discriminator stands still has to end as well.
+        bad = jnp.maximum(report["skipped_in_a_row"], opt_state.in_a_row)
+        report |= {"skipped": report["skipped"] + opt_state.skipped, "skipped_in_a_row": bad}
+    state = state.replace(history=history)
+    if recipe.restart_codes:
+        # Only once the whole history is of this run.
+        known = state.step * indices.size >= HISTORY_LENGTH
+        state = jax.lax.cond(
+            known & (state.step % recipe.restart_codes == 0),
+            lambda state: restart(state, batch["images"], encode_with, rng, recipe.model),
+            lambda state: state,
+            state,
+        )
+    return state, metrics | report
 
 
-def eval_step(params, batch: dict, *, config: VQConfig) -> dict:
-    """Sums over the real examples of a padded batch: squared error, PSNR, code counts.
+def restart(state: TrainState, images: jax.Array, params, key: jax.Array, config: VQConfig):
+    """The state with codes that are out of use begun anew from what `images` are encoded to."""
+    vectors = VQModel(config).apply({"params": params}, images, method="prequant")
+    vectors = vectors.reshape(-1, config.embed_dim)
+    vectors = unit(vectors) if config.l2_norm else vectors
 
-    PSNR is that of the 8-bit pictures, in dB, per picture.
+    def mend(params):
+        book = restart_dead_codes(params["quantize"]["embedding"], state.history, vectors, key)
+        return params | {"quantize": {"embedding": book}}
+
+    ema = None if state.ema is None else mend(state.ema)
+    return state.replace(params=mend(state.params), ema=ema)
+
+
+def eval_step(params, batch: dict, lpips_params: dict | None, *, config: VQConfig) -> dict:
+    """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
+
+    PSNR is that of the 8-bit pictures, in dB, per picture; LPIPS only with its weights.
     """
     recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
     weights = batch["weights"]
     l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
     ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
-    return {
+    perceptual = {}
+    if lpips_params is not None:
+        distances = lpips(lpips_params, jnp.clip(recon, -1, 1), batch["images"])
+        perceptual["val_lpips"] = jnp.sum(distances * weights)
+    return perceptual | {
         "val_rec_l2": jnp.sum(l2 * weights),
         "val_psnr": jnp.sum(psnr(to_uint8(recon), to_uint8(batch["images"])) * weights),
         "count": jnp.sum(weights),
@@ -150,18 +233,23 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         check_images(source, spec)
     check_fit(model_config, config.data)
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
-    check_batch(config.batch_size, config.accumulate, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    check_mesh(config, mesh)
+    recipe = Recipe(
+        model_config, make_optimizer(config.optimizer, config.steps), LossConfig(**config.loss),
+        PatchGAN(**config.discriminator), config.accumulate, config.ema_decay, config.restart_codes,
+    )  # fmt: skip
+    recipe.losses.check_size(config.data.image_size, recipe.discriminator)
+    lpips_params = replicate(open_lpips(config.lpips, recipe.losses), mesh)
+    extract = FeatureExtractor(load_inception(config.inception)) if config.inception else None
     fresh = config.init and not has_checkpoint(workdir)
     start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config)
 
-    rules = axis_rules(mesh)
-    state = create_sharded(
-        lambda: create_train_state(model_config, optimizer, config.seed, config.ema_decay > 0),
-        mesh,
-        rules,
+    rules = axis_rules(mesh, config.mesh.fsdp)
+    new_state = functools.partial(
+        create_train_state, recipe, config.seed, config.data.image_size, mesh.shape["data"]
     )
+    state = create_sharded(new_state, mesh, rules)
     if start is not None:
         state = state.with_params(start)
     say(
@@ -180,24 +268,41 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             workers=config.data.workers if split == "train" else 0,
         )  # fmt: skip
 
-    step = jax.jit(
-        lambda state, batch: train_step(
-            state, batch, config=model_config, optimizer=optimizer,
-            l1=config.loss.l1, l2=config.loss.l2,
-            accumulate=config.accumulate, ema_decay=config.ema_decay,
-        ),
-        donate_argnums=0,
+    step = sharded_jit(
+        functools.partial(train_step, recipe=recipe), mesh, rules, donate_argnums=0,
+        out_shardings=(shardings(jax.eval_shape(new_state), mesh, rules), None),
     )  # fmt: skip
-    evaluation = jax.jit(lambda params, batch: eval_step(params, batch, config=model_config))
+    evaluation = jax.jit(functools.partial(eval_step, config=model_config))
+    reconstruct = jax.jit(lambda p, x: to_uint8(VQModel(model_config).apply({"params": p}, x)[0]))
+    size = config.batch_size // share[1]
+
+    @functools.cache
+    def real_features():
+        return gaussian_of(to_uint8(batch["images"]) for batch in batches("validation"))
+
+    def gaussian_of(pictures):
+        moments, progress = Moments(), Progress("features for rFID")
+        for rows in pictures:
+            moments.add(extract(np.asarray(rows)).pool)
+            progress(moments.count * share[1], len(sources["validation"]))
+        return over_processes(moments).gaussian()
+
+    def decoded(params):
+        for batch in batches("validation"):
+            images = shard_batch(loop.pad_batch(batch, size), mesh)["images"]
+            yield local_rows(reconstruct(params, images))[: len(batch["labels"])]
 
     def evaluate(state):
-        one = lambda batch: evaluation(state.eval_params, batch)  # noqa: E731
-        means = loop.weighted_means(one, batches("validation"), config.batch_size // share[1], mesh)
+        one = lambda batch: evaluation(state.eval_params, batch, lpips_params)  # noqa: E731
+        means = loop.weighted_means(one, batches("validation"), size, mesh)
         use = codebook_use(means.pop("codes"))
-        return means | {f"val_{name}": value for name, value in use.items()}
+        means |= {f"val_{name}": value for name, value in use.items()}
+        if extract is not None:
+            made = gaussian_of(decoded(state.eval_params))
+            means["val_rfid"] = frechet_distance(real_features(), made)
+        return means
 
     pictures = next(iter(batches("validation")))["images"][: config.sample.images]
-    reconstruct = jax.jit(lambda p, x: to_uint8(VQModel(model_config).apply({"params": p}, x)[0]))
 
     def sample(state, path):
         pairs = np.concatenate(
@@ -219,8 +324,42 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         save_model(workdir / "model", model, config.export_dtype)
 
-    stage = Stage(step, batches("train"), evaluate, sample, export)
+    def one_step(state, batch):
+        return step(state, batch, lpips_params)
+
+    stage = Stage(one_step, batches("train"), evaluate, sample, export)
     return loop.run(config, workdir, mesh, state, stage)
+
+
+def open_lpips(path: str, losses: LossConfig) -> dict | None:
+    """Weights of the perceptual loss from `path`, or else from the file that AIM_JAX_LPIPS names.
+
+    Returns:
+      None where no file is named and the losses need none.
+
+    Raises:
+      FileNotFoundError, ValueError: they need one and there is none, or it is not LPIPS.
+    """
+    path = path or os.environ.get("AIM_JAX_LPIPS", "")
+    if path:
+        return load_lpips(path)
+    if losses.perceptual:
+        raise ValueError(
+            f"config.loss.perceptual={losses.perceptual} needs the weights of LPIPS: set "
+            f"config.lpips or AIM_JAX_LPIPS to {EXPECTED}. docs/tokenizer.md says where they are. "
+            "Without them set config.loss.perceptual=0."
+        )
+    return None
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError where the batch or the tokenizer does not fit the mesh."""
+    check_batch(config.batch_size, config.accumulate, mesh)
+    if mesh.shape["model"] > 1:
+        raise ValueError(
+            f"config.mesh.model={mesh.shape['model']}: tokenizers are split over the batch, and "
+            "with config.mesh.fsdp=True their parameters too; leave config.mesh.model at 1."
+        )
 
 
 def check_fit(model: VQConfig, data: ConfigDict) -> None:

@@ -103,7 +103,9 @@ def train(module, new_params, config, data, steps: int, name: str):
     @jax.jit
     def step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
-        grads, metrics, _ = accumulated_grads(loss, state.params, batch, key, 1)
+        grads, metrics, _ = accumulated_grads(
+            jax.grad(loss, has_aux=True), state.params, batch, key, 1
+        )
         state, _ = apply_gradients(state, grads, optimizer, config.ema_decay)
         return state, metrics
 

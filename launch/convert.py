@@ -5,6 +5,7 @@ Examples:
   python launch/convert.py to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
   python launch/convert.py to-torch --checkpoint models/aim_l --out aim_l.safetensors
   python launch/convert.py inception --weights inception-2015-12-05.pt --out inception.safetensors
+  python launch/convert.py lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
 Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
 directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
@@ -55,6 +56,10 @@ def parse(argv=None):
     inception = programs.add_parser("inception", help="the network of FID -> one file of ours")
     inception.add_argument("--weights", required=True, help="any file of the Inception of 2015")
     inception.add_argument("--out", required=True, help="*.safetensors")
+    lpips = programs.add_parser("lpips", help="the network of the perceptual loss -> one file")
+    lpips.add_argument("--weights", required=True, help="VGG16, with or without the linear heads")
+    lpips.add_argument("--heads", help="the linear heads, if --weights lacks them")
+    lpips.add_argument("--out", required=True, help="*.safetensors")
     for program in (jax, torch):
         program.add_argument("--dtype", choices=DTYPES, help="by default that of the source")
     return parser.parse_args(argv)  # fmt: skip
@@ -63,13 +68,18 @@ def parse(argv=None):
 def main() -> None:
     args = parse()
     from aim_jax import convert
+    from aim_jax.convert.files import save_tensors
     from aim_jax.monitor import say
 
     with errors_in_one_line():
         if args.program == "inception":
-            from aim_jax.convert.inception import load_inception, save_inception
+            from aim_jax.convert.inception import load_inception
 
-            out = save_inception(load_inception(args.weights), args.out)
+            out = save_tensors(load_inception(args.weights), args.out)
+        elif args.program == "lpips":
+            from aim_jax.convert.lpips import load_lpips
+
+            out = save_tensors(load_lpips(args.weights, args.heads), args.out)
         elif args.program == "to-torch":
             out = convert.to_torch(args.checkpoint, args.out, args.dtype)
         else:

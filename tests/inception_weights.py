@@ -1,7 +1,10 @@
 """Seeded weights of the Inception of 2015, in the names of its graph, and images for them."""
 
+from pathlib import Path
+
 import numpy as np
 
+from aim_jax.convert.files import save_tensors
 from aim_jax.metrics import inception
 
 
@@ -25,6 +28,17 @@ def seeded_weights() -> dict[str, dict[str, np.ndarray]]:
             "var": rng.uniform(0.5, 1.5, size=out),
         }
     return {k: {p: a.astype(np.float32) for p, a in v.items()} for k, v in found.items()}
+
+
+def save_seeded_inception(folder: Path) -> Path:
+    """A file of ours with those kernels and shifts, the batch norms left out."""
+    params = {}
+    for layer, parts in seeded_weights().items():
+        kernel = parts["weight"].T if layer == "softmax" else parts["weight"].transpose(2, 3, 1, 0)
+        params[layer] = {"kernel": kernel}
+        if layer != "softmax":
+            params[layer]["bias"] = parts["beta"]
+    return save_tensors(params, folder / "random.safetensors")
 
 
 def seeded_images() -> np.ndarray:

@@ -11,13 +11,13 @@ from PIL import Image
 
 from aim_jax import evaluate
 from aim_jax.config import eval_defaults
-from aim_jax.convert.inception import load_inception, save_inception
+from aim_jax.convert.inception import load_inception
 from aim_jax.metrics.distribution import frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageParts, NpzImages
 from aim_jax.sampling import generate
 from tests.conftest import ROOT
-from tests.inception_weights import seeded_weights
+from tests.inception_weights import save_seeded_inception
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip
@@ -25,13 +25,7 @@ DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    weights, params = seeded_weights(), {}
-    for layer, parts in weights.items():
-        kernel = parts["weight"].T if layer == "softmax" else parts["weight"].transpose(2, 3, 1, 0)
-        params[layer] = {"kernel": np.ascontiguousarray(kernel)}
-        if layer != "softmax":
-            params[layer]["bias"] = parts["beta"]
-    return save_inception(params, tmp_path_factory.mktemp("inception") / "random.safetensors")
+    return save_seeded_inception(tmp_path_factory.mktemp("inception"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from aim_jax.checkpoint import flatten
 from aim_jax.convert import WeightsError
-from aim_jax.convert.inception import BLOCKS, load_inception, save_inception
+from aim_jax.convert.files import save_tensors
+from aim_jax.convert.inception import BLOCKS, load_inception
 from aim_jax.metrics import inception
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
@@ -303,10 +304,10 @@ def test_every_form_gives_the_same_parameters(write, name, weights, params, tmp_
 
 
 def test_ours_are_read_back_and_scores_need_the_last_layer(params, tmp_path):
-    path = save_inception(params, tmp_path / "ours.safetensors")
+    path = save_tensors(params, tmp_path / "ours.safetensors")
     jax.tree.map(np.testing.assert_array_equal, load_inception(path), params)
     without = {k: v for k, v in params.items() if k != "softmax"}
-    found = load_inception(save_inception(without, path))
+    found = load_inception(save_tensors(without, path))
     images = seeded_images()
     assert FeatureExtractor(found, 8)(images).logits is None
 
@@ -326,7 +327,7 @@ def test_other_files_are_refused(weights, params, tmp_path):
     broken = {k: dict(v) for k, v in params.items()}
     broken["mixed_conv"]["bias"] = np.full_like(broken["mixed_conv"]["bias"], np.nan)
     with pytest.raises(WeightsError, match=r"mixed_conv\.bias is not finite"):
-        load_inception(save_inception(broken, tmp_path / "nan.safetensors"))
+        load_inception(save_tensors(broken, tmp_path / "nan.safetensors"))
     whole = (tmp_path / "wide.pb").read_bytes()
     for name, content, message in (
         ("cut.pb", whole[: len(whole) // 2], "is not a frozen TensorFlow graph.*cut short"),

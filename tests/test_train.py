@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -95,28 +94,6 @@ def interrupt(monkeypatch, at, action):
 
     original = loop.shard_batch
     monkeypatch.setattr(loop, "shard_batch", shard_batch)
-
-
-def test_tokenizer_run_leaves_everything_and_resumes_exactly(vq_config, tmp_path, monkeypatch):
-    whole = train_vq.train(vq_config, tmp_path / "a")
-    for name in ("metrics.jsonl", "samples/step_0000003.png", "checkpoints/6", "model/model.json"):
-        assert (tmp_path / "a" / name).exists(), name
-    assert list((tmp_path / "a" / "tensorboard").iterdir())
-    rows = records(tmp_path / "a")
-    assert {"val_psnr", "val_usage", "val_perplexity"} <= rows[3].keys()
-    assert rows[-2]["loss"] < rows[0]["loss"]
-
-    # SIGTERM while step 2 is prepared: step 2 is finished, saved, and the run ends by itself.
-    with monkeypatch.context() as patch:
-        interrupt(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        stopped = train_vq.train(vq_config, tmp_path / "b")
-    assert int(stopped.step) == 2 and (tmp_path / "b" / "checkpoints" / "2").is_dir()
-    again = train_vq.train(vq_config, tmp_path / "b")
-    assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
-
-    model = load_pretrained(tmp_path / "b")
-    jax.tree.map(np.testing.assert_array_equal, model.vq_params, whole.ema)
-    assert model.class_names == ("boat", "house", "old tree")
 
 
 def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path, monkeypatch):

@@ -20,6 +20,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from aim_jax.checkpoint import flatten
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 CONFIG = "config.json"
@@ -273,6 +276,34 @@ def write_safetensors(
 
 
 # Pickles of torch
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a small file, by name; also of torch.save's form before its zip files.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `open_weights`.
+    """
+    with path.open("rb") as file:
+        older = file.read(1) == b"\x80"
+    if not older:
+        return {name: tensor.read() for name, tensor in open_weights(path).tensors.items()}
+    torch = import_torch(path, "reading")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.numpy() for name, tensor in state.items()}
+    except Exception as error:  # a hostile pickle can make the loader raise anything
+        raise WeightsError(f"{path}: torch's weights-only loader refuses it ({error}).") from None
+
+
+def save_tensors(params: dict, path: str | os.PathLike) -> Path:
+    """Writes nested dicts of arrays as safetensors, to a temporary name first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, partial)
+    os.replace(partial, path)
+    return path
 
 
 def import_torch(path: Path, purpose: str):

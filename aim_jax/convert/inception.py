@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from aim_jax.checkpoint import flatten
 from aim_jax.convert import graphs
-from aim_jax.convert.files import WeightsError, import_torch, open_weights
+from aim_jax.convert.files import WeightsError, read_tensors
 from aim_jax.metrics import inception
 
 EPSILON = 1e-3  # of its batch norms, which have no scale
@@ -90,16 +89,6 @@ def load_inception(path: str | os.PathLike) -> dict:
     return params
 
 
-def save_inception(params: dict, path: str | os.PathLike) -> Path:
-    """Writes parameters as safetensors, to a temporary name first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, partial)
-    os.replace(partial, path)
-    return path
-
-
 def _read(path: Path) -> Mapping[str, np.ndarray]:
     with path.open("rb") as file:
         start = file.read(4)
@@ -109,16 +98,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
         return graphs.read_graphdef(path)
     if start[:2] == b"PK" and graphs.is_torchscript(path):
         return graphs.read_torchscript(path)
-    if start[:1] == b"\x80":  # torch.save before its files were zip files
-        torch = import_torch(path, "reading")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return {name: tensor.numpy() for name, tensor in state.items()}
-        except Exception as error:  # a hostile pickle can make the loader raise anything
-            raise WeightsError(
-                f"{path}: torch's weights-only loader refuses it ({error})."
-            ) from None
-    return {name: tensor.read() for name, tensor in open_weights(path).tensors.items()}
+    return read_tensors(path)
 
 
 def _by_layer(tensors: Mapping, layers: set[str]) -> dict[str, dict[str, np.ndarray]]:

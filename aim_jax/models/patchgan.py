@@ -1,0 +1,63 @@
+"""The discriminator of tokenizer training: real or decoded, patch by patch (arXiv 1611.07004)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+_normal = nn.initializers.normal(0.02)
+
+
+class PatchGAN(nn.Module):
+    """Pictures (b, H, W, c) -> logits (b, h, w) of overlapping patches, large for real ones.
+
+    Attributes:
+      ch: width of the first convolution, which doubles up to eightfold.
+      depth: convolutions of stride 2.
+    """
+
+    ch: int = 64
+    depth: int = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Raises ValueError where the pictures are too small for the depth."""
+        if min(x.shape[1:3]) < self.min_side:
+            raise ValueError(
+                f"PatchGAN: pictures of {x.shape[1]} x {x.shape[2]} are too small for depth "
+                f"{self.depth}, which needs {self.min_side} pixels; lower "
+                "config.discriminator.depth."
+            )
+        x = nn.leaky_relu(self._conv(self.ch, 2, "conv_0")(x), 0.2)
+        for i in range(1, self.depth + 1):
+            stride = 2 if i < self.depth else 1
+            x = self._conv(self.ch * min(2**i, 8), stride, f"conv_{i}", use_bias=False)(x)
+            x = nn.leaky_relu(BatchNorm(name=f"norm_{i}")(x), 0.2)
+        return self._conv(1, 1, "logits")(x)[..., 0]
+
+    @property
+    def min_side(self) -> int:
+        """The two last convolutions take a pixel each."""
+        return 3 * 2**self.depth
+
+    def _conv(self, features: int, stride: int, name: str, **options) -> nn.Conv:
+        return nn.Conv(
+            features, (4, 4), stride, padding=1, kernel_init=_normal, name=name, **options
+        )
+
+
+class BatchNorm(nn.Module):
+    """Normalisation by the mean and variance of the batch at hand, over all devices.
+
+    There are no running averages: the discriminator is only ever used on the batch it trains with.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (b, h, w, c)."""
+        scale = self.param("scale", lambda key, shape: 1 + _normal(key, shape), x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        mean = jnp.mean(x, axis=(0, 1, 2))
+        variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
+        return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias

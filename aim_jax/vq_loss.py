@@ -1,0 +1,201 @@
+"""What the tokenizer is trained with: reconstruction, perceptual, adversarial and codebook losses.
+
+The recipe of LlamaGen (arXiv 2406.06525, section 2.1), which is that of VQGAN (arXiv 2012.09841,
+section 3.1): a discriminator is trained beside the tokenizer, and its part in the tokenizer's loss
+is weighted by how strongly the other parts pull at the decoder's last layer.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from aim_jax.metrics.lpips import MIN_SIDE, lpips
+from aim_jax.models.patchgan import PatchGAN
+from aim_jax.models.vq import VQConfig, VQModel
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; the codebook's are in `VQConfig`.
+
+    Attributes:
+      l1, l2: of the mean absolute and squared error of pixels in [-1, 1].
+      perceptual: of LPIPS; 0 needs no network.
+      adversarial: of what the discriminator says; 0 trains none.
+      adversarial_start: step from which the discriminator is trained and listened to.
+      adaptive: whether the adversarial weight is also scaled by the ratio of the gradients at the
+        decoder's last layer (arXiv 2012.09841, equation 7).
+    """
+
+    l1: float = 0.0
+    l2: float = 1.0
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    adaptive: bool = True
+
+    def __post_init__(self):
+        for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.loss.{name}={getattr(self, name)}; expected 0 or more.")
+        if not self.l1 + self.l2 + self.perceptual:
+            raise ValueError(
+                "config.loss: l1, l2 and perceptual are all 0, so nothing says what a "
+                "reconstruction should look like; set one of them, l2=1.0 for example."
+            )
+
+    def check_size(self, side: int, discriminator: PatchGAN) -> None:
+        """Raises ValueError where pictures of `side` pixels are too small for the networks."""
+        if self.perceptual and side < MIN_SIDE:
+            raise ValueError(
+                f"config.loss.perceptual needs pictures of {MIN_SIDE} pixels or more, not {side}; "
+                "set it to 0."
+            )
+        if self.adversarial and side < discriminator.min_side:
+            raise ValueError(
+                f"config.discriminator.depth={discriminator.depth} needs pictures of "
+                f"{discriminator.min_side} pixels or more, not {side}; lower it, or set "
+                "config.loss.adversarial to 0."
+            )
+
+
+@flax.struct.dataclass
+class Adversary:
+    """What the discriminator says of a batch.
+
+    Attributes:
+      loss: () of the tokenizer: minus the mean logit of decoded pictures.
+      pull: its gradient with respect to the decoded pictures.
+      hinge: () the discriminator's own loss; grads: its gradient.
+      real, fake: () mean logits.
+    """
+
+    loss: jax.Array
+    pull: jax.Array
+    hinge: jax.Array
+    grads: dict
+    real: jax.Array
+    fake: jax.Array
+
+
+def reconstruction_loss(recon: jax.Array, images: jax.Array, l1: float, l2: float) -> jax.Array:
+    """l1 mean(|recon - images|) + l2 mean((recon - images)^2)."""
+    error = recon - images
+    return l1 * jnp.mean(jnp.abs(error)) + l2 * jnp.mean(jnp.square(error))
+
+
+def judge(module: PatchGAN, params: dict, recon: jax.Array, images: jax.Array) -> Adversary:
+    """Hinge losses (arXiv 1705.02894) of the discriminator and, through it, of the tokenizer.
+
+    Args:
+      recon, images: (b, H, W, c), decoded and real.
+    """
+
+    def fooling(recon):
+        return -jnp.mean(module.apply({"params": params}, recon))
+
+    def hinge(params):
+        real = module.apply({"params": params}, images)
+        fake = module.apply({"params": params}, recon)
+        loss = 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
+        return loss, (jnp.mean(real), jnp.mean(fake))
+
+    loss, pull = jax.value_and_grad(fooling)(recon)
+    (own, (real, fake)), grads = jax.value_and_grad(hinge, has_aux=True)(params)
+    return Adversary(loss, pull, own, grads, real, fake)
+
+
+def gradients(
+    params: dict,
+    batch: dict,
+    rng: jax.Array,
+    *,
+    model: VQConfig,
+    losses: LossConfig,
+    discriminator: PatchGAN,
+    lpips_params: dict | None,
+    step: jax.Array,
+) -> tuple[dict, tuple[dict, jax.Array]]:
+    """Gradients of tokenizer and discriminator, each of its own loss, on a batch of `images`.
+
+    The decoder is differentiated once: the gradients of all losses on its pictures are added first.
+
+    Args:
+      params: "vq" and, with an adversarial loss, "discriminator".
+      batch: "images" (b, H, W, c) in [-1, 1].
+      lpips_params: see `aim_jax.convert.lpips.load_lpips`; needed with a perceptual loss.
+      step: () optimizer steps done.
+
+    Returns:
+      (gradients like params, (metrics, indices (b, t))).
+    """
+    images = batch["images"]
+
+    def reconstruct(vq):
+        recon, quantized = VQModel(model).apply(
+            {"params": vq}, images, train=True, rngs={"dropout": rng}
+        )
+        codebook = quantized.vq_loss + quantized.commit_loss + quantized.entropy_loss
+        return (recon, codebook), quantized
+
+    def fidelity(recon):
+        found = {"rec_loss": reconstruction_loss(recon, images, losses.l1, losses.l2)}
+        total = found["rec_loss"]
+        if losses.perceptual:
+            distances = lpips(lpips_params, recon, images, model.compute_dtype)
+            found["lpips"] = distances.mean()
+            total += losses.perceptual * found["lpips"]
+        return total, found
+
+    (recon, codebook), backward, quantized = jax.vjp(reconstruct, params["vq"], has_aux=True)
+    (loss, metrics), pull = jax.value_and_grad(fidelity, has_aux=True)(recon)
+    metrics |= {"vq_loss": quantized.vq_loss}
+    loss += codebook
+    grads = {}
+    if losses.adversarial:
+        judged = _from_start(losses, step, discriminator, params["discriminator"], recon, images)
+        weight = losses.adversarial * (step >= losses.adversarial_start).astype(jnp.float32)
+        if losses.adaptive:
+            weight *= adaptive_weight(backward, pull, judged.pull)
+        loss += weight * judged.loss
+        pull += weight * judged.pull
+        grads["discriminator"] = jax.tree.map(lambda g: losses.adversarial * g, judged.grads)
+        metrics |= {
+            "gan_loss": judged.loss, "gan_weight": weight, "hinge_loss": judged.hinge,
+            "logits_real": judged.real, "logits_fake": judged.fake,
+        }  # fmt: skip
+    (grads["vq"],) = backward((pull, jnp.ones_like(codebook)))
+    return grads, (metrics | {"loss": loss}, quantized.indices)
+
+
+def _from_start(losses: LossConfig, step: jax.Array, module: PatchGAN, params, recon, images):
+    """`judge`, or zeros, without computing anything, before `adversarial_start`."""
+
+    def judged(*args):
+        return judge(module, *args)
+
+    def silent(*args):
+        shapes = jax.eval_shape(judged, *args)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    started = step >= losses.adversarial_start
+    return jax.lax.cond(started, judged, silent, params, recon, images)
+
+
+def adaptive_weight(backward, pull: jax.Array, adversarial_pull: jax.Array) -> jax.Array:
+    """Ratio of the two gradients' norms at the decoder's last layer, at most 10,000.
+
+    Args:
+      backward: cotangents of (pictures, codebook loss) -> (gradient of the tokenizer,). What it
+        computes of the other layers is not used, so XLA leaves it out.
+      pull, adversarial_pull: gradients with respect to the pictures.
+    """
+
+    def norm(pull):
+        (grads,) = backward((pull, jnp.zeros(())))
+        return jnp.linalg.norm(grads["decoder"]["conv_out"]["kernel"])
+
+    ratio = norm(pull) / (norm(adversarial_pull) + 1e-4)
+    return jnp.clip(ratio, 0, 1e4)

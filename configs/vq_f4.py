@@ -1,0 +1,14 @@
+"""A tokenizer f4 on ImageNet at 256 pixels, 8192 codes, in the recipe of LlamaGen's f8 and f16.
+
+python launch/train_vq.py --config configs/vq_f4.py --workdir runs/vq_f4
+
+Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
+"""
+
+from aim_jax.config import llamagen_recipe
+
+
+def get_config():
+    config = llamagen_recipe()
+    config.model.update(ch=128, ch_mult=(1, 2, 4), n_embed=8192)
+    return config
