@@ -21,6 +21,7 @@ from aim_jax.checkpoint import (
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.monitor import say
+from aim_jax.references import check_alike, open_reference
 from aim_jax.sampling import check_settings
 
 # Metrics that a sweep can look for the best of, and whether more of it is better.
@@ -72,7 +73,7 @@ def sweep(
             tried = {k: model.sampling[k] for k in evaluate.SETTINGS} | {name: value}
             check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
     extract = FeatureExtractor(inception_params)
-    ref = evaluate.open_reference(reference, extract, model, config, cache)
+    ref = open_reference(reference, extract, model, config, cache)
     out.mkdir(parents=True, exist_ok=True)
     combinations = [
         dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
@@ -102,7 +103,7 @@ def sweep(
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         samples = out / f"samples_{key}"
         images = NpzImages(evaluate.sample_npz(model, chosen, samples))
-        evaluate.check_alike(images, ref.images)
+        check_alike(images, ref.images)
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
         write_json(file, {"identity": identity, "rows": rows})

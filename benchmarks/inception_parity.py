@@ -24,9 +24,9 @@ except ImportError:
 
 from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception
-from aim_jax.evaluate import open_set
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.references import open_set
 
 
 def interpolate(x, axis: int, side: int = 299):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax import evaluate
+from aim_jax import evaluate, references
 from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception
 from aim_jax.metrics.distribution import frechet_distance
@@ -99,7 +99,7 @@ def test_report_and_pictures(
                             "density", "coverage"}  # fmt: skip
     extract = FeatureExtractor(inception_params, 8)
     made = extract.of(NpzImages(out / "samples.npz"))
-    target = extract.of(evaluate.open_set(f"{picture_folder}:validation", model, config))
+    target = extract.of(references.open_set(f"{picture_folder}:validation", model, config))
     assert target.count == 12
     expected = frechet_distance(made.pool, target.pool)
     assert metrics["fid"] == pytest.approx(expected, rel=1e-4)
@@ -115,7 +115,7 @@ def test_report_and_pictures(
     # The pictures themselves, scored as samples: everything is as good as it can be.
     monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 0.0)  # seconds each
     np.savez(tmp_path / "real.npz", arr_0=next(iter(
-        evaluate.open_set(f"{picture_folder}:validation", model, config).batches(48)
+        references.open_set(f"{picture_folder}:validation", model, config).batches(48)
     )))  # fmt: skip
     report = evaluate.evaluate(
         None, str(tmp_path / "real.npz"), str(tmp_path / "real.npz"), inception_params, config,
@@ -170,7 +170,7 @@ def test_reconstructions(model, config, inception_params, picture_folder, tmp_pa
     metrics = report["metrics"]
     assert set(metrics) == {"rfid", "psnr", "usage", "perplexity"}
     assert "No SSIM" in " ".join(report["notes"]) and metrics["rfid"] == 1.0
-    real = evaluate.open_set(f"{picture_folder}:validation", model, config)
+    real = references.open_set(f"{picture_folder}:validation", model, config)
     real = np.concatenate(list(real.batches(5))).astype(np.float64)
     with np.load(tmp_path / "reconstructions.npz") as file:
         error = np.mean(np.square(file["arr_0"] - real), axis=(1, 2, 3))

@@ -1,0 +1,130 @@
+"""What samples are compared with: data sets, folders, npz files, statistics of other evaluators."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from aim_jax.checkpoint import Pretrained
+from aim_jax.config import image_spec
+from aim_jax.data import ImageSpec, open_images
+from aim_jax.data.images import FolderImages, images_in
+from aim_jax.metrics import Gaussian
+from aim_jax.metrics.features import FeatureExtractor, FeatureSet
+from aim_jax.metrics.image_sets import ImageSet, NpzImages, SourceImages
+from aim_jax.metrics.inception import NUM_FEATURES, NUM_SPATIAL
+
+
+class Reference(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+      name: for the report. features: see `FeatureSet`.
+      images: where the kept features come from.
+    """
+
+    name: str
+    features: FeatureSet
+    images: ImageSet
+
+
+def open_set(
+    name: str, model: Pretrained | None, config: ConfigDict, like: ImageSet | None = None
+) -> ImageSet:
+    """An npz file of images, or NAME:SPLIT of a data set or of a folder of class folders.
+
+    The split is "train" by default; "train+validation" is both of them. Of a folder without a split
+    all pictures are taken, and it may be one without class folders.
+
+    Args:
+      like: images whose size pictures are fitted to where neither model nor configuration says it.
+
+    Raises:
+      ValueError: no such data set, or nothing says how its pictures are to be fitted.
+      FileNotFoundError: no such file.
+    """
+    if name.endswith(".npz"):
+        return NpzImages(name)
+    name, _, split = name.partition(":")
+    if model is not None and "data" in model.info:
+        spec = image_spec(ConfigDict(model.info["data"]))
+    elif config.data.image_size:
+        spec = image_spec(config.data)
+    elif like is not None:
+        spec = ImageSpec(like.shape[1], like.shape[3])
+    else:
+        raise ValueError(
+            f"the pictures of {name!r} need a size: give --config.data.image_size, or a "
+            "--checkpoint that says how its pictures were fitted."
+        )
+    where = config.data.dir or None
+    if where is None and Path(name).is_dir():
+        if not split:
+            files = images_in(Path(name))
+            if not files:
+                raise ValueError(f"{name}: no pictures in this folder.")
+            flat = FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))
+            return SourceImages([flat], spec)
+        name, where = "folder", name
+    splits = (split or "train").split("+")
+    return SourceImages([open_images(name, split, where) for split in splits], spec)
+
+
+def open_reference(
+    name: str,
+    extract: FeatureExtractor,
+    model: Pretrained | None,
+    config: ConfigDict,
+    cache: Path,
+    like: ImageSet | None = None,
+) -> Reference:
+    """Statistics of a reference, computed once and then read from `cache`.
+
+    Args:
+      name: see `open_set`; or a reference file of the ADM evaluator, whose statistics (`mu`,
+        `sigma`, `mu_s`, `sigma_s`) are taken as they are, and images (`arr_0`) for the rest.
+    """
+    keep = config.neighbour_images
+    if name.endswith(".npz"):
+        images = NpzImages(name)
+        with np.load(name, allow_pickle=False) as file:
+            statistics = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
+        if statistics:
+            _check_statistics(name, statistics)
+            found = extract.of_cached(images, keep, cache)
+            spatial = None
+            if {"mu_s", "sigma_s"} <= set(statistics):
+                spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
+            pool = Gaussian(statistics["mu"], statistics["sigma"])
+            return Reference(
+                Path(name).name, found._replace(count=0, pool=pool, spatial=spatial), images
+            )
+    images = open_set(name, model, config, like)
+    return Reference(images.name, extract.of_cached(images, keep, cache), images)
+
+
+def _check_statistics(name: str, statistics: dict) -> None:
+    """Raises ValueError unless they are means and covariances of the two kinds of features."""
+    sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
+    expected = {f"mu{s}": (n,) for s, n in sizes.items()}
+    expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
+    wrong = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
+    if wrong or not {"mu", "sigma"} <= set(statistics):
+        raise ValueError(
+            f"{name}: expected mu ({NUM_FEATURES},) and sigma of the features of the Inception of "
+            f"2015, found { {k: v.shape for k, v in statistics.items()} }."
+        )
+    broken = [k for k, v in statistics.items() if not np.all(np.isfinite(v))]
+    if broken:
+        raise ValueError(f"{name}: {', '.join(broken)} are not finite; the file is damaged.")
+
+
+def check_alike(made: ImageSet, reference: ImageSet) -> None:
+    """Raises ValueError where two sets of images have another resolution."""
+    if made.shape[1:3] != reference.shape[1:3]:
+        raise ValueError(
+            f"{made.name} has images of {made.shape[1]} x {made.shape[2]}, the reference "
+            f"{reference.name} of {reference.shape[1]} x {reference.shape[2]}; features of other "
+            "sizes are not comparable. Give a reference of the same size."
+        )
