@@ -181,7 +181,7 @@ class ModuleDecoder:
     def start(self, params: dict, x: jax.Array, tokens: int) -> list[Cache]:
         """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
         dual = tokens if self.engine.form == "dual" else None
-        cache = init_cache(self.config, len(x), dual=dual, dtype=self.engine.cache_dtype)
+        cache = init_cache(self.config, x.shape[0], dual=dual, dtype=self.engine.cache_dtype)
         if x.shape[1]:
             cache = prefill(params, x, self.modulation, self.config, cache)
         # Arrays of their own are updated in place.

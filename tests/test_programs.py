@@ -85,6 +85,17 @@ def test_help_and_one_line_errors(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_the_package_lists_and_runs_the_programs():
+    shown = run("-m", "aim_jax", "--help")
+    assert shown.returncode == 0
+    for program in (ROOT / "launch").glob("*.py"):
+        assert f"  {program.stem} " in shown.stdout
+    inner = run("-m", "aim_jax", "convert", "to-jax", "--help")
+    assert inner.returncode == 0 and "--position_offset" in inner.stdout
+    wrong = run("-m", "aim_jax", "paint")
+    assert wrong.returncode == 2 and "no program 'paint'" in wrong.stderr
+
+
 def test_samples_come_as_grid_pngs_and_npz(tiny_model, tmp_path):
     paths = sample_to_directory(
         tiny_model, [0, 2], 3, tmp_path, seed=5, batch_size=4, pngs=True, npz=True

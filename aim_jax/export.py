@@ -1,0 +1,198 @@
+"""A model as programs that run without this library: `jax.export` artifacts and StableHLO.
+
+b images; r = 2 b rows, conditional ones first, then those of the null class.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from aim_jax.checkpoint import Pretrained
+from aim_jax.decode import Engine, ModuleDecoder
+from aim_jax.models.aim import AiM
+from aim_jax.sampling import Method, Request, _generate, decode_images
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Plain XLA of any platform; fused kernels would tie the artifact to one.
+ENGINE = Engine(form="recurrent", kernels="xla")
+
+RUNNER = Path(__file__).with_name("export_runner.py")
+
+
+def flat_weights(model: Pretrained, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """All parameters by dotted names that begin with "aim." and "vq."."""
+    tree = {"aim": model.aim_params, "vq": model.vq_params}
+    return {k: np.asarray(v, jnp.dtype(dtype)) for k, v in flatten_dict(tree, sep=".").items()}
+
+
+def _unflatten(weights: dict) -> dict:
+    return unflatten_dict({k: v.astype(jnp.float32) for k, v in weights.items()}, sep=".")
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def export_sampler(model: Pretrained, dtype: str = "float32", platforms=PLATFORMS):
+    """The whole of `aim_jax.generate`, for any number of images.
+
+    Returns:
+      `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
+      cfg_scale (b,) float32, temperature (b,) float32, top_k (b,) int32, top_p (b,) float32) ->
+      (tokens (b, t) int32, images (b, H, W, c) uint8). Settings are not checked.
+    """
+    method = Method(model.aim_config, guided=True, schedule="constant", engine=ENGINE)
+
+    def sample(weights, labels, seed, index, cfg_scale, temperature, top_k, top_p):
+        params = _unflatten(weights)
+        nothing = jnp.zeros((labels.shape[0], 0), jnp.int32)
+        request = Request(labels, index, cfg_scale, temperature, top_k, top_p, nothing)
+        interval = jnp.array([0.0, 1.0])
+        tokens = _generate(params["aim"], seed, request, interval, method=method)
+        return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
+
+    (b,) = jax.export.symbolic_shape("b")
+    whole, real = jax.ShapeDtypeStruct((b,), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.float32)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments = (whole, seed, whole, real, real, whole, real)
+    weights = _shapes(flat_weights(model, dtype))
+    return jax.export.export(jax.jit(sample), platforms=platforms)(weights, *arguments)
+
+
+def export_decode_step(
+    model: Pretrained, rows: int, dtype: str = "float32", platforms=PLATFORMS
+) -> dict:
+    """The parts of the token loop, for programs with a loop of their own.
+
+    Returns:
+      `jax.export.Exported` by name. "begin": (weights, labels (rows,) int32) -> (x (rows, 1, d),
+      modulation, caches). "step": (weights, x, modulation, caches) -> (logits (rows, v) float32,
+      caches). "embed": (weights, tokens (rows,) int32, position () int32) -> the next step's x.
+      Modulation and caches are lists of arrays.
+    """
+    config = model.aim_config
+    weights = _shapes({k: v for k, v in flat_weights(model, dtype).items() if k.startswith("aim.")})
+
+    def apply(weights, method, *args):
+        return AiM(config).apply({"params": _unflatten(weights)["aim"]}, *args, method=method)
+
+    def begin(weights, labels):
+        x, modulation = apply(weights, "condition", labels)
+        decoder = ModuleDecoder.of(_unflatten(weights)["aim"], modulation, config, ENGINE)
+        caches = decoder.start(decoder.params, x[:, :0], config.num_tokens)
+        return x, modulation, caches
+
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    x, modulation, caches = jax.eval_shape(begin, weights, labels)
+    leaves = [jax.tree.leaves(tree) for tree in (modulation, caches)]
+    restore = [jax.tree.structure(tree).unflatten for tree in (modulation, caches)]
+
+    def begin_flat(weights, labels):
+        x, *rest = begin(weights, labels)
+        return x, *(jax.tree.leaves(tree) for tree in rest)
+
+    def step(weights, x, modulation, caches):
+        modulation, caches = restore[0](modulation), restore[1](caches)
+        decoder = ModuleDecoder.of(_unflatten(weights)["aim"], modulation, config, ENGINE)
+        logits, caches = decoder.step(x, caches, jnp.int32(0))
+        return logits, jax.tree.leaves(caches)
+
+    def embed(weights, tokens, position):
+        return apply(weights, "embed_codes", tokens[:, None], position[None])
+
+    export = lambda f, *args: jax.export.export(jax.jit(f), platforms=platforms)(*args)  # noqa: E731
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    return {
+        "begin": export(begin_flat, weights, labels),
+        "step": export(step, weights, x, *leaves),
+        "embed": export(embed, weights, labels, position),
+    }
+
+
+# What the programs of `export_decode_step` take and return.
+STEP = {
+    "begin": (("weights", "labels"), ("x", "modulation", "caches")),
+    "step": (("weights", "x", "modulation", "caches"), ("logits", "caches")),
+    "embed": (("weights", "tokens", "position"), ("x",)),
+}
+
+
+def describe(name: str, exported) -> dict:
+    """Arguments and results of a program of `STEP`: names, shapes and dtypes, in its order.
+
+    Arguments that the StableHLO leaves out, because nothing depends on them, are not listed.
+    """
+    takes, returns = STEP[name]
+    arguments, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    results = results if len(returns) > 1 else (results,)
+
+    def listed(names, values):
+        found = []
+        for (first, *rest), aval in jax.tree.leaves_with_path(list(values)):
+            inside = [jax.tree_util.keystr((key,), simple=True) for key in rest]
+            found.append(
+                {
+                    "name": "/".join([names[first.idx], *inside]),
+                    "shape": list(aval.shape),
+                    "dtype": str(aval.dtype),
+                }
+            )
+        return found
+
+    given = listed(takes, arguments)
+    return {
+        "arguments": [given[i] for i in exported.module_kept_var_idx],
+        "results": listed(returns, results),
+    }
+
+
+def save_exported(
+    model: Pretrained, out: str | os.PathLike, images: int = 1, dtype: str = "float32"
+) -> Path:
+    """Writes a directory that draws images without this library.
+
+    It holds sampler.jax (`export_sampler`), weights.safetensors, sample.py which runs them, and for
+    programs with a loop of their own begin, step and embed (`export_decode_step`): as .jax, and as
+    StableHLO in portable bytecode (.mlirbc) with a description of the arguments (.json).
+
+    Args:
+      images: at once in the step.
+      dtype: of the stored weights; the arithmetic is the model's.
+
+    Raises:
+      ValueError: the model lacks a part, or the package flatbuffers is missing.
+      FileExistsError: out exists and is not empty.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("exporting needs flatbuffers: pip install 'aim_jax[export]'.")
+    out = Path(out)
+    if model.aim_params is None or model.vq_params is None:
+        raise ValueError(f"{model.name}: exporting a sampler needs both an AiM and a tokenizer.")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name another directory.")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    # A program for several platforms takes the platform's number first; StableHLO is for all.
+    for name, exported in export_decode_step(model, 2 * images, dtype, ("cpu",)).items():
+        (partial / f"{name}.mlirbc").write_bytes(exported.mlir_module_serialized)
+        (partial / f"{name}.json").write_text(json.dumps(describe(name, exported), indent=1) + "\n")
+    programs = export_decode_step(model, 2 * images, dtype)
+    programs["sampler"] = export_sampler(model, dtype)
+    for name, exported in programs.items():
+        (partial / f"{name}.jax").write_bytes(exported.serialize())
+    save_file(flat_weights(model, dtype), partial / "weights.safetensors")
+    (partial / "settings.json").write_text(json.dumps(model.sampling, indent=1) + "\n")
+    shutil.copyfile(RUNNER, partial / "sample.py")
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    return out
