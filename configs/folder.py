@@ -1,0 +1,13 @@
+"""AiM on your pictures, whose folder of class folders is named after a colon.
+
+Needs the tokenizer of configs/folder_vq.py, in runs/vq or --config.tokenizer. Size and steps are
+chosen from what is in the folder, and printed.
+
+python launch/train.py --config configs/folder.py:pictures --workdir runs/aim
+"""
+
+from aim_jax.own_images import aim_config
+
+
+def get_config(directory=""):
+    return aim_config(directory)

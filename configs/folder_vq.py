@@ -1,0 +1,13 @@
+"""A tokenizer for your pictures, whose folder of class folders is named after a colon.
+
+Size, channels, codes and steps are chosen from what is in it, and printed; every field can be
+overridden as always.
+
+python launch/train_vq.py --config configs/folder_vq.py:pictures --workdir runs/vq
+"""
+
+from aim_jax.own_images import vq_config
+
+
+def get_config(directory=""):
+    return vq_config(directory)
