@@ -65,7 +65,6 @@ def test_bytes_per_step_of_aim_b():
 
 
 def test_rates_are_drawn_beside_their_floor(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the dev extra")
     args = decode_cpu.parse(["--ours", "recurrent", "--plot", str(tmp_path / "rates.png")])
     decode_cpu.plot_rates(RESULTS, args)
     assert args.plot.stat().st_size > 10_000
@@ -193,7 +192,6 @@ def test_table_of_footprints():
 def test_growth_is_fitted_and_drawn(tmp_path):
     x = [1, 2, 4]
     assert scale.slope(x, [3 * n**2 for n in x]) == pytest.approx(2)
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the dev extra")
     rows = [{"x": n, "seconds": n, "bytes": 1e9 * n} for n in x]
     results = {"series": {"tokens": rows}, "sent": {"data": [(2, 1e6), (4, 2e6)]}}
     scale.plot(results, tmp_path / "plot.png")

@@ -123,7 +123,6 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
 
 
 def test_plots(tiny_model, tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need the eval extra")
     rows = [
         {"settings": {"cfg_scale": s, "top_k": k}, "metrics": {"fid": s + k, "kid": [s, 0.1]}}
         for s in (1.0, 2.0) for k in (0, 5)
