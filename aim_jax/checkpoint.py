@@ -380,11 +380,15 @@ def bundled_models() -> dict[str, Path]:
 
 
 def find_model(name_or_path: str | os.PathLike) -> Path:
-    """The model directory that a bundled name, a model directory or a training workdir means.
+    """The model directory that a bundled name, a directory, a workdir or a hub address means.
 
     Raises:
       FileNotFoundError: no such model.
     """
+    if str(name_or_path).startswith("hf://"):  # the network is used only when it is asked for
+        from aim_jax.hub import download
+
+        name_or_path = download(str(name_or_path))
     bundled = bundled_models()
     path = bundled.get(str(name_or_path), Path(name_or_path))
     if not (path / MODEL_FILE).is_file() and (path / "model" / MODEL_FILE).is_file():
@@ -402,7 +406,8 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
 
     Args:
       name_or_path: "fashion_mnist", "cifar10", ...; a model directory; or a training workdir, whose
-        newest exported model (`model/`) is taken.
+        newest exported model (`model/`) is taken; or "hf://owner/name[@revision]" on the hub, which
+        needs the extra `hub` and is fetched once.
       as_stored: parameters as NumPy arrays in the types that they are stored in, instead of float32
         on the first device.
 

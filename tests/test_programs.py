@@ -39,7 +39,7 @@ def test_every_program_shows_an_example(program):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_builds_its_model(config):
+def test_every_configuration_builds_its_model(config, picture_folder):
     from aim_jax.config import image_spec
     from aim_jax.models import AiMConfig, VQConfig
     from aim_jax.optim import learning_rate
@@ -47,7 +47,8 @@ def test_every_configuration_builds_its_model(config):
     spec = importlib.util.spec_from_file_location(config.stem, config)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for arguments in ([], *([variant] for variant in getattr(module, "MODEL", ()))):
+    needed = [str(picture_folder)] if config.stem.startswith("folder") else []
+    for arguments in (needed, *([variant] for variant in getattr(module, "MODEL", ()))):
         built = module.get_config(*arguments)
         if built.stage == "eval":
             assert set(built.sample) <= set(inspect.signature(generate).parameters)

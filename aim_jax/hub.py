@@ -1,0 +1,133 @@
+"""Model directories on the Hugging Face hub, and the card that a published model comes with."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from aim_jax.checkpoint import MODEL_FILE, Pretrained, find_model, load_pretrained
+
+PREFIX = "hf://"
+# What a model directory is made of; nothing else of a repository is fetched.
+PATTERNS = [MODEL_FILE, "README.md", "aim/*", "vq/*"]
+
+
+def download(address: str) -> Path:
+    """Fetches a model directory from the hub, or finds it in the hub's cache.
+
+    Nothing of it is run: parameters are arrays, the rest is JSON.
+
+    Args:
+      address: "hf://owner/name" or "hf://owner/name@revision".
+
+    Raises:
+      ValueError: the address is malformed, or huggingface_hub is not installed.
+      FileNotFoundError: no such repository or revision, or no network and nothing in the cache.
+    """
+    name, _, revision = address.removeprefix(PREFIX).partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"{address!r}: expected hf://owner/name or hf://owner/name@revision.")
+    hub = _import_hub()
+    try:
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
+    except hub.errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{address}: the hub cannot be reached, and the model is not in its cache. Connect "
+            f"once, or fetch it elsewhere (hf download {name} --local-dir DIR) and load DIR."
+        ) from None
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
+        raise FileNotFoundError(
+            f"{address}: no such repository or revision, or it is private: log in with hf auth "
+            "login."
+        ) from None
+
+
+def publish(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    report: Mapping | None = None,
+    repository: str = "",
+) -> Path:
+    """Copies a model directory, writes its card, and uploads both if a repository is named.
+
+    Args:
+      checkpoint: see `find_model`.
+      out: directory to make.
+      report: of `aim_jax.evaluate.evaluate`, for the card.
+      repository: "owner/name" on the hub; "" uploads nothing.
+
+    Raises:
+      FileExistsError: out exists.
+    """
+    source, out = find_model(checkpoint), Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name another directory.")
+    hub = _import_hub() if repository else None
+    card = model_card(load_pretrained(source, as_stored=True), report, repository)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("README.md"))
+    (partial / "README.md").write_text(card)
+    os.replace(partial, out)
+    if hub is not None:
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=str(out), allow_patterns=PATTERNS)
+    return out
+
+
+def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:
+    """Markdown with the hub's header: what the model is, how it is used, how good it is."""
+    load = f"{PREFIX}{repository}" if repository else "DIRECTORY"
+    title = repository.rpartition("/")[2] or Path(model.name).resolve().name
+    parts = {"AiM": model.aim_params, "tokenizer": model.vq_params}
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in parts.items() if v is not None}
+    lines = [
+        "---", "library_name: aim_jax", "tags: [image-generation, mamba, jax]", "---", "",
+        f"# {title}", "",
+        "A model of [AiM](https://arxiv.org/abs/2408.12245), autoregressive image generation with "
+        "Mamba, in the format of the library aim_jax.", "",
+        "```python", "import aim_jax", f'model = aim_jax.load_pretrained("{load}")',
+    ]  # fmt: skip
+    if model.aim_params is not None and model.vq_params is not None:
+        lines.append("images = aim_jax.generate(model, labels=[0, 1, 2], seed=0).images")
+    lines += ["```", "", "| | |", "|---|---|"]
+    lines += [f"| parameters, {name} | {count:,} |" for name, count in sizes.items()]
+    if model.aim_config is not None:
+        c = model.aim_config
+        lines.append(
+            f"| AiM | {c.n_layer} layers of width {c.d_model}, {c.mixer}, adaLN {c.adaln}, "
+            f"{c.num_tokens} tokens of {c.vocab_size} |"
+        )
+    if model.vq_config is not None:
+        v = model.vq_config
+        lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codes |")
+    if model.class_names:
+        lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
+    lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
+    lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
+    if report is not None:
+        lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
+        given = {**report["settings"], **report["environment"]}
+        lines += ["", "; ".join(f"{k} {v}" for k, v in given.items()) + "."]
+        lines += ["", *(f"- {note}" for note in report["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def _text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list) and len(value) == 2:
+        return f"{value[0]:.5g} ± {value[1]:.2g}"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _import_hub():
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError:
+        raise ValueError("the hub needs huggingface_hub: pip install 'aim_jax[hub]'.") from None
+    return huggingface_hub

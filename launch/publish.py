@@ -1,0 +1,36 @@
+"""Makes a directory to publish: a model and its generated card; uploads it on request.
+
+Example:
+  python launch/publish.py --checkpoint runs/aim --evaluation evaluation --out published
+  python launch/publish.py --checkpoint runs/aim --out published --repository owner/name
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from aim_jax.launching import errors_in_one_line
+
+flags.DEFINE_string("checkpoint", None, "Bundled name, model directory, or workdir of a run.")
+flags.DEFINE_string("out", None, "Directory to make.")
+flags.DEFINE_string("evaluation", "", "Directory of launch/evaluate.py, for the card.")
+flags.DEFINE_string("repository", "", "owner/name on the hub, to upload to (needs aim_jax[hub]).")
+flags.mark_flags_as_required(["checkpoint", "out"])
+
+
+def main(_):
+    with errors_in_one_line():
+        from aim_jax.hub import publish
+        from aim_jax.monitor import say
+
+        f = flags.FLAGS
+        report = (
+            json.loads((Path(f.evaluation) / "report.json").read_text()) if f.evaluation else None
+        )
+        say(f"wrote {publish(f.checkpoint, f.out, report, f.repository)}")
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

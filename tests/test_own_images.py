@@ -1,0 +1,62 @@
+"""Configurations that are chosen from a folder of pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aim_jax.models import AiMConfig, VQConfig
+from aim_jax.own_images import Survey, aim_config, survey, vq_config
+
+
+@pytest.mark.parametrize(
+    ("side", "images", "size", "factor", "codes"),
+    [
+        (8, 1_000, 16, 2, 256),
+        (28, 60_000, 32, 4, 1024),
+        (64, 4_999, 64, 4, 256),
+        (100, 100_000, 128, 8, 4096),
+        (500, 2_000_000, 256, 16, 16384),
+    ],
+)
+def test_sizes_follow_the_pictures(side, images, size, factor, codes):
+    found = Survey("pictures", images, 3, 3, side)
+    assert (found.image_size, found.downsampling, found.codes) == (size, factor, codes)
+
+
+@pytest.fixture(params=["L", "RGB"])
+def folder(request, tmp_path):
+    """Two classes of pictures of several sizes, the median of the shorter sides 60."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i, side in enumerate((40, 60, 60, 90)):
+            shape = (side, side + 10) + ((3,) if request.param == "RGB" else ())
+            pixels = rng.integers(0, 256, shape).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    return tmp_path, {"L": 1, "RGB": 3}[request.param]
+
+
+def test_both_stages_fit_the_folder_and_each_other(folder, capsys, monkeypatch):
+    path, channels = folder
+    monkeypatch.delenv("AIM_JAX_LPIPS", raising=False)
+    found = survey(str(path))
+    assert found == Survey(str(path), 6, 2, channels, 60)
+    tokenizer, aim = vq_config(str(path)), aim_config(str(path))
+    said = capsys.readouterr().err
+    assert "6 " in said and "2 classes, about 60 pixels -> 64" in said and "without LPIPS" in said
+    vq, model = VQConfig(**tokenizer.model), AiMConfig(**aim.model)
+    assert vq.downsampling == 4 and vq.in_channels == vq.out_channels == channels
+    assert model.num_tokens == (64 // 4) ** 2 and model.num_classes == 2
+    assert model.vocab_size == vq.n_embed == 256
+    for config in (tokenizer, aim):
+        assert config.data.image_size == 64 and config.data.channels == channels
+        assert config.data.dir == str(path) and config.data.name == "folder"
+    monkeypatch.setenv("AIM_JAX_LPIPS", "lpips.safetensors")
+    assert vq_config(str(path)).loss.perceptual == 1.0
+
+
+def test_a_missing_folder_is_said():
+    with pytest.raises(ValueError, match=r"configs/folder_vq.py:DIR"):
+        vq_config("")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        aim_config("/nowhere")
