@@ -18,9 +18,10 @@ demo: venv  ## sample labelled grids from the bundled models
 test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs those this leaves out
 	@$(VENV)/bin/python -m pytest
 
-lint: $(VENV)/.tests  ## check style and formatting
+lint: $(VENV)/.tests  ## check style, formatting, and the types of the public modules
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 
 format: $(VENV)/.tests  ## mend style and formatting
 	@$(VENV)/bin/ruff check --fix .

@@ -42,9 +42,11 @@ CHUNK_BYTES = 8 * 2**20  # written at once
 LARGE_BYTES = 64 * 2**20  # read alone
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
-RESUMABLE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "keep", "codes")
-RESUMABLE += ("export_every", "profile", "optimizer.skip_limit", "data.dir")
-RESUMABLE += ("mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp")
+RESUMABLE = (
+    "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
+    "profile", "codes", "data.dir", "optimizer.skip_limit",
+    "mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp",
+)  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,7 +73,8 @@ class RunCheckpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._lister, self._closed = None, threading.Event()
+        self._lister: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint."""
@@ -261,7 +264,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
@@ -425,8 +428,8 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
     load = functools.partial(_load_params, as_stored=as_stored)
-    aim_params = aim_config and load(path / "aim", aim.init_params, aim_config)
-    vq_params = vq_config and load(path / "vq", vq.init_params, vq_config)
+    aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
+    vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
     return Pretrained(
         name=str(name_or_path),
         aim_config=aim_config,
@@ -501,7 +504,7 @@ def _load_params(path: Path, init_params, config, as_stored: bool) -> dict:
             if as_stored
             else ocp.ArrayRestoreArgs(dtype=jnp.float32, sharding=sharding)
         )
-        restored = {}
+        restored: dict = {}
         for group in _large_alone(flatten_dict(abstract)):
             args = ocp.args.PyTreeRestore(
                 unflatten_dict(group),

@@ -167,7 +167,7 @@ class ModuleDecoder:
 
         rest = {name: value for name, value in params.items() if name != "layers"}
         layers = [of_layer(i) for i in range(config.n_layer)]
-        return cls(rest, modulation, layers, config, engine)
+        return cls(rest, modulation, layers, config, engine)  # type: ignore[call-arg]
 
     def segments(self, first: int) -> list[int]:
         """Where the loop over positions is cut, the end included: caches grow there.
@@ -191,7 +191,11 @@ class ModuleDecoder:
         """The caches with room for `tokens` positions."""
         if self.engine.form != "dual":
             return caches
-        return [c._replace(ssm_state=ops.grow_dual_cache(c.ssm_state, tokens)) for c in caches]
+        grown = []
+        for cache in caches:
+            state = ops.grow_dual_cache(cache.ssm_state, tokens)  # type: ignore[arg-type]
+            grown.append(cache._replace(ssm_state=state))  # type: ignore[arg-type]
+        return grown
 
     def step(
         self, x: jax.Array, caches: list[Cache], position: jax.Array

@@ -49,6 +49,7 @@ def export_sampler(model: Pretrained, dtype: str = "float32", platforms=PLATFORM
       cfg_scale (b,) float32, temperature (b,) float32, top_k (b,) int32, top_p (b,) float32) ->
       (tokens (b, t) int32, images (b, H, W, c) uint8). Settings are not checked.
     """
+    assert model.aim_config is not None and model.vq_config is not None
     method = Method(model.aim_config, guided=True, schedule="constant", engine=ENGINE)
 
     def sample(weights, labels, seed, index, cfg_scale, temperature, top_k, top_p):
@@ -79,6 +80,7 @@ def export_decode_step(
       Modulation and caches are lists of arrays.
     """
     config = model.aim_config
+    assert config is not None
     weights = _shapes({k: v for k, v in flat_weights(model, dtype).items() if k.startswith("aim.")})
 
     def apply(weights, method, *args):
@@ -93,14 +95,14 @@ def export_decode_step(
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
     x, modulation, caches = jax.eval_shape(begin, weights, labels)
     leaves = [jax.tree.leaves(tree) for tree in (modulation, caches)]
-    restore = [jax.tree.structure(tree).unflatten for tree in (modulation, caches)]
+    trees = [jax.tree.structure(tree) for tree in (modulation, caches)]
 
     def begin_flat(weights, labels):
         x, *rest = begin(weights, labels)
         return x, *(jax.tree.leaves(tree) for tree in rest)
 
     def step(weights, x, modulation, caches):
-        modulation, caches = restore[0](modulation), restore[1](caches)
+        modulation, caches = map(jax.tree.unflatten, trees, (modulation, caches))
         decoder = ModuleDecoder.of(_unflatten(weights)["aim"], modulation, config, ENGINE)
         logits, caches = decoder.step(x, caches, jnp.int32(0))
         return logits, jax.tree.leaves(caches)

@@ -21,7 +21,7 @@ def guidance_at(
     num_tokens: int,
     scale: jax.Array,
     schedule: str = "constant",
-    interval: tuple[jax.Array, jax.Array] = (0.0, 1.0),
+    interval: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.0, 1.0),
 ) -> jax.Array:
     """Guidance scale for one token of an image.
 

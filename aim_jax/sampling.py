@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from aim_jax import sharding
 from aim_jax.decode import Engine, make_decoder, resolve
@@ -35,7 +36,7 @@ class Request(NamedTuple):
     """
 
     labels: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
     cfg_scale: jax.Array
     temperature: jax.Array
     top_k: jax.Array
@@ -66,13 +67,13 @@ class Loop(NamedTuple):
 
 def generate_tokens(
     params: dict,
-    labels: jax.Array,
-    seed: jax.Array,
-    index: jax.Array,
-    cfg_scale: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
+    labels: ArrayLike,
+    seed: ArrayLike,
+    index: ArrayLike,
+    cfg_scale: ArrayLike,
+    temperature: ArrayLike,
+    top_k: ArrayLike,
+    top_p: ArrayLike,
     *,
     config: AiMConfig,
     guided: bool = True,
@@ -107,27 +108,30 @@ def generate_tokens(
     Raises:
       ValueError: the model or device has no such engine; a callback with several devices.
     """
-    b = labels.shape[0]
+    b = np.shape(labels)[0]
     given = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
+
+    def each(value, dtype):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), (b,))
+
     request = Request(
         jnp.asarray(labels, jnp.int32), jnp.asarray(index, jnp.int32),
-        *(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (b,)) for x in (cfg_scale, temperature)),
-        jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), (b,)),
-        jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), (b,)), given,
+        each(cfg_scale, jnp.float32), each(temperature, jnp.float32),
+        each(top_k, jnp.int32), each(top_p, jnp.float32), given,
     )  # fmt: skip
     devices = sharding.devices_of(params)
     rows = -(-b // len(devices)) * (2 if guided else 1)
     engine = resolve(engine, config, rows, devices[0].platform)
-    method, interval = Method(config, guided, schedule, engine), jnp.asarray(interval, jnp.float32)
+    method, part = Method(config, guided, schedule, engine), jnp.asarray(interval, jnp.float32)
     if callback is None and len(devices) == 1:
-        return _generate(params, seed, request, interval, method=method)
+        return _generate(params, seed, request, part, method=method)
     if callback is None:
-        return _generate_on(tuple(devices), params, seed, request, interval, method=method)
+        return _generate_on(tuple(devices), params, seed, request, part, method=method)
     if len(devices) > 1:
         raise ValueError(
             f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
         )
-    return _generate_watched(params, seed, request, interval, method, callback, every)
+    return _generate_watched(params, seed, request, part, method, callback, every)
 
 
 @functools.partial(jax.jit, static_argnames="method")

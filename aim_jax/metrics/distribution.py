@@ -18,7 +18,7 @@ class Gaussian(NamedTuple):
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # tuples have a method of that name
 
 
 class Moments:
@@ -84,7 +84,8 @@ class InceptionScore:
 
     def __init__(self, split_size: int = 5000):
         self._size, self._in_split = split_size, 0
-        self._mean, self._information, self._scores = 0.0, 0.0, []
+        self._mean, self._information = 0.0, 0.0
+        self._scores: list[float] = []
 
     def add(self, logits: np.ndarray) -> None:
         """logits (b, classes)."""

@@ -33,7 +33,7 @@ class FeatureSet(NamedTuple):
       inception_score: mean and standard deviation over splits, or None without the last layer.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
     pool: Gaussian
     spatial: Gaussian | None
     features: np.ndarray
@@ -88,7 +88,7 @@ class FeatureExtractor:
         indices = np.linspace(0, len(images) - 1, keep).astype(int)
         progress, scored = Progress(f"features of {images.name}"), False
         for batch in images.batches(self._batch_size):
-            found = self(batch)
+            found = jax.tree.map(np.asarray, self(batch))
             inside = (indices >= pool.count) & (indices < pool.count + len(batch))
             kept.append(found.pool[indices[inside] - pool.count])
             pool.add(found.pool)
@@ -116,8 +116,8 @@ class FeatureExtractor:
         found = self.of(images, keep)
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            np.savez(stream, **_pack(found))
+        with partial.open("wb") as written:
+            np.savez(written, **_pack(found))  # type: ignore[arg-type]
         os.replace(partial, file)
         return found
 
@@ -136,6 +136,7 @@ def over_processes(moments: Moments) -> Moments:
 
 
 def _pack(found: FeatureSet) -> dict[str, np.ndarray]:
+    assert found.spatial is not None  # only references of other evaluators lack it
     return {
         "count": np.asarray(found.count),
         "mu": found.pool.mean,

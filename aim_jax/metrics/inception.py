@@ -156,7 +156,7 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Features:
         """x float32 (b, 299, 299, 3)."""
-        x, spatial = _sequence("", STEM, x), None
+        x, spatial = _sequence("", STEM, x), x
         for block, branches in BLOCKS.items():
             outputs = [_sequence(f"{block}_{name}", steps, x) for name, steps in branches.items()]
             if block == "mixed_6":
@@ -222,7 +222,7 @@ def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     for i, j in np.ndindex(rows, columns):
         part = x[:, i : i + height : stride, j : j + width : stride]
         terms.append(part.reshape(-1, channels) @ kernel[i, j])
-    return sum(terms).reshape(*part.shape[:3], features)
+    return functools.reduce(jnp.add, terms).reshape(*part.shape[:3], features)
 
 
 def preprocess(images: jax.Array) -> jax.Array:

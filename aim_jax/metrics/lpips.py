@@ -37,7 +37,8 @@ class LPIPS(nn.Module):
                 f"LPIPS: pictures of {a.shape[1]} x {a.shape[2]} are too small; expected "
                 f"{MIN_SIDE} pixels or more along both sides."
             )
-        x, distance, number = (jnp.concatenate([a, b]) - SHIFT) / SCALE, 0.0, 0
+        x, number = (jnp.concatenate([a, b]) - SHIFT) / SCALE, 0
+        distance = jnp.zeros(len(a))
         for i, widths in enumerate(BLOCKS):
             x = nn.max_pool(x, (2, 2), (2, 2)) if i else x
             for width in widths:

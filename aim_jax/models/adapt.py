@@ -8,10 +8,14 @@ from aim_jax.models.aim import AiMConfig
 from aim_jax.models.layers import group_to_layer, layer_to_group
 
 # What two models must share for the weights of one to mean anything in the other.
-AIM_SHAPE = ("vocab_size", "num_tokens", "d_model", "n_layer", "mixer", "d_state", "d_conv")
-AIM_SHAPE += ("expand", "headdim", "ngroups", "mlp_hidden")
-VQ_SHAPE = ("in_channels", "out_channels", "ch", "ch_mult", "num_res_blocks", "z_channels")
-VQ_SHAPE += ("embed_dim", "n_embed", "l2_norm")
+AIM_SHAPE = (
+    "vocab_size", "num_tokens", "d_model", "n_layer", "mixer", "d_state", "d_conv", "expand",
+    "headdim", "ngroups", "mlp_hidden",
+)  # fmt: skip
+VQ_SHAPE = (
+    "in_channels", "out_channels", "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim",
+    "n_embed", "l2_norm",
+)  # fmt: skip
 
 
 def check_same(source, target, names: tuple[str, ...]) -> None:

@@ -32,7 +32,10 @@ from aim_jax.models.mamba2 import (
 )
 from aim_jax.sharding import constrain
 
-MIXERS = {"mamba1": (Mamba1, init_mamba1_cache), "mamba2": (Mamba2, init_mamba2_cache)}
+MIXERS: dict[str, tuple] = {
+    "mamba1": (Mamba1, init_mamba1_cache),
+    "mamba2": (Mamba2, init_mamba2_cache),
+}
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -275,7 +278,8 @@ class AiM(nn.Module):
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
         carry, _ = self.stack(x, modulation)
-        return self.final(*carry, modulation.final)
+        hidden, residual = carry
+        return self.final(hidden, residual, modulation.final)
 
     def condition(self, labels: jax.Array, train: bool = False) -> tuple[jax.Array, Modulation]:
         """labels (b,) -> (the sequence's first input (b, 1, d), modulation of every layer)."""
@@ -301,7 +305,8 @@ class AiM(nn.Module):
             None starts from zero and returns none.
         """
         carry, cache = self.stack(x, modulation, cache)
-        return self.logits(*carry, modulation.final), cache
+        hidden, residual = carry
+        return self.logits(hidden, residual, modulation.final), cache
 
     def stack(self, x: jax.Array, modulation: Modulation, cache: Cache | None = None):
         """Inputs (b, l, d) -> ((hidden, residual) after the last block, the cache)."""

@@ -225,16 +225,18 @@ class AdaLN(nn.Module):
         axes = ("adaln_group", "embed", "adaln_part", "modulation")
         shape = (self.num_groups, d, self.parts, d)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), shape)
-        axes = ("adaln_group", "adaln_part", "modulation")
-        shape = (self.num_groups, self.parts, d)
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), shape)
+        zeros = nn.with_logical_partitioning(
+            nn.initializers.zeros, ("adaln_group", "adaln_part", "modulation")
+        )
+        bias = self.param("bias", zeros, (self.num_groups, self.parts, d))
         group = jnp.arange(self.n_layer) % self.num_groups
         offset = bias[group]
         if self.table:
-            axes = ("layers", "adaln_part", "modulation")
-            init = nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), axes)
+            init = nn.with_logical_partitioning(
+                nn.initializers.normal(d**-0.5), ("layers", "adaln_part", "modulation")
+            )
             offset = offset + self.param("table", init, (self.n_layer, self.parts, d))
-        kernel = gathered(kernel, ("adaln_group", "embed", "adaln_part", "modulation"))
+        kernel = gathered(kernel, axes)
         shared = jnp.einsum("bd,gdpe->gbpe", nn.silu(c), kernel)
         return shared[group] + offset[:, None]
 

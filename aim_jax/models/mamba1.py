@@ -4,7 +4,7 @@ b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolu
 """
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from flax import linen as nn
 from aim_jax import ops
 from aim_jax.models.layers import CausalConv1D, Dense
 from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
+
+if TYPE_CHECKING:  # it imports this module
+    from aim_jax.models.aim import AiMConfig
 
 
 class Mamba1Cache(NamedTuple):
@@ -40,7 +43,7 @@ class Mamba1(nn.Module):
       config: AiMConfig.
     """
 
-    config: "AiMConfig"  # noqa: F821  (aim.py imports this module)
+    config: "AiMConfig"
 
     @nn.compact
     def __call__(
@@ -56,7 +59,7 @@ class Mamba1(nn.Module):
         x = x.astype(dtype)
         xs = Dense(e, ("embed", "inner"), dtype, name="x_proj")(x)
         z = Dense(e, ("embed", "inner"), dtype, name="z_proj")(x)
-        start = cache or Mamba1Cache(None, None)
+        start = cache or Mamba1Cache(None, None)  # type: ignore[arg-type]
         xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
 
         dt = Dense(r, ("inner", "dt_rank"), dtype, name="dt_in_proj")(xs)

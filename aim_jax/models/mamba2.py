@@ -4,7 +4,7 @@ b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g S
 """
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from flax import linen as nn
 from aim_jax import ops
 from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm
 from aim_jax.sharding import constrain
+
+if TYPE_CHECKING:  # it imports this module
+    from aim_jax.models.aim import AiMConfig
 
 
 class Mamba2Cache(NamedTuple):
@@ -47,7 +50,7 @@ class Mamba2(nn.Module):
       config: AiMConfig.
     """
 
-    config: "AiMConfig"  # noqa: F821  (aim.py imports this module)
+    config: "AiMConfig"
 
     @nn.compact
     def __call__(
@@ -72,7 +75,7 @@ class Mamba2(nn.Module):
 
         z, xs = (constrain(t, "batch", "length", "inner") for t in (z, xs))
 
-        start = cache or Mamba2Cache(None, None, None, None)
+        start = cache or Mamba2Cache(None, None, None, None)  # type: ignore[arg-type]
         xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
         B, conv_B = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_B")(B, start.conv_B)
         C, conv_C = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_C")(C, start.conv_C)

@@ -6,8 +6,8 @@ A VQGAN encoder and decoder (arXiv 2012.09841) around an l2-normalised codebook 
 
 import dataclasses
 import math
+from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -61,8 +61,7 @@ class VQConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
-@flax.struct.dataclass
-class Quantized:
+class Quantized(NamedTuple):
     """What the quantizer returns.
 
     Attributes:
@@ -167,8 +166,8 @@ class DoublingConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         ).reshape(b, h + 1, w + 1, 2, 2, c)  # fmt: skip
         # Even outputs begin one pixel before odd ones.
-        y = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
-        y = jnp.stack([jnp.stack(row, axis=3) for row in y], axis=2)
+        kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
+        y = jnp.stack([jnp.stack(row, axis=3) for row in kinds], axis=2)
         return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)
 
 
