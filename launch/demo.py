@@ -1,7 +1,9 @@
-"""Samples a labelled grid from every bundled model; what `make demo` runs.
+"""Samples a labelled grid from every bundled model, or serves a page to sample in a browser.
 
 Example:
-  python launch/demo.py --out demo
+  python launch/demo.py --out demo                  # what `make demo` runs
+  python launch/demo.py --page                      # needs pip install 'aim_jax[page]'
+  python launch/demo.py --page --checkpoint runs/aim --port 8000
 """
 
 import sys
@@ -15,9 +17,27 @@ from aim_jax.launching import errors_in_one_line
 flags.DEFINE_string("out", "demo", "Directory for the pictures.")
 flags.DEFINE_integer("per_class", 10, "Images per class.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
+flags.DEFINE_bool("page", False, "Serve a page instead of writing pictures.")
+flags.DEFINE_list("checkpoint", [], "Models of the page; the bundled ones by default.")
+flags.DEFINE_string("host", "127.0.0.1", "Address of the page; 0.0.0.0 is all of this machine's.")
+flags.DEFINE_integer("port", 7860, "Port of the page.", lower_bound=1)
 
 
 def main(_):
+    with errors_in_one_line():
+        serve_page() if flags.FLAGS.page else write_pictures()
+
+
+def serve_page():
+    from aim_jax.checkpoint import bundled_models, load_pretrained
+    from aim_jax.page import serve
+
+    f = flags.FLAGS
+    names = f.checkpoint or list(bundled_models())
+    serve({name: load_pretrained(name) for name in names}, f.host, f.port)
+
+
+def write_pictures():
     from PIL import Image
 
     from aim_jax.checkpoint import bundled_models, load_pretrained
@@ -25,17 +45,16 @@ def main(_):
     from aim_jax.pictures import save_png, side_by_side
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
-    with errors_in_one_line():
-        for name in bundled_models():
-            print(f"{name}:", file=sys.stderr)
-            model = load_pretrained(name)
-            out = Path(f.out) / name
-            classes = class_ids(model, [])
-            grids += sample_to_directory(
-                model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class
-            )
-        together = side_by_side([Image.open(grid) for grid in grids])
-        grids.append(save_png(together, Path(f.out) / "samples.png"))
+    for name in bundled_models():
+        print(f"{name}:", file=sys.stderr)
+        model = load_pretrained(name)
+        out = Path(f.out) / name
+        classes = class_ids(model, [])
+        grids += sample_to_directory(
+            model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class
+        )
+    together = side_by_side([Image.open(grid) for grid in grids])
+    grids.append(save_png(together, Path(f.out) / "samples.png"))
     print(f"\nPictures, {time.monotonic() - start:.0f} s after the start:")
     for path in grids:
         print(f"  {path.resolve()}")

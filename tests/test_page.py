@@ -1,0 +1,88 @@
+"""The page in a real browser: it draws, completes an upload, refuses what is no picture."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+gradio = pytest.importorskip("gradio", reason="the page needs pip install 'aim_jax[page]'")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="a browser is driven by playwright: pip install playwright"
+)
+
+from aim_jax.config import vq_defaults  # noqa: E402
+from aim_jax.page import LIMITS, build, drawn  # noqa: E402
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome on the PATH")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """It knows how its pictures, 4 x 4 and grey, were fitted."""
+    data = vq_defaults().data.to_dict() | {"name": "folder", "image_size": 4, "channels": 1}
+    return dataclasses.replace(tiny_model, info={"data": data})
+
+
+@pytest.fixture(scope="module")
+def browser_page(model):
+    app = build({"tiny": model})
+    _, address, _ = app.launch(
+        server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True, **LIMITS
+    )  # fmt: skip
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        yield page
+        browser.close()
+    app.close()
+
+
+def shown(page, element: str) -> bool:
+    """Waits for a picture inside an element."""
+    picture = page.locator(f"#{element} img").first
+    picture.wait_for(state="visible")
+    return picture.evaluate("image => image.decode().then(() => image.naturalWidth > 50)")
+
+
+def test_clicking_draws_a_picture(browser_page):
+    browser_page.locator("#draw").click()
+    assert shown(browser_page, "drawn")
+    browser_page.get_by_role("tab", name="Compare").click()
+    browser_page.locator("#compare").click()
+    assert shown(browser_page, "compared")
+
+
+def test_uploads_are_completed_or_refused(browser_page, tmp_path):
+    page = browser_page
+    page.get_by_role("tab", name="Complete").click()
+    page.locator("#complete").click()
+    page.get_by_text("Upload a picture, or draw one.").first.wait_for()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "good.png")
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")
+    page.locator("#upload img").first.wait_for(state="visible")
+    page.locator("#complete").click()
+    assert shown(page, "completed")
+
+    (tmp_path / "bad.png").write_text("this is no picture")
+    page.reload()
+    page.get_by_role("tab", name="Complete").click()
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
+    page.locator("#complete").click()
+    page.locator(".toast-body.error").first.wait_for()
+
+
+def test_rows_appear_one_after_the_other(model):
+    seen = list(drawn(model, np.array([0, 1]), 3, cfg_scale=2.0))
+    assert len(seen) == 3 and np.all(seen[0][:, 2:] == 128)
+    assert not np.all(seen[1][:, 2:] == 128)
+    np.testing.assert_array_equal(seen[-1], seen[-2])
+    with pytest.raises(ValueError, match="temperature"):
+        list(drawn(model, np.array([0]), 0, temperature=0.0))
