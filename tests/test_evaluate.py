@@ -109,8 +109,8 @@ def test_report_and_pictures(
     assert f"| fid | {metrics['fid']:.5g} |" in text and "cfg_scale | 2.0" in text
     notes = " ".join(report["notes"])
     assert "14 images in samples for 2048 features" in notes and "compare it with" in notes
-        # Six pictures beside the caption of their row.
-        assert np.asarray(Image.open(out / "neighbours.png")).shape[1] > 6 * 66 + 2
+    # Six pictures beside the caption of their row.
+    assert np.asarray(Image.open(out / "neighbours.png")).shape[1] > 6 * 66 + 2
     assert (out / "images.png").is_file() and len(list(cache.glob("*.npz"))) == 1
 
     # The pictures themselves, scored as samples: everything is as good as it can be.
