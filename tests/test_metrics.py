@@ -20,6 +20,7 @@ from aim_jax.metrics import (
     psnr,
     ssim,
 )
+from aim_jax.metrics import features as feature_sets
 from aim_jax.metrics.distribution import nearest
 from aim_jax.metrics.image_sets import ImageParts, NpzImages, SourceImages
 
@@ -222,3 +223,26 @@ def test_parts_go_on_and_join(tmp_path):
     (tmp_path / "parts" / "settings.json").unlink()
     with pytest.raises(ValueError, match="not the settings that it was made with"):
         ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})
+
+
+def test_moments_of_several_processes_are_joined_without_rounding(monkeypatch):
+    rng = np.random.default_rng(5)
+    parts = [1e6 + rng.normal(size=(count, 3)) for count in (7, 4)]
+    sides = []
+    for part in parts:
+        sides.append(Moments())
+        sides[-1].add(part)
+    sent = []
+
+    def every_process(mine):
+        """What all processes send, of which this is the first."""
+        other = np.concatenate([[sides[1].count], sides[1].total, sides[1].products.ravel()])
+        sent.append(mine)
+        return np.stack([mine, other.view(np.uint8)])
+
+    monkeypatch.setattr(feature_sets.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(feature_sets.multihost_utils, "process_allgather", every_process)
+    joined = feature_sets.over_processes(sides[0])
+    assert joined.count == 11 and sent[0].dtype == np.uint8
+    np.testing.assert_array_equal(joined.total, sides[0].total + sides[1].total)
+    np.testing.assert_array_equal(joined.products, sides[0].products + sides[1].products)
