@@ -20,7 +20,7 @@ from aim_jax.data import (
     open_images,
     token_batches,
 )
-from aim_jax.models.vq import VQModel
+from aim_jax.models.vq import VQModel, encoder_params
 from aim_jax.sharding import batch_sharding, make_mesh
 
 
@@ -51,6 +51,11 @@ def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Arr
     model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
     apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
     return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
+
+
+def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
+    """The `fingerprint` of what codes depend on; the decoder may be another one."""
+    return fingerprint(tokenizer.vq_config, encoder_params(tokenizer.vq_params))
 
 
 def parse_codes(text: str) -> list[tuple[Path, float]]:
@@ -85,7 +90,7 @@ class CodeData:
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
-        expected = fingerprint(tokenizer.vq_config, tokenizer.vq_params)
+        expected = tokenizer_fingerprint(tokenizer)
         paths, self._weights = zip(*parse_codes(config.codes), strict=True)
         self._train = [TokenCache.open(path / "train", expected) for path in paths]
         self._validation = TokenCache.open(paths[0] / "validation", expected)

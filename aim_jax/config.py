@@ -117,6 +117,7 @@ def vq_defaults() -> ConfigDict:
     config.discriminator = ConfigDict({"ch": 64, "depth": 3})  # fields of PatchGAN
     config.lpips = ""  # weights of the perceptual loss; "": the file that AIM_JAX_LPIPS names
     config.restart_codes = 0  # steps between new beginnings of codes out of use; 0: never
+    config.decoder_only = False  # keeps config.init's encoder and codebook, and so its codes
     # Weights of the network of FID, for rFID at every evaluation; "": none.
     config.inception = ""
     config.sample = ConfigDict({"images": 16})

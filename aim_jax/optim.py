@@ -54,8 +54,14 @@ def learning_rate(config, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, course], [config.warmup_steps])
 
 
-def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm, without bad steps."""
+def make_optimizer(
+    config, steps: int, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by the global norm, without bad steps.
+
+    Args:
+      frozen: top-level names of parameters that stay as they are.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config, steps),
@@ -64,6 +70,9 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+    if frozen:
+        held = lambda params: {name: name in frozen for name in params}  # noqa: E731
+        adamw = optax.chain(adamw, optax.masked(optax.set_to_zero(), held))
     return skip_bad_steps(optax.chain(clip, adamw), config.spike_factor)
 
 

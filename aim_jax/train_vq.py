@@ -32,6 +32,7 @@ from aim_jax.metrics.lpips import lpips
 from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import (
+    ENCODER,
     HISTORY_LENGTH,
     VQConfig,
     VQModel,
@@ -74,6 +75,7 @@ class Recipe:
       accumulate: micro-batches per step.
       ema_decay: of the averaged copy of the parameters; 0: none.
       restart_codes: steps between new beginnings of codes out of use; 0: never.
+      decoder_only: whether the encoder and the codebook, and so the codes, stay as they are.
     """
 
     model: VQConfig
@@ -83,6 +85,7 @@ class Recipe:
     accumulate: int = 1
     ema_decay: float = 0.0
     restart_codes: int = 0
+    decoder_only: bool = False
 
 
 def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 1) -> TrainState:
@@ -132,7 +135,7 @@ def train_step(
         params["discriminator"] = state.discriminator.params
     grad_fn = functools.partial(
         gradients, model=recipe.model, losses=recipe.losses, discriminator=recipe.discriminator,
-        lpips_params=lpips_params, step=state.step,
+        lpips_params=lpips_params, step=state.step, decoder_only=recipe.decoder_only,
     )  # fmt: skip
     grads, metrics, indices = accumulated_grads(grad_fn, params, batch, rng, recipe.accumulate)
     history = update_history(state.history, indices)
@@ -232,11 +235,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     for source in sources.values():
         check_images(source, spec)
     check_fit(model_config, config.data)
+    check_decoder_only(config)
     mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
     check_mesh(config, mesh)
     recipe = Recipe(
-        model_config, make_optimizer(config.optimizer, config.steps), LossConfig(**config.loss),
-        PatchGAN(**config.discriminator), config.accumulate, config.ema_decay, config.restart_codes,
+        model_config,
+        make_optimizer(config.optimizer, config.steps, ENCODER if config.decoder_only else ()),
+        LossConfig(**config.loss), PatchGAN(**config.discriminator), config.accumulate,
+        config.ema_decay, config.restart_codes, config.decoder_only,
     )  # fmt: skip
     recipe.losses.check_size(config.data.image_size, recipe.discriminator)
     lpips_params = replicate(open_lpips(config.lpips, recipe.losses), mesh)
@@ -359,6 +365,19 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
         raise ValueError(
             f"config.mesh.model={mesh.shape['model']}: tokenizers are split over the batch, and "
             "with config.mesh.fsdp=True their parameters too; leave config.mesh.model at 1."
+        )
+
+
+def check_decoder_only(config: ConfigDict) -> None:
+    """Raises ValueError where the encoder is to stay, but there is none, or codes would change."""
+    if config.decoder_only and not config.init:
+        raise ValueError(
+            "config.decoder_only=True keeps the encoder and codebook of a trained tokenizer; name "
+            "one in config.init."
+        )
+    if config.decoder_only and config.restart_codes:
+        raise ValueError(
+            "config.decoder_only=True keeps the codebook; set config.restart_codes to 0."
         )
 
 

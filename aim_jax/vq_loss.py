@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from aim_jax.metrics.lpips import MIN_SIDE, lpips
 from aim_jax.models.patchgan import PatchGAN
-from aim_jax.models.vq import VQConfig, VQModel
+from aim_jax.models.vq import VQConfig, VQModel, encoder_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,7 @@ def gradients(
     discriminator: PatchGAN,
     lpips_params: dict | None,
     step: jax.Array,
+    decoder_only: bool = False,
 ) -> tuple[dict, tuple[dict, jax.Array]]:
     """Gradients of tokenizer and discriminator, each of its own loss, on a batch of `images`.
 
@@ -127,6 +128,7 @@ def gradients(
       batch: "images" (b, H, W, c) in [-1, 1].
       lpips_params: see `aim_jax.convert.lpips.load_lpips`; needed with a perceptual loss.
       step: () optimizer steps done.
+      decoder_only: gradients of the encoder and the codebook are zero, and cost nothing.
 
     Returns:
       (gradients like params, (metrics, indices (b, t))).
@@ -134,6 +136,8 @@ def gradients(
     images = batch["images"]
 
     def reconstruct(vq):
+        if decoder_only:
+            vq = vq | jax.lax.stop_gradient(encoder_params(vq))
         recon, quantized = VQModel(model).apply(
             {"params": vq}, images, train=True, rngs={"dropout": rng}
         )
@@ -155,33 +159,19 @@ def gradients(
     loss += codebook
     grads = {}
     if losses.adversarial:
-        judged = _from_start(losses, step, discriminator, params["discriminator"], recon, images)
+        judged = judge(discriminator, params["discriminator"], recon, images)
         weight = losses.adversarial * (step >= losses.adversarial_start).astype(jnp.float32)
+        grads["discriminator"] = jax.tree.map(lambda g: weight * g, judged.grads)
         if losses.adaptive:
             weight *= adaptive_weight(backward, pull, judged.pull)
         loss += weight * judged.loss
         pull += weight * judged.pull
-        grads["discriminator"] = jax.tree.map(lambda g: losses.adversarial * g, judged.grads)
         metrics |= {
             "gan_loss": judged.loss, "gan_weight": weight, "hinge_loss": judged.hinge,
             "logits_real": judged.real, "logits_fake": judged.fake,
         }  # fmt: skip
     (grads["vq"],) = backward((pull, jnp.ones_like(codebook)))
     return grads, (metrics | {"loss": loss}, quantized.indices)
-
-
-def _from_start(losses: LossConfig, step: jax.Array, module: PatchGAN, params, recon, images):
-    """`judge`, or zeros, without computing anything, before `adversarial_start`."""
-
-    def judged(*args):
-        return judge(module, *args)
-
-    def silent(*args):
-        shapes = jax.eval_shape(judged, *args)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    started = step >= losses.adversarial_start
-    return jax.lax.cond(started, judged, silent, params, recon, images)
 
 
 def adaptive_weight(backward, pull: jax.Array, adversarial_pull: jax.Array) -> jax.Array:

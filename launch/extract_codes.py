@@ -47,7 +47,7 @@ def extract() -> None:
     from ml_collections import ConfigDict
 
     from aim_jax import data
-    from aim_jax.codes import local_encoder, open_tokenizer
+    from aim_jax.codes import local_encoder, open_tokenizer, tokenizer_fingerprint
     from aim_jax.config import image_spec
     from aim_jax.monitor import Progress, say
 
@@ -80,7 +80,7 @@ def extract() -> None:
     writers = {
         split: data.CacheWriter(
             Path(FLAGS.out) / split,
-            tokenizer=data.fingerprint(vq, tokenizer.vq_params),
+            tokenizer=tokenizer_fingerprint(tokenizer),
             tokenizer_name=tokenizer.name,
             vocab_size=vq.n_embed,
             grid=(side, side),

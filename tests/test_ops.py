@@ -11,6 +11,7 @@ import pytest
 
 from aim_jax.ops import (
     causal_conv1d,
+    conv2d,
     recurrence,
     selective_scan,
     selective_scan_step,
@@ -381,3 +382,26 @@ def test_the_kernels_name_the_extra_that_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with pytest.raises(ImportError, match=r"pip install 'aim_jax\[cuda\]'"):
         import aim_jax.ops.triton  # noqa: F401
+
+
+@pytest.mark.parametrize("side, kernel, stride", [(1, 3, 1), (2, 3, 1), (2, 3, 2), (3, 4, 2)])
+def test_convolution_of_a_map_smaller_than_its_kernel(side, kernel, stride):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, side, side + 1, 5))
+    w = jax.random.normal(keys[1], (kernel, kernel, 5, 7))
+    padding, numbers = ((1, 1), (1, 2)), ("NHWC", "HWIO", "NHWC")
+
+    def value_and_grads(convolve):
+        y, backward = jax.vjp(
+            lambda x, w: convolve(x, w, (stride, stride), padding, dimension_numbers=numbers), x, w
+        )
+        return y, backward(jax.random.normal(keys[2], y.shape))
+
+    for ours, theirs in zip(
+        jax.tree.leaves(value_and_grads(conv2d.conv_general_dilated)),
+        jax.tree.leaves(value_and_grads(jax.lax.conv_general_dilated)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    text = str(jax.make_jaxpr(lambda: value_and_grads(conv2d.conv_general_dilated))())
+    assert "conv_general_dilated" not in text

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from aim_jax.ops.conv2d import conv_general_dilated
+
 # Widths of the convolutions between one pooling and the next (arXiv 1409.1556, configuration D).
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # Mean and deviation of ImageNet's pixels, for pictures in [-1, 1].
@@ -42,7 +44,10 @@ class LPIPS(nn.Module):
         for i, widths in enumerate(BLOCKS):
             x = nn.max_pool(x, (2, 2), (2, 2)) if i else x
             for width in widths:
-                conv = nn.Conv(width, (3, 3), padding=1, dtype=self.dtype, name=f"conv_{number}")
+                conv = nn.Conv(
+                    width, (3, 3), padding=1, dtype=self.dtype, name=f"conv_{number}",
+                    conv_general_dilated=conv_general_dilated,
+                )  # fmt: skip
                 x, number = nn.relu(conv(x)), number + 1
             head = self.param(f"head_{i}", nn.initializers.ones, (widths[-1],))
             ours, theirs = jnp.split(_unit(x), 2)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from aim_jax.ops.conv2d import conv_general_dilated
+
 _normal = nn.initializers.normal(0.02)
 
 
@@ -41,8 +43,9 @@ class PatchGAN(nn.Module):
 
     def _conv(self, features: int, stride: int, name: str, **options) -> nn.Conv:
         return nn.Conv(
-            features, (4, 4), stride, padding=1, kernel_init=_normal, name=name, **options
-        )
+            features, (4, 4), stride, padding=1, kernel_init=_normal, name=name,
+            conv_general_dilated=conv_general_dilated, **options,
+        )  # fmt: skip
 
 
 class BatchNorm(nn.Module):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from aim_jax.ops.conv2d import conv_general_dilated
+
 NORM_GROUPS = 32
 
 
@@ -84,8 +86,20 @@ def group_norm(dtype, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
+# The parameters that codes depend on; the others only draw.
+ENCODER = ("encoder", "quant_conv", "quantize")
+
+
+def encoder_params(params: dict) -> dict:
+    """What two tokenizers have in common that make the same codes of a picture."""
+    return {name: params[name] for name in ENCODER}
+
+
 def conv3x3(features: int, dtype, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+    return nn.Conv(
+        features, (3, 3), padding=1, dtype=dtype, name=name,
+        conv_general_dilated=conv_general_dilated,
+    )  # fmt: skip
 
 
 class ResnetBlock(nn.Module):
@@ -133,8 +147,10 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         padding = ((0, 1), (0, 1))
-        conv = nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv")
-        return conv(x)
+        return nn.Conv(
+            x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv",
+            conv_general_dilated=conv_general_dilated,
+        )(x)  # fmt: skip
 
 
 class DoublingConv(nn.Module):

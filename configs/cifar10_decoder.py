@@ -1,0 +1,34 @@
+"""Sharper pictures from the same codes: the decoder of the bundled CIFAR-10 tokenizer with all losses.
+
+python launch/train_vq.py --config configs/cifar10_decoder.py --workdir runs/cifar10_decoder \
+  --config.lpips=lpips.safetensors
+"""
+
+from aim_jax.config import vq_defaults
+
+
+def get_config():
+    config = vq_defaults()
+    config.init = "cifar10"
+    config.decoder_only = True
+    config.batch_size = 32
+    config.steps = 900
+    config.log_every = 50
+    config.eval_every = config.sample_every = config.save_every = config.export_every = 300
+    config.export_dtype = "float16"
+    config.ema_decay = 0.99
+    config.loss.perceptual = 1.0
+    config.loss.adversarial = 0.5
+    config.loss.adversarial_start = 200
+    config.discriminator.update(ch=32, depth=2)
+    config.optimizer.lr = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 50
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.random_flip = True
+    config.model.update(
+        ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=64, embed_dim=8, n_embed=1024,
+        entropy_loss_ratio=0.05,
+    )  # fmt: skip
+    return config
