@@ -1,4 +1,4 @@
-"""Sharper pictures from the same codes: the decoder of the bundled CIFAR-10 tokenizer with all losses.
+"""The decoder of the bundled CIFAR-10 tokenizer, with all losses: sharper pictures, same codes.
 
 python launch/train_vq.py --config configs/cifar10_decoder.py --workdir runs/cifar10_decoder \
   --config.lpips=lpips.safetensors
