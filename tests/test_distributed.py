@@ -12,6 +12,7 @@ import pytest
 from aim_jax import train
 from aim_jax.distributed import settings
 from aim_jax.launching import EXIT_STOPPED
+from tests.compilation import xla_flags
 from tests.conftest import ROOT
 from tests.test_train import aim_config, codes  # noqa: F401  (fixtures)
 
@@ -46,8 +47,7 @@ def start(config, workdir, processes, *options):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(4 // processes),
         "PYTHONPATH": str(ROOT),
     }
     command = ["launch/train.py", "--config", config, "--workdir", workdir, *options]

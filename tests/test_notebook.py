@@ -9,6 +9,7 @@ import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 
+from tests.compilation import xla_flags
 from tests.conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "aim_jax.ipynb"
@@ -28,7 +29,7 @@ def test_notebook_runs_and_shows_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("AIM_JAX_QUICK", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # As the other tests compile, but for one device.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs"
     # The kernel of this interpreter, whatever kernels are installed.

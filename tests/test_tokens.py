@@ -30,6 +30,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel
+from tests.compilation import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -453,10 +454,9 @@ def start(tokenizer, out, *options, devices=2):
     """Starts the program with shards of 16 pictures."""
     program = [sys.executable, ROOT / "launch" / "extract_codes.py", f"--tokenizer={tokenizer}"]
     program += [f"--out={out}", "--batch_size=4", "--shard_size=16", *options]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [*map(str, program)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)},
     )  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from aim_jax import convert, loop, optim, train, train_vq
 from aim_jax.checkpoint import Pretrained, load_pretrained, save_model
-from aim_jax.codes import local_encoder, open_codes
+from aim_jax.codes import local_encoder, open_codes, tokenizer_fingerprint
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
-from aim_jax.data import CacheWriter, extract_codes, fingerprint, make_views, open_images
+from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
 from aim_jax.models.layers import group_to_layer
 from aim_jax.monitor import BadStepsError, Profiler
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
@@ -51,7 +51,7 @@ def codes(picture_folder, tiny_model, tmp_path_factory):
         source = open_images("folder", split, picture_folder)
         views = make_views("centre_flip" if split == "train" else "centre", spec)
         writer = CacheWriter(
-            root / split, tokenizer=fingerprint(tiny_model.vq_config, tiny_model.vq_params),
+            root / split, tokenizer=tokenizer_fingerprint(tiny_model),
             vocab_size=16, grid=(2, 2), class_names=source.class_names, views=views.names,
             num_examples=len(source),
         )  # fmt: skip
