@@ -1,10 +1,13 @@
-"""Batches of samples for people: progress, labelled grids, single PNGs and npz files."""
+"""Samples for people: labelled grids, single PNGs and npz files, comparisons, completions."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -135,6 +138,54 @@ def sample_to_directory(
         os.replace(partial, out / "samples.npz")
         paths.append(out / "samples.npz")
     return paths
+
+
+def compare_settings(
+    model: Pretrained, labels: Sequence[int], setting: str, values: Sequence[float], seed: int = 0
+) -> Image.Image:
+    """A grid with a row per value of a setting, in which only that setting differs.
+
+    Args:
+      model: with tokenizer. labels: class of each column.
+      setting: "cfg_scale", "temperature", "top_k" or "top_p"; the others are the model's defaults.
+      seed: see `generate`.
+    """
+    rows = [np.asarray(generate(model, labels, seed, **{setting: v}).images) for v in values]
+    return make_grid(np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values])
+
+
+def interpolate(
+    model: Pretrained, first: int, second: int, steps: int, count: int, seed: int = 0
+) -> Image.Image:
+    """A grid from one class (first row) to another (last), by mixing their embeddings.
+
+    Args:
+      model: with tokenizer. first, second: class ids. steps: rows, 2 or more.
+      count: pictures per row; those of a column share their randomness.
+      seed: see `generate`.
+    """
+    if steps < 2:
+        raise ValueError(f"{steps} steps from a class to another; expected 2 or more.")
+    shares = np.linspace(0, 1, steps, dtype=np.float32)
+    mixed = with_mixed_classes(model, first, second, shares)
+    rows = [np.asarray(generate(mixed, [i] * count, seed).images) for i in range(steps)]
+    names = [f"{1 - s:.0%} {class_name(model, first)}" for s in shares[:-1]]
+    return make_grid(np.concatenate(rows), count, [*names, f"100% {class_name(model, second)}"])
+
+
+def with_mixed_classes(
+    model: Pretrained, first: int, second: int, shares: np.ndarray
+) -> Pretrained:
+    """The model whose class i is (1 - shares[i]) of class `first` and shares[i] of `second`."""
+    params = flatten_dict(model.aim_params)
+    (path,) = (path for path in params if path[0] == "class_embedding")
+    table, shares = params[path], jnp.asarray(shares)[:, None]
+    mixed = (1 - shares) * table[first] + shares * table[second]
+    params[path] = jnp.concatenate([mixed, table[-1:]]).astype(table.dtype)
+    config = dataclasses.replace(model.aim_config, num_classes=len(mixed))
+    return dataclasses.replace(
+        model, aim_config=config, aim_params=unflatten_dict(params), class_names=()
+    )
 
 
 def complete(

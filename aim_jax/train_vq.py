@@ -148,10 +148,13 @@ def train_step(
             grads["discriminator"], adversary.opt_state, adversary.params
         )
         new = Discriminator(optax.apply_updates(adversary.params, updates), opt_state)
+        # Until its start its optimizer stands still as well: warmup, moments, the usual norm.
+        started = state.step > recipe.losses.adversarial_start
+        new = jax.tree.map(lambda new, old: jnp.where(started, new, old), new, adversary)
         state = state.replace(discriminator=new)
         # Its optimizer guards itself; a run whose discriminator stands still has to end as well.
-        bad = jnp.maximum(report["skipped_in_a_row"], opt_state.in_a_row)
-        report |= {"skipped": report["skipped"] + opt_state.skipped, "skipped_in_a_row": bad}
+        bad = jnp.maximum(report["skipped_in_a_row"], new.opt_state.in_a_row)
+        report |= {"skipped": report["skipped"] + new.opt_state.skipped, "skipped_in_a_row": bad}
     state = state.replace(history=history)
     if recipe.restart_codes:
         # Only once the whole history is of this run.

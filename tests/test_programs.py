@@ -13,7 +13,14 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from aim_jax.gallery import class_ids, complete, sample_to_directory
+from aim_jax.gallery import (
+    class_ids,
+    compare_settings,
+    complete,
+    interpolate,
+    sample_to_directory,
+    with_mixed_classes,
+)
 from aim_jax.launching import errors_in_one_line
 from aim_jax.monitor import MetricsWriter, duration
 from aim_jax.pictures import make_grid
@@ -83,6 +90,8 @@ def test_help_and_one_line_errors(tmp_path):
     assert "Traceback" not in wrong.stderr
     wrong = run("launch/train.py", "--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w")
     assert wrong.returncode == 1 and "launch/train_vq.py runs it" in wrong.stderr
+    wrong = run("launch/compare.py", "--cfg_scale", "1,2", "--between", "cat,dog")
+    assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
     assert not (tmp_path / "w").exists()
 
 
@@ -128,6 +137,33 @@ def test_completions_keep_what_is_given(tiny_model, picture_folder):
     np.testing.assert_array_equal(grid[2:66, 2:66, 0], first)
     np.testing.assert_array_equal(grid[2:34, 68:132, 0], first[:32])
     assert (grid[34:66, 68:132] == 127).all()
+
+
+def test_settings_are_compared_on_the_same_pictures(tiny_model):
+    scales = [1.0, 4.0]
+    grid = np.asarray(compare_settings(tiny_model, [0, 2, 1], "cfg_scale", scales, seed=3))
+    grid = grid[:, -(3 * 66 + 2) :]
+    for row, scale in enumerate(scales):
+        images = np.asarray(generate(tiny_model, [0, 2, 1], 3, cfg_scale=scale).images)
+        for column, image in enumerate(images):
+            cell = grid[2 + 66 * row :, 2 + 66 * column :][:64:16, :64:16, 0]
+            np.testing.assert_array_equal(cell, image[..., 0])
+    assert (grid[2:66, 2:200] != grid[68:132, 2:200]).any()
+
+
+def test_from_one_class_to_another(tiny_model):
+    ends = with_mixed_classes(tiny_model, 2, 0, np.array([0.0, 0.5, 1.0], np.float32))
+    table = ends.aim_params["class_embedding"]["table"]["embedding"]
+    old = tiny_model.aim_params["class_embedding"]["table"]["embedding"]
+    np.testing.assert_allclose(table, [old[2], (old[2] + old[0]) / 2, old[0], old[3]], rtol=1e-6)
+    for mixed, pure in ((0, 2), (2, 0)):  # at the ends it is the class itself, guidance included
+        np.testing.assert_array_equal(
+            generate(ends, [mixed] * 2).tokens, generate(tiny_model, [pure] * 2).tokens
+        )
+    grid = interpolate(tiny_model, 2, 0, 3, 4)
+    assert grid.height == 3 * 66 + 2
+    with pytest.raises(ValueError, match="1 steps"):
+        interpolate(tiny_model, 2, 0, 1, 4)
 
 
 def test_class_names_and_ids(tiny_model):

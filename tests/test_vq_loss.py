@@ -339,6 +339,7 @@ def test_run_leaves_everything_resumes_exactly_and_can_be_sharded(config, tmp_pa
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["gan_weight"] == 0 and steps[1]["gan_weight"] > 0
     assert {"hinge_loss", "logits_real", "logits_fake"} <= steps[1].keys()
+    assert whole.discriminator.opt_state.used == 3  # it stands still until its start
     held_out = [row["val_rec_l2"] for row in rows if "val_rec_l2" in row]
     assert held_out[-1] < held_out[0]
 
