@@ -1,5 +1,6 @@
 """Both training programs on small real files: learning, resuming, stopping, refusing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -314,10 +315,10 @@ def test_model_that_does_not_fit_is_refused(aim_config, tmp_path, field, value, 
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_or_foreign_tokenizer_is_refused(aim_config, vq_config, tmp_path):
-    vq_config.steps, vq_config.seed = 1, 7
-    train_vq.train(vq_config, tmp_path / "vq")
-    aim_config.tokenizer = str(tmp_path / "vq")
+def test_missing_or_foreign_tokenizer_is_refused(aim_config, tiny_model, tmp_path):
+    other = jax.tree.map(lambda x: x + 0.1, tiny_model.vq_params["encoder"])
+    other = dataclasses.replace(tiny_model, vq_params=tiny_model.vq_params | {"encoder": other})
+    aim_config.tokenizer = str(save_model(tmp_path / "vq", other))
     with pytest.raises(ValueError, match="was made with the tokenizer"):
         train.train(aim_config, tmp_path / "run")
     aim_config.tokenizer = ""

@@ -1,5 +1,6 @@
 """Losses of tokenizer training: LPIPS, PatchGAN, their gradients, dead codes, and a whole run."""
 
+import functools
 import os
 import pickle
 import signal
@@ -30,6 +31,7 @@ from aim_jax.models.vq import (
 )
 from aim_jax.optim import make_optimizer
 from aim_jax.sampling import to_uint8
+from aim_jax.sharding import make_mesh
 from aim_jax.train_vq import Recipe
 from aim_jax.vq_loss import LossConfig, gradients, judge, reconstruction_loss
 from tests import lpips_weights
@@ -308,8 +310,14 @@ def test_dead_codes_begin_anew_from_what_pictures_are_encoded_to(start):
 # --------------------------------------------------------------------------------------- whole run
 
 
+def on_devices(monkeypatch, count):
+    """Programs for one device compile in half the time."""
+    mesh = functools.partial(make_mesh, devices=jax.devices()[:count])
+    monkeypatch.setattr(train_vq, "make_mesh", mesh)
+
+
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     for split, count in (("train", 16), ("validation", 5)):
         for name in ("dark", "light"):
@@ -327,6 +335,7 @@ def config(tmp_path):
     config.loss.update(adversarial=0.5, adversarial_start=1)
     config.discriminator.update(ch=4, depth=2)
     config.sample.images = 4
+    on_devices(monkeypatch, 1)
     return config
 
 
@@ -357,6 +366,7 @@ def test_run_leaves_everything_resumes_exactly_and_can_be_sharded(config, tmp_pa
     half = config.copy_and_resolve_references()
     half.steps = 2
     half.mesh.fsdp = True
+    on_devices(monkeypatch, 4)
     split = train_vq.train(half, tmp_path / "c")
     kernel = split.params["decoder"]["conv_in"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, None, None, "data")
@@ -381,6 +391,7 @@ def test_decoder_alone(config, tmp_path):
 
 def test_what_is_missing_is_said_before_the_run(config, tmp_path, monkeypatch):
     monkeypatch.delenv("AIM_JAX_LPIPS", raising=False)
+    on_devices(monkeypatch, 8)
     for change, message in (
         ({"loss.perceptual": 1.0}, "needs the weights of LPIPS"),
         ({"lpips": str(tmp_path / "none.pth")}, "no such file"),
