@@ -309,6 +309,25 @@ class Pretrained:
         config = dataclasses.replace(self.aim_config, position_offset=offset)
         return dataclasses.replace(self, aim_config=config)
 
+    def with_tokenizer(self, other: "Pretrained") -> "Pretrained":
+        """The same AiM with another tokenizer of the same codes, whose decoder was trained on.
+
+        Raises:
+          ValueError: `other` has no tokenizer, or one whose codes mean something else.
+        """
+        if self.vq_params is None or other.vq_params is None:
+            raise ValueError(f"{self.name} and {other.name}: expected a tokenizer in both.")
+        codes = [vq.encoder_params(params) for params in (self.vq_params, other.vq_params)]
+        if jax.tree.map(jnp.shape, codes[0]) != jax.tree.map(jnp.shape, codes[1]) or not all(
+            jax.tree.leaves(jax.tree.map(np.array_equal, *codes))
+        ):
+            raise ValueError(
+                f"{other.name} has another encoder or codebook than {self.name}, so that its codes "
+                "mean something else. Train its decoder with config.init and "
+                "config.decoder_only=True."
+            )
+        return dataclasses.replace(self, vq_config=other.vq_config, vq_params=other.vq_params)
+
     def with_compute_dtype(self, dtype: str) -> "Pretrained":
         """The same model, both parts, computing in "float32" or "bfloat16"."""
         if dtype not in ("float32", "bfloat16"):

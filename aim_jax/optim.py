@@ -184,11 +184,12 @@ def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
 
 
 def update_ema(ema, params, decay: float, step: jax.Array):
-    """ema <- r * ema + (1 - r) * params with r = min(decay, (1 + step) / (10 + step)).
+    """ema <- ema + (1 - r) * (params - ema) with r = min(decay, (1 + step) / (10 + step)).
 
-    The rate grows with the steps, so that the average forgets the random start. None stays None.
+    The rate grows with the steps, so that the average forgets the random start. What stands still
+    stays as it is, bit by bit. None stays None.
     """
     if ema is None:
         return None
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -387,6 +387,12 @@ def test_decoder_alone(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, encoder_params(state.params), encoder_params(start))
     same = jax.tree.map(np.array_equal, state.params["decoder"], start["decoder"])
     assert not any(jax.tree.leaves(same))
+    old, new = load_pretrained(tmp_path / "start"), load_pretrained(tmp_path / "run")
+    model = old.with_tokenizer(new)
+    jax.tree.map(np.testing.assert_array_equal, model.vq_params["decoder"], state.ema["decoder"])
+    new.vq_params["quantize"]["embedding"] += 1
+    with pytest.raises(ValueError, match="has another encoder or codebook"):
+        old.with_tokenizer(new)
 
 
 def test_what_is_missing_is_said_before_the_run(config, tmp_path, monkeypatch):
