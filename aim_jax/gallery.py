@@ -145,13 +145,19 @@ def compare_settings(
 ) -> Image.Image:
     """A grid with a row per value of a setting, in which only that setting differs.
 
+    Above each column is its class.
+
     Args:
       model: with tokenizer. labels: class of each column.
       setting: "cfg_scale", "temperature", "top_k" or "top_p"; the others are the model's defaults.
       seed: see `generate`.
     """
     rows = [np.asarray(generate(model, labels, seed, **{setting: v}).images) for v in values]
-    return make_grid(np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values])
+    names = [class_name(model, label) for label in labels]
+    return make_grid(
+        np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values],
+        column_labels=names,
+    )  # fmt: skip
 
 
 def interpolate(

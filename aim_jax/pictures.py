@@ -15,15 +15,20 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
 
 
 def make_grid(
-    images: np.ndarray, columns: int, row_labels: list[str] | None = None, min_side: int = 64
+    images: np.ndarray,
+    columns: int,
+    row_labels: list[str] | None = None,
+    min_side: int = 64,
+    column_labels: list[str] | None = None,
 ) -> Image.Image:
-    """Lays images out in rows, each row with a caption at its left.
+    """Lays images out in rows, with captions at the left of rows and above columns.
 
     Args:
       images: uint8 (n, H, W, c), row by row.
       columns: images per row.
       row_labels: one caption per row.
       min_side: smaller images are enlarged by a whole factor, pixels kept sharp.
+      column_labels: one caption per column, cut off where it is wider than the column.
     """
     images = to_rgb(images)
     n, height, width = images.shape[:3]
@@ -35,14 +40,23 @@ def make_grid(
     left = 0
     if row_labels:
         left = int(max(font.getlength(label) for label in row_labels)) + 12
-    canvas = Image.new("RGB", (left + columns * width + MARGIN, rows * height + MARGIN), "white")
+    top = 18 if column_labels else 0
+    size = left + columns * width + MARGIN, top + rows * height + MARGIN
+    canvas = Image.new("RGB", size, "white")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        place = left + MARGIN + column * width, MARGIN + row * height
+        place = left + MARGIN + column * width, top + MARGIN + row * height
         canvas.paste(Image.fromarray(image), place)
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(row_labels or []):
-        draw.text((6, row * height + height // 2), label, fill="black", font=font, anchor="lm")
+        middle = top + row * height + height // 2
+        draw.text((6, middle), label, fill="black", font=font, anchor="lm")
+    small = ImageFont.load_default(size=12)
+    for column, label in enumerate(column_labels or []):
+        while small.getlength(label) > width:
+            label = label[:-1]
+        place = left + MARGIN + column * width + width // 2, top // 2
+        draw.text(place, label, fill="black", font=small, anchor="mm")
     return canvas
 
 

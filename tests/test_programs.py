@@ -146,9 +146,9 @@ def test_settings_are_compared_on_the_same_pictures(tiny_model):
     for row, scale in enumerate(scales):
         images = np.asarray(generate(tiny_model, [0, 2, 1], 3, cfg_scale=scale).images)
         for column, image in enumerate(images):
-            cell = grid[2 + 66 * row :, 2 + 66 * column :][:64:16, :64:16, 0]
+            cell = grid[20 + 66 * row :, 2 + 66 * column :][:64:16, :64:16, 0]
             np.testing.assert_array_equal(cell, image[..., 0])
-    assert (grid[2:66, 2:200] != grid[68:132, 2:200]).any()
+    assert (grid[20:84, 2:200] != grid[86:150, 2:200]).any()
 
 
 def test_from_one_class_to_another(tiny_model):
@@ -183,6 +183,10 @@ def test_grid_places_images_and_captions():
     assert (right[70:130, 70:130] == 200).all() and (right[4:60, 70:130] == 0).all()
     captions = grid[:, : -(3 * 66 + 2)]
     assert (captions[:66] < 128).any() and (captions[66:] < 128).any()
+    below = np.asarray(make_grid(images, 3, column_labels=["a", "", "too wide a name " * 9]))
+    head = below[:18] < 128
+    np.testing.assert_array_equal(below[18:], right)
+    assert head[:, :67].any() and not head[:, 69:133].any() and head[:, 134:].any()
 
 
 def test_metrics_of_repeated_steps_are_dropped(tmp_path):
