@@ -26,7 +26,7 @@ from aim_jax.metrics import (
     psnr,
     ssim,
 )
-from aim_jax.metrics.distribution import nearest
+from aim_jax.metrics.distribution import KERNEL_SUBSET, nearest
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.metrics.inception import NUM_FEATURES
@@ -145,6 +145,12 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
         notes.append(
             f"FID of {made.count} samples is larger than that of 50,000 of the same model; compare "
             "it with that of equally many samples alone."
+        )
+    fewest = min(len(reference.features), len(made.features))
+    if fewest < KERNEL_SUBSET:
+        notes.append(
+            f"KID was taken of subsets of {fewest} images, not of {KERNEL_SUBSET}: it is unbiased "
+            "all the same, but its deviation is another one."
         )
     if made.inception_score is None:
         notes.append(

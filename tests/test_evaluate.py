@@ -109,6 +109,7 @@ def test_report_and_pictures(
     assert f"| fid | {metrics['fid']:.5g} |" in text and "cfg_scale | 2.0" in text
     notes = " ".join(report["notes"])
     assert "14 images in samples for 2048 features" in notes and "compare it with" in notes
+    assert "KID was taken of subsets of 12 images, not of 1000" in notes
     # Six pictures beside the caption of their row.
     assert np.asarray(Image.open(out / "neighbours.png")).shape[1] > 6 * 66 + 2
     assert (out / "images.png").is_file() and len(list(cache.glob("*.npz"))) == 1

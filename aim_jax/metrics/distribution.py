@@ -119,8 +119,12 @@ class InceptionScore:
         return float(np.mean(self._scores)), float(np.std(self._scores))
 
 
+# Images of a subset for KID, of which 100 are drawn.
+KERNEL_SUBSET = 1000
+
+
 def kernel_distance(
-    a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
+    a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int = KERNEL_SUBSET, seed: int = 0
 ) -> tuple[float, float]:
     """KID: the squared MMD of features under (x . y / d + 1)^3, unbiased (arXiv 1801.01401).
 
