@@ -317,10 +317,11 @@ class Pretrained:
         """
         if self.vq_params is None or other.vq_params is None:
             raise ValueError(f"{self.name} and {other.name}: expected a tokenizer in both.")
-        codes = [vq.encoder_params(params) for params in (self.vq_params, other.vq_params)]
-        if jax.tree.map(jnp.shape, codes[0]) != jax.tree.map(jnp.shape, codes[1]) or not all(
-            jax.tree.leaves(jax.tree.map(np.array_equal, *codes))
-        ):
+        ours, theirs = (
+            flatten(vq.encoder_params(params)) for params in (self.vq_params, other.vq_params)
+        )
+        same = ours.keys() == theirs.keys()
+        if not same or not all(np.array_equal(ours[name], theirs[name]) for name in ours):
             raise ValueError(
                 f"{other.name} has another encoder or codebook than {self.name}, so that its codes "
                 "mean something else. Train its decoder with config.init and "

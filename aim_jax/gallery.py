@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -183,14 +183,18 @@ def with_mixed_classes(
     model: Pretrained, first: int, second: int, shares: np.ndarray
 ) -> Pretrained:
     """The model whose class i is (1 - shares[i]) of class `first` and shares[i] of `second`."""
-    params = flatten_dict(model.aim_params)
-    (path,) = (path for path in params if path[0] == "class_embedding")
-    table, shares = params[path], jnp.asarray(shares)[:, None]
-    mixed = (1 - shares) * table[first] + shares * table[second]
-    params[path] = jnp.concatenate([mixed, table[-1:]]).astype(table.dtype)
-    config = dataclasses.replace(model.aim_config, num_classes=len(mixed))
+    weights = jnp.asarray(shares)[:, None]
+
+    def mix(table):
+        rows = (1 - weights) * table[first] + weights * table[second]
+        return jnp.concatenate([rows, table[-1:]]).astype(table.dtype)  # the last is the null class
+
+    mixed = jax.tree.map(mix, model.aim_params["class_embedding"])
     return dataclasses.replace(
-        model, aim_config=config, aim_params=unflatten_dict(params), class_names=()
+        model,
+        aim_config=dataclasses.replace(model.aim_config, num_classes=len(shares)),
+        aim_params=model.aim_params | {"class_embedding": mixed},
+        class_names=(),
     )
 
 

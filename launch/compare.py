@@ -29,6 +29,18 @@ flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
 flags.DEFINE_string("out", "comparison.png", "The grid.")
 
 
+def numbers(name, texts):
+    """The values of a setting; one clear error where one is no number."""
+    kind = int if name == "top_k" else float
+    try:
+        return [kind(text) for text in texts]
+    except ValueError:
+        raise ValueError(
+            f"--{name}={','.join(texts)}: expected {'whole ' * (kind is int)}numbers between "
+            "commas, such as 1,2,4."
+        ) from None
+
+
 def main(_):
     from aim_jax.checkpoint import load_pretrained
     from aim_jax.gallery import class_ids, compare_settings, interpolate
@@ -44,14 +56,12 @@ def main(_):
             )
         if f.between and (len(f.between) != 2 or f.classes):
             raise ValueError("--between takes two classes, such as cat,dog, and no --classes.")
+        values = numbers(*given, f[given[0]].value) if not f.between else []
         model = load_pretrained(f.checkpoint)
         if f.between:
             grid = interpolate(model, *class_ids(model, f.between), f.steps, f.count, f.seed)
         else:
-            (name,) = given
-            kind = int if name == "top_k" else float
-            values = [kind(value) for value in f[name].value]
-            grid = compare_settings(model, class_ids(model, f.classes), name, values, f.seed)
+            grid = compare_settings(model, class_ids(model, f.classes), *given, values, f.seed)
         print(save_png(grid, f.out))
 
 

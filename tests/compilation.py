@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-# Unoptimised and by the older emitters, which are on their way out, compiling takes a quarter of
-# the time. XLA ends a process that names a flag it does not know.
+# Without optimisation, and with the older emitters, which are on their way out, much less is
+# compiled. XLA ends a process that names a flag it does not know.
 FAST = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
     FAST += " --xla_cpu_use_fusion_emitters=false"

@@ -92,6 +92,8 @@ def test_help_and_one_line_errors(tmp_path):
     assert wrong.returncode == 1 and "launch/train_vq.py runs it" in wrong.stderr
     wrong = run("launch/compare.py", "--cfg_scale", "1,2", "--between", "cat,dog")
     assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
+    wrong = run("launch/compare.py", "--top_k", "10,2.5")
+    assert wrong.returncode == 1 and "--top_k=10,2.5: expected whole numbers" in wrong.stderr
     assert not (tmp_path / "w").exists()
 
 
