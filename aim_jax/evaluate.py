@@ -27,7 +27,7 @@ from aim_jax.metrics import (
     ssim,
 )
 from aim_jax.metrics.distribution import KERNEL_SUBSET, nearest
-from aim_jax.metrics.features import FeatureExtractor, FeatureSet
+from aim_jax.metrics.features import FeatureExtractor, FeatureSet, sum_over_processes
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.reconstruction import WINDOW
@@ -46,6 +46,12 @@ def on_local_devices(model: Pretrained) -> Pretrained:
     everywhere = NamedSharding(make_mesh(devices=jax.local_devices()), PartitionSpec())
     parts = {k: jax.device_put(getattr(model, k), everywhere) for k in ("aim_params", "vq_params")}
     return dataclasses.replace(model, **parts)
+
+
+def _wait_for_all(what: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -111,10 +117,10 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
             )
             parts.add(i, to_rgb(np.asarray(drawn.images)[: len(batch)]))
             progress(min(done * size, len(labels)), min(len(mine) * size, len(labels)))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("samples")
+        _wait_for_all("samples")
         if jax.process_index() == 0:
             parts.join(len(numbers), labels=labels)
+        _wait_for_all("the file of the samples")
     return file
 
 
@@ -185,7 +191,9 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
     sums, progress, done = np.zeros(len(measured)), Progress("reconstructing"), 0
     model = on_local_devices(model)
-    for i, batch in enumerate(images.batches(size)):
+    rank, processes, total = jax.process_index(), jax.process_count(), -(-len(images) // size)
+    numbers = range(rank, total, processes)
+    for i, batch in zip(numbers, images.batches(size, rank, processes), strict=True):
         filled = np.resize(batch, (size, *batch.shape[1:]))
         tokens = encode(model.vq_params, filled.astype(np.float32) / 127.5 - 1)
         back = np.asarray(decode_images(model.vq_params, tokens, config=model.vq_config))
@@ -194,9 +202,13 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))
         sums += [float(np.sum(metric(batch, back))) for metric in measured.values()]
         done += len(batch)
-        progress(done, len(images))
-    parts.join(i + 1)
-    found = dict(zip(measured, (sums / done).tolist(), strict=True))
+        progress(min(done * processes, len(images)), len(images))
+    # Also the moment from which on all parts are there.
+    counts, sums = sum_over_processes(counts), sum_over_processes(sums)
+    if rank == 0:
+        parts.join(total)
+    found = dict(zip(measured, (sums / len(images)).tolist(), strict=True))
+    _wait_for_all("reconstructions")
     return file, found | codebook_use(counts)
 
 
@@ -248,12 +260,6 @@ def write_report(out: Path, report: dict) -> None:
     os.replace(partial, out / "report.md")
 
 
-def _wait_for_the_first() -> None:
-    """Keeps processes that have nothing to score; one that ends is taken for lost."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("scored")
-
-
 def evaluate(
     model: Pretrained | None,
     samples: str,
@@ -293,18 +299,17 @@ def evaluate(
         check_alike(given, target)
     out.mkdir(parents=True, exist_ok=True)
     if reconstructions:
-        if jax.process_index():
-            return _wait_for_the_first()
         file, extra = reconstruct(model, target, config, out)
     else:
         file = Path(samples) if samples else sample_npz(model, config, out)
-    if jax.process_index():
-        return _wait_for_the_first()
     made = NpzImages(file)
     check_alike(made, target)
     ref = open_reference(reference, extract, model, config, cache, made)
     # Kept until the report is written: they are most of the work.
     features = extract.of_cached(made, config.neighbour_images, out / "features")
+    if jax.process_index():
+        # A process that ends before the others is taken for lost.
+        return _wait_for_all("the report")
     metrics, notes = score(features, ref.features)
     if reconstructions:
         metrics = {"rfid": metrics["fid"]} | extra
@@ -331,5 +336,5 @@ def evaluate(
     shutil.rmtree(out / "features")
     for note in notes:
         say(f"note: {note}")
-    _wait_for_the_first()
+    _wait_for_all("the report")
     return report

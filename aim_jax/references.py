@@ -20,12 +20,12 @@ class Reference(NamedTuple):
     """What samples are compared with.
 
     Attributes:
-      name: for the report. features: see `FeatureSet`.
+      name: for the report. features: see `FeatureSet`; None on all processes but the first.
       images: where the kept features come from.
     """
 
     name: str
-    features: FeatureSet
+    features: FeatureSet | None
     images: ImageSet
 
 
@@ -97,9 +97,9 @@ def open_reference(
             if {"mu_s", "sigma_s"} <= set(statistics):
                 spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
             pool = Gaussian(statistics["mu"], statistics["sigma"])
-            return Reference(
-                Path(name).name, found._replace(count=0, pool=pool, spatial=spatial), images
-            )
+            if found is not None:
+                found = found._replace(count=0, pool=pool, spatial=spatial)
+            return Reference(Path(name).name, found, images)
     images = open_set(name, model, config, like)
     return Reference(images.name, extract.of_cached(images, keep, cache), images)
 

@@ -28,6 +28,7 @@ from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.loop import Discriminator, Stage, TrainState
 from aim_jax.metrics import Moments, codebook_use, frechet_distance, psnr
 from aim_jax.metrics.features import FeatureExtractor, over_processes
+from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.lpips import lpips
 from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.patchgan import PatchGAN
@@ -290,7 +291,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         return gaussian_of(to_uint8(batch["images"]) for batch in batches("validation"))
 
     def gaussian_of(pictures):
-        moments, progress = Moments(), Progress("features for rFID")
+        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
         for rows in pictures:
             moments.add(extract(np.asarray(rows)).pool)
             progress(moments.count * share[1], len(sources["validation"]))

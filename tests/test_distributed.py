@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from aim_jax import train
@@ -41,8 +42,8 @@ def test_where_the_other_processes_are_is_found():
         settings({}, "a:1", 4, 4)
 
 
-def start(config, workdir, processes, *options):
-    """Starts the training program as `processes` processes with four devices in all."""
+def start(command, processes):
+    """Starts a program as `processes` processes with four devices in all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -50,11 +51,11 @@ def start(config, workdir, processes, *options):
         "XLA_FLAGS": xla_flags(4 // processes),
         "PYTHONPATH": str(ROOT),
     }
-    command = ["launch/train.py", "--config", config, "--workdir", workdir, *options]
-    command += ["--coordinator", f"localhost:{port}", "--num_processes", processes]
+    if processes > 1:
+        command = [*command, "--coordinator", f"localhost:{port}", "--num_processes", processes]
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, command), "--process_id", str(i)],
+            [sys.executable, *map(str, command), *(["--process_id", str(i)] * (processes > 1))],
             cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(processes)
@@ -71,9 +72,13 @@ def finish(jobs, limit=300):
     return [job.returncode for job in jobs], "\n\n".join(outputs)
 
 
-def run(config, workdir, processes, *options):
-    """Runs the training program to its end."""
-    exits, outputs = finish(start(config, workdir, processes, *options))
+def training(config, workdir, *options):
+    return ["launch/train.py", "--config", config, "--workdir", workdir, *options]
+
+
+def run(command, processes):
+    """Runs a program to its end."""
+    exits, outputs = finish(start(command, processes))
     assert exits == [0] * processes, outputs
 
 
@@ -106,8 +111,9 @@ def test_processes_train_what_one_process_trains(
     """Two processes save, four go on with another mesh; the losses are those of one process."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     train.train(aim_config, alone)
-    run(config_file, together, 2, "--config.steps=3")
-    run(config_file, together, 4, "--config.mesh.model=2", "--config.mesh.fsdp=True")
+    run(training(config_file, together, "--config.steps=3"), 2)
+    mesh = ("--config.mesh.model=2", "--config.mesh.fsdp=True")
+    run(training(config_file, together, *mesh), 4)
     expected, found = losses(alone), losses(together)
     assert found.keys() == expected.keys() and len(found) == 8
     assert found == pytest.approx(expected, rel=1e-5)
@@ -116,13 +122,30 @@ def test_processes_train_what_one_process_trains(
     assert same[0] == same[1]
 
 
+def test_processes_divide_what_is_scored(tiny_model_dir, picture_folder, tmp_path):
+    """Two processes draw, reconstruct and score together what one does alone."""
+    outs = [tmp_path / "alone", tmp_path / "together"]
+    for processes, out in enumerate(outs, start=1):
+        run(["-m", "tests.scoring", tiny_model_dir, picture_folder, out], processes)
+    for name in ("samples", "reconstructions"):
+        images = [(out / name / f"{name}.npz").read_bytes() for out in outs]
+        assert images[0] == images[1]
+        one, two = (json.loads((out / name / "report.json").read_text())["metrics"] for out in outs)
+        assert two == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in one.items()}
+    # The reference was needed twice, and scored once.
+    kept = [np.load(*(out / "cache").iterdir()) for out in outs]
+    for key in kept[0].files:
+        np.testing.assert_allclose(kept[1][key], kept[0][key], atol=1e-5, err_msg=key)
+    assert kept[0]["count"] == 48 and kept[0]["features"].shape == (40, 2048)
+
+
 def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):
     """SIGTERM to one makes all save the same step; when one is gone the others end soon."""
 
     def running(step):
         options = [f"--config.{k}_every=0" for k in ("eval", "sample", "save")]
         options += ["--config.steps=1000000", "--heartbeat_seconds=10"]
-        jobs = start(config_file, tmp_path / "run", 2, *options)
+        jobs = start(training(config_file, tmp_path / "run", *options), 2)
         while not any(int(at) >= step for at, _ in (losses(tmp_path / "run") or {(0, ""): 0})):
             assert all(job.poll() is None for job in jobs), finish(jobs)
             time.sleep(0.1)

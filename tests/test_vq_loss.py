@@ -430,6 +430,7 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
         return extract
 
     monkeypatch.setattr(train_vq, "FeatureExtractor", extractor)
+    monkeypatch.setattr(train_vq, "NUM_FEATURES", 4)
     monkeypatch.setattr(train_vq, "load_inception", lambda path: {})
     monkeypatch.setattr(train_vq, "open_lpips", lambda path, losses: lpips_params)
     monkeypatch.setattr(train_vq, "lpips", lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3)))
@@ -441,7 +442,7 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
     made, real = pictures[:10], pictures[10:]
     recon = VQModel(SMALL).apply({"params": state.ema}, real.astype(np.float32) / 127.5 - 1)[0]
     np.testing.assert_array_equal(made, to_uint8(recon))
-    moments = [Moments(), Moments()]
+    moments = [Moments(4), Moments(4)]
     for side, of in zip(moments, (made, real), strict=True):
         side.add(extractor(None)(of).pool)
     expected = frechet_distance(*(side.gaussian() for side in moments))

@@ -24,12 +24,15 @@ class Gaussian(NamedTuple):
 class Moments:
     """Mean and covariance of features that come in batches; no feature is kept.
 
+    Args:
+      d: features of an image.
+
     Attributes:
       count: images; total: (d,) sum of their features; products: (d, d) sum of outer products.
     """
 
-    def __init__(self):
-        self.count, self.total, self.products = 0, 0.0, 0.0
+    def __init__(self, d: int):
+        self.count, self.total, self.products = 0, np.zeros(d), np.zeros((d, d))
 
     def add(self, features: np.ndarray) -> None:
         """features (b, d).
@@ -39,9 +42,9 @@ class Moments:
         """
         x = np.asarray(features, np.float64)
         if not np.all(np.isfinite(x)):
-            rows = np.flatnonzero(~np.isfinite(x).all(axis=1)) + self.count
+            broken = np.count_nonzero(~np.isfinite(x).all(axis=1))
             raise ValueError(
-                f"features of images {rows[:5].tolist()} are not finite; the weights of the "
+                f"features of {broken} of {len(x)} images are not finite; the weights of the "
                 "feature network are damaged, or do not belong to it."
             )
         self.count += len(x)
@@ -77,46 +80,44 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class InceptionScore:
-    """exp E KL(p(y|x) || p(y)) over splits of the images, in the order in which they come.
+    """exp E KL(p(y|x) || p(y)) over splits of the images in their order.
 
     arXiv 1606.03498, section 4, with the splits of 5000 of the ADM evaluator.
+
+    Args:
+      count: images in all. classes: of the logits.
+
+    Attributes:
+      sums: (splits, classes + 2), of every split the sums of p, of p . log p, and of images.
     """
 
-    def __init__(self, split_size: int = 5000):
-        self._size, self._in_split = split_size, 0
-        self._mean, self._information = 0.0, 0.0
-        self._scores: list[float] = []
+    def __init__(self, count: int, classes: int, split_size: int = 5000):
+        self._size = split_size
+        self.sums = np.zeros((-(-count // split_size), classes + 2))
 
-    def add(self, logits: np.ndarray) -> None:
-        """logits (b, classes)."""
+    def add(self, logits: np.ndarray, start: int) -> None:
+        """logits (b, classes) of the images start, start + 1, ..."""
         logits = np.asarray(logits, np.float64)
-        while len(logits):
-            part, logits = np.split(logits, [self._size - self._in_split])
-            log_p = part - part.max(axis=1, keepdims=True)
-            log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-            self._mean = self._mean + np.exp(log_p).sum(axis=0)
-            self._information += float((np.exp(log_p) * log_p).sum())
-            self._in_split += len(part)
-            if self._in_split == self._size:
-                self._close()
-
-    def _close(self) -> None:
-        mean = self._mean / self._in_split
-        entropy = -float((mean * np.log(np.maximum(mean, np.finfo(float).tiny))).sum())
-        self._scores.append(float(np.exp(self._information / self._in_split + entropy)))
-        self._mean, self._information, self._in_split = 0.0, 0.0, 0
+        log_p = logits - logits.max(axis=1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        information = (p * log_p).sum(axis=1, keepdims=True)
+        rows = np.concatenate([p, information, np.ones_like(information)], axis=1)
+        np.add.at(self.sums, (start + np.arange(len(rows))) // self._size, rows)
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits; the last one may be smaller.
 
         Raises:
-          ValueError: nothing was added.
+          ValueError: images are missing.
         """
-        if self._in_split:
-            self._close()
-        if not self._scores:
+        if not len(self.sums) or not self.sums[:, -1].all():
             raise ValueError("the Inception Score of no images.")
-        return float(np.mean(self._scores)), float(np.std(self._scores))
+        mean = self.sums[:, :-1] / self.sums[:, -1:]
+        p, information = mean[:, :-1], mean[:, -1]
+        entropy = -(p * np.log(np.maximum(p, np.finfo(float).tiny))).sum(axis=1)
+        scores = np.exp(information + entropy)
+        return float(scores.mean()), float(scores.std())
 
 
 # Images of a subset for KID, of which 100 are drawn.

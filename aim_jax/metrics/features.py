@@ -42,7 +42,7 @@ class FeatureSet(NamedTuple):
 
 
 class FeatureExtractor:
-    """The Inception network on all devices of this process.
+    """The Inception network on all devices; processes divide a set of images among them.
 
     Args:
       params: from `aim_jax.convert.inception.load_inception`.
@@ -57,6 +57,7 @@ class FeatureExtractor:
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._sharding = batch_sharding(mesh)
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._with_logits = "softmax" in params
         digest = hashlib.sha256()
         for layer in sorted(params):
             for part in sorted(params[layer]):
@@ -74,7 +75,7 @@ class FeatureExtractor:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
 
     def of(self, images: ImageSet, keep: int | None = None) -> FeatureSet:
-        """Goes through a set of images.
+        """Goes through a set of images. All processes call this, and all get the same.
 
         Args:
           keep: how many images' features to keep; all by default.
@@ -82,57 +83,100 @@ class FeatureExtractor:
         Raises:
           ValueError: a feature is not finite.
         """
-        pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
-        keep = len(images) if keep is None else min(keep, len(images))
+        count, size = len(images), self._batch_size
+        rank, processes = jax.process_index(), jax.process_count()
+        pool, spatial = Moments(inception.NUM_FEATURES), Moments(inception.NUM_SPATIAL)
+        score = InceptionScore(count, inception.NUM_CLASSES)
+        keep = count if keep is None else min(keep, count)
         # Not the first ones: data sets come class after class.
-        indices = np.linspace(0, len(images) - 1, keep).astype(int)
-        progress, scored = Progress(f"features of {images.name}"), False
-        for batch in images.batches(self._batch_size):
-            found = jax.tree.map(np.asarray, self(batch))
-            inside = (indices >= pool.count) & (indices < pool.count + len(batch))
-            kept.append(found.pool[indices[inside] - pool.count])
+        indices = np.linspace(0, count - 1, keep).astype(int)
+        kept = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
+        progress = Progress(f"features of {images.name}")
+        starts = range(rank * size, count, processes * size)
+        for start, batch in zip(starts, images.batches(size, rank, processes), strict=True):
+            found = self(batch)
+            inside = indices[(indices >= start) & (indices < start + len(batch))]
+            kept.append(found.pool[inside - start])
             pool.add(found.pool)
             spatial.add(found.spatial)
             if found.logits is not None:
-                score.add(found.logits)
-                scored = True
-            progress(pool.count, len(images))
+                score.add(found.logits, start)
+            progress(min(pool.count * processes, count), count)
+        score.sums = sum_over_processes(score.sums)
         return FeatureSet(
-            pool.count, pool.gaussian(), spatial.gaussian(), np.concatenate(kept), indices,
-            score.result() if scored else None,
+            count, over_processes(pool).gaussian(), over_processes(spatial).gaussian(),
+            _gather_rows(np.concatenate(kept), indices // size % processes), indices,
+            score.result() if self._with_logits else None,
         )  # fmt: skip
 
-    def of_cached(self, images: ImageSet, keep: int, cache: Path) -> FeatureSet:
-        """`of`, looked up in a directory first and kept there after."""
+    def of_cached(self, images: ImageSet, keep: int, cache: Path) -> FeatureSet | None:
+        """`of`, looked up in a directory first and kept there after.
+
+        All processes call this; it is the first one's directory, and only that process gets the
+        features.
+        """
+        first = jax.process_index() == 0
         key = json.dumps([FORMAT, images.identity, self.identity, min(keep, len(images))])
         file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        try:
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                return _unpack(stored)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            say(f"{file} is damaged ({error}); it is made anew.")
-        found = self.of(images, keep)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        with partial.open("wb") as written:
-            np.savez(written, **_pack(found))  # type: ignore[arg-type]
-        os.replace(partial, file)
+        found = _read(file) if first else None
+        if not sum_over_processes(np.array([found is not None], np.int32))[0]:
+            made = self.of(images, keep)
+            if first:
+                found = made
+                _write(file, found)
         return found
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of what all processes give, bit by bit NumPy's; each of them must call this."""
+    if jax.process_count() == 1:
+        return values
+    # As bytes: JAX would round float64 to float32.
+    mine = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+    every = np.ascontiguousarray(multihost_utils.process_allgather(mine))
+    return every.view(values.dtype).sum(axis=0).reshape(values.shape)
 
 
 def over_processes(moments: Moments) -> Moments:
     """The moments of what all processes have added together; each of them must call this."""
-    if jax.process_count() == 1:
-        return moments
-    # As bytes: JAX would round float64 to float32.
-    mine = np.concatenate([[moments.count], moments.total, moments.products.ravel()])
-    every = multihost_utils.process_allgather(mine.view(np.uint8)).view(np.float64).sum(axis=0)
-    joined, d = Moments(), len(moments.total)
-    joined.count, joined.total = round(every[0]), every[1 : 1 + d]
-    joined.products = every[1 + d :].reshape(d, d)
+    joined = Moments(len(moments.total))
+    joined.count = int(sum_over_processes(np.array([moments.count]))[0])
+    joined.total = sum_over_processes(moments.total)
+    joined.products = sum_over_processes(moments.products)
     return joined
+
+
+def _gather_rows(mine: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """The rows of all processes in order; owners (n,) says which process has which."""
+    if jax.process_count() == 1:
+        return mine
+    counts = np.bincount(owners, minlength=jax.process_count())
+    filled = np.pad(mine, ((0, counts.max() - len(mine)), (0, 0)))
+    every = multihost_utils.process_allgather(filled)
+    rows = np.empty((len(owners), mine.shape[1]), mine.dtype)
+    for process, count in enumerate(counts):
+        rows[owners == process] = every[process, :count]
+    return rows
+
+
+def _read(file: Path) -> FeatureSet | None:
+    """What `_write` wrote; None where it is missing or damaged."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return _unpack(stored)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        say(f"{file} is damaged ({error}); it is made anew.")
+    return None
+
+
+def _write(file: Path, found: FeatureSet) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with partial.open("wb") as written:
+        np.savez(written, **_pack(found))  # type: ignore[arg-type]
+    os.replace(partial, file)
 
 
 def _pack(found: FeatureSet) -> dict[str, np.ndarray]:

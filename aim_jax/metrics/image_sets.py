@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 
 from aim_jax.data import ImageSource, ImageSpec, preprocess
+from aim_jax.data.pipeline import prefetched
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 
@@ -36,8 +38,11 @@ class ImageSet(abc.ABC):
         return self.shape[0]
 
     @abc.abstractmethod
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 (b, H, W, c) in order, b = size but for the last."""
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """uint8 (b, H, W, c) in order, b = size but for the last.
+
+        Of these batches it is those with the numbers first, first + step, ... that come.
+        """
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """The images of some indices, in one pass."""
@@ -78,9 +83,10 @@ class SourceImages(ImageSet):
         pixels = preprocess(self._picture(index), self._spec)
         return np.round((pixels + 1) * 127.5).astype(np.uint8)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(self), size):
-            yield self.take(range(start, min(start + size, len(self))))
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        starts = grain.MapDataset.range(first * size, len(self), step * size)
+        batches = starts.map(lambda start: self.take(range(start, min(start + size, len(self)))))
+        return prefetched(batches, threads=min(8, os.cpu_count() or 1), workers=0)
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return np.stack([self._image(int(i)) for i in indices])
@@ -134,12 +140,13 @@ class NpzImages(ImageSet):
                 f"{self._path}: is no whole npz file with images in {self.KEY!r} ({error})."
             ) from None
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         with self._opened() as (stream, shape, _):
-            for start in range(0, len(self), size):
+            for number, start in enumerate(range(0, len(self), size)):
                 count = min(size, len(self) - start)
                 data = stream.read(count * math.prod(shape[1:]))
-                yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+                if number % step == first:
+                    yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
 class ImageParts:
