@@ -89,7 +89,7 @@ def choose_kernels(config: AiMConfig, platform: str) -> str:
         logging.log_first_n(
             logging.WARNING,
             "Decoding without fused kernels, which the cuda extra brings: "
-            "pip install 'aim_jax[cuda]'",
+            "pip install -e '.[cuda]'",
             1,
         )
     if platform == "cpu" and config.mixer == "mamba2":

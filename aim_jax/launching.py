@@ -1,6 +1,8 @@
 """What every program in launch/ does at its start."""
 
 import contextlib
+import glob
+import logging as standard_logging
 import os
 import sys
 
@@ -23,6 +25,8 @@ def errors_in_one_line():
     logging.set_verbosity(logging.WARNING)
     # Orbax logs the errors that it raises as well, with their tracebacks.
     logging.get_absl_handler().addFilter(_is_not_of_orbax)
+    if not glob.glob("/dev/nvidia*"):
+        standard_logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_of_cuda)
     keep_compiled_programs()
     try:
         yield
@@ -39,6 +43,11 @@ def errors_in_one_line():
 
 def _is_not_of_orbax(record) -> bool:
     return "orbax" not in record.pathname
+
+
+def _is_not_of_cuda(record) -> bool:
+    """JAX's plugin for CUDA, which the tests install to compile kernels, wants cuDNN on a CPU too."""
+    return not record.getMessage().startswith("Jax plugin configuration error")
 
 
 def keep_compiled_programs() -> None:

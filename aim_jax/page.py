@@ -225,5 +225,5 @@ def _import_gradio():
     try:
         import gradio
     except ImportError:
-        raise ValueError("the page needs Gradio: pip install 'aim_jax[page]'.") from None
+        raise ValueError("the page needs Gradio: pip install -e '.[page]'.") from None
     return gradio

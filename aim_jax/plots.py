@@ -13,7 +13,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'aim_jax[eval]'.") from None
+        raise ValueError("plots need matplotlib: pip install -e '.[eval]'.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

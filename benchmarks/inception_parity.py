@@ -20,7 +20,7 @@ import scipy.linalg
 try:
     import torch
 except ImportError:
-    sys.exit("The peer is PyTorch: pip install '.[torch]'")
+    sys.exit("The peer is PyTorch: pip install -e '.[torch]'")
 
 from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception

@@ -35,7 +35,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peers are PyTorch: pip install '.[torch]'")
+    sys.exit("The peers are PyTorch: pip install -e '.[torch]'")
 
 TOLERANCE = 1e-4
 SIZES = PRESETS | {

@@ -1,7 +1,7 @@
 """Fine-tunes converted AiM-B weights on your pictures: class folders, encoded beforehand.
 
 A tenth of the learning rate for 20 epochs of 50,000 pictures, averaged parameters, and the
-positions that the published sampler uses. Another number of classes gets a new class table.
+positions that the weights were trained with. Another number of classes gets a new class table.
 
 python launch/train.py --config configs/aim_finetune.py --workdir runs/mine \
   --config.init=models/aim_b --config.tokenizer=models/aim_b --config.codes=codes/mine \
@@ -21,5 +21,4 @@ def get_config():
     config.export_every = 0
     config.optimizer.update(lr=1e-5, schedule="cosine", warmup_steps=200)
     config.ema_decay = 0.999
-    config.model.position_offset = 1
     return config

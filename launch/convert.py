@@ -8,7 +8,7 @@ Examples:
   python launch/convert.py lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
 Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
-directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
+directory with one of them. Pickles need `pip install -e '.[torch]'`. docs/released_weights.md
 tells more.
 """
 

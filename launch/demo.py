@@ -2,7 +2,7 @@
 
 Example:
   python launch/demo.py --out demo                  # what `make demo` runs
-  python launch/demo.py --page                      # needs pip install 'aim_jax[page]'
+  python launch/demo.py --page                      # needs pip install -e '.[page]'
   python launch/demo.py --page --checkpoint runs/aim --port 8000
 """
 

@@ -2,7 +2,7 @@
 
 Example:
   python launch/extract_codes.py --tokenizer runs/cifar10_vq --out codes/cifar10
-  python launch/train.py --config configs/cifar10.py --workdir runs/cifar10 \
+  python launch/train.py --config configs/cifar10.py --workdir runs/cifar10 \\
     --config.tokenizer=runs/cifar10_vq --config.codes=codes/cifar10
 
 Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those

@@ -19,7 +19,8 @@ Trains on the GPU nodes of a Slurm cluster; submitted from the checkout with sba
 
 Example:
   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh -- \
-    --config configs/aim_xl.py --workdir /shared/runs/aim_xl
+    --config configs/aim_xl.py --workdir /shared/runs/aim_xl \
+    --config.codes=/shared/codes/imagenet --config.tokenizer=/shared/runs/vq_f16
 
 Usage: sbatch [OPTIONS OF SBATCH] launch/slurm.sh [OPTIONS] -- OPTIONS OF THE TRAINING
 

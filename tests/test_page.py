@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-gradio = pytest.importorskip("gradio", reason="the page needs pip install 'aim_jax[page]'")
+gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[page]'")
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="a browser is driven by playwright: pip install playwright"
 )
