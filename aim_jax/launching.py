@@ -46,7 +46,7 @@ def _is_not_of_orbax(record) -> bool:
 
 
 def _is_not_of_cuda(record) -> bool:
-    """JAX's plugin for CUDA, which the tests install to compile kernels, wants cuDNN on a CPU too."""
+    """JAX's plugin for CUDA, which the tests install to compile kernels, misses cuDNN on a CPU."""
     return not record.getMessage().startswith("Jax plugin configuration error")
 
 
