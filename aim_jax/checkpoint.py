@@ -44,7 +44,9 @@ SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 
 # Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
 RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
-    "profile", "codes", "data.dir", "optimizer.skip_limit",
+    "profile", "codes", "data.dir", "data.workers", "inception", "export_dtype", "sample.images",
+    "sample.per_class", "sample.classes", *(f"sample.{name}" for name in SAMPLING_DEFAULTS),
+    "optimizer.skip_limit",
     "mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp",
 )  # fmt: skip
 
@@ -445,6 +447,8 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
             raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}")
         aim_config = content["aim"] and AiMConfig(**content["aim"])
         vq_config = content["vq"] and VQConfig(**content["vq"])
+        class_names, info = tuple(content["class_names"]), content["info"]
+        sampling = SAMPLING_DEFAULTS | content["sampling"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
     load = functools.partial(_load_params, as_stored=as_stored)
@@ -456,9 +460,9 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         aim_params=aim_params,
         vq_config=vq_config,
         vq_params=vq_params,
-        class_names=tuple(content["class_names"]),
-        sampling=SAMPLING_DEFAULTS | content["sampling"],
-        info=content["info"],
+        class_names=class_names,
+        sampling=sampling,
+        info=info,
     )
 
 

@@ -1,5 +1,6 @@
 """The codes that AiM is trained on: from token caches, or of pictures encoded on the way."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +55,11 @@ def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Arr
 
 
 def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
-    """The `fingerprint` of what codes depend on; the decoder may be another one."""
-    return fingerprint(tokenizer.vq_config, encoder_params(tokenizer.vq_params))
+    """The `fingerprint` of what codes depend on; decoder and training may be others."""
+    config = dataclasses.asdict(tokenizer.vq_config)
+    for name in ("out_channels", "beta", "entropy_loss_ratio", "dropout"):
+        del config[name]
+    return fingerprint(config, encoder_params(tokenizer.vq_params))
 
 
 def parse_codes(text: str) -> list[tuple[Path, float]]:

@@ -129,7 +129,7 @@ def eval_defaults() -> ConfigDict:
     config = ConfigDict()
     config.stage = "eval"
     config.num_samples = 10_000
-    config.batch_size = 64  # over all devices
+    config.batch_size = 64  # of each process
     config.seed = 0
     config.neighbour_images = 10_000  # of either set, for precision, recall, KID and neighbours
     config.sample = ConfigDict()

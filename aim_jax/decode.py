@@ -70,6 +70,8 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
         raise ValueError(
             f"kernels='native' decodes Mamba-2 on CPUs; this is {config.mixer} on {platform}."
         )
+    elif kernels == "triton" and platform not in ("gpu", "cuda"):
+        raise ValueError(f"kernels='triton' decodes on NVIDIA GPUs; this is {platform}.")
     form = engine.form
     if form == "auto":
         form = choose_form(config, rows, kernels, platform)

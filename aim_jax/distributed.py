@@ -69,6 +69,12 @@ def settings(
     return None
 
 
+def initialize_from(given: flags.FlagValues) -> None:
+    """`initialize` with the flags of `define_flags`."""
+    names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
+    initialize(**{name: given[name].value for name in names})
+
+
 def initialize(heartbeat_seconds: int = 100, **given) -> None:
     """Connects this process to the others, if there are any; before anything else of JAX.
 

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -15,7 +14,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax.checkpoint import Pretrained, write_json
+from aim_jax import __version__
+from aim_jax.checkpoint import SAMPLING_DEFAULTS, Pretrained, write_json
+from aim_jax.codes import local_encoder
 from aim_jax.data import fingerprint
 from aim_jax.metrics import (
     codebook_use,
@@ -31,14 +32,14 @@ from aim_jax.metrics.features import FeatureExtractor, FeatureSet, sum_over_proc
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.reconstruction import WINDOW
-from aim_jax.models.vq import VQModel
 from aim_jax.monitor import Progress, say
 from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.references import Reference, check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings, decode_images, generate
 from aim_jax.sharding import make_mesh
 
-SETTINGS = ("cfg_scale", "temperature", "top_k", "top_p")
+# Images of a set, of which the density looks at the fifth neighbour of each.
+FEWEST = 6
 
 
 def on_local_devices(model: Pretrained) -> Pretrained:
@@ -64,7 +65,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
     """The settings of a series of samples; the model's own where the configuration has none."""
-    settings = {name: config.sample[name] for name in SETTINGS}
+    settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
     settings = {k: model.sampling[k] if v is None else v for k, v in settings.items()}
     return settings | {"cfg_schedule": config.sample.cfg_schedule}
 
@@ -91,7 +92,7 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     """
     settings, size = sampling_settings(model, config), config.batch_size
     labels = balanced_labels(config.num_samples, model.aim_config.num_classes)
-    given = {k: settings[k] for k in SETTINGS}
+    given = {k: settings[k] for k in SAMPLING_DEFAULTS}
     check_settings(
         labels, model.aim_config.num_classes, **given,
         schedule=settings["cfg_schedule"], interval=(0, 1),
@@ -124,6 +125,19 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     return file
 
 
+def notes_on_covariances(made: FeatureSet, reference: FeatureSet) -> list[str]:
+    """What a reader must know of distances between covariances of few images."""
+    counts = {"samples": made.count}
+    if reference.count:  # files of statistics alone do not say it
+        counts["the reference"] = reference.count
+    return [
+        f"{count} images in {what} for {NUM_FEATURES} features: the covariance is singular, and "
+        "FID and sFID are biased upwards. Take more images, or look at KID."
+        for what, count in counts.items()
+        if count <= NUM_FEATURES
+    ]
+
+
 def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
     """Metrics of generated images, and what a reader must know about them.
 
@@ -132,6 +146,7 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
       scores; those with a deviation as [mean, deviation].
     """
     found: dict = {"fid": frechet_distance(made.pool, reference.pool)}
+    notes = notes_on_covariances(made, reference)
     if reference.spatial is not None:
         found["sfid"] = frechet_distance(made.spatial, reference.spatial)
     if made.inception_score is not None:
@@ -139,14 +154,6 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
     found["kid"] = list(kernel_distance(reference.features, made.features))
     found |= precision_recall(reference.features, made.features)
     found |= density_coverage(reference.features, made.features)
-    notes = []
-    counts = {"samples": made.count, "the reference": reference.count or len(reference.features)}
-    for what, count in counts.items():
-        if count <= NUM_FEATURES and not (what == "the reference" and not reference.count):
-            notes.append(
-                f"{count} images in {what} for {NUM_FEATURES} features: the covariance is singular "
-                "and FID and sFID are biased upwards. Take more images, or look at KID."
-            )
     if made.count < 10_000:
         notes.append(
             f"FID of {made.count} samples is larger than that of 50,000 of the same model; compare "
@@ -182,20 +189,20 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
             f"squares of a multiple of {vq_config.downsampling} pixels and {vq_config.in_channels} "
             "channel(s)."
         )
-    vq, size = VQModel(model.vq_config), config.batch_size
-    encode = jax.jit(lambda p, x: vq.apply({"params": p}, x, method="encode_to_tokens"))
+    model = on_local_devices(model)
+    encode, devices = local_encoder(model)
+    size = -(-config.batch_size // devices) * devices
     identity = {"tokenizer": fingerprint(model.vq_config, model.vq_params), "of": images.identity,
                 "batch_size": size}  # fmt: skip
     file, counts = out / "reconstructions.npz", np.zeros(vq_config.n_embed, np.int64)
     parts = ImageParts(out / "reconstruction_parts", file, identity)
     measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
     sums, progress, done = np.zeros(len(measured)), Progress("reconstructing"), 0
-    model = on_local_devices(model)
     rank, processes, total = jax.process_index(), jax.process_count(), -(-len(images) // size)
     numbers = range(rank, total, processes)
     for i, batch in zip(numbers, images.batches(size, rank, processes), strict=True):
         filled = np.resize(batch, (size, *batch.shape[1:]))
-        tokens = encode(model.vq_params, filled.astype(np.float32) / 127.5 - 1)
+        tokens = encode(filled.astype(np.float32) / 127.5 - 1)
         back = np.asarray(decode_images(model.vq_params, tokens, config=model.vq_config))
         back = back[: len(batch)]
         parts.add(i, back)
@@ -227,21 +234,31 @@ def neighbours_picture(made: NpzImages, features: FeatureSet, reference: Referen
 
 def provenance() -> dict:
     """Versions and hardware, for reports."""
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
-        "aim_jax": metadata.version("aim_jax"),
-        "commit": commit,
+        "aim_jax": __version__,
+        "commit": _commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cpus": os.cpu_count(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """The commit of this checkout, with "-dirty" where files differ."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command):
+        command = ["git", "-C", str(root), *command]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie in the checkout of something else.
+        ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
+        return git("describe", "--always", "--dirty") if ours else "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_report(out: Path, report: dict) -> None:
@@ -258,6 +275,13 @@ def write_report(out: Path, report: dict) -> None:
     partial = out / ".report.md.partial"
     partial.write_text("\n".join(lines) + "\n")
     os.replace(partial, out / "report.md")
+
+
+def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:
+    """Raises ValueError where there are too few images for metrics of neighbours."""
+    for what, count in (counts | {"config.neighbour_images": config.neighbour_images}).items():
+        if count < FEWEST:
+            raise ValueError(f"{what}: {count} images; expected {FEWEST} or more.")
 
 
 def evaluate(
@@ -289,7 +313,9 @@ def evaluate(
             f"the configuration is of stage {config.stage!r}, expected one for evaluation such as "
             "configs/eval.py, with a batch_size of 1 and num_samples of 2 at least."
         )
-    needed = [] if samples else ["vq_params"] if reconstructions else ["aim_params", "vq_params"]
+    if samples and reconstructions:
+        raise ValueError("reconstructions are made of the reference, not scored from samples.")
+    needed = ["vq_params"] if reconstructions else [] if samples else ["aim_params", "vq_params"]
     if any(getattr(model, part) is None for part in needed):
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
     extract, extra = FeatureExtractor(inception_params), {}
@@ -297,6 +323,11 @@ def evaluate(
     target = open_set(reference, model, config, given)
     if given is not None:
         check_alike(given, target)
+    if not reconstructions:
+        check_enough(config, {
+            "samples": config.num_samples if given is None else len(given),
+            "the reference": len(target),
+        })  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     if reconstructions:
         file, extra = reconstruct(model, target, config, out)
@@ -310,15 +341,18 @@ def evaluate(
     if jax.process_index():
         # A process that ends before the others is taken for lost.
         return _wait_for_all("the report")
-    metrics, notes = score(features, ref.features)
-    if reconstructions:
-        metrics = {"rfid": metrics["fid"]} | extra
-        notes = [note for note in notes if "Inception Score" not in note]
+    if not reconstructions:
+        metrics, notes = score(features, ref.features)
+    else:
+        metrics = {"rfid": frechet_distance(features.pool, ref.features.pool)} | extra
+        notes = notes_on_covariances(features, ref.features)
         if "ssim" not in extra:
             notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the pictures.")
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
-    settings["images compared one by one"] = config.neighbour_images
+    if not reconstructions:
+        compared = f"{len(features.features)} and {len(ref.features.features)}"
+        settings["images compared one by one"] = compared
     settings["network"] = f"Inception 2015, weights {extract.identity[:12]}"
     if model is not None:
         settings["model"] = model.name

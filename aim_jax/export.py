@@ -192,7 +192,8 @@ def save_exported(
     for name, exported in programs.items():
         (partial / f"{name}.jax").write_bytes(exported.serialize())
     save_file(flat_weights(model, dtype), partial / "weights.safetensors")
-    (partial / "settings.json").write_text(json.dumps(model.sampling, indent=1) + "\n")
+    settings = model.sampling | {"num_classes": model.aim_config.num_classes}
+    (partial / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.copyfile(RUNNER, partial / "sample.py")
     if out.exists():
         out.rmdir()

@@ -23,9 +23,24 @@ def sample(labels, seed=0, **settings):
     Args:
       seed: with the image's number it decides the randomness of the image.
       settings: cfg_scale, temperature, top_k, top_p; by default those of settings.json.
+
+    Raises:
+      ValueError: labels, seed or settings out of range.
     """
-    program = export.deserialize((HERE / "sampler.jax").read_bytes())
     settings = json.loads((HERE / "settings.json").read_text()) | settings
+    classes = settings["num_classes"]
+    checks = {
+        f"labels: expected class ids from 0 to {classes - 1} ({classes} is no class)": len(labels)
+        and all(0 <= label <= classes for label in labels),
+        "seed: expected a whole number from 0 to 2**32 - 1": 0 <= seed < 2**32,
+        "temperature: expected a positive number": settings["temperature"] > 0,
+        "top_k: expected 0 (off) or more": settings["top_k"] >= 0,
+        "top_p: expected a number in (0, 1]": 0 < settings["top_p"] <= 1,
+    }
+    for text, ok in checks.items():
+        if not ok:
+            raise ValueError(text)
+    program = export.deserialize((HERE / "sampler.jax").read_bytes())
     labels = np.asarray(labels, np.int32)
     each = [np.full(len(labels), settings[name], dtype) for name, dtype in DTYPES.items()]
     index = np.arange(len(labels), dtype=np.int32)
@@ -43,6 +58,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="images.png")
     args = parser.parse_args()
     given = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
-    _, images = sample([int(label) for label in args.labels.split(",")], args.seed, **given)
+    try:
+        _, images = sample([int(label) for label in args.labels.split(",")], args.seed, **given)
+    except ValueError as error:
+        parser.error(str(error))
     Image.fromarray(np.concatenate(list(np.asarray(images)), axis=1).squeeze()).save(args.out)
     print(args.out)

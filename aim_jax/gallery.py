@@ -13,7 +13,7 @@ from PIL import Image
 
 from aim_jax.checkpoint import Pretrained
 from aim_jax.config import image_spec
-from aim_jax.data import decode_image, preprocess
+from aim_jax.data import preprocess
 from aim_jax.monitor import Progress
 from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.sampling import encode_rows, generate, to_uint8
@@ -24,7 +24,8 @@ MOST_CLASSES = 20
 def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
     """Class names or numbers -> ids; nothing given means all, or the first 20 of many.
 
-    Names are compared without case; underscores and spaces are the same.
+    Names are compared without case; underscores and spaces are the same. What is a name is never
+    taken as a number.
 
     Raises:
       ValueError: an unknown name or a number out of range, with what there is.
@@ -36,7 +37,7 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
     by_name = {plain(name): i for i, name in enumerate(model.class_names)}
     ids = []
     for item in classes:
-        number = int(item) if item.strip().isdecimal() else by_name.get(plain(item), -1)
+        number = by_name.get(plain(item), int(item) if item.strip().isdecimal() else -1)
         if not 0 <= number < count:
             known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
             raise ValueError(f"unknown class {item!r}; {model.name} knows {known}.")
@@ -198,44 +199,56 @@ def with_mixed_classes(
     )
 
 
+def fitted(model: Pretrained, picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 (H, W, C) of any size as the model's pictures were fitted, float32.
+
+    Where those were padded and this one is too large for that, it is scaled.
+
+    Raises:
+      ValueError: a model that does not say how its pictures were fitted.
+    """
+    if "data" not in model.info:
+        raise ValueError(f"{model.name} does not say how its pictures were fitted.")
+    spec = image_spec(ConfigDict(model.info["data"]))
+    if spec.fit == "pad" and max(picture.shape[:2]) > spec.image_size:
+        spec = dataclasses.replace(spec, fit="resize")
+    return preprocess(picture, spec)
+
+
 def complete(
     model: Pretrained,
-    files: Sequence[Path],
+    pictures: Sequence[np.ndarray],
     classes: Sequence[int],
     count: int,
     *,
     rows: int | None = None,
     seed: int = 0,
-    cfg_scale: float | None = None,
+    min_side: int = 64,
+    **settings,
 ) -> Image.Image:
     """A grid with a row per picture: the picture, what is kept of it, and `count` completions.
 
     Args:
-      model: with tokenizer. files: pictures. classes: the class id of each.
-      rows: rows of codes to keep; half of them by default.
-      seed, cfg_scale: see `generate`.
+      model: with tokenizer. pictures: uint8 (H, W, C), of any size; see `fitted`.
+      classes: the class id of each. rows: rows of codes to keep; half of them by default.
+      seed, **settings: see `generate`. min_side: see `make_grid`.
 
     Raises:
-      ValueError: a file that is no picture, another number of classes than of files, or a model
-        that does not say how its pictures were fitted.
+      ValueError: another number of classes than of pictures; see `fitted`.
     """
-    if len(files) != len(classes):
-        raise ValueError(f"{len(classes)} classes for {len(files)} pictures; expected one each.")
-    if "data" not in model.info:
-        raise ValueError(f"{model.name} does not say which pictures it was trained on.")
-    spec = image_spec(ConfigDict(model.info["data"]))
-    pixels = np.stack([preprocess(decode_image(file, str(file)), spec) for file in files])
+    if len(pictures) != len(classes):
+        raise ValueError(f"{len(classes)} classes for {len(pictures)} pictures; expected one each.")
+    pixels = np.stack([fitted(model, picture) for picture in pictures])
     if rows is None:
-        rows = spec.image_size // model.vq_config.downsampling // 2
+        rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
     drawn = generate(
-        model, np.repeat(classes, count), seed, cfg_scale=cfg_scale,
-        prefix=np.repeat(prefix, count, axis=0),
-    )  # fmt: skip
-    pictures = np.asarray(to_uint8(pixels))
-    kept = pictures.copy()
+        model, np.repeat(classes, count), seed, prefix=np.repeat(prefix, count, axis=0), **settings
+    )
+    whole = np.asarray(to_uint8(pixels))
+    kept = whole.copy()
     kept[:, rows * model.vq_config.downsampling :] = 127
-    completed = np.asarray(drawn.images).reshape(len(files), count, *pictures.shape[1:])
-    table = np.concatenate([pictures[:, None], kept[:, None], completed], axis=1)
+    completed = np.asarray(drawn.images).reshape(len(whole), count, *whole.shape[1:])
+    table = np.concatenate([whole[:, None], kept[:, None], completed], axis=1)
     names = [class_name(model, label) for label in classes]
-    return make_grid(table.reshape(-1, *pictures.shape[1:]), count + 2, names)
+    return make_grid(table.reshape(-1, *whole.shape[1:]), count + 2, names, min_side=min_side)

@@ -117,8 +117,8 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
       slices: how many such TPU slices.
 
     Raises:
-      ValueError: an unknown name, or more than one slice of GPUs.
-      ModuleNotFoundError: the compiler for these devices is not installed.
+      ValueError: an unknown name, more than one slice of GPUs, or the compiler for these devices is
+        not installed.
     """
     if match := re.fullmatch(r"(\d+)x([A-Z].*)", name):
         if match[2] not in GPUS or slices != 1:
@@ -139,7 +139,7 @@ def _find(module: str) -> bool:
 
 def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
     if not _find("libtpu"):
-        raise ModuleNotFoundError(
+        raise ValueError(
             "the compiler for TPUs is libtpu (700 MB on disk): pip install -e '.[tpu]'."
         )
     # libtpu looks for a TPU and its metadata server otherwise.
@@ -159,7 +159,7 @@ def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
 
 def _gpus(count: int, kind: str) -> list[jax.Device]:
     if not (_find("jax_plugins") and _find("jax_plugins.xla_cuda13")):
-        raise ModuleNotFoundError(
+        raise ValueError(
             "the compiler for NVIDIA GPUs is JAX's CUDA plugin: "
             "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of the version of jax."
         )

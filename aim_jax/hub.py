@@ -1,14 +1,20 @@
 """Model directories on the Hugging Face hub, and the card that a published model comes with."""
 
+import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-from aim_jax.checkpoint import MODEL_FILE, Pretrained, find_model, load_pretrained
+from aim_jax.checkpoint import (
+    MODEL_FILE,
+    Pretrained,
+    find_model,
+    load_pretrained,
+    save_model,
+)
 
 PREFIX = "hf://"
 # What a model directory is made of; nothing else of a repository is fetched.
@@ -50,27 +56,31 @@ def publish(
     out: str | os.PathLike,
     report: Mapping | None = None,
     repository: str = "",
+    tokenizer: str | os.PathLike = "",
 ) -> Path:
-    """Copies a model directory, writes its card, and uploads both if a repository is named.
+    """Writes a model directory with its card, and uploads it if a repository is named.
 
     Args:
       checkpoint: see `find_model`.
       out: directory to make.
       report: of `aim_jax.evaluate.evaluate`, for the card.
       repository: "owner/name" on the hub; "" uploads nothing.
+      tokenizer: what takes the place of the model's own; see `Pretrained.with_tokenizer`.
 
     Raises:
       FileExistsError: out exists.
+      ValueError: the codes of the tokenizer are others.
     """
-    source, out = find_model(checkpoint), Path(out)
+    out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another directory.")
     hub = _import_hub() if repository else None
-    card = model_card(load_pretrained(source, as_stored=True), report, repository)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("README.md"))
-    (partial / "README.md").write_text(card)
-    os.replace(partial, out)
+    model = load_pretrained(find_model(checkpoint), as_stored=True)
+    if tokenizer:
+        model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
+    model = dataclasses.replace(model, name=str(checkpoint))
+    card = model_card(model, report, repository)
+    save_model(out, model, None, {"README.md": lambda file: file.write_text(card)})
     if hub is not None:
         hub.create_repo(repository, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=str(out), allow_patterns=PATTERNS)

@@ -5,13 +5,14 @@ import glob
 import logging as standard_logging
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 from absl import logging
 
 from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
-from aim_jax.ops.native.build import cache_directory
+from aim_jax.ops.native.build import BuildError, cache_directory
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
 EXIT_STOPPED = 75
@@ -30,7 +31,7 @@ def errors_in_one_line():
     keep_compiled_programs()
     try:
         yield
-    except (ValueError, OSError, BadStepsError) as error:
+    except (ValueError, OSError, BadStepsError, BuildError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except jax.errors.JaxRuntimeError as error:
@@ -62,6 +63,22 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def numbers(name: str, texts: Sequence[str]) -> list[float]:
+    """The values that a flag of a sampling setting lists.
+
+    Raises:
+      ValueError: one of them is no number, or none of the kind that the setting has.
+    """
+    kind = int if name == "top_k" else float
+    try:
+        return [kind(text) for text in texts]
+    except ValueError:
+        raise ValueError(
+            f"--{name}={','.join(texts)}: expected {'whole ' * (kind is int)}numbers between "
+            "commas, such as 1,2,4."
+        ) from None
+
+
 def start(train, stage: str, flags) -> None:
     """Runs a training program on its flags.
 
@@ -72,8 +89,7 @@ def start(train, stage: str, flags) -> None:
     """
     config = flags.config
     with errors_in_one_line():
-        names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
-        distributed.initialize(**{name: flags[name].value for name in names})
+        distributed.initialize_from(flags)
         if config.stage != stage:
             program = {"aim": "launch/train.py", "vq": "launch/train_vq.py"}
             program["eval"] = "launch/evaluate.py"

@@ -72,17 +72,19 @@ def _common(config: ConfigDict, found: Survey) -> None:
     config.data.name, config.data.dir = "folder", found.directory
     config.data.image_size, config.data.channels = found.image_size, found.channels
     config.log_every = 50
-    config.eval_every = config.sample_every = config.save_every = config.export_every = 200
+    # Of small data sets often enough to watch, of large ones a fiftieth of the run.
+    every = max(200, config.steps // 50)
+    config.eval_every = config.sample_every = config.save_every = config.export_every = every
     config.optimizer.schedule, config.optimizer.warmup_steps = "cosine", 100
 
 
 def vq_config(directory: str) -> ConfigDict:
     """Training of a tokenizer for the pictures in a folder; says what was chosen."""
     found, config = survey(directory), vq_defaults()
-    _common(config, found)
     small, f = found.image_size <= 32, found.downsampling
     config.batch_size = 32
     config.steps = int(np.clip(20 * found.images // config.batch_size, 600, 200_000))
+    _common(config, found)
     config.ema_decay = 0.99 if config.steps < 10_000 else 0.999
     config.restart_codes = 200
     width = 32 if small else 64 if found.image_size == 64 else 128
@@ -107,10 +109,10 @@ def vq_config(directory: str) -> ConfigDict:
 def aim_config(directory: str) -> ConfigDict:
     """Training of AiM on the pictures in a folder, encoded on the way; says what was chosen."""
     found, config = survey(directory), aim_defaults()
-    _common(config, found)
     config.tokenizer = "runs/vq"
     config.batch_size = 64
     config.steps = int(np.clip(40 * found.images // config.batch_size, 600, 300_000))
+    _common(config, found)
     config.ema_decay = 0.99 if config.steps < 10_000 else 0.9999
     sizes = {20_000: (128, 6, 3e-3), 200_000: (256, 12, 1e-3), 1_000_000: (512, 16, 5e-4)}
     chosen = (size for limit, size in sizes.items() if found.images < limit)

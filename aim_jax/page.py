@@ -1,20 +1,15 @@
 """A page to sample in a browser; Gradio comes with the extra `page`."""
 
-import dataclasses
 import queue
 import threading
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from ml_collections import ConfigDict
-from PIL import Image
 
+from aim_jax import gallery
 from aim_jax.checkpoint import Pretrained
-from aim_jax.config import image_spec
-from aim_jax.data import preprocess
-from aim_jax.gallery import class_name
 from aim_jax.pictures import make_grid, side_by_side
-from aim_jax.sampling import encode_rows, generate
+from aim_jax.sampling import generate
 
 MOST_IMAGES = 16
 COLUMNS = 4
@@ -22,11 +17,12 @@ QUEUE = 16  # requests that may wait
 # Nothing is read but uploads of this size; why one is refused is shown.
 LIMITS = {"max_file_size": "4mb", "allowed_paths": [], "show_error": True}
 MOST_PIXELS = 4096 * 4096
-# (name, least, most, step, label) of the sliders; the model's own values come first.
+# (name, least, most, step, label) of the sliders; the model's own values come first. The most of
+# top_k is the model's vocabulary.
 SLIDERS = (
     ("cfg_scale", 1.0, 8.0, 0.25, "guidance (cfg_scale)"),
     ("temperature", 0.1, 2.0, 0.05, "temperature"),
-    ("top_k", 0, 256, 1, "top_k (0: off)"),
+    ("top_k", 0, None, 1, "top_k (0: off)"),
     ("top_p", 0.05, 1.0, 0.05, "top_p (1: off)"),
 )
 
@@ -51,33 +47,6 @@ def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Itera
         yield item
 
 
-def completed(
-    model: Pretrained, picture: np.ndarray, label: int, rows: int, count: int, seed: int, **settings
-) -> Image.Image:
-    """A picture, what is kept of it, and completions, side by side.
-
-    Args:
-      picture: uint8 (H, W, 3), of any size up to `MOST_PIXELS`.
-      rows: rows of codes to keep.
-
-    Raises:
-      ValueError: a picture that is too large, or a model that does not say how to fit one.
-    """
-    if picture.shape[0] * picture.shape[1] > MOST_PIXELS:
-        raise ValueError(f"the picture has more than {MOST_PIXELS:,} pixels; make it smaller.")
-    if "data" not in model.info:
-        raise ValueError(f"{model.name} does not say how its pictures were fitted.")
-    # Uploads have any size, whatever the model's own pictures had.
-    spec = dataclasses.replace(image_spec(ConfigDict(model.info["data"])), fit="resize")
-    pixels = preprocess(picture, spec)[None]
-    prefix = np.repeat(encode_rows(model, pixels, rows), count, axis=0)
-    images = generate(model, np.full(count, label), seed, prefix=prefix, **settings).images
-    whole = np.round((pixels + 1) * 127.5).astype(np.uint8)
-    kept = whole.copy()
-    kept[:, rows * model.vq_config.downsampling :] = 127
-    return make_grid(np.concatenate([whole, kept, np.asarray(images)]), count + 2, min_side=128)
-
-
 def build(models: Mapping[str, Pretrained]):
     """The page as `gradio.Blocks`, with its queue; `launch` serves it.
 
@@ -94,14 +63,20 @@ def build(models: Mapping[str, Pretrained]):
     first = next(iter(models))
 
     def names(model: Pretrained) -> list[str]:
-        return [class_name(model, i) for i in range(model.aim_config.num_classes)]
+        return [gallery.class_name(model, i) for i in range(model.aim_config.num_classes)]
 
     def most_rows(model: Pretrained) -> int:
         return round(model.aim_config.num_tokens**0.5) - 1
 
+    def sliders_of(model: Pretrained) -> list[tuple]:
+        return [
+            (key, least, model.aim_config.vocab_size if most is None else most, step, label)
+            for key, least, most, step, label in SLIDERS
+        ]
+
     def asked(name, chosen, *values) -> tuple[Pretrained, int, dict]:
         model, settings = models[name], {}
-        for (key, least, most, step, _), value in zip(SLIDERS, values, strict=True):
+        for (key, least, most, step, _), value in zip(sliders_of(model), values, strict=True):
             if value is None or not least <= value <= most:
                 raise gr.Error(f"{key} must be from {least} to {most}.")
             settings[key] = int(value) if step == 1 else float(value)
@@ -138,19 +113,23 @@ def build(models: Mapping[str, Pretrained]):
         picture = drawing if uploaded is None else uploaded
         if picture is None:
             raise gr.Error("Upload a picture, or draw one.")
+        if picture.shape[0] * picture.shape[1] > MOST_PIXELS:
+            raise gr.Error(f"The picture has more than {MOST_PIXELS:,} pixels; make it smaller.")
         rows = whole(rows, 1, most_rows(model), "the rows to keep")
         count = whole(count, 1, COLUMNS, "the number of completions")
         seed = whole(seed, 0, 2**31 - 1, "the seed")
         try:
-            return completed(model, picture[..., :3], label, rows, count, seed, **settings)
+            return gallery.complete(
+                model, [picture[..., :3]], [label], count,
+                rows=rows, seed=seed, min_side=128, **settings,
+            )  # fmt: skip
         except ValueError as error:
             raise gr.Error(str(error)) from None
 
-    def sliders() -> list:
-        own = models[first].sampling
+    def sliders(model: Pretrained = models[first]) -> list:
         return [
-            gr.Slider(least, most, own[key], step=step, label=label, elem_id=key)
-            for key, least, most, step, label in SLIDERS
+            gr.Slider(least, most, model.sampling[key], step=step, label=label, elem_id=key)
+            for key, least, most, step, label in sliders_of(model)
         ]
 
     def choice():
@@ -167,7 +146,8 @@ def build(models: Mapping[str, Pretrained]):
             with gr.Row():
                 with gr.Column():
                     chosen, count = choice(), gr.Slider(1, MOST_IMAGES, 8, step=1, label="images")
-                    inputs = [name, chosen, count, seed_box(), *sliders()]
+                    upper = sliders()
+                    inputs = [name, chosen, count, seed_box(), *upper]
                     button = gr.Button("Draw", variant="primary", elem_id="draw")
                 shown = gr.Image(label="images", elem_id="drawn", interactive=False)
             button.click(draw, inputs, shown, api_name="draw")
@@ -196,7 +176,8 @@ def build(models: Mapping[str, Pretrained]):
                         1, max(most, 2), most // 2 + 1, step=1, label="rows of codes to keep"
                     )
                     count = gr.Slider(1, COLUMNS, 4, step=1, label="completions")
-                    more = [rows, count, seed_box(), *sliders()]
+                    lower = sliders()
+                    more = [rows, count, seed_box(), *lower]
                     button = gr.Button("Complete", variant="primary", elem_id="complete")
                 result = gr.Image(
                     label="picture, kept, completions", elem_id="completed", interactive=False
@@ -208,9 +189,11 @@ def build(models: Mapping[str, Pretrained]):
             classes = names(models[name])
             most = most_rows(models[name])
             rows = gr.Slider(maximum=max(most, 2), value=most // 2 + 1)
-            return [*[gr.Dropdown(classes, value=classes[0])] * 3, rows]
+            changed = [gr.Dropdown(classes, value=classes[0])] * 3
+            return [*changed, rows, *sliders(models[name]) * 4]
 
-        name.change(other_model, name, [chosen, other, third, rows])
+        settings = [*upper, *left, *right, *lower]
+        name.change(other_model, name, [chosen, other, third, rows, *settings])
     # One request at a time has the device; what does not fit in the queue is told so.
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 

@@ -49,6 +49,11 @@ def open_set(
     name, _, split = name.partition(":")
     if model is not None and "data" in model.info:
         spec = image_spec(ConfigDict(model.info["data"]))
+        if config.data.image_size not in (0, spec.image_size):
+            raise ValueError(
+                f"config.data.image_size={config.data.image_size}, but the pictures of "
+                f"{model.name} have {spec.image_size} pixels; leave it out."
+            )
     elif config.data.image_size:
         spec = image_spec(config.data)
     elif like is not None:

@@ -377,13 +377,15 @@ def generate(
       Samples: tokens (b, t) int32 and images (b, H, W, c) uint8.
 
     Raises:
-      ValueError: a label or setting out of range, or a model without one of the parts.
+      ValueError: a label, seed or setting out of range, or a model without one of the parts.
     """
     if model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
     chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
     labels = np.asarray(labels)
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to 2**31 - 1.")
     check_settings(
         labels,
         model.aim_config.num_classes,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from aim_jax import evaluate
 from aim_jax.checkpoint import (
     MODEL_FILE,
+    SAMPLING_DEFAULTS,
     Pretrained,
     bundled_models,
     find_model,
@@ -70,10 +71,12 @@ def sweep(
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that a sweep needs.")
     for name, values in grid.items():  # before any long work starts
         for value in values:
-            tried = {k: model.sampling[k] for k in evaluate.SETTINGS} | {name: value}
+            tried = {k: model.sampling[k] for k in SAMPLING_DEFAULTS} | {name: value}
             check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
     extract = FeatureExtractor(inception_params)
     ref = open_reference(reference, extract, model, config, cache)
+    counts = {"samples": config.num_samples, "the reference": len(ref.features.features)}
+    evaluate.check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
     combinations = [
         dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
@@ -167,6 +170,6 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
         raise ValueError("a model's own settings hold constant guidance, not a schedule.")
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
-    content["sampling"] |= {name: settings[name] for name in evaluate.SETTINGS}
+    content["sampling"] |= {name: settings[name] for name in SAMPLING_DEFAULTS}
     write_json(file, content)
     return file

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from aim_jax.loop import Discriminator, Stage, TrainState
 from aim_jax.metrics import Moments, codebook_use, frechet_distance, psnr
 from aim_jax.metrics.features import FeatureExtractor, over_processes
 from aim_jax.metrics.inception import NUM_FEATURES
-from aim_jax.metrics.lpips import lpips
+from aim_jax.metrics.lpips import MIN_SIDE, lpips
 from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import (
@@ -159,7 +160,7 @@ def train_step(
     state = state.replace(history=history)
     if recipe.restart_codes:
         # Only once the whole history is of this run.
-        known = state.step * indices.size >= HISTORY_LENGTH
+        known = state.step >= math.ceil(HISTORY_LENGTH / indices.size)
         state = jax.lax.cond(
             known & (state.step % recipe.restart_codes == 0),
             lambda state: restart(state, batch["images"], encode_with, rng, recipe.model),
@@ -249,7 +250,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         config.ema_decay, config.restart_codes, config.decoder_only,
     )  # fmt: skip
     recipe.losses.check_size(config.data.image_size, recipe.discriminator)
-    lpips_params = replicate(open_lpips(config.lpips, recipe.losses), mesh)
+    lpips_params = open_lpips(config.lpips, recipe.losses, config.data.image_size)
+    lpips_params = replicate(lpips_params, mesh)
     extract = FeatureExtractor(load_inception(config.inception)) if config.inception else None
     fresh = config.init and not has_checkpoint(workdir)
     start = open_start(config.init, model_config) if fresh else None
@@ -271,10 +273,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     share = batch_share(mesh)
 
-    def batches(split):
+    def batches(split, part=share[0]):
         return image_batches(
             sources[split], spec, config.batch_size, seed=config.seed, train=split == "train",
-            shard_index=share[0], shard_count=share[1],
+            shard_index=part, shard_count=share[1],
             workers=config.data.workers if split == "train" else 0,
         )  # fmt: skip
 
@@ -312,7 +314,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             means["val_rfid"] = frechet_distance(real_features(), made)
         return means
 
-    pictures = next(iter(batches("validation")))["images"][: config.sample.images]
+    # The first part in all processes: a program over all devices takes the same from each.
+    pictures = next(iter(batches("validation", part=0)))["images"][: config.sample.images]
 
     def sample(state, path):
         pairs = np.concatenate(
@@ -341,17 +344,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     return loop.run(config, workdir, mesh, state, stage)
 
 
-def open_lpips(path: str, losses: LossConfig) -> dict | None:
+def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
     """Weights of the perceptual loss from `path`, or else from the file that AIM_JAX_LPIPS names.
 
     Returns:
-      None where no file is named and the losses need none.
+      None where no file is named, or the pictures are too small for it, and the losses need none.
 
     Raises:
       FileNotFoundError, ValueError: they need one and there is none, or it is not LPIPS.
     """
     path = path or os.environ.get("AIM_JAX_LPIPS", "")
-    if path:
+    if path and image_size >= MIN_SIDE:
         return load_lpips(path)
     if losses.perceptual:
         raise ValueError(

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, numbers
 
 SETTINGS = ("cfg_scale", "temperature", "top_k", "top_p")
 
@@ -27,18 +27,6 @@ flags.DEFINE_integer("steps", 7, "Rows of --between.", lower_bound=2)
 flags.DEFINE_integer("count", 10, "Columns of --between.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
 flags.DEFINE_string("out", "comparison.png", "The grid.")
-
-
-def numbers(name, texts):
-    """The values of a setting; one clear error where one is no number."""
-    kind = int if name == "top_k" else float
-    try:
-        return [kind(text) for text in texts]
-    except ValueError:
-        raise ValueError(
-            f"--{name}={','.join(texts)}: expected {'whole ' * (kind is int)}numbers between "
-            "commas, such as 1,2,4."
-        ) from None
 
 
 def main(_):

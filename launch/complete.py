@@ -7,7 +7,6 @@ A row of the grid shows a picture, what is kept of it, and its completions.
 """
 
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
@@ -26,6 +25,7 @@ flags.mark_flags_as_required(["images", "classes"])
 
 def main(_):
     from aim_jax.checkpoint import load_pretrained
+    from aim_jax.data import decode_image
     from aim_jax.gallery import class_ids, complete
     from aim_jax.pictures import save_png
 
@@ -33,8 +33,8 @@ def main(_):
     with errors_in_one_line():
         model = load_pretrained(f.checkpoint)
         grid = complete(
-            model, [Path(name) for name in f.images], class_ids(model, f.classes), f.count,
-            rows=f.rows or None, seed=f.seed, cfg_scale=f.cfg_scale,
+            model, [decode_image(name, name) for name in f.images], class_ids(model, f.classes),
+            f.count, rows=f.rows or None, seed=f.seed, cfg_scale=f.cfg_scale,
         )  # fmt: skip
         print(save_png(grid, f.out))
 

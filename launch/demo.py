@@ -18,7 +18,7 @@ flags.DEFINE_string("out", "demo", "Directory for the pictures.")
 flags.DEFINE_integer("per_class", 10, "Images per class.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
 flags.DEFINE_bool("page", False, "Serve a page instead of writing pictures.")
-flags.DEFINE_list("checkpoint", [], "Models of the page; the bundled ones by default.")
+flags.DEFINE_list("checkpoint", [], "Models to show; the bundled ones by default.")
 flags.DEFINE_string("host", "127.0.0.1", "Address of the page; 0.0.0.0 is all of this machine's.")
 flags.DEFINE_integer("port", 7860, "Port of the page.", lower_bound=1)
 
@@ -33,7 +33,7 @@ def serve_page():
     from aim_jax.page import serve
 
     f = flags.FLAGS
-    names = f.checkpoint or list(bundled_models())
+    names = f.checkpoint or bundled_models()
     serve({name: load_pretrained(name) for name in names}, f.host, f.port)
 
 
@@ -45,10 +45,10 @@ def write_pictures():
     from aim_jax.pictures import save_png, side_by_side
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
-    for name in bundled_models():
+    for name in f.checkpoint or bundled_models():
         print(f"{name}:", file=sys.stderr)
         model = load_pretrained(name)
-        out = Path(f.out) / name
+        out = Path(f.out) / Path(name).name
         classes = class_ids(model, [])
         grids += sample_to_directory(
             model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class

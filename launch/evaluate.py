@@ -48,8 +48,7 @@ def main(_):
 
     f = flags.FLAGS
     with errors_in_one_line():
-        names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
-        distributed.initialize(**{name: f[name].value for name in names})
+        distributed.initialize_from(f)
         if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
             raise ValueError("give --reference, and either --checkpoint or --samples.")
         if not f.inception:

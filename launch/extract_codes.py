@@ -51,11 +51,7 @@ def extract() -> None:
     from aim_jax.config import image_spec
     from aim_jax.monitor import Progress, say
 
-    distributed.initialize(
-        coordinator=FLAGS.coordinator,
-        num_processes=FLAGS.num_processes,
-        process_id=FLAGS.process_id,
-    )
+    distributed.initialize_from(FLAGS)
     part = jax.process_index(), jax.process_count()
     if FLAGS.part and part[1] > 1:
         raise ValueError("--part is for processes that are not connected; these divide the work")
@@ -67,8 +63,7 @@ def extract() -> None:
         raise ValueError(f"{FLAGS.tokenizer} does not say which pictures it was trained on")
     described = ConfigDict(tokenizer.info["data"])
     name, spec = FLAGS.data_name or described.name, image_spec(described)
-    # The directory belongs to the data set, so the tokenizer's does not go with another name.
-    folder = FLAGS.data or (described.get("dir", "") if name == described.name else "") or None
+    folder = FLAGS.data or None
     views = {
         split: data.make_views(
             FLAGS.views if split == "train" else "centre", spec, FLAGS.crop_range

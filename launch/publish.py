@@ -3,6 +3,7 @@
 Example:
   python launch/publish.py --checkpoint runs/aim --evaluation evaluation --out published
   python launch/publish.py --checkpoint runs/aim --out published --repository owner/name
+  python launch/publish.py --checkpoint cifar10 --tokenizer runs/cifar10_decoder --out models/mine
 """
 
 import json
@@ -15,8 +16,9 @@ from aim_jax.launching import errors_in_one_line
 
 flags.DEFINE_string("checkpoint", None, "Bundled name, model directory, or workdir of a run.")
 flags.DEFINE_string("out", None, "Directory to make.")
+flags.DEFINE_string("tokenizer", "", "Another tokenizer of the same codes, with a better decoder.")
 flags.DEFINE_string("evaluation", "", "Directory of launch/evaluate.py, for the card.")
-flags.DEFINE_string("repository", "", "owner/name on the hub, to upload to (needs aim_jax[hub]).")
+flags.DEFINE_string("repository", "", "owner/name on the hub, to upload to; needs the extra hub.")
 flags.mark_flags_as_required(["checkpoint", "out"])
 
 
@@ -29,7 +31,7 @@ def main(_):
         report = (
             json.loads((Path(f.evaluation) / "report.json").read_text()) if f.evaluation else None
         )
-        say(f"wrote {publish(f.checkpoint, f.out, report, f.repository)}")
+        say(f"wrote {publish(f.checkpoint, f.out, report, f.repository, f.tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Examples:
       --inception FILE --cfg_scale 1,2,4 --top_p 0.9,1 --write_defaults
 
 --out gets sweep.json, sweep.md and sweep.png. An interrupted sweep goes on. The best setting is the
-one with the lowest --metric; KID is less biased than FID where samples are few.
+one with the best --metric; KID is less biased than FID where samples are few.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, numbers
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -39,15 +39,13 @@ flags.DEFINE_string("out", "sweep", "Directory for the results.")
 
 def main(_):
     from aim_jax import sweep
-    from aim_jax.checkpoint import load_pretrained
+    from aim_jax.checkpoint import SAMPLING_DEFAULTS, load_pretrained
     from aim_jax.convert.inception import EXPECTED, load_inception
     from aim_jax.plots import pyplot
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     with errors_in_one_line():
-        names = ("cfg_scale", "temperature", "top_k", "top_p")
-        kinds = {"top_k": int}
-        grid = {n: [kinds.get(n, float)(x) for x in f[n].value] for n in names if f[n].value}
+        grid = {name: numbers(name, f[name].value) for name in SAMPLING_DEFAULTS if f[name].value}
         if not (f.checkpoint and f.reference and grid):
             raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
         if not f.inception:

@@ -36,9 +36,7 @@ def distance(a, b):
 
 
 def main(arguments):
-    f = flags.FLAGS
-    names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
-    distributed.initialize(**{name: f[name].value for name in names})
+    distributed.initialize_from(flags.FLAGS)
     inception.extract = jax.jit(features)
     evaluate.frechet_distance = distance
     model, pictures, out = arguments[1:]

@@ -232,6 +232,7 @@ def test_the_choice_of_an_engine():
             "native.* decodes Mamba-2 on CPUs; this is mamba2 on",
         ),
         (Engine(kernels="native"), mamba1, "cpu", "this is mamba1"),
+        (Engine(kernels="triton"), B, "cpu", "NVIDIA GPUs; this is cpu"),
         (Engine(form="dual"), mamba1, "cpu", "form='dual' is there for Mamba-2"),
         (Engine("recurrent", "xla", "bfloat16"), B, "cpu", "needs form='dual' or fused kernels"),
     ):

@@ -191,9 +191,13 @@ def test_program_says_what_is_missing(inception_file, tmp_path):
     assert "give --reference" in run("--checkpoint", "cifar10")
     both = ("--checkpoint", "cifar10", "--reference", "cifar10:test")
     assert "TorchScript" in run(*both, "--inception", "")
+    both_ways = (*both, "--reconstruct", "--samples", "samples.npz")
+    assert "not scored from samples" in run(*both_ways, "--inception", str(inception_file))
     assert "no such file" in run(*both, "--inception", str(tmp_path / "none"))
     floats = tmp_path / "floats.npz"
     np.savez(floats, arr_0=np.zeros((4, 8, 8, 3), np.float32))
     given = ("--samples", str(floats), "--reference", str(floats))
     assert "expected uint8" in run(*given, "--inception", str(inception_file))
+    np.savez(floats, arr_0=np.full((5, 8, 8, 3), 9, np.uint8))
+    assert "samples: 5 images; expected 6" in run(*given, "--inception", str(inception_file))
     assert not (tmp_path / "out").exists()

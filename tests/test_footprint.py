@@ -188,7 +188,7 @@ def test_topologies_that_cannot_be_had(monkeypatch):
     with pytest.raises(ValueError, match="with 2 slices"):
         topology("8xH100", 2)
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'aim_jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         topology("v5p-32")
 
 

@@ -73,6 +73,8 @@ def test_sets_of_images_and_their_cache(extract, tmp_path, capsys):
     assert made.count == 11 and made.indices.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 10]
     np.testing.assert_allclose(made.features[:7], single.pool[made.indices[:7]], rtol=1e-5)
     assert made.inception_score[0] >= 1
+    nothing = extract(images[:0])  # a process's share of a last batch
+    assert nothing.pool.shape == (0, 2048) and nothing.spatial.shape == (0, 2023)
     everything = np.concatenate([extract(images[:8]).spatial, extract(images[8:]).spatial])
     np.testing.assert_allclose(made.spatial.mean, everything.mean(0), rtol=1e-4, atol=1e-6)
     (file,) = (tmp_path / "cache").glob("*.npz")

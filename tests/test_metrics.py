@@ -1,13 +1,15 @@
 """Metrics against independent NumPy and SciPy, and against numbers of public implementations."""
 
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import scipy.linalg
+from PIL import Image
 
 from aim_jax.data import ImageSpec
-from aim_jax.data.images import ArrayImages
+from aim_jax.data.images import ArrayImages, open_images
 from aim_jax.metrics import (
     Gaussian,
     InceptionScore,
@@ -245,3 +247,17 @@ def test_moments_of_several_processes_are_joined_without_rounding(monkeypatch):
     assert joined.count == 11
     np.testing.assert_array_equal(joined.total, sides[0].total + sides[1].total)
     np.testing.assert_array_equal(joined.products, sides[0].products + sides[1].products)
+
+
+def test_edited_folders_are_other_references(picture_folder, tmp_path):
+    shutil.copytree(picture_folder, tmp_path / "copy")
+
+    def identity():
+        source = open_images("folder", "train", tmp_path / "copy")
+        return SourceImages([source], ImageSpec(4)).identity
+
+    before = identity()
+    assert identity() == before
+    picture = Image.fromarray(np.zeros((4, 5), np.uint8))
+    picture.save(tmp_path / "copy" / "train" / "boat" / "7.png")
+    assert identity() != before

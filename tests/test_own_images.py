@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aim_jax import own_images
 from aim_jax.models import AiMConfig, VQConfig
 from aim_jax.own_images import Survey, aim_config, survey, vq_config
 
@@ -51,6 +52,9 @@ def test_both_stages_fit_the_folder_and_each_other(folder, capsys, monkeypatch):
     for config in (tokenizer, aim):
         assert config.data.image_size == 64 and config.data.channels == channels
         assert config.data.dir == str(path) and config.data.name == "folder"
+    assert (aim.steps, aim.eval_every, aim.save_every) == (600, 200, 200)
+    monkeypatch.setattr(own_images, "survey", lambda path: found._replace(images=1_000_000))
+    assert vq_config(str(path)).eval_every == 200_000 // 50  # most of the time is for training
     monkeypatch.setenv("AIM_JAX_LPIPS", "lpips.safetensors")
     assert vq_config(str(path)).loss.perceptual == 1.0
 

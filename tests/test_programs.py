@@ -17,6 +17,7 @@ from aim_jax.gallery import (
     class_ids,
     compare_settings,
     complete,
+    fitted,
     interpolate,
     sample_to_directory,
     with_mixed_classes,
@@ -128,17 +129,24 @@ def test_completions_keep_what_is_given(tiny_model, picture_folder):
     data = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0}
     info = {"data": data | {"random_crop": False, "random_flip": False}}
     files = sorted((picture_folder / "validation" / "boat").glob("*.png"))[:2]
-    with pytest.raises(ValueError, match="does not say which pictures"):
-        complete(tiny_model, files, [0, 1], 3)
+    pictures = [np.asarray(Image.open(file))[..., None] for file in files]
+    with pytest.raises(ValueError, match="does not say how its pictures were fitted"):
+        complete(tiny_model, pictures, [0, 1], 3)
     model = dataclasses.replace(tiny_model, info=info)
     with pytest.raises(ValueError, match="1 classes for 2 pictures"):
-        complete(model, files, [0], 3)
-    grid = np.asarray(complete(model, files, [0, 2], 3))[:, -(5 * 66 + 2) :]
+        complete(model, pictures, [0], 3)
+    grid = np.asarray(complete(model, pictures, [0, 2], 3))[:, -(5 * 66 + 2) :]
     assert grid.shape == (2 * 66 + 2, 5 * 66 + 2, 3)
-    first = np.asarray(Image.open(files[0])).repeat(16, axis=0).repeat(16, axis=1)
+    first = pictures[0][..., 0].repeat(16, axis=0).repeat(16, axis=1)
     np.testing.assert_array_equal(grid[2:66, 2:66, 0], first)
     np.testing.assert_array_equal(grid[2:34, 68:132, 0], first[:32])
     assert (grid[34:66, 68:132] == 127).all()
+
+    # A model of padded pictures pads what fits, and scales what does not.
+    padding = dataclasses.replace(model, info={"data": info["data"] | {"fit": "pad"}})
+    small = fitted(padding, np.full((2, 2, 1), 255, np.uint8))[..., 0]
+    np.testing.assert_array_equal(small, np.pad(np.ones((2, 2)), 1, constant_values=-1))
+    np.testing.assert_array_equal(fitted(padding, np.full((9, 8, 3), 255, np.uint8)), 1)
 
 
 def test_settings_are_compared_on_the_same_pictures(tiny_model):
@@ -171,6 +179,8 @@ def test_from_one_class_to_another(tiny_model):
 def test_class_names_and_ids(tiny_model):
     assert class_ids(tiny_model, []) == [0, 1, 2]
     assert class_ids(tiny_model, ["House", "old_tree", "0"]) == [1, 2, 0]
+    digits = dataclasses.replace(tiny_model, class_names=("1", "2", "3"))
+    assert class_ids(digits, ["1", "3", "0"]) == [0, 2, 0]  # a number only where it is no name
     for wrong in ("castle", "3", "-1"):
         with pytest.raises(ValueError, match=f"unknown class '{wrong}'.*boat, house, old tree"):
             class_ids(tiny_model, [wrong])

@@ -214,6 +214,8 @@ def test_generate_returns_pictures_and_is_deterministic(tiny_model):
         ([-1], {}, "out of range"),
         ([], {}, "non-empty"),
         ([0.5], {}, "class ids"),
+        ([0], {"seed": 2**31}, "seed=2147483648: expected"),
+        ([0], {"seed": -1}, "seed=-1"),
         ([0], {"top_p": 0.0}, r"top_p=0.0: expected in \(0, 1\]"),
         ([0], {"top_p": 1.5}, "top_p"),
         ([0], {"top_k": -1}, "top_k"),

@@ -296,7 +296,8 @@ def test_dead_codes_begin_anew_from_what_pictures_are_encoded_to(start):
     books = lambda s: np.asarray(s.params["quantize"]["embedding"])  # noqa: E731
     filled = HISTORY_LENGTH // (2 * 64)
     last = filled - filled % 3  # the last third step before it is full
-    for before, restarted in ((last - 1, False), (last, False), (last + 2, True)):
+    late = 3 * 2**24 - 1  # steps x codes no longer fit into 32 bits
+    for before, restarted in ((last - 1, False), (last, False), (last + 2, True), (late, True)):
         at = state.replace(step=jnp.int32(before))
         after = step(at)
         moved = np.abs(books(after) - books(at)).max(axis=1)
@@ -432,7 +433,7 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
     monkeypatch.setattr(train_vq, "FeatureExtractor", extractor)
     monkeypatch.setattr(train_vq, "NUM_FEATURES", 4)
     monkeypatch.setattr(train_vq, "load_inception", lambda path: {})
-    monkeypatch.setattr(train_vq, "open_lpips", lambda path, losses: lpips_params)
+    monkeypatch.setattr(train_vq, "open_lpips", lambda path, losses, size: lpips_params)
     monkeypatch.setattr(train_vq, "lpips", lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3)))
     config.inception, config.loss.adversarial = "seeded", 0.0
     config.steps = config.eval_every = config.save_every = config.sample_every = 1

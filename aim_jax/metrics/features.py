@@ -65,9 +65,9 @@ class FeatureExtractor:
         self.identity = digest.hexdigest()
 
     def __call__(self, images: np.ndarray) -> inception.Features:
-        """uint8 (b, H, W, 1 or 3) -> NumPy arrays of b rows."""
+        """uint8 (b, H, W, 1 or 3) -> NumPy arrays of b rows; b may be 0."""
         size, found = self._batch_size, []
-        for start in range(0, len(images), size):
+        for start in range(0, max(len(images), 1), size):
             part = to_rgb(images[start : start + size])
             filled = jax.device_put(np.resize(part, (size, *part.shape[1:])), self._sharding)
             features = inception.extract(self._params, filled)

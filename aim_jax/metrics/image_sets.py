@@ -16,7 +16,7 @@ import grain
 import jax
 import numpy as np
 
-from aim_jax.data import ImageSource, ImageSpec, preprocess
+from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, preprocess
 from aim_jax.data.pipeline import prefetched
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
@@ -70,17 +70,13 @@ class SourceImages(ImageSet):
         self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
         count = int(self._ends[-1])
         self.shape = (count, spec.image_size, spec.image_size, spec.channels)
-        some = [self._picture(i) for i in np.linspace(0, count - 1, 32).astype(int)]
-        content = hashlib.sha256(b"".join(image.tobytes() for image in some)).hexdigest()
+        content = hashlib.sha256(b"".join(map(_content, sources))).hexdigest()
         self.identity = f"{self.name} {self.shape} {spec} {content}"
 
-    def _picture(self, index: int) -> np.ndarray:
+    def _image(self, index: int) -> np.ndarray:
         number = int(np.searchsorted(self._ends, index, side="right"))
         start = self._ends[number - 1] if number else 0
-        return self._sources[number][int(index - start)]["image"]
-
-    def _image(self, index: int) -> np.ndarray:
-        pixels = preprocess(self._picture(index), self._spec)
+        pixels = preprocess(self._sources[number][int(index - start)]["image"], self._spec)
         return np.round((pixels + 1) * 127.5).astype(np.uint8)
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
@@ -90,6 +86,21 @@ class SourceImages(ImageSet):
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return np.stack([self._image(int(i)) for i in indices])
+
+
+def _content(source: ImageSource) -> bytes:
+    """Changes when the pictures of a source do."""
+    digest = hashlib.sha256()
+    if isinstance(source, ArrayImages):
+        digest.update(np.ascontiguousarray(source.images))
+    elif isinstance(source, FolderImages):
+        for path in source.paths:
+            stat = os.stat(path)
+            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    else:  # data sets of tensorflow-datasets and tar files are not edited in place
+        for index in np.linspace(0, len(source) - 1, 32).astype(int):
+            digest.update(source[int(index)]["image"].tobytes())
+    return digest.digest()
 
 
 class NpzImages(ImageSet):
