@@ -15,7 +15,7 @@ import pytest
 
 from aim_jax.checkpoint import load_pretrained, save_model
 from aim_jax.codes import parse_codes, tokenizer_fingerprint
-from aim_jax.config import vq_defaults
+from aim_jax.config import describe_data, vq_defaults
 from aim_jax.data import (
     ArrayImages,
     CacheWriter,
@@ -442,11 +442,11 @@ def test_parts_are_numbered_from_one():
 
 
 @pytest.fixture
-def tokenizer(tmp_path, tiny_model, picture_folder):
-    """The tiny model on disk, with the picture folder as what it was trained on."""
+def tokenizer(tmp_path, tiny_model):
+    """The tiny model on disk, trained on folders of 4x4 pictures."""
     described = vq_defaults().data
-    described.update(name="folder", dir=str(picture_folder), image_size=4, channels=1)
-    info = {"data": described.to_dict()}
+    described.update(name="folder", image_size=4, channels=1)
+    info = {"data": describe_data(described)}
     return save_model(tmp_path / "model", dataclasses.replace(tiny_model, info=info))
 
 
@@ -471,7 +471,8 @@ def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
     out = tmp_path / "codes"
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+        data = f"--data={picture_folder}"
+        together = [data, f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
     pair = [start(tokenizer, out, *together, f"--process_id={i}") for i in range(2)]
     assert f"{out / 'train'}: 48 pictures, 2 views, 4 codes each" in ended(pair[0])
     ended(pair[1])
@@ -494,7 +495,7 @@ def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
         # A tie between two codes may fall either way in a batch of another size.
         assert np.mean(codes[:, view] == found) > 0.98
 
-    error = ended(start(tokenizer, out, "--views=centre", "--part=2/2"), status=1)
+    error = ended(start(tokenizer, out, data, "--views=centre", "--part=2/2"), status=1)
     assert (
         error.strip()
         .splitlines()[-1]

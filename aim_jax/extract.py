@@ -1,0 +1,101 @@
+"""Encodes a data set once, with its tokenizer, into token caches on the disk."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from aim_jax import data
+from aim_jax.codes import local_encoder, open_tokenizer, tokenizer_fingerprint
+from aim_jax.config import image_spec
+from aim_jax.monitor import Progress, say
+
+
+def extract(
+    tokenizer: str,
+    out: Path,
+    *,
+    data_name: str = "",
+    data_dir: str = "",
+    splits: Sequence[str] = ("train", "validation"),
+    views: str = "centre_flip",
+    crop_range: float = 1.1,
+    batch_size: int = 128,
+    shard_size: int = 16384,
+    workers: int = 0,
+    part: str = "",
+) -> None:
+    """Makes the caches out/SPLIT, or goes on with them; connected processes divide the work.
+
+    Args:
+      tokenizer: model directory, training workdir or bundled model.
+      data_name: data set; by default the one that the tokenizer was trained on.
+      data_dir: directory with the pictures; see `open_images`.
+      views: what to store of a training picture; see `make_views`. Of others it is the centre crop.
+      batch_size: pictures per step and device. shard_size: pictures per file.
+      workers: processes that decode pictures; 0 uses threads.
+      part: "I/N": every N-th shard alone, from the I-th on, for processes that are not connected.
+
+    Raises:
+      ValueError, FileNotFoundError: no such tokenizer or data set, bad pictures, a cache of
+        something else in `out`, or a part where processes are connected.
+    """
+    if part and jax.process_count() > 1:
+        raise ValueError("--part is for processes that are not connected; these divide the work")
+    share = data.parse_part(part) if part else (jax.process_index(), jax.process_count())
+    model = open_tokenizer(tokenizer)
+    if "data" not in model.info:
+        raise ValueError(f"{tokenizer} does not say which pictures it was trained on")
+    described = ConfigDict(model.info["data"])
+    name, spec = data_name or described.name, image_spec(described)
+    stored = {
+        split: data.make_views(views if split == "train" else "centre", spec, crop_range)
+        for split in splits
+    }
+    sources = {split: data.open_images(name, split, data_dir or None) for split in splits}
+    side = spec.image_size // model.vq_config.downsampling
+    writers = {
+        split: data.CacheWriter(
+            out / split,
+            tokenizer=tokenizer_fingerprint(model),
+            tokenizer_name=model.name,
+            vocab_size=model.vq_config.n_embed,
+            grid=(side, side),
+            class_names=source.class_names,
+            views=stored[split].names,
+            num_examples=len(source),
+            dataset=name,
+            split=split,
+            pictures=stored[split].pictures,
+            shard_size=shard_size,
+        )
+        for split, source in sources.items()
+    }
+    encode, devices = local_encoder(model)
+    missing = [split for split, writer in writers.items() if writer.missing()]
+    for split in missing:
+        data.check_images(sources[split], spec)
+    which = f", part {share[0] + 1}/{share[1]}" if share[1] > 1 else ""
+    for split in missing:
+        data.extract_codes(
+            encode, sources[split], stored[split], writers[split], batch_size * devices,
+            part=share, workers=workers, progress=Progress(f"encoding {split}{which}"),
+        )  # fmt: skip
+    for writer in writers.values():
+        left, shards = len(_finish(writer)), len(writer.ranges)
+        names, pictures = writer.manifest["views"], writer.manifest["num_examples"]
+        if left:
+            say(f"{writer.path}: {left} of {shards} shards are left to other parts")
+        else:
+            say(f"{writer.path}: {pictures} pictures, {len(names)} views, {side * side} codes each")
+
+
+def _finish(writer: data.CacheWriter) -> list[int]:
+    """Completes a cache if it can be; connected processes first wait for each other's shards."""
+    waiting = Progress(f"waiting for the other processes to write into {writer.path}", "shards")
+    while jax.process_count() > 1 and (missing := writer.missing()):
+        waiting(len(writer.ranges) - len(missing), len(writer.ranges))
+        time.sleep(1)
+    return writer.finish() if jax.process_index() == 0 else []
