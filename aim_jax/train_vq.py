@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.loop import Discriminator, Stage, TrainState
-from aim_jax.metrics import Moments, codebook_use, frechet_distance, psnr
+from aim_jax.metrics import Gaussian, Moments, codebook_use, frechet_distance, psnr
 from aim_jax.metrics.features import FeatureExtractor, over_processes
 from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.lpips import MIN_SIDE, lpips
@@ -219,6 +220,106 @@ def open_start(name_or_path: str, config: VQConfig) -> dict:
     return start.vq_params
 
 
+class Setup:
+    """What a configuration means on the devices of this run.
+
+    Attributes:
+      recipe: see `Recipe`. mesh, rules: devices, and what is sharded over which of their axes.
+      new_state: makes a fresh, boxed TrainState.
+      train_step: jitted (state, batch, lpips_params) -> (state, metrics); consumes the state.
+
+    Raises:
+      ValueError: tokenizer, losses, pictures, batch and mesh do not fit together.
+    """
+
+    def __init__(self, config: ConfigDict):
+        model = VQConfig(**config.model)
+        check_fit(model, config.data)
+        check_decoder_only(config)
+        self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
+        check_mesh(config, self.mesh)
+        optimizer = make_optimizer(
+            config.optimizer, config.steps, ENCODER if config.decoder_only else ()
+        )
+        self.recipe = Recipe(
+            model, optimizer, LossConfig(**config.loss), PatchGAN(**config.discriminator),
+            config.accumulate, config.ema_decay, config.restart_codes, config.decoder_only,
+        )  # fmt: skip
+        self.recipe.losses.check_size(config.data.image_size, self.recipe.discriminator)
+        self.rules = axis_rules(self.mesh, config.mesh.fsdp)
+        self.new_state = functools.partial(
+            create_train_state, self.recipe, config.seed, config.data.image_size,
+            self.mesh.shape["data"],
+        )  # fmt: skip
+        placed = shardings(jax.eval_shape(self.new_state), self.mesh, self.rules)
+        self.train_step = sharded_jit(
+            functools.partial(train_step, recipe=self.recipe), self.mesh, self.rules,
+            donate_argnums=0, out_shardings=(placed, None),
+        )  # fmt: skip
+
+
+class HeldOut:
+    """What a tokenizer makes of held-out pictures.
+
+    Args:
+      batches: (part) -> one pass over this part of every batch, or over this process's own.
+      count: pictures in all.
+      lpips_params, extract: for LPIPS and for rFID, which are left out without them.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        setup: Setup,
+        batches: Callable,
+        count: int,
+        lpips_params: dict | None,
+        extract: FeatureExtractor | None,
+    ):
+        self._batches, self._count, self._mesh = batches, count, setup.mesh
+        self._lpips, self._extract, model = lpips_params, extract, setup.recipe.model
+        self._parts = batch_share(setup.mesh)[1]
+        self._size = config.batch_size // self._parts
+        self._sums = jax.jit(functools.partial(eval_step, config=model))
+        self._decoded = jax.jit(lambda p, x: to_uint8(VQModel(model).apply({"params": p}, x)[0]))
+        # The first part in all processes: a program over all devices takes the same from each.
+        self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
+        self._real: Gaussian | None = None
+
+    def measure(self, params) -> dict[str, float]:
+        """Means of `eval_step`, use of the codebook, and val_rfid."""
+        one = lambda batch: self._sums(params, batch, self._lpips)  # noqa: E731
+        means = loop.weighted_means(one, self._batches(), self._size, self._mesh)
+        use = codebook_use(means.pop("codes"))
+        means |= {f"val_{name}": value for name, value in use.items()}
+        if self._extract is not None:
+            made = self._gaussian(self._reconstructions(params))
+            if self._real is None:
+                self._real = self._gaussian(to_uint8(b["images"]) for b in self._batches())
+            means["val_rfid"] = frechet_distance(self._real, made)
+        return means
+
+    def draw(self, params, path: Path) -> None:
+        """Writes pairs of pictures and reconstructions."""
+        shown = self._shown
+        decoded = to_host(self._decoded(params, shown))
+        if jax.process_index() == 0:
+            pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
+            save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
+
+    def _reconstructions(self, params):
+        for batch in self._batches():
+            images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
+            yield local_rows(self._decoded(params, images))[: len(batch["labels"])]
+
+    def _gaussian(self, pictures) -> Gaussian:
+        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
+        for rows in pictures:
+            moments.add(self._extract(np.asarray(rows)).pool)
+            progress(min(moments.count * self._parts, self._count), self._count)
+        return over_processes(moments).gaussian()
+
+
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, pictures and a model.
 
@@ -231,47 +332,30 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         any work starts.
     """
     workdir = Path(workdir)
-    model_config = VQConfig(**config.model)
-    spec = image_spec(config.data)
+    setup, spec = Setup(config), image_spec(config.data)
+    mesh, recipe, share = setup.mesh, setup.recipe, batch_share(setup.mesh)
     sources = {
         split: open_images(config.data.name, split, config.data.dir or None)
         for split in ("train", "validation")
     }
     for source in sources.values():
         check_images(source, spec)
-    check_fit(model_config, config.data)
-    check_decoder_only(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
-    check_mesh(config, mesh)
-    recipe = Recipe(
-        model_config,
-        make_optimizer(config.optimizer, config.steps, ENCODER if config.decoder_only else ()),
-        LossConfig(**config.loss), PatchGAN(**config.discriminator), config.accumulate,
-        config.ema_decay, config.restart_codes, config.decoder_only,
-    )  # fmt: skip
-    recipe.losses.check_size(config.data.image_size, recipe.discriminator)
     lpips_params = open_lpips(config.lpips, recipe.losses, config.data.image_size)
     lpips_params = replicate(lpips_params, mesh)
     extract = FeatureExtractor(load_inception(config.inception)) if config.inception else None
     fresh = config.init and not has_checkpoint(workdir)
-    start = open_start(config.init, model_config) if fresh else None
+    start = open_start(config.init, recipe.model) if fresh else None
     claim_workdir(workdir, config)
 
-    rules = axis_rules(mesh, config.mesh.fsdp)
-    new_state = functools.partial(
-        create_train_state, recipe, config.seed, config.data.image_size, mesh.shape["data"]
-    )
-    state = create_sharded(new_state, mesh, rules)
+    state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:
         state = state.with_params(start)
     say(
-        f"VQ-f{model_config.downsampling} with "
+        f"VQ-f{recipe.model.downsampling} with "
         f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
         f"{len(sources['train'])} training and {len(sources['validation'])} validation images; "
         f"{mesh.size} {jax.devices()[0].platform} device(s)"
     )
-
-    share = batch_share(mesh)
 
     def batches(split, part=share[0]):
         return image_batches(
@@ -280,67 +364,28 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             workers=config.data.workers if split == "train" else 0,
         )  # fmt: skip
 
-    step = sharded_jit(
-        functools.partial(train_step, recipe=recipe), mesh, rules, donate_argnums=0,
-        out_shardings=(shardings(jax.eval_shape(new_state), mesh, rules), None),
+    held_out = HeldOut(
+        config, setup, functools.partial(batches, "validation"), len(sources["validation"]),
+        lpips_params, extract,
     )  # fmt: skip
-    evaluation = jax.jit(functools.partial(eval_step, config=model_config))
-    reconstruct = jax.jit(lambda p, x: to_uint8(VQModel(model_config).apply({"params": p}, x)[0]))
-    size = config.batch_size // share[1]
-
-    @functools.cache
-    def real_features():
-        return gaussian_of(to_uint8(batch["images"]) for batch in batches("validation"))
-
-    def gaussian_of(pictures):
-        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
-        for rows in pictures:
-            moments.add(extract(np.asarray(rows)).pool)
-            progress(moments.count * share[1], len(sources["validation"]))
-        return over_processes(moments).gaussian()
-
-    def decoded(params):
-        for batch in batches("validation"):
-            images = shard_batch(loop.pad_batch(batch, size), mesh)["images"]
-            yield local_rows(reconstruct(params, images))[: len(batch["labels"])]
-
-    def evaluate(state):
-        one = lambda batch: evaluation(state.eval_params, batch, lpips_params)  # noqa: E731
-        means = loop.weighted_means(one, batches("validation"), size, mesh)
-        use = codebook_use(means.pop("codes"))
-        means |= {f"val_{name}": value for name, value in use.items()}
-        if extract is not None:
-            made = gaussian_of(decoded(state.eval_params))
-            means["val_rfid"] = frechet_distance(real_features(), made)
-        return means
-
-    # The first part in all processes: a program over all devices takes the same from each.
-    pictures = next(iter(batches("validation", part=0)))["images"][: config.sample.images]
-
-    def sample(state, path):
-        pairs = np.concatenate(
-            [np.asarray(to_uint8(pictures)), to_host(reconstruct(state.eval_params, pictures))]
-        )
-        if jax.process_index() == 0:
-            save_png(make_grid(pairs, len(pictures), ["original", "decoded"]), path)
 
     def export(state):
         model = Pretrained(
             name=str(workdir),
-            vq_config=model_config,
+            vq_config=recipe.model,
             vq_params=state.eval_params,
             class_names=tuple(sources["train"].class_names),
-            info={
-                "data": describe_data(config.data),
-                "vq_steps": int(state.step),
-            },
+            info={"data": describe_data(config.data), "vq_steps": int(state.step)},
         )
         save_model(workdir / "model", model, config.export_dtype)
 
-    def one_step(state, batch):
-        return step(state, batch, lpips_params)
-
-    stage = Stage(one_step, batches("train"), evaluate, sample, export)
+    stage = Stage(
+        lambda state, batch: setup.train_step(state, batch, lpips_params),
+        batches("train"),
+        lambda state: held_out.measure(state.eval_params),
+        lambda state, path: held_out.draw(state.eval_params, path),
+        export,
+    )
     return loop.run(config, workdir, mesh, state, stage)
 
 
