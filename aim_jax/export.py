@@ -177,7 +177,7 @@ def save_exported(
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError("exporting needs flatbuffers: pip install -e '.[export]'.")
     out = Path(out)
-    if model.aim_params is None or model.vq_params is None:
+    if model.aim_config is None or model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: exporting a sampler needs both an AiM and a tokenizer.")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name another directory.")

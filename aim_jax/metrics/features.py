@@ -90,11 +90,11 @@ class FeatureExtractor:
         keep = count if keep is None else min(keep, count)
         # Not the first ones: data sets come class after class.
         indices = np.linspace(0, count - 1, keep).astype(int)
-        kept = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
+        kept: list[np.ndarray] = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
         progress = Progress(f"features of {images.name}")
         starts = range(rank * size, count, processes * size)
         for start, batch in zip(starts, images.batches(size, rank, processes), strict=True):
-            found = self(batch)
+            found = jax.tree.map(np.asarray, self(batch))
             inside = indices[(indices >= start) & (indices < start + len(batch))]
             kept.append(found.pool[inside - start])
             pool.add(found.pool)

@@ -92,7 +92,7 @@ def _content(source: ImageSource) -> bytes:
     """Changes when the pictures of a source do."""
     digest = hashlib.sha256()
     if isinstance(source, ArrayImages):
-        digest.update(np.ascontiguousarray(source.images))
+        digest.update(np.ascontiguousarray(source.images).data)
     elif isinstance(source, FolderImages):
         for path in source.paths:
             stat = os.stat(path)
