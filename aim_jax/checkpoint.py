@@ -264,13 +264,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         write_json(file, new)
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict) -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+    return flatten_dict(tree, sep=".")
 
 
 @dataclasses.dataclass(frozen=True)

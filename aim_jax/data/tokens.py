@@ -13,13 +13,14 @@ import itertools
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from aim_jax.data.pipeline import index_batches
 from aim_jax.monitor import Progress
@@ -46,7 +47,7 @@ def fingerprint(config: Any, params: Mapping[str, Any]) -> str:
 
     Args:
       config: Its configuration: a dataclass or a mapping, of what JSON can hold.
-      params: Nested mappings of arrays.
+      params: Nested dicts of arrays.
 
     Returns:
       Hexadecimal SHA-256 over the sorted configuration and the path, type, shape and bytes of each
@@ -55,20 +56,11 @@ def fingerprint(config: Any, params: Mapping[str, Any]) -> str:
     if dataclasses.is_dataclass(config):
         config = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode())
-    for path, array in sorted(_flatten(params)):
+    for path, array in sorted(flatten_dict(params, sep="/").items()):
         array = np.asarray(array)
         digest.update(f"\n{path} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            yield from _flatten(value, path)
-        else:
-            yield path, value
 
 
 def row_type(manifest: Mapping[str, Any]) -> np.dtype:
