@@ -21,6 +21,7 @@ from aim_jax.models.aim import AiM, AiMConfig, Block, Cache, Modulation, init_ca
 
 FORMS = ("auto", "recurrent", "dual")
 KERNELS = ("auto", "xla", "native", "triton")
+TRITON_PLATFORMS = ("gpu", "cuda")  # what JAX calls NVIDIA GPUs
 # Slots of the dual cache of the modules grow in this many steps: XLA reads all there are.
 SEGMENTS = 4
 
@@ -70,7 +71,7 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
         raise ValueError(
             f"kernels='native' decodes Mamba-2 on CPUs; this is {config.mixer} on {platform}."
         )
-    elif kernels == "triton" and platform not in ("gpu", "cuda"):
+    elif kernels == "triton" and platform not in TRITON_PLATFORMS:
         raise ValueError(f"kernels='triton' decodes on NVIDIA GPUs; this is {platform}.")
     form = engine.form
     if form == "auto":
@@ -85,7 +86,7 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
 
 def choose_kernels(config: AiMConfig, platform: str) -> str:
     """The fused kernels of the platform if they can be had, else "xla", saying why."""
-    if platform in ("gpu", "cuda"):
+    if platform in TRITON_PLATFORMS:
         if all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
             return "triton"
         logging.log_first_n(
