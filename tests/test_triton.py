@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
-from aim_jax import decode, filters, ops, sampling
+from aim_jax import filters, ops, sampling
 from aim_jax.decode import Engine, make_decoder
 from aim_jax.decode_fused import FusedDecoder
 from aim_jax.hardware import topology
@@ -685,7 +685,7 @@ def small_model(**changes):
     ],
 )
 def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, prefix, monkeypatch):
-    monkeypatch.setattr(decode, "TRITON_PLATFORMS", ("cpu",))
+    monkeypatch.setattr("aim_jax.decode.TRITON_PLATFORMS", ("cpu",))
     config, params = small_model(**changes)
 
     def generate(engine, prefix=None):
