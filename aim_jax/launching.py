@@ -26,8 +26,6 @@ def errors_in_one_line():
     logging.set_verbosity(logging.WARNING)
     # Orbax logs the errors that it raises as well, with their tracebacks.
     logging.get_absl_handler().addFilter(_is_not_of_orbax)
-    if not glob.glob("/dev/nvidia*"):
-        standard_logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_of_cuda)
     keep_compiled_programs()
     try:
         yield
@@ -49,6 +47,11 @@ def _is_not_of_orbax(record) -> bool:
 def _is_not_of_cuda(record) -> bool:
     """JAX's plugin for CUDA, which the tests install to compile kernels, misses cuDNN on a CPU."""
     return not record.getMessage().startswith("Jax plugin configuration error")
+
+
+# When this file is imported: a configuration may look for devices while flags are parsed.
+if not glob.glob("/dev/nvidia*"):
+    standard_logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_of_cuda)
 
 
 def keep_compiled_programs() -> None:
