@@ -30,7 +30,8 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def browser_page(model):
-    app = build({"tiny": model})
+    sampling = model.sampling | {"cfg_scale": 5.0, "top_k": 12}
+    app = build({"tiny": model, "other": dataclasses.replace(model, sampling=sampling)})
     _, address, _ = app.launch(
         server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True, **LIMITS
     )  # fmt: skip
@@ -77,6 +78,19 @@ def test_uploads_are_completed_or_refused(browser_page, tmp_path):
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")
     page.locator("#complete").click()
     page.locator(".toast-body.error").first.wait_for()
+
+
+def test_settings_follow_the_model(browser_page):
+    page = browser_page
+    page.reload()
+    setting = lambda name: page.locator(f"#{name} input[type=number]").first  # noqa: E731
+    assert [setting(name).input_value() for name in ("cfg_scale", "top_k")] == ["2", "0"]
+    page.get_by_label("model").click()
+    page.get_by_role("option", name="other").click()
+    playwright.expect(setting("top_k")).to_have_value("12")
+    playwright.expect(setting("cfg_scale")).to_have_value("5")
+    page.locator("#draw").click()
+    assert shown(page, "drawn")
 
 
 def test_rows_appear_one_after_the_other(model):
