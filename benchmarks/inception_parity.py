@@ -94,7 +94,7 @@ def main():
         )
     halves = []
     for half in (ours[::2], ours[1::2]):
-        moments = Moments()
+        moments = Moments(half.shape[1])
         moments.add(half)
         halves.append(moments.gaussian())
     fids = frechet_distance(*halves), fid_by_scipy(theirs[::2], theirs[1::2])
