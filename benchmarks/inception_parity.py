@@ -26,6 +26,7 @@ from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.monitor import Progress
 from aim_jax.references import open_set
 
 
@@ -72,6 +73,7 @@ def main():
     network = torch.jit.load(args.torchscript, map_location="cpu").eval()
     extract = FeatureExtractor(load_inception(args.torchscript), args.batch)
     ours, theirs, seconds = [], [], np.zeros(2)
+    progress, done = Progress("features, ours and torch's"), 0
     for part in np.array_split(index, -(-len(index) // args.batch)):
         pixels = images.take(part)
         start = time.perf_counter()
@@ -80,6 +82,8 @@ def main():
         theirs.append(torch_features(network, pixels))
         if len(ours) > 1:  # the first one compiles
             seconds += middle - start, time.perf_counter() - middle
+        done += len(part)
+        progress(done, len(index))
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)
     worst = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     print(
