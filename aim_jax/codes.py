@@ -107,7 +107,7 @@ class CodeData:
         self.validation_size = len(self._validation)
         self.unigram_entropy = unigram_entropy(first)
 
-    def encode(self, batch: dict) -> dict:
+    def encode(self, batch: dict, after=None) -> dict:
         """The batch as it is: it holds codes already."""
         return batch
 
@@ -158,9 +158,16 @@ class EncodedImages:
         )
         self._params = tokenizer.vq_params
 
-    def encode(self, batch: dict) -> dict:
-        """The batch with `codes` in the place of `images`."""
+    def encode(self, batch: dict, after=None) -> dict:
+        """The batch with `codes` in the place of `images`; `after` is what was started before."""
+        # Devices of one CPU share its threads. Two programs at once may wait for each other for
+        # ever: this one for threads that an all-reduce of the step before holds.
+        crowded = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+        if crowded:
+            jax.block_until_ready(after)
         codes = self._encode(self._params, batch["images"])
+        if crowded:
+            jax.block_until_ready(codes)
         return {k: v for k, v in batch.items() if k != "images"} | {"codes": codes}
 
     def train_batches(self):

@@ -165,7 +165,9 @@ def weighted_means(eval_step: Callable, batches, size: int, mesh) -> dict:
       batches: one pass over this process's share; shorter last batch allowed.
       size: examples per batch on this process.
     """
-    sums = [eval_step(shard_batch(pad_batch(batch, size), mesh)) for batch in batches]
-    total = jax.tree.map(lambda *x: np.sum([np.asarray(v, np.float64) for v in x], axis=0), *sums)
+    # Fetched one by one, so that nothing is under way when the next batch is encoded; see `codes`.
+    fetch = lambda sums: jax.tree.map(lambda x: np.asarray(x, np.float64), sums)  # noqa: E731
+    sums = [fetch(eval_step(shard_batch(pad_batch(batch, size), mesh))) for batch in batches]
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
     count = total.pop("count")
     return {name: value / count for name, value in total.items()}

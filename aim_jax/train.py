@@ -202,7 +202,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         save_model(workdir / "model", as_model(state), config.export_dtype)
 
     def encode_and_step(state, batch):
-        return setup.train_step(state, data.encode(batch))
+        return setup.train_step(state, data.encode(batch, after=state))
 
     stage = Stage(
         encode_and_step, data.train_batches(), evaluate, sample, export,
