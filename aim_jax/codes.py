@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax.checkpoint import Pretrained, load_pretrained
 from aim_jax.config import image_spec
 from aim_jax.data import (
     TokenCache,
@@ -22,6 +21,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel, encoder_params
+from aim_jax.pretrained import Pretrained, load_pretrained
 from aim_jax.sharding import batch_sharding, make_mesh
 
 

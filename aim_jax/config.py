@@ -9,7 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from aim_jax.checkpoint import SAMPLING_DEFAULTS
+from aim_jax.pretrained import SAMPLING_DEFAULTS
 
 
 def _common() -> ConfigDict:

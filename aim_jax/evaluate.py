@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from aim_jax import __version__
-from aim_jax.checkpoint import SAMPLING_DEFAULTS, Pretrained, write_json
+from aim_jax.atomic import replacing, write_json
 from aim_jax.codes import local_encoder
 from aim_jax.data import fingerprint
 from aim_jax.metrics import (
@@ -34,6 +34,7 @@ from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.reconstruction import WINDOW
 from aim_jax.monitor import Progress, say
 from aim_jax.pictures import make_grid, save_png, to_rgb
+from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained
 from aim_jax.references import Reference, check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings, decode_images, generate
 from aim_jax.sharding import make_mesh
@@ -272,9 +273,8 @@ def write_report(out: Path, report: dict) -> None:
     for section in ("settings", "environment"):
         lines += ["", f"| {section} | |", "|---|---|"]
         lines += [f"| {k} | {v} |" for k, v in report[section].items()]
-    partial = out / ".report.md.partial"
-    partial.write_text("\n".join(lines) + "\n")
-    os.replace(partial, out / "report.md")
+    with replacing(out / "report.md") as partial:
+        partial.write_text("\n".join(lines) + "\n")
 
 
 def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:

@@ -4,7 +4,6 @@ b images; r = 2 b rows, conditional ones first, then those of the null class.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,9 +14,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from aim_jax.checkpoint import Pretrained
+from aim_jax.atomic import replacing, write_json
 from aim_jax.decode import Engine, ModuleDecoder
 from aim_jax.models.aim import AiM
+from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import Method, Request, _generate, decode_images
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -181,21 +181,18 @@ def save_exported(
         raise ValueError(f"{model.name}: exporting a sampler needs both an AiM and a tokenizer.")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name another directory.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    # A program for several platforms takes the platform's number first; StableHLO is for all.
-    for name, exported in export_decode_step(model, 2 * images, dtype, ("cpu",)).items():
-        (partial / f"{name}.mlirbc").write_bytes(exported.mlir_module_serialized)
-        (partial / f"{name}.json").write_text(json.dumps(describe(name, exported), indent=1) + "\n")
-    programs = export_decode_step(model, 2 * images, dtype)
-    programs["sampler"] = export_sampler(model, dtype)
-    for name, exported in programs.items():
-        (partial / f"{name}.jax").write_bytes(exported.serialize())
-    save_file(flat_weights(model, dtype), partial / "weights.safetensors")
-    settings = model.sampling | {"num_classes": model.aim_config.num_classes}
-    (partial / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    shutil.copyfile(RUNNER, partial / "sample.py")
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        partial.mkdir()
+        # A program for several platforms takes the platform's number first; StableHLO is for all.
+        for name, exported in export_decode_step(model, 2 * images, dtype, ("cpu",)).items():
+            (partial / f"{name}.mlirbc").write_bytes(exported.mlir_module_serialized)
+            write_json(partial / f"{name}.json", describe(name, exported))
+        programs = export_decode_step(model, 2 * images, dtype)
+        programs["sampler"] = export_sampler(model, dtype)
+        for name, exported in programs.items():
+            (partial / f"{name}.jax").write_bytes(exported.serialize())
+        save_file(flat_weights(model, dtype), partial / "weights.safetensors")
+        settings = model.sampling | {"num_classes": model.aim_config.num_classes}
+        write_json(partial / "settings.json", settings)
+        shutil.copyfile(RUNNER, partial / "sample.py")
     return out

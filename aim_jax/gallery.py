@@ -11,11 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from aim_jax.checkpoint import Pretrained
+from aim_jax.atomic import replacing
 from aim_jax.config import image_spec
 from aim_jax.data import preprocess
 from aim_jax.monitor import Progress
 from aim_jax.pictures import make_grid, save_png, to_rgb
+from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import encode_rows, generate, to_uint8
 
 MOST_CLASSES = 20
@@ -133,10 +134,8 @@ def sample_to_directory(
             name = f"{i:05d}_{class_name(model, label).replace(os.sep, '_').replace(' ', '_')}.png"
             paths.append(save_png(Image.fromarray(image), out / "images" / name))
     if npz:
-        partial = out / ".samples.npz.partial"
-        with partial.open("wb") as file:
+        with replacing(out / "samples.npz") as partial, partial.open("wb") as file:
             np.savez(file, arr_0=images, labels=labels)
-        os.replace(partial, out / "samples.npz")
         paths.append(out / "samples.npz")
     return paths
 

@@ -1,24 +1,10 @@
-"""Model directories on the Hugging Face hub, and the card that a published model comes with."""
+"""Model directories on the Hugging Face hub, which needs the extra `hub`."""
 
-import dataclasses
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
-from aim_jax.checkpoint import (
-    MODEL_FILE,
-    Pretrained,
-    find_model,
-    load_pretrained,
-    save_model,
-)
-
 PREFIX = "hf://"
-# What a model directory is made of; nothing else of a repository is fetched.
-PATTERNS = [MODEL_FILE, "README.md", "aim/*", "vq/*"]
+# What a model directory is made of; nothing else of a repository is fetched or uploaded.
+PATTERNS = ["model.json", "README.md", "aim/*", "vq/*"]
 
 
 def download(address: str) -> Path:
@@ -36,7 +22,7 @@ def download(address: str) -> Path:
     name, _, revision = address.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise ValueError(f"{address!r}: expected hf://owner/name or hf://owner/name@revision.")
-    hub = _import_hub()
+    hub = import_hub()
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
     except hub.errors.LocalEntryNotFoundError:
@@ -51,90 +37,15 @@ def download(address: str) -> Path:
         ) from None
 
 
-def publish(
-    checkpoint: str | os.PathLike,
-    out: str | os.PathLike,
-    report: Mapping | None = None,
-    repository: str = "",
-    tokenizer: str | os.PathLike = "",
-) -> Path:
-    """Writes a model directory with its card, and uploads it if a repository is named.
-
-    Args:
-      checkpoint: see `find_model`.
-      out: directory to make.
-      report: of `aim_jax.evaluate.evaluate`, for the card.
-      repository: "owner/name" on the hub; "" uploads nothing.
-      tokenizer: what takes the place of the model's own; see `Pretrained.with_tokenizer`.
-
-    Raises:
-      FileExistsError: out exists.
-      ValueError: the codes of the tokenizer are others.
-    """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name another directory.")
-    hub = _import_hub() if repository else None
-    model = load_pretrained(find_model(checkpoint), as_stored=True)
-    if tokenizer:
-        model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
-    model = dataclasses.replace(model, name=str(checkpoint))
-    card = model_card(model, report, repository)
-    save_model(out, model, None, {"README.md": lambda file: file.write_text(card)})
-    if hub is not None:
-        hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=str(out), allow_patterns=PATTERNS)
-    return out
+def upload(directory: Path, repository: str) -> None:
+    """Uploads a model directory to the repository "owner/name", which is made if need be."""
+    hub = import_hub()
+    hub.create_repo(repository, exist_ok=True)
+    hub.upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS)
 
 
-def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:
-    """Markdown with the hub's header: what the model is, how it is used, how good it is."""
-    load = f"{PREFIX}{repository}" if repository else "DIRECTORY"
-    title = repository.rpartition("/")[2] or Path(model.name).resolve().name
-    parts = {"AiM": model.aim_params, "tokenizer": model.vq_params}
-    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in parts.items() if v is not None}
-    lines = [
-        "---", "library_name: aim_jax", "tags: [image-generation, mamba, jax]", "---", "",
-        f"# {title}", "",
-        "A model of [AiM](https://arxiv.org/abs/2408.12245), autoregressive image generation with "
-        "Mamba, in the format of the library aim_jax.", "",
-        "```python", "import aim_jax", f'model = aim_jax.load_pretrained("{load}")',
-    ]  # fmt: skip
-    if model.aim_params is not None and model.vq_params is not None:
-        lines.append("images = aim_jax.generate(model, labels=[0, 1, 2], seed=0).images")
-    lines += ["```", "", "| | |", "|---|---|"]
-    lines += [f"| parameters, {name} | {count:,} |" for name, count in sizes.items()]
-    if model.aim_config is not None:
-        c = model.aim_config
-        lines.append(
-            f"| AiM | {c.n_layer} layers of width {c.d_model}, {c.mixer}, adaLN {c.adaln}, "
-            f"{c.num_tokens} tokens of {c.vocab_size} |"
-        )
-    if model.vq_config is not None:
-        v = model.vq_config
-        lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codes |")
-    if model.class_names:
-        lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
-    lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
-    lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
-    if report is not None:
-        lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
-        given = {**report["settings"], **report["environment"]}
-        lines += ["", "; ".join(f"{k} {v}" for k, v in given.items()) + "."]
-        lines += ["", *(f"- {note}" for note in report["notes"])]
-    return "\n".join(lines) + "\n"
-
-
-def _text(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    if isinstance(value, list) and len(value) == 2:
-        return f"{value[0]:.5g} ± {value[1]:.2g}"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _import_hub():
+def import_hub():
+    """The module huggingface_hub; ValueError that names the extra where it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.errors

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from aim_jax.atomic import replacing
 
 
 class MetricsWriter:
@@ -27,9 +28,8 @@ class MetricsWriter:
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= first_step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, self._path)
+            with replacing(self._path) as partial:
+                partial.write_text("".join(kept))
         from tensorboardX import SummaryWriter  # brings torch in where it is installed: seconds
 
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from aim_jax import gallery
-from aim_jax.checkpoint import Pretrained
 from aim_jax.pictures import make_grid, side_by_side
+from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import generate
 
 MOST_IMAGES = 16

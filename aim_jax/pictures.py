@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from aim_jax.atomic import replacing
+
 MARGIN = 2
 
 
@@ -72,10 +74,7 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a PNG to a temporary name, then renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
-    return path
+    """Writes a PNG, whole or not at all."""
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")
+    return Path(path)

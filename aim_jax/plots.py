@@ -1,7 +1,8 @@
 """Figures of reports; matplotlib comes with the extra `eval`."""
 
-import os
 from pathlib import Path
+
+from aim_jax.atomic import replacing
 
 
 def pyplot():
@@ -27,10 +28,9 @@ def new_figure(count: int):
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Writes a PNG to a temporary name, then renames it."""
+    """Writes a PNG, whole or not at all."""
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=100, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     pyplot().close(figure)
-    os.replace(partial, path)
     return path

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax.checkpoint import Pretrained
 from aim_jax.config import image_spec
 from aim_jax.data import ImageSpec, open_images
 from aim_jax.data.images import FolderImages, images_in
@@ -14,6 +13,7 @@ from aim_jax.metrics import Gaussian
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
 from aim_jax.metrics.image_sets import ImageSet, NpzImages, SourceImages
 from aim_jax.metrics.inception import NUM_FEATURES, NUM_SPATIAL
+from aim_jax.pretrained import Pretrained
 
 
 class Reference(NamedTuple):

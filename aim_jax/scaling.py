@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from aim_jax.checkpoint import MODEL_FILE
 from aim_jax.flops import training_flops
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
+from aim_jax.pretrained import MODEL_FILE
 
 
 class Run(NamedTuple):

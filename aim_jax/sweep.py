@@ -11,17 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax import evaluate
-from aim_jax.checkpoint import (
-    MODEL_FILE,
-    SAMPLING_DEFAULTS,
-    Pretrained,
-    bundled_models,
-    find_model,
-    write_json,
-)
+from aim_jax.atomic import write_json
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.monitor import say
+from aim_jax.pretrained import MODEL_FILE, SAMPLING_DEFAULTS, Pretrained, bundled_models, find_model
 from aim_jax.references import check_alike, open_reference
 from aim_jax.sampling import check_settings
 

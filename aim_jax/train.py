@@ -12,13 +12,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from aim_jax import loop, sampling
-from aim_jax.checkpoint import (
-    Pretrained,
-    claim_workdir,
-    has_checkpoint,
-    load_pretrained,
-    save_model,
-)
+from aim_jax.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.codes import CodeData, EncodedImages, open_codes, open_tokenizer
 from aim_jax.flops import training_flops
 from aim_jax.loop import Stage, TrainState
@@ -27,6 +21,7 @@ from aim_jax.models.aim import AiM, AiMConfig, init_params
 from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
+from aim_jax.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.sharding import (
     axis_rules,
     batch_sharding,

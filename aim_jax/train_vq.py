@@ -16,13 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aim_jax import loop
-from aim_jax.checkpoint import (
-    Pretrained,
-    claim_workdir,
-    has_checkpoint,
-    load_pretrained,
-    save_model,
-)
+from aim_jax.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.config import describe_data, image_spec
 from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
@@ -48,6 +42,7 @@ from aim_jax.models.vq import (
 from aim_jax.monitor import Progress, say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
+from aim_jax.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.sampling import to_uint8
 from aim_jax.sharding import (
     axis_rules,

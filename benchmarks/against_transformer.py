@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax import evaluate, loop, sampling
-from aim_jax.checkpoint import write_json
+from aim_jax.atomic import write_json
 from aim_jax.codes import open_codes, open_tokenizer
 from aim_jax.launching import errors_in_one_line
 from aim_jax.loop import TrainState

@@ -19,12 +19,12 @@ from absl import app, flags
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_jax.checkpoint import load_pretrained
 from aim_jax.config import image_spec
 from aim_jax.data import image_batches, open_images
 from aim_jax.gallery import generate_many
 from aim_jax.launching import errors_in_one_line
 from aim_jax.monitor import Progress
+from aim_jax.pretrained import load_pretrained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "fashion_mnist", "Bundled model, model directory or workdir.")

@@ -30,9 +30,9 @@ flags.DEFINE_string("out", "comparison.png", "The grid.")
 
 
 def main(_):
-    from aim_jax.checkpoint import load_pretrained
     from aim_jax.gallery import class_ids, compare_settings, interpolate
     from aim_jax.pictures import save_png
+    from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
     with errors_in_one_line():

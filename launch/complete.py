@@ -24,10 +24,10 @@ flags.mark_flags_as_required(["images", "classes"])
 
 
 def main(_):
-    from aim_jax.checkpoint import load_pretrained
     from aim_jax.data import decode_image
     from aim_jax.gallery import class_ids, complete
     from aim_jax.pictures import save_png
+    from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
     with errors_in_one_line():

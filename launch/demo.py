@@ -29,8 +29,8 @@ def main(_):
 
 
 def serve_page():
-    from aim_jax.checkpoint import bundled_models, load_pretrained
     from aim_jax.page import serve
+    from aim_jax.pretrained import bundled_models, load_pretrained
 
     f = flags.FLAGS
     names = f.checkpoint or bundled_models()
@@ -40,9 +40,9 @@ def serve_page():
 def write_pictures():
     from PIL import Image
 
-    from aim_jax.checkpoint import bundled_models, load_pretrained
     from aim_jax.gallery import class_ids, sample_to_directory
     from aim_jax.pictures import save_png, side_by_side
+    from aim_jax.pretrained import bundled_models, load_pretrained
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
     for name in f.checkpoint or bundled_models():

@@ -42,9 +42,9 @@ distributed.define_flags()
 
 
 def main(_):
-    from aim_jax.checkpoint import load_pretrained
     from aim_jax.convert.inception import EXPECTED, load_inception
     from aim_jax.evaluate import evaluate
+    from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
     with errors_in_one_line():

@@ -62,9 +62,9 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 
 
 def main(_):
-    from aim_jax.checkpoint import load_pretrained
     from aim_jax.decode import Engine
     from aim_jax.gallery import class_ids, sample_to_directory
+    from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
     names = ("cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p")

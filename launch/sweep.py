@@ -39,9 +39,9 @@ flags.DEFINE_string("out", "sweep", "Directory for the results.")
 
 def main(_):
     from aim_jax import sweep
-    from aim_jax.checkpoint import SAMPLING_DEFAULTS, load_pretrained
     from aim_jax.convert.inception import EXPECTED, load_inception
     from aim_jax.plots import pyplot
+    from aim_jax.pretrained import SAMPLING_DEFAULTS, load_pretrained
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     with errors_in_one_line():

@@ -12,9 +12,9 @@ import numpy as np
 from absl import app, flags
 
 from aim_jax import distributed, evaluate
-from aim_jax.checkpoint import load_pretrained
 from aim_jax.config import eval_defaults
 from aim_jax.metrics import inception
+from aim_jax.pretrained import load_pretrained
 
 
 def features(params, images):

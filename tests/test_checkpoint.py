@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax.checkpoint import bundled_models, load_pretrained, save_model
 from aim_jax.models import VQConfig
+from aim_jax.pretrained import bundled_models, load_pretrained, save_model
 
 
 def edited(model_dir, tmp_path, **changes):

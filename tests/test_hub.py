@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aim_jax import load_pretrained
-from aim_jax.hub import publish
+from aim_jax.publish import publish
 
 
 class LocalEntryNotFoundError(Exception):

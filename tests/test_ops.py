@@ -384,7 +384,9 @@ def test_the_kernels_name_the_extra_that_they_need(monkeypatch):
         import aim_jax.ops.triton  # noqa: F401
 
 
-@pytest.mark.parametrize("side, kernel, stride", [(1, 3, 1), (2, 3, 1), (2, 3, 2), (3, 4, 2), (4, 4, 1)])
+@pytest.mark.parametrize(
+    "side, kernel, stride", [(1, 3, 1), (2, 3, 1), (2, 3, 2), (3, 4, 2), (4, 4, 1)]
+)
 def test_convolution_of_a_map_smaller_than_its_kernel(side, kernel, stride):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, side, side + 1, 5))

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from aim_jax import evaluate, scaling, sweep
-from aim_jax.checkpoint import load_pretrained, save_model
 from aim_jax.config import eval_defaults
 from aim_jax.metrics.distribution import Gaussian
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
 from aim_jax.models import PRESETS
 from aim_jax.pictures import to_rgb
+from aim_jax.pretrained import load_pretrained, save_model
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from aim_jax.checkpoint import load_pretrained, save_model
 from aim_jax.codes import parse_codes, tokenizer_fingerprint
 from aim_jax.config import describe_data, vq_defaults
 from aim_jax.data import (
@@ -30,6 +29,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel
+from aim_jax.pretrained import load_pretrained, save_model
 from tests.compilation import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]

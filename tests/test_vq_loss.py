@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from aim_jax import train_vq
-from aim_jax.checkpoint import Pretrained, flatten, load_pretrained, save_model
 from aim_jax.config import llamagen_recipe, vq_defaults
 from aim_jax.convert.files import WeightsError, save_tensors
 from aim_jax.convert.lpips import TORCHVISION, load_lpips
@@ -30,6 +29,7 @@ from aim_jax.models.vq import (
     restart_dead_codes,
 )
 from aim_jax.optim import make_optimizer
+from aim_jax.pretrained import Pretrained, flatten, load_pretrained, save_model
 from aim_jax.sampling import to_uint8
 from aim_jax.sharding import make_mesh
 from aim_jax.train_vq import Recipe

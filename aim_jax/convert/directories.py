@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import aim_jax
-from aim_jax.checkpoint import Pretrained, find_model, load_pretrained, save_model
 from aim_jax.convert import configs, files, rules
 from aim_jax.convert.files import LazyTensor, WeightsError
 from aim_jax.data.imagenet import imagenet_classes
@@ -23,6 +22,7 @@ from aim_jax.models.adapt import rearrange_adaln
 from aim_jax.models.aim import AiMConfig
 from aim_jax.models.vq import HISTORY_LENGTH, VQConfig
 from aim_jax.monitor import say
+from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 # Official tensors that are no weights, kept beside them so that the way back gives the same file.
 LEFTOVERS = "official_buffers.safetensors"

@@ -22,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aim_jax.checkpoint import flatten
+from aim_jax.atomic import replacing
+from aim_jax.pretrained import flatten
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 CONFIG = "config.json"
@@ -297,13 +298,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def save_tensors(params: dict, path: str | os.PathLike) -> Path:
-    """Writes nested dicts of arrays as safetensors, to a temporary name first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, partial)
-    os.replace(partial, path)
-    return path
+    """Writes nested dicts of arrays as safetensors, whole or not at all."""
+    with replacing(path) as partial:
+        save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, partial)
+    return Path(path)
 
 
 def import_torch(path: Path, purpose: str):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from aim_jax.checkpoint import flatten
 from aim_jax.convert.files import WeightsError, read_tensors
 from aim_jax.metrics import lpips
+from aim_jax.pretrained import flatten
 
 EXPECTED = (
     "torchvision's VGG16 (vgg16-397923af.pth) with the linear heads (vgg.pth) beside it, the state "

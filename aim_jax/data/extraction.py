@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from aim_jax.atomic import replacing
 from aim_jax.data.images import ImageSource, check_labels
 from aim_jax.data.pipeline import ImageSpec, prefetched, preprocess
 from aim_jax.data.tokens import (
@@ -274,12 +274,8 @@ class CacheWriter:
         check_labels(labels, len(self.manifest["class_names"]), f"examples from {start} on")
 
     def _put(self, name: str, data: bytes | memoryview) -> None:
-        partial = self.path / f".{name[:11]}.{uuid.uuid4().hex[:8]}.partial"
-        try:
+        with replacing(self.path / name) as partial:
             partial.write_bytes(data)
-            os.replace(partial, self.path / name)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _json(manifest: dict[str, Any]) -> bytes:

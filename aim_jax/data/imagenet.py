@@ -10,7 +10,6 @@ import io
 import os
 import re
 import tarfile
-import uuid
 import zipfile
 from collections.abc import Iterator
 from importlib import resources
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aim_jax.atomic import replacing
 from aim_jax.data.images import (
     FolderImages,
     ImageSource,
@@ -163,18 +163,14 @@ def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}): remove it") from error
     index = _make_tar_index(tar, split, status.st_size)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with open(partial, "wb") as out:
+        with replacing(file) as partial, partial.open("wb") as out:
             np.savez(out, stamp=stamp, **index)
-        os.replace(partial, file)
     except OSError as error:
         raise OSError(
             f"cannot write the index {file}: {error.strerror}. Link the tar file (ln -s) into a "
             "directory that can be written to, and use that"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return index
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from aim_jax.atomic import replacing
 from aim_jax.metrics import inception
 from aim_jax.metrics.distribution import Gaussian, InceptionScore, Moments
 from aim_jax.metrics.image_sets import ImageSet
@@ -172,11 +172,8 @@ def _read(file: Path) -> FeatureSet | None:
 
 
 def _write(file: Path, found: FeatureSet) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("wb") as written:
+    with replacing(file) as partial, partial.open("wb") as written:
         np.savez(written, **_pack(found))  # type: ignore[arg-type]
-    os.replace(partial, file)
 
 
 def _pack(found: FeatureSet) -> dict[str, np.ndarray]:

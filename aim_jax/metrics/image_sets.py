@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 
+from aim_jax.atomic import replacing
 from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, preprocess
 from aim_jax.data.pipeline import prefetched
 
@@ -192,13 +192,8 @@ class ImageParts:
                 "or delete it."
             )
         else:
-            self._write(file, lambda partial: partial.write_text(text))
-
-    @staticmethod
-    def _write(file: Path, write) -> None:
-        partial = file.with_name(f".{file.name}.{jax.process_index()}.{os.getpid()}.partial")
-        write(partial)
-        os.replace(partial, file)
+            with replacing(file) as partial:
+                partial.write_text(text)
 
     def _file(self, number: int) -> Path:
         return self._directory / f"{number:06d}.npy"
@@ -207,11 +202,8 @@ class ImageParts:
         return self._file(number).exists()
 
     def add(self, number: int, images: np.ndarray) -> None:
-        def write(partial):
-            with partial.open("wb") as file:
-                np.save(file, images)
-
-        self._write(self._file(number), write)
+        with replacing(self._file(number)) as partial, partial.open("wb") as file:
+            np.save(file, images)
 
     def join(self, count: int, **arrays: np.ndarray) -> None:
         """Makes of parts 0 to count - 1 `arr_0` of an npz file, and writes arrays with it."""
@@ -219,17 +211,17 @@ class ImageParts:
         shapes = [np.load(self._file(i), mmap_mode="r").shape for i in range(count)]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-        def write(partial):
-            with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-                with archive.open(f"{NpzImages.KEY}.npy", "w", force_zip64=True) as stream:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(stream, header)
-                    for i in range(count):
-                        stream.write(np.load(self._file(i)).data)
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w") as stream:
-                        np.lib.format.write_array(stream, array)
-
-        self._write(self._out, write)
+        with (
+            replacing(self._out) as partial,
+            zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
+        ):
+            with archive.open(f"{NpzImages.KEY}.npy", "w", force_zip64=True) as stream:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for i in range(count):
+                    stream.write(np.load(self._file(i)).data)
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as stream:
+                    np.lib.format.write_array(stream, array)
         for i in range(count):
             self._file(i).unlink()

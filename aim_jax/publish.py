@@ -1,0 +1,95 @@
+"""Model directories for others: with a card, and on the hub if wanted."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from aim_jax.hub import PREFIX, import_hub, upload
+from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
+
+
+def publish(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    report: Mapping | None = None,
+    repository: str = "",
+    tokenizer: str | os.PathLike = "",
+) -> Path:
+    """Writes a model directory with its card, and uploads it if a repository is named.
+
+    Args:
+      checkpoint: see `find_model`.
+      out: directory to make.
+      report: of `aim_jax.evaluate.evaluate`, for the card.
+      repository: "owner/name" on the hub; "" uploads nothing.
+      tokenizer: what takes the place of the model's own; see `Pretrained.with_tokenizer`.
+
+    Raises:
+      FileExistsError: out exists.
+      ValueError: the codes of the tokenizer are others.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name another directory.")
+    if repository:
+        import_hub()  # before any work
+    model = load_pretrained(find_model(checkpoint), as_stored=True)
+    if tokenizer:
+        model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
+    model = dataclasses.replace(model, name=str(checkpoint))
+    card = model_card(model, report, repository)
+    save_model(out, model, None, {"README.md": lambda file: file.write_text(card)})
+    if repository:
+        upload(out, repository)
+    return out
+
+
+def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:
+    """Markdown with the hub's header: what the model is, how it is used, how good it is."""
+    load = f"{PREFIX}{repository}" if repository else "DIRECTORY"
+    title = repository.rpartition("/")[2] or Path(model.name).resolve().name
+    parts = {"AiM": model.aim_params, "tokenizer": model.vq_params}
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in parts.items() if v is not None}
+    lines = [
+        "---", "library_name: aim_jax", "tags: [image-generation, mamba, jax]", "---", "",
+        f"# {title}", "",
+        "A model of [AiM](https://arxiv.org/abs/2408.12245), autoregressive image generation with "
+        "Mamba, in the format of the library aim_jax.", "",
+        "```python", "import aim_jax", f'model = aim_jax.load_pretrained("{load}")',
+    ]  # fmt: skip
+    if model.aim_params is not None and model.vq_params is not None:
+        lines.append("images = aim_jax.generate(model, labels=[0, 1, 2], seed=0).images")
+    lines += ["```", "", "| | |", "|---|---|"]
+    lines += [f"| parameters, {name} | {count:,} |" for name, count in sizes.items()]
+    if model.aim_config is not None:
+        c = model.aim_config
+        lines.append(
+            f"| AiM | {c.n_layer} layers of width {c.d_model}, {c.mixer}, adaLN {c.adaln}, "
+            f"{c.num_tokens} tokens of {c.vocab_size} |"
+        )
+    if model.vq_config is not None:
+        v = model.vq_config
+        lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codes |")
+    if model.class_names:
+        lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
+    lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
+    lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
+    if report is not None:
+        lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
+        given = {**report["settings"], **report["environment"]}
+        lines += ["", "; ".join(f"{k} {v}" for k, v in given.items()) + "."]
+        lines += ["", *(f"- {note}" for note in report["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def _text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list) and len(value) == 2:
+        return f"{value[0]:.5g} ± {value[1]:.2g}"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
