@@ -1,137 +1,17 @@
-"""The decoding step of AiM, laid out for a loop that runs it once per token.
-
-Two forms of the Mamba-2 recurrence, from Dao and Gu 2024 (arXiv 2405.21060): "recurrent" carries
-the state, "dual" a cache of the tokens so far. Three sets of kernels: "xla" is the Flax modules
-themselves, on any device; "native" and "triton" are fused kernels for CPUs and NVIDIA GPUs, in
-`decode_fused`. `Engine` names one of each, or lets `resolve` choose.
-"""
-
-import dataclasses
-import functools
-import importlib.util
+"""The decoding step of AiM as its Flax modules compute it, laid out for a loop over tokens."""
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aim_jax import filters, ops
-from aim_jax.models.aim import AiM, AiMConfig, Block, Cache, Modulation, init_cache
+from aim_jax.engine import Engine
+from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_cache
+from aim_jax.models.config import AiMConfig
 
-FORMS = ("auto", "recurrent", "dual")
-KERNELS = ("auto", "xla", "native", "triton")
-TRITON_PLATFORMS = ("gpu", "cuda")  # what JAX calls NVIDIA GPUs
-# Slots of the dual cache of the modules grow in this many steps: XLA reads all there are.
+# Slots of the dual cache grow in this many steps: XLA reads all there are.
 SEGMENTS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """How the decode loop computes. It changes speed and rounding, not what is computed.
-
-    Attributes:
-      form: "recurrent", "dual" or "auto"; see `choose_form`.
-      kernels: "xla", "native" (CPU), "triton" (NVIDIA GPU) or "auto": the fused kernels of the
-        device where they exist and the model has a mixer that they know, else "xla".
-      cache_dtype: of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
-        "bfloat16". The modules keep float32 states.
-    """
-
-    form: str = "auto"
-    kernels: str = "auto"
-    cache_dtype: str = "float32"
-
-    def __post_init__(self):
-        for name, known in (
-            ("form", FORMS),
-            ("kernels", KERNELS),
-            ("cache_dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Engine: {name}={getattr(self, name)!r}; expected one of {', '.join(known)}."
-                )
-
-
-def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engine:
-    """The engine without "auto".
-
-    Args:
-      rows: sequences per device, with guidance two per image.
-      platform: "cpu", "gpu", "cuda" or "tpu".
-
-    Raises:
-      ValueError: the model or the device does not have what was asked for by name.
-    """
-    kernels = engine.kernels
-    if kernels == "auto":
-        kernels = choose_kernels(config, platform)
-    elif kernels == "native" and (platform != "cpu" or config.mixer != "mamba2"):
-        raise ValueError(
-            f"kernels='native' decodes Mamba-2 on CPUs; this is {config.mixer} on {platform}."
-        )
-    elif kernels == "triton" and platform not in TRITON_PLATFORMS:
-        raise ValueError(f"kernels='triton' decodes on NVIDIA GPUs; this is {platform}.")
-    form = engine.form
-    if form == "auto":
-        form = choose_form(config, rows, kernels, platform)
-    elif form == "dual" and config.mixer != "mamba2":
-        raise ValueError(f"form='dual' is there for Mamba-2; this model has {config.mixer}.")
-    engine = dataclasses.replace(engine, form=form, kernels=kernels)
-    if engine.cache_dtype == "bfloat16" and (kernels, form) == ("xla", "recurrent"):
-        raise ValueError("cache_dtype='bfloat16' needs form='dual' or fused kernels.")
-    return engine
-
-
-def choose_kernels(config: AiMConfig, platform: str) -> str:
-    """The fused kernels of the platform if they can be had, else "xla", saying why."""
-    if platform in TRITON_PLATFORMS:
-        if all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
-            return "triton"
-        logging.log_first_n(
-            logging.WARNING,
-            "Decoding without fused kernels, which the cuda extra brings: pip install -e '.[cuda]'",
-            1,
-        )
-    if platform == "cpu" and config.mixer == "mamba2":
-        return "native" if native_kernels() else "xla"
-    return "xla"
-
-
-@functools.cache
-def native_kernels() -> bool:
-    """Whether the fused CPU kernels can be used; compiles them at the first call."""
-    from aim_jax.ops import native
-
-    try:
-        native.register()
-    except (native.BuildError, OSError) as error:
-        logging.warning("Decoding without fused kernels, at about half the speed: %s", error)
-        return False
-    return True
-
-
-def choose_form(config: AiMConfig, rows: int, kernels: str, platform: str) -> str:
-    """The form that takes less time per step, on average over an image.
-
-    Per row and layer the recurrent form reads and writes a state of e n values; the dual form reads
-    e + g n + h values of every token so far, half of them on average, and writes one row. So images
-    of few tokens favour the dual form: of AiM's sizes all up to 460 tokens, were bytes all. They
-    are not:
-
-    - "native": the state streams at 1.4 times the rate of the tokens' rows (measured).
-    - "triton": a program of the dual kernel walks along the tokens, and fewer than 512 programs do
-      not fill a GPU; the state can be split further.
-    - "xla": on CPU the modules' dual step is slower than its bytes; measured, never ahead.
-    """
-    if config.mixer != "mamba2" or (kernels == "xla" and platform == "cpu"):
-        return "recurrent"
-    e, g, n, h = config.d_inner, config.ngroups, config.d_state, config.n_heads
-    if kernels == "triton" and rows * h < 512:
-        return "recurrent"
-    recurrent, dual = 2 * e * n, config.num_tokens / 2 * (e + g * n + h)
-    return "dual" if dual * (1.4 if kernels == "native" else 1) < recurrent else "recurrent"
 
 
 def prefill(
@@ -220,12 +100,3 @@ class ModuleDecoder:
 
 def _is_matrix(path: tuple[str, ...]) -> bool:
     return path[-1] == "kernel" and not path[-2].startswith("conv_")
-
-
-def make_decoder(params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
-    """The decoder of a resolved engine: a `ModuleDecoder`, or one with the same methods."""
-    if engine.kernels == "xla":
-        return ModuleDecoder.of(params, modulation, config, engine)
-    from aim_jax.decode_fused import FusedDecoder  # its kernels need compilers
-
-    return FusedDecoder.of(params, modulation, config, engine)

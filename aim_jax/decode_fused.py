@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from aim_jax import ops
-from aim_jax.decode import Engine, prefill
-from aim_jax.models.aim import AiMConfig, Modulation, init_cache
+from aim_jax.decode import prefill
+from aim_jax.engine import Engine
+from aim_jax.models.aim import Modulation, init_cache
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
 
 # Which of a modulation's parts are shift, scale and gate, of the mixer and of the MLP.

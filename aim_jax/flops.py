@@ -3,7 +3,7 @@
 XLA's own count takes the body of a loop once, so it does not see the layers of a scan.
 """
 
-from aim_jax.models.aim import AiMConfig
+from aim_jax.models.config import AiMConfig
 from aim_jax.ops.reference import split_length
 
 

@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from aim_jax import sharding
-from aim_jax.decode import Engine, make_decoder, resolve
+from aim_jax.decode import ModuleDecoder
+from aim_jax.decode_fused import FusedDecoder
+from aim_jax.engine import Engine, resolve
 from aim_jax.filters import SCHEDULES, guidance_at
-from aim_jax.models.aim import AiM, AiMConfig
+from aim_jax.models.aim import AiM, Modulation
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
 
 
@@ -132,6 +135,13 @@ def generate_tokens(
             f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
         )
     return _generate_watched(params, seed, request, part, method, callback, every)
+
+
+def make_decoder(params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
+    """The decoder of a resolved engine: a `ModuleDecoder`, or one with the same methods."""
+    if engine.kernels == "xla":
+        return ModuleDecoder.of(params, modulation, config, engine)
+    return FusedDecoder.of(params, modulation, config, engine)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -368,7 +378,7 @@ def generate(
       prefix: int (b, l), codes that the images start with, to complete them; `encode_rows` makes
         them from pictures.
       first_index: number of the first image, to continue a series in batches.
-      engine: how the token loop computes; see `aim_jax.decode.Engine`.
+      engine: how the token loop computes; see `aim_jax.engine.Engine`.
       callback, every: callback(Samples) is called after each `every` tokens (default: a row of
         codes) with what is there: the tokens drawn so far, and the pictures with what is missing
         in grey. Needs the model on one device.

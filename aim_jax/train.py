@@ -17,7 +17,8 @@ from aim_jax.codes import CodeData, EncodedImages, open_codes, open_tokenizer
 from aim_jax.flops import training_flops
 from aim_jax.loop import Stage, TrainState
 from aim_jax.models.adapt import adapt_aim
-from aim_jax.models.aim import AiM, AiMConfig, init_params
+from aim_jax.models.aim import AiM, init_params
+from aim_jax.models.config import AiMConfig
 from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png

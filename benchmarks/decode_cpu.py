@@ -49,7 +49,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aim_jax.decode import Engine
+from aim_jax.engine import Engine
 from aim_jax.models import PRESETS, VQConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     import jax.numpy as jnp
 
     from aim_jax import convert
-    from aim_jax.decode import resolve
+    from aim_jax.engine import resolve
     from aim_jax.sampling import generate_tokens
     from benchmarks.conversion import random_weights
     from benchmarks.traffic import bytes_per_step

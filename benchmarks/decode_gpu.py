@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_jax.decode import Engine
+from aim_jax.engine import Engine
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
 from aim_jax.models.aim import init_params
 from aim_jax.models.vq import init_params as init_vq

@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_jax.models.aim import PRESETS, AiMConfig
+from aim_jax.models.config import PRESETS, AiMConfig
 from aim_jax.ops import triton as kernels
 
 EPILOG = """\

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax.decode import Engine
+from aim_jax.engine import Engine
 from aim_jax.models import AiMConfig, init_cache
 from aim_jax.models.aim import init_params
 

@@ -62,7 +62,7 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 
 
 def main(_):
-    from aim_jax.decode import Engine
+    from aim_jax.engine import Engine
     from aim_jax.gallery import class_ids, sample_to_directory
     from aim_jax.pretrained import load_pretrained
 

@@ -11,14 +11,14 @@ import pytest
 from flax import linen as nn
 
 from aim_jax import decode, filters, generate, sampling
-from aim_jax.decode import Engine, resolve
+from aim_jax.engine import Engine, native_kernels, resolve
 from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
 from benchmarks import parity
 from tests.test_golden import GOLDEN
 
 native_only = pytest.mark.skipif(
-    not decode.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"
+    not native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"
 )
 ENGINES = [
     pytest.param(Engine("recurrent", "xla"), id="recurrent-xla"),
@@ -245,7 +245,7 @@ def test_the_choice_of_an_engine():
 def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
     from aim_jax.ops.native import build
 
-    decode.native_kernels.cache_clear()
+    native_kernels.cache_clear()
     build.register.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -260,7 +260,7 @@ def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
             build.compile_sources()
         assert [path.name for path in (tmp_path / "aim_jax").iterdir()] == []
     finally:
-        decode.native_kernels.cache_clear()
+        native_kernels.cache_clear()
         build.register.cache_clear()
 
 

@@ -193,7 +193,7 @@ def test_bfloat16_compute_is_close_and_keeps_float32_where_it_matters():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixer": "rwkv"}, r"mixer='rwkv'; expected one of \['mamba1', 'mamba2'\]"),
+        ({"mixer": "rwkv"}, r"mixer='rwkv'; expected one of mamba1, mamba2"),
         ({"adaln": "none"}, "adaln='none'"),
         ({"headdim": 12}, "expand \\* d_model = 32 is not a multiple of headdim=12"),
         ({"ngroups": 3}, "4 heads cannot be shared among ngroups=3"),

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import decode, ops
+from aim_jax import engine, ops
 from aim_jax.models.layers import rms_norm
 
 pytestmark = pytest.mark.skipif(
-    not decode.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"
+    not engine.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"
 )
 
 

@@ -22,13 +22,15 @@ pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton al
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
 from aim_jax import filters, ops, sampling
-from aim_jax.decode import Engine, make_decoder
 from aim_jax.decode_fused import FusedDecoder
+from aim_jax.engine import Engine
 from aim_jax.hardware import topology
-from aim_jax.models.aim import AiM, AiMConfig, init_params
+from aim_jax.models.aim import AiM, init_params
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch
+from aim_jax.sampling import make_decoder
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import parity
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
@@ -685,7 +687,7 @@ def small_model(**changes):
     ],
 )
 def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, prefix, monkeypatch):
-    monkeypatch.setattr("aim_jax.decode.TRITON_PLATFORMS", ("cpu",))
+    monkeypatch.setattr("aim_jax.engine.TRITON_PLATFORMS", ("cpu",))
     config, params = small_model(**changes)
 
     def generate(engine, prefix=None):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from aim_jax.models.aim import AiMConfig
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import group_to_layer, layer_to_group
 
 # What two models must share for the weights of one to mean anything in the other.

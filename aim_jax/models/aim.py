@@ -4,8 +4,6 @@ A class embedding and t - 1 code embeddings enter a stack of Mamba blocks modula
 i predicts code i. b batch, l length, t tokens of an image, d model, v vocabulary.
 """
 
-import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import (
     AdaLN,
     FinalLayer,
@@ -32,137 +31,16 @@ from aim_jax.models.mamba2 import (
 )
 from aim_jax.sharding import constrain
 
-MIXERS: dict[str, tuple] = {
+MODULES: dict[str, tuple] = {
     "mamba1": (Mamba1, init_mamba1_cache),
     "mamba2": (Mamba2, init_mamba2_cache),
 }
-REMAT = {
+POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 Cache = Mamba1Cache | Mamba2Cache
-
-
-@dataclasses.dataclass(frozen=True)
-class AiMConfig:
-    """Shape of an AiM model; the defaults are AiM-B.
-
-    Attributes:
-      vocab_size, num_classes, num_tokens: codes, classes (a null class is added), codes per image.
-      d_model, n_layer: width and depth.
-      mixer: "mamba2" or "mamba1".
-      d_state, d_conv, expand: SSM state size, convolution width, inner width / d_model.
-      headdim, ngroups: Mamba-2 only: channels per head, groups that share B and C.
-      chunk_size: tokens per chunk of the training scan; changes speed, not results.
-      ssm_scan: what scans whole sequences: "xla", or "triton", kernels for NVIDIA GPUs that have no
-        derivative; changes speed, not results.
-      d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 is
-        none.
-      adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
-        one group is adaLN-single).
-      num_groups: maps shared by the layers when adaln="group".
-      positions: whether codes get position embeddings (the paper's ablation goes without).
-      position_offset: position row of code j is j + position_offset. 0 is what the paper's training
-        does; 1 is what its published sampler does.
-      class_dropout, token_dropout: training only: probability of the null class; dropout of inputs.
-      norm_eps: added to mean squares.
-      compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
-        residual stream, norms, decays, states and logits are float32.
-      remat: "none", "dots" or "full": what backpropagation recomputes per block.
-      logits_chunk: tokens of an image whose logits the training loss holds at once; 0 is all.
-      scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it whole.
-    """
-
-    vocab_size: int = 16384
-    num_classes: int = 1000
-    num_tokens: int = 256
-    d_model: int = 768
-    n_layer: int = 24
-    mixer: str = "mamba2"
-    d_state: int = 128
-    d_conv: int = 4
-    expand: int = 2
-    headdim: int = 64
-    ngroups: int = 1
-    chunk_size: int = 64
-    ssm_scan: str = "xla"
-    d_intermediate: int = 0
-    adaln: str = "layer"
-    num_groups: int = 1
-    positions: bool = True
-    position_offset: int = 0
-    class_dropout: float = 0.1
-    token_dropout: float = 0.0
-    norm_eps: float = 1e-5
-    compute_dtype: str = "float32"
-    remat: str = "none"
-    logits_chunk: int = 0
-    scan_unroll: int = 1
-
-    def __post_init__(self):
-        def require(ok, message):
-            if not ok:
-                raise ValueError(f"AiMConfig: {message}")
-
-        require(self.mixer in MIXERS, f"mixer={self.mixer!r}; expected one of {sorted(MIXERS)}.")
-        require(self.remat in REMAT, f"remat={self.remat!r}; expected one of {sorted(REMAT)}.")
-        require(
-            self.ssm_scan in ("xla", "triton"),
-            f"ssm_scan={self.ssm_scan!r}; expected 'xla' or 'triton'.",
-        )
-        require(
-            self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."
-        )
-        require(self.position_offset in (0, 1), "position_offset must be 0 or 1.")
-        sizes = ("vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state")
-        sizes += ("d_conv", "expand", "headdim", "ngroups", "chunk_size", "num_groups")
-        for name in (*sizes, "scan_unroll"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
-        if self.mixer == "mamba2":
-            require(
-                self.d_inner % self.headdim == 0,
-                f"expand * d_model = {self.d_inner} is not a multiple of headdim={self.headdim}.",
-            )
-            require(
-                self.n_heads % self.ngroups == 0,
-                f"{self.n_heads} heads cannot be shared among ngroups={self.ngroups}.",
-            )
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def n_heads(self) -> int:
-        return self.d_inner // self.headdim
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank of the Mamba-1 dt projection."""
-        return math.ceil(self.d_model / 16)
-
-    @property
-    def mlp_hidden(self) -> int:
-        return -(-self.d_intermediate // 128) * 128
-
-    @property
-    def modulation_parts(self) -> int:
-        return 6 if self.d_intermediate else 3
-
-    @property
-    def residual_scale(self) -> float:
-        """Shrinks the initial output maps of residual branches: 1 / sqrt(branches)."""
-        return (self.n_layer * (2 if self.d_intermediate else 1)) ** -0.5
-
-
-PRESETS = {
-    "B": AiMConfig(),
-    "L": AiMConfig(d_model=1024, n_layer=48, adaln="group", num_groups=4),
-    "XL": AiMConfig(d_model=1536, n_layer=48, adaln="group", num_groups=4),
-    "1B": AiMConfig(d_model=2048, n_layer=48, adaln="group", num_groups=4),
-}
 
 
 class Modulation(NamedTuple):
@@ -198,7 +76,7 @@ class Block(nn.Module):
             shift, shift_mlp, scale, scale_mlp, gate, gate_mlp = parts
         else:
             shift, scale, gate = parts
-        mixer = MIXERS[cfg.mixer][0](cfg, name="mixer")
+        mixer = MODULES[cfg.mixer][0](cfg, name="mixer")
 
         residual = hidden + residual
         x = modulate(RMSNorm(eps=cfg.norm_eps, name="norm")(residual), shift, scale)
@@ -236,7 +114,7 @@ class AiM(nn.Module):
         self.final_adaln = AdaLN(1, 1, 2, table=False)
         block = Block
         if cfg.remat != "none":
-            block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=POLICIES[cfg.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -348,7 +226,7 @@ def init_cache(
       dtype: of what the dual form keeps.
     """
     if dual is None:
-        cache = MIXERS[config.mixer][1](config, batch)
+        cache = MODULES[config.mixer][1](config, batch)
     else:
         cache = init_mamba2_dual_cache(config, batch, dual, dtype)
     return jax.tree.map(lambda x: jnp.zeros((config.n_layer, *x.shape), x.dtype), cache)

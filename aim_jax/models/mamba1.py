@@ -4,18 +4,16 @@ b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolu
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import CausalConv1D, Dense
 from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
-
-if TYPE_CHECKING:  # it imports this module
-    from aim_jax.models.aim import AiMConfig
 
 
 class Mamba1Cache(NamedTuple):
@@ -43,7 +41,7 @@ class Mamba1(nn.Module):
       config: AiMConfig.
     """
 
-    config: "AiMConfig"
+    config: AiMConfig
 
     @nn.compact
     def __call__(

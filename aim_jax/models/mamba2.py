@@ -4,18 +4,16 @@ b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g S
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
+from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm
 from aim_jax.sharding import constrain
-
-if TYPE_CHECKING:  # it imports this module
-    from aim_jax.models.aim import AiMConfig
 
 
 class Mamba2Cache(NamedTuple):
@@ -50,7 +48,7 @@ class Mamba2(nn.Module):
       config: AiMConfig.
     """
 
-    config: "AiMConfig"
+    config: AiMConfig
 
     @nn.compact
     def __call__(

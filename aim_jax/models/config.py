@@ -1,0 +1,129 @@
+"""Shapes of AiM models, and the four published sizes (arXiv 2408.12245, table 1)."""
+
+import dataclasses
+import math
+
+MIXERS = ("mamba1", "mamba2")
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class AiMConfig:
+    """Shape of an AiM model; the defaults are AiM-B.
+
+    Attributes:
+      vocab_size, num_classes, num_tokens: codes, classes (a null class is added), codes per image.
+      d_model, n_layer: width and depth.
+      mixer: "mamba2" or "mamba1".
+      d_state, d_conv, expand: SSM state size, convolution width, inner width / d_model.
+      headdim, ngroups: Mamba-2 only: channels per head, groups that share B and C.
+      chunk_size: tokens per chunk of the training scan; changes speed, not results.
+      ssm_scan: what scans whole sequences: "xla", or "triton", kernels for NVIDIA GPUs that have no
+        derivative; changes speed, not results.
+      d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 is
+        none.
+      adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
+        one group is adaLN-single).
+      num_groups: maps shared by the layers when adaln="group".
+      positions: whether codes get position embeddings (the paper's ablation goes without).
+      position_offset: position row of code j is j + position_offset. 0 is what the paper's training
+        does; 1 is what its published sampler does.
+      class_dropout, token_dropout: training only: probability of the null class; dropout of inputs.
+      norm_eps: added to mean squares.
+      compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
+        residual stream, norms, decays, states and logits are float32.
+      remat: "none", "dots" or "full": what backpropagation recomputes per block.
+      logits_chunk: tokens of an image whose logits the training loss holds at once; 0 is all.
+      scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it whole.
+    """
+
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    num_tokens: int = 256
+    d_model: int = 768
+    n_layer: int = 24
+    mixer: str = "mamba2"
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+    chunk_size: int = 64
+    ssm_scan: str = "xla"
+    d_intermediate: int = 0
+    adaln: str = "layer"
+    num_groups: int = 1
+    positions: bool = True
+    position_offset: int = 0
+    class_dropout: float = 0.1
+    token_dropout: float = 0.0
+    norm_eps: float = 1e-5
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    logits_chunk: int = 0
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        def require(ok, message):
+            if not ok:
+                raise ValueError(f"AiMConfig: {message}")
+
+        for name, known in (("mixer", MIXERS), ("remat", REMAT)):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r}; expected one of {', '.join(known)}.")
+        require(
+            self.ssm_scan in ("xla", "triton"),
+            f"ssm_scan={self.ssm_scan!r}; expected 'xla' or 'triton'.",
+        )
+        require(
+            self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."
+        )
+        require(self.position_offset in (0, 1), "position_offset must be 0 or 1.")
+        sizes = ("vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state")
+        sizes += ("d_conv", "expand", "headdim", "ngroups", "chunk_size", "num_groups")
+        for name in (*sizes, "scan_unroll"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
+        if self.mixer == "mamba2":
+            require(
+                self.d_inner % self.headdim == 0,
+                f"expand * d_model = {self.d_inner} is not a multiple of headdim={self.headdim}.",
+            )
+            require(
+                self.n_heads % self.ngroups == 0,
+                f"{self.n_heads} heads cannot be shared among ngroups={self.ngroups}.",
+            )
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the Mamba-1 dt projection."""
+        return math.ceil(self.d_model / 16)
+
+    @property
+    def mlp_hidden(self) -> int:
+        return -(-self.d_intermediate // 128) * 128
+
+    @property
+    def modulation_parts(self) -> int:
+        return 6 if self.d_intermediate else 3
+
+    @property
+    def residual_scale(self) -> float:
+        """Shrinks the initial output maps of residual branches: 1 / sqrt(branches)."""
+        return (self.n_layer * (2 if self.d_intermediate else 1)) ** -0.5
+
+
+PRESETS = {
+    "B": AiMConfig(),
+    "L": AiMConfig(d_model=1024, n_layer=48, adaln="group", num_groups=4),
+    "XL": AiMConfig(d_model=1536, n_layer=48, adaln="group", num_groups=4),
+    "1B": AiMConfig(d_model=2048, n_layer=48, adaln="group", num_groups=4),
+}
