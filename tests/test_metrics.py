@@ -8,8 +8,8 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from aim_jax.data import ImageSpec
-from aim_jax.data.images import ArrayImages, open_images
+from aim_jax.data import ImageSpec, open_images
+from aim_jax.data.images import ArrayImages
 from aim_jax.metrics import (
     Gaussian,
     InceptionScore,

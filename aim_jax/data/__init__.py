@@ -1,5 +1,6 @@
 """Pictures, token caches and resumable batches of both."""
 
+from aim_jax.data.datasets import open_images
 from aim_jax.data.extraction import (
     VIEWS,
     CacheWriter,
@@ -15,7 +16,6 @@ from aim_jax.data.images import (
     ImageSource,
     check_labels,
     decode_image,
-    open_images,
 )
 from aim_jax.data.pipeline import (
     ImageSpec,

@@ -1,14 +1,9 @@
-"""Labelled pictures with random access: plain files, class folders and TensorFlow Datasets."""
+"""Labelled pictures with random access: in memory, in files, in TensorFlow Datasets."""
 
 import abc
-import functools
-import gzip
-import hashlib
 import io
 import math
 import os
-import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,43 +11,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-SPLITS = ("train", "validation", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-# Held-out share of "train": for data sets that ship no validation split, and for class folders.
-TAIL_FRACTION = 0.02
-VALIDATION_FRACTION = 0.05
 
 # Decoded tfds pictures up to this size in all are kept in memory.
 KEEP_BYTES = 2**30
-
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
-
-# A label byte, then the red, green and blue planes of 32 x 32 pixels.
-CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
 class ImageSource(abc.ABC):
@@ -179,67 +141,6 @@ def decode_image(file: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def open_images(
-    name: str, split: str = "train", data_dir: str | os.PathLike | None = None
-) -> ImageSource:
-    """Opens a split of a data set of labelled pictures.
-
-    Without `data_dir` the data set comes from TensorFlow Datasets, downloaded and prepared as
-    array_record on first use (TensorFlow itself is not needed). With `data_dir`, one of these
-    layouts is recognised by its content:
-
-    * Fashion-MNIST's four `*-ubyte.gz` files (name "fashion_mnist");
-    * CIFAR-10's binary batches, `data_batch_1.bin` ... `test_batch.bin` (name "cifar10");
-    * a prepared array_record data set: its version folder, or a tfds `data_dir` that holds
-      `name/version`;
-    * ImageNet's tar files or folders (name "imagenet2012"; see `imagenet.open_imagenet`);
-    * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*`, or just
-      `CLASS/*` (any name).
-
-    A data set without a validation split gets one taken from "train", the same on every run: the
-    last 2 % of its examples, or 5 % of each class for class folders (chosen by file name). The
-    official "test" split is never touched by this.
-
-    Args:
-      name: "fashion_mnist", "cifar10", "imagenet2012", another tfds name, or "folder".
-      split: "train", "validation" or "test".
-      data_dir: Where the pictures are; see above.
-
-    Returns:
-      An `ImageSource`.
-
-    Raises:
-      ValueError: unknown split or data set, or folders with missing or empty classes.
-      FileNotFoundError: `data_dir` or files of its layout are missing.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    if data_dir is None:
-        if name == "folder":
-            raise ValueError("data set 'folder' needs a data_dir with one folder per class")
-        return _open_tfds(name, split, _tfds_builder(name, None))
-    from aim_jax.data import imagenet  # it builds on this module
-
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"the data directory {root} does not exist")
-    if name == "fashion_mnist" and list(root.glob("*-ubyte.gz")):
-        return _open_fashion_mnist(root, split)
-    if name == "cifar10" and list(root.glob("*_batch*.bin")):
-        return _open_cifar10(root, split)
-    if (root / "dataset_info.json").is_file() or list(root.glob(f"{name}/**/dataset_info.json")):
-        return _open_tfds(name, split, _tfds_builder(name, root))
-    if name == imagenet.NAME:
-        return imagenet.open_imagenet(root, split)
-    if name == "folder" or _is_class_root(root):
-        return _open_folder(name, root, split)
-    raise FileNotFoundError(
-        f"{root} holds nothing that is known for {name!r}: expected Fashion-MNIST's .gz files, "
-        "CIFAR-10's binary batches, a prepared array_record data set of TensorFlow Datasets, or "
-        "one folder of pictures per class"
-    )
-
-
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
     """Raises ValueError, naming examples, unless every label lies in [0, num_classes)."""
     labels = np.asarray(labels)
@@ -249,73 +150,6 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
         raise ValueError(
             f"{name}: {bad.size} labels are out of range: {listed}; expected 0 to {num_classes - 1}"
         )
-
-
-def _open_fashion_mnist(root: Path, split: str) -> ImageSource:
-    files = [root / name for name in _fashion_mnist_files("t10k" if split == "test" else "train")]
-    _require(files, root)
-    images, labels = (_read_idx(path) for path in files)
-    return _tail_split("fashion_mnist", split, FASHION_MNIST_CLASSES, images[..., None], labels)
-
-
-def _fashion_mnist_files(prefix: str) -> list[str]:
-    return [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Reads a gzipped idx file of unsigned bytes: 0, 0, 8, rank, big-endian sizes, data."""
-    try:
-        with gzip.open(path) as file:
-            data = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot unpack {path}: {error}") from error
-    rank = data[3] if data[:3] == b"\x00\x00\x08" else 0
-    shape = tuple(np.frombuffer(data, ">i4", rank, 4).tolist())
-    if not rank or len(data) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{path} is not a whole idx file of unsigned bytes")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def _open_cifar10(root: Path, split: str) -> ImageSource:
-    files = [root / name for name in _cifar10_files(split)]
-    _require(files, root)
-    for path in files:
-        size = path.stat().st_size
-        if size == 0 or size % CIFAR10_RECORD:
-            raise ValueError(
-                f"{path} is damaged: its {size} bytes are no multiple of {CIFAR10_RECORD}"
-            )
-    images, labels = _parse_cifar10([np.fromfile(path, np.uint8) for path in files])
-    return _tail_split("cifar10", split, CIFAR10_CLASSES, images, labels)
-
-
-def _cifar10_files(split: str) -> list[str]:
-    return ["test_batch.bin"] if split == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
-
-
-def _parse_cifar10(batches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    records = np.concatenate(batches).reshape(-1, CIFAR10_RECORD)
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0]
-
-
-def _require(files: list[Path], root: Path) -> None:
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{root} lacks {', '.join(missing)}")
-
-
-def _tail_split(name, split, class_names, images, labels) -> ImageSource:
-    check_labels(labels, len(class_names), name)
-    keep = slice(None)
-    if split != "test":
-        cut = _tail_start(len(images))
-        keep = slice(cut) if split == "train" else slice(cut, None)
-    return ArrayImages(name, split, class_names, images[keep], labels[keep])
-
-
-def _tail_start(size: int) -> int:
-    return size - max(1, round(TAIL_FRACTION * size))
 
 
 def folders(root: Path) -> list[Path]:
@@ -336,162 +170,3 @@ def images_in(folder: Path) -> list[str]:
         for name in names
         if is_image(name)
     )
-
-
-def _is_class_root(root: Path) -> bool:
-    return (root / "train").is_dir() or any(
-        is_image(file.name) for folder in folders(root) for file in folder.iterdir()
-    )
-
-
-def _open_folder(name: str, root: Path, split: str) -> ImageSource:
-    train = root / "train" if (root / "train").is_dir() else root
-    given = {"train": train}
-    if train is not root:
-        for folder in folders(root):
-            key = {"val": "validation", "valid": "validation"}.get(folder.name, folder.name)
-            given.setdefault(key, folder)
-    if split == "test" and "test" not in given:
-        raise ValueError(f"{root} has no test split: expected a folder {root / 'test'}")
-
-    class_names = tuple(folder.name for folder in folders(train))
-    if not class_names:
-        raise ValueError(f"{train} has no class folders: expected one folder of pictures per class")
-    where = given.get(split, train)
-    odd = sorted({folder.name for folder in folders(where)} ^ set(class_names))
-    if odd:
-        raise ValueError(
-            f"{where} and {train} differ in their class folders: only one has {', '.join(odd)}"
-        )
-
-    files = [images_in(where / class_name) for class_name in class_names]
-    empty = [str(where / c) for c, paths in zip(class_names, files, strict=True) if not paths]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} class folders hold no pictures: {', '.join(empty[:10])}; "
-            "remove them or fill them"
-        )
-    if split != "test" and "validation" not in given:
-        files = [_folder_share(paths, where, split) for paths in files]
-    paths = [path for group in files for path in group]
-    labels = [label for label, group in enumerate(files) for _ in group]
-    if not paths:
-        raise ValueError(
-            f"{root} has too few pictures to hold out a validation split: one in every class"
-        )
-    return FolderImages(name, split, class_names, paths, labels)
-
-
-def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
-    """The part of one class that belongs to `split`, by the hash of the files' names."""
-
-    def digest(path: str) -> bytes:
-        return hashlib.sha256(os.path.relpath(path, root).replace(os.sep, "/").encode()).digest()
-
-    count = max(1, round(VALIDATION_FRACTION * len(paths))) if len(paths) > 1 else 0
-    held_out = set(sorted(paths, key=digest)[:count])
-    return [path for path in paths if (path in held_out) == (split == "validation")]
-
-
-def _tfds_builder(name: str, root: Path | None):
-    """A tfds builder whose data set lies on disk as array_record."""
-    import tensorflow_datasets as tfds
-
-    if root is not None:
-        prepared = root
-        if not (root / "dataset_info.json").is_file():
-            prepared = sorted(root.glob(f"{name}/**/dataset_info.json"))[-1].parent
-        builder = tfds.builder_from_directory(prepared)
-        if builder.name != name.partition("/")[0]:
-            raise ValueError(f"{prepared} holds the data set {builder.name!r}, not {name!r}")
-    else:
-        try:
-            builder = tfds.builder(name, file_format="array_record")
-        except tfds.core.registered.DatasetNotFoundError as error:
-            raise ValueError(
-                f"unknown data set {name!r}: expected 'folder' with a data_dir, or a name from the "
-                "TensorFlow Datasets catalog such as 'fashion_mnist', 'cifar10' or 'imagenet2012'"
-            ) from error
-        _prepare(name, builder)
-    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
-            f"{builder.data_dir} is stored as {builder.info.file_format.value}, which has no "
-            "random access: prepare it again with file_format='array_record'"
-        )
-    return builder
-
-
-def _prepare(name: str, builder) -> None:
-    """Downloads and prepares a tfds data set unless that is done."""
-    # For these two tfds itself would unpack, read and encode the pictures by TensorFlow.
-    if name == "fashion_mnist":
-        builder._split_generators = functools.partial(_fashion_mnist_examples, builder)
-    elif name == "cifar10":
-        builder._split_generators = functools.partial(_cifar10_examples, builder)
-    try:
-        builder.download_and_prepare()
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{name!r} is not in {builder.data_dir}, and tfds could not download and prepare it: "
-            f"{error}\nPass a data_dir that holds it. If TensorFlow is what is missing, prepare it "
-            f"once where that is installed (tfds build {name} --file_format=array_record); reading "
-            "it needs none"
-        ) from error
-
-
-def _fashion_mnist_examples(builder, dl_manager) -> dict[str, Iterator]:
-    def examples(images, labels):
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield index, {"image": Image.fromarray(image), "label": int(label)}
-
-    parts = {"train": "train", "test": "t10k"}
-    files = {
-        split: [builder.URL + file for file in _fashion_mnist_files(prefix)]
-        for split, prefix in parts.items()
-    }
-    return {
-        split: examples(*(_read_idx(path) for path in paths))
-        for split, paths in dl_manager.download(files).items()
-    }
-
-
-def _cifar10_examples(builder, dl_manager) -> dict[str, Iterator]:
-    def examples(split, images, labels):
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            record_id = f"{split}_{index:05d}"
-            yield index, {"id": record_id, "image": Image.fromarray(image), "label": int(label)}
-
-    builder.info.features["label"].names = list(CIFAR10_CLASSES)
-    with tarfile.open(dl_manager.download(builder._cifar_info.url)) as archive:
-        batches = {
-            Path(member.name).name: np.frombuffer(archive.extractfile(member).read(), np.uint8)
-            for member in archive
-            if member.name.endswith(".bin")
-        }
-    return {
-        split: examples(split, *_parse_cifar10([batches[file] for file in _cifar10_files(split)]))
-        for split in ("train", "test")
-    }
-
-
-def _open_tfds(name: str, split: str, builder) -> ImageSource:
-    import tensorflow_datasets as tfds
-
-    from aim_jax.data import imagenet  # it builds on this module
-
-    features, splits = builder.info.features, builder.info.splits
-    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-        raise ValueError(f"data set {name!r} has no 'image' and class 'label' features")
-    tfds_split = split
-    if split != "test" and "validation" not in splits:
-        cut = _tail_start(splits["train"].num_examples)
-        tfds_split = f"train[:{cut}]" if split == "train" else f"train[{cut}:]"
-    elif split not in splits:
-        raise ValueError(f"data set {name!r} has no split {split!r}: it has {sorted(splits)}")
-    # Pictures are decoded here, so that all sources read the same file in the same way.
-    undecoded = {"image": tfds.decode.SkipDecoding()}
-    data_source = builder.as_data_source(split=tfds_split, decoders=undecoded)
-    class_names, shape = tuple(features["label"].names), features["image"].shape
-    if class_names == imagenet.wordnet_ids():
-        class_names = imagenet.imagenet_classes()
-    return TfdsImages(name, split, class_names, data_source, shape)
