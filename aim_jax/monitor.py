@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 
 from aim_jax.atomic import replacing
 
+AHEAD = 2  # steps that the host may give to the device before the first of them is done
+
 
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and TensorBoard, on the first process only."""
@@ -62,7 +64,7 @@ class BadStepsError(RuntimeError):
 
 
 class StepLog:
-    """Collects the metrics of every step without waiting for the device; reports their means.
+    """Collects the metrics of every step, the device at work all the time; reports their means.
 
     Args:
       writer: where reports go.
@@ -87,8 +89,14 @@ class StepLog:
         self._step, self._time, self._waited = first_step, time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: dict) -> None:
-        """Keeps the (device) metrics of one step."""
+        """Keeps the (device) metrics of one step; waits for those of `AHEAD` steps before.
+
+        A host that runs further ahead gains nothing, and has to wait for all those steps when it is
+        told to save and end.
+        """
         self._pending.append((step, metrics))
+        if len(self._pending) > AHEAD:
+            jax.block_until_ready(self._pending[-1 - AHEAD][1])
 
     def check(self) -> dict[str, float]:
         """Means of the pending metrics over the steps that were not skipped; counts as they are.

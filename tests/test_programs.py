@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
@@ -23,7 +25,7 @@ from aim_jax.gallery import (
     with_mixed_classes,
 )
 from aim_jax.launching import errors_in_one_line
-from aim_jax.monitor import MetricsWriter, duration
+from aim_jax.monitor import AHEAD, MetricsWriter, StepLog, duration
 from aim_jax.pictures import make_grid
 from aim_jax.sampling import generate
 from tests.conftest import ROOT
@@ -215,3 +217,18 @@ def test_metrics_of_repeated_steps_are_dropped(tmp_path):
 
 def test_duration():
     assert (duration(59.6), duration(61), duration(7322)) == ("1:00", "1:01", "2:02:02")
+
+
+def test_the_host_runs_only_so_far_ahead_of_the_device(tmp_path):
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 40, lambda _, x: x @ x / 600, x)
+
+    log, x, done = StepLog(MetricsWriter(tmp_path), 8, 0, 1, 5), jnp.ones((600, 600)), []
+    jax.block_until_ready(slow(x))
+    for step in range(1, 9):
+        x = slow(x)
+        done.append(x)
+        log.add(step, {"loss": x[0, 0], "skipped": 0, "skipped_in_a_row": 0})
+        assert all(x.is_ready() for x in done[: -1 - AHEAD])
+    assert not done[-1].is_ready()
