@@ -1,0 +1,75 @@
+"""Measures how long saving a checkpoint keeps a training run from its next step.
+
+Example:
+  python benchmarks/save_stall.py --size B --out /tmp/stall
+
+The state of a training run (parameters, both moments, average) is saved as the loop saves it:
+copied from the devices, then written in the background. Printed are the seconds until the loop goes
+on, the seconds until the checkpoint is whole, and its size; the median of --repeats saves.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+
+from aim_jax.checkpoint import RunCheckpoints
+from aim_jax.config import imagenet_recipe
+from aim_jax.models import PRESETS
+from aim_jax.sharding import create_sharded
+from aim_jax.train import Setup
+
+
+def noisy(x: jax.Array) -> jax.Array:
+    """Random numbers in the place of a state's, because zeros are written faster."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.device_put(jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), x.sharding)
+
+
+def measure(state, iterator, workdir: Path) -> tuple[float, float]:
+    """Seconds until the run goes on, and until the checkpoint is whole."""
+    checkpoints = RunCheckpoints(workdir, keep=1)
+    start = time.perf_counter()
+    checkpoints.save(1, state, iterator)
+    stalled = time.perf_counter() - start
+    checkpoints.wait()
+    whole = time.perf_counter() - start
+    checkpoints.close()
+    return stalled, whole
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="B", choices=PRESETS, help="of the model")
+    parser.add_argument("--out", type=Path, default=Path("runs/save_stall"), help="scratch space")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    setup = Setup(imagenet_recipe(args.size, epochs=300))
+    state = jax.tree.map(noisy, create_sharded(setup.new_state, setup.mesh, setup.rules))
+    jax.block_until_ready(state)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    iterator = iter(grain.MapDataset.range(1).to_iter_dataset())
+    times = []
+    for repeat in range(args.repeats):
+        print(f"save {repeat + 1} of {args.repeats}", flush=True)
+        shutil.rmtree(args.out, ignore_errors=True)
+        times.append(measure(state, iterator, args.out))
+    shutil.rmtree(args.out, ignore_errors=True)
+    stalled, whole = map(statistics.median, zip(*times, strict=True))
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(
+        f"AiM-{args.size} on {device}: {size / 1e9:.2f} GB; the run goes on after {stalled:.2f} s, "
+        f"the checkpoint is whole after {whole:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
