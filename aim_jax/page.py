@@ -167,7 +167,9 @@ def build(models: Mapping[str, Pretrained]):
                 uploaded = gr.Image(
                     label="picture", sources=["upload"], type="numpy", elem_id="upload"
                 )
-                sketched = gr.Sketchpad(label="or draw one", type="numpy", image_mode="RGB")
+                sketched = gr.Sketchpad(
+                    label="or draw one", type="numpy", image_mode="RGB", elem_id="sketch"
+                )
             with gr.Row():
                 with gr.Column():
                     third = choice()

@@ -80,6 +80,23 @@ def test_uploads_are_completed_or_refused(browser_page, tmp_path):
     page.locator(".toast-body.error").first.wait_for()
 
 
+def test_a_drawing_is_completed(browser_page):
+    page = browser_page
+    page.reload()
+    page.get_by_role("tab", name="Complete").click()
+    canvas = page.locator("#sketch canvas").first
+    canvas.wait_for(state="visible")
+    page.get_by_label("Brush").first.click()  # "select the draw tool to start"
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y - 40)
+    page.mouse.down()
+    page.mouse.move(x + 60, y + 40, steps=10)
+    page.mouse.up()
+    page.locator("#complete").click()
+    assert shown(page, "completed")
+
+
 def test_settings_follow_the_model(browser_page):
     page = browser_page
     page.reload()
