@@ -72,6 +72,8 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
       "fits", and for "training" and "generation" the fields of `Footprint` or the compiler's
       refusal.
     """
+    if config.stage != "aim":
+        raise ValueError(f"the configuration is of stage {config.stage!r}; expected one for AiM.")
     devices = topology(name, config.mesh.slices)
     model = AiMConfig(**config.model)
     say(

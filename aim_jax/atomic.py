@@ -25,7 +25,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         if path.is_dir():  # only an empty one can be replaced
             os.replace(path, old)
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if partial.is_dir():

@@ -12,7 +12,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -20,17 +19,21 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from aim_jax.atomic import write_json
+from aim_jax.data.pipeline import Prefetched
+from aim_jax.models.config import HOW_COMPUTED
 from aim_jax.monitor import say
 from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 
 RUN_FILE = "run.json"
 CHUNK_BYTES = 8 * 2**20  # read at once
-# Settings that may change when a run goes on: length, reports, places, devices; not what it learns.
+# Settings that may change when a run goes on: length, reports, places, devices and how it computes,
+# and the two that tame a run whose loss spikes; not what it learns.
 RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
     "profile", "codes", "data.dir", "data.workers", "inception", "export_dtype", "sample.images",
     "sample.per_class", "sample.classes", *(f"sample.{name}" for name in SAMPLING_DEFAULTS),
-    "optimizer.skip_limit",
+    "optimizer.skip_limit", "optimizer.lr", "optimizer.clip_norm", "accumulate",
+    *(f"model.{name}" for name in HOW_COMPUTED),
     "mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp",
 )  # fmt: skip
 
@@ -59,7 +62,7 @@ class RunCheckpoints:
         """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state, iterator: grain.DatasetIterator) -> None:
+    def save(self, step: int, state, iterator: Prefetched) -> None:
         """Saves in the background; a checkpoint counts only once all of it is written.
 
         Raises:
@@ -87,7 +90,7 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         self._join_lister()
 
-    def restore_newest(self, state, iterator: grain.DatasetIterator) -> tuple[int, Any]:
+    def restore_newest(self, state, iterator: Prefetched) -> tuple[int, Any]:
         """Step and state of the newest whole checkpoint; step 0 and `state` where there is none.
 
         Sets the iterator to where it was. Damaged checkpoints are reported and moved to `damaged/`
@@ -210,28 +213,32 @@ def has_checkpoint(workdir: Path) -> bool:
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Marks a directory as that of this run, or checks that it already is.
 
+    A run that has no checkpoint yet starts from the beginning, with whatever settings.
+
     Raises:
-      ValueError: the directory belongs to a run with other settings (each one is named), or holds
-        checkpoints of an unknown run.
+      ValueError: the directory has checkpoints of a run with other settings (each one is named), or
+        of an unknown run.
     """
     workdir = Path(workdir)
     file, new = workdir / RUN_FILE, json.loads(config.to_json_best_effort())
-    if file.exists():
+    if file.exists() and has_checkpoint(workdir):
         old = json.loads(file.read_text())
-        changed = sorted(
-            key
-            for key in flatten(old).keys() | flatten(new).keys()
+        before, after = flatten(old), flatten(new)
+        changed = {
+            key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+            for key in sorted(before.keys() | after.keys())
             # A run of an older version has no entry for what is off by default.
-            if key not in RESUMABLE
-            and (flatten(old).get(key) or None) != (flatten(new).get(key) or None)
-        )
-        if changed:
-            lines = [f"{k}: {flatten(old).get(k)!r} -> {flatten(new).get(k)!r}" for k in changed]
+            if (before.get(key) or None) != (after.get(key) or None)
+        }
+        other = [line for key, line in changed.items() if key not in RESUMABLE]
+        if other:
             raise ValueError(
                 f"{workdir} is the workdir of another run; settings that differ (there -> here): "
-                f"{'; '.join(lines)}. Use another --workdir, or the settings of that run."
+                f"{'; '.join(other)}. Use another --workdir, or the settings of that run."
             )
-    elif (workdir / "checkpoints").exists():
+        if changed:
+            say(f"the run goes on with other settings: {'; '.join(changed.values())}")
+    elif has_checkpoint(workdir):
         raise ValueError(
             f"{workdir} holds checkpoints but no {RUN_FILE}, so it is not known which run they "
             "belong to; use another --workdir."

@@ -337,7 +337,7 @@ def evaluate(
     check_alike(made, target)
     ref = open_reference(reference, extract, model, config, cache, made)
     # Kept until the report is written: they are most of the work.
-    features = extract.of_cached(made, config.neighbour_images, out / "features")
+    features = extract.of_cached(made, config.neighbour_images, out / ".features")
     if jax.process_index():
         # A process that ends before the others is taken for lost.
         return _wait_for_all("the report")
@@ -367,7 +367,7 @@ def evaluate(
     save_png(make_grid(shown, 10), out / "images.png")
     if not reconstructions:
         neighbours_picture(made, features, ref, out / "neighbours.png")
-    shutil.rmtree(out / "features")
+    shutil.rmtree(out / ".features")
     for note in notes:
         say(f"note: {note}")
     _wait_for_all("the report")

@@ -31,7 +31,9 @@ RUNNER = Path(__file__).with_name("export_runner.py")
 def flat_weights(model: Pretrained, dtype: str = "float32") -> dict[str, np.ndarray]:
     """All parameters by dotted names that begin with "aim." and "vq."."""
     tree = {"aim": model.aim_params, "vq": model.vq_params}
-    return {k: np.asarray(v, jnp.dtype(dtype)) for k, v in flatten_dict(tree, sep=".").items()}
+    # safetensors writes the memory as it lies.
+    flat = flatten_dict(tree, sep=".")
+    return {k: np.ascontiguousarray(v, jnp.dtype(dtype)) for k, v in flat.items()}
 
 
 def _unflatten(weights: dict) -> dict:

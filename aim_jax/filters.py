@@ -152,10 +152,10 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First index (b,) where the running sum of weights (b, n) exceeds target, and what is left.
 
-    Rounding may put the target at or above the whole sum, and makes running sums uneven where
-    weights are zero; an index of positive weight is found all the same.
+    Rounding may put the target below zero, at or above the whole sum, and makes running sums uneven
+    where weights are zero; an index of positive weight is found all the same.
     """
-    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -jnp.inf)
     below_all = jnp.nextafter(jnp.max(ends, axis=-1), jnp.zeros((), ends.dtype))
     index = jnp.argmax(ends > jnp.minimum(target, below_all)[:, None], axis=-1)
     at = lambda x: jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]  # noqa: E731

@@ -29,8 +29,11 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
     taken as a number.
 
     Raises:
-      ValueError: an unknown name or a number out of range, with what there is.
+      ValueError: an unknown name or a number out of range, with what there is; or a model without
+        an AiM.
     """
+    if model.aim_config is None:
+        raise ValueError(f"{model.name} holds a tokenizer alone; what samples is an AiM.")
     count = model.aim_config.num_classes
     if not classes:
         return list(range(min(count, MOST_CLASSES)))

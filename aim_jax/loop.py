@@ -15,6 +15,8 @@ from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal, say
 from aim_jax.sharding import shard_batch
 
+EXPORT_DTYPES = ("float32", "float16", "bfloat16")
+
 
 @flax.struct.dataclass
 class Discriminator:
@@ -86,6 +88,20 @@ class Stage:
     sample: Callable[[TrainState, Path], None]
     export: Callable[[TrainState], None]
     flops: float | None = None
+
+
+def check_reports(config: ConfigDict) -> None:
+    """Raises ValueError for what a run would otherwise stumble over when it samples or exports."""
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"config.seed={config.seed}: expected 0 to 2**31 - 1.")
+    if config.export_dtype not in EXPORT_DTYPES:
+        raise ValueError(
+            f"config.export_dtype={config.export_dtype!r}; expected one of "
+            f"{', '.join(EXPORT_DTYPES)}."
+        )
+    for name, count in config.sample.items():
+        if name in ("images", "classes", "per_class") and count < 1:
+            raise ValueError(f"config.sample.{name}={count}; expected 1 or more.")
 
 
 def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage) -> TrainState:

@@ -34,7 +34,8 @@ class MetricsWriter:
                 partial.write_text("".join(kept))
         from tensorboardX import SummaryWriter  # brings torch in where it is installed: seconds
 
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step)
+        directory = str(Path(workdir) / "tensorboard")
+        self._board = SummaryWriter(directory, purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Records the scalars of a step."""

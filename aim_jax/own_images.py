@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ from ml_collections import ConfigDict
 
 from aim_jax.config import aim_defaults, vq_defaults
 from aim_jax.data import open_images
-from aim_jax.monitor import say
 
 LOOKED_AT = 64  # pictures
 SIDES = (16, 32, 64, 128, 256)
@@ -98,7 +98,7 @@ def vq_config(directory: str) -> ConfigDict:
     )  # fmt: skip
     if os.environ.get("AIM_JAX_LPIPS"):
         config.loss.perceptual = 1.0
-    say(
+    _tell(
         f"{_describe(found)}; a tokenizer f{f} with {found.codes} codes, {config.steps} steps of "
         f"{config.batch_size} pictures, "
         + ("with LPIPS" if config.loss.perceptual else "without LPIPS (docs/tokenizer.md)")
@@ -124,12 +124,17 @@ def aim_config(directory: str) -> ConfigDict:
         num_groups=2 if layers < 12 else 4, class_dropout=0.1,
     )  # fmt: skip
     config.sample.classes = min(10, found.classes)
-    say(
+    _tell(
         f"{_describe(found)}; AiM with {layers} layers of width {width} on "
         f"{config.model.num_tokens} tokens, {config.steps} steps of {config.batch_size} pictures; "
         f"tokenizer of {config.tokenizer}"
     )
     return config
+
+
+def _tell(line: str) -> None:
+    # Flags are being parsed: which process this is, `say` could not know yet.
+    print(line, file=sys.stderr, flush=True)
 
 
 def _describe(found: Survey) -> str:

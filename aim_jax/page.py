@@ -150,7 +150,7 @@ def build(models: Mapping[str, Pretrained]):
                     inputs = [name, chosen, count, seed_box(), *upper]
                     button = gr.Button("Draw", variant="primary", elem_id="draw")
                 shown = gr.Image(label="images", elem_id="drawn", interactive=False)
-            button.click(draw, inputs, shown, api_name="draw")
+            button.click(draw, inputs, shown, api_name="draw", concurrency_id="device")
         with gr.Tab("Compare"):
             other, count = choice(), gr.Slider(1, MOST_IMAGES, 8, step=1, label="images")
             shared = [name, other, count, seed_box()]
@@ -161,7 +161,8 @@ def build(models: Mapping[str, Pretrained]):
                     right = sliders()
             button = gr.Button("Draw both", variant="primary", elem_id="compare")
             both = gr.Image(label="left and right settings", elem_id="compared", interactive=False)
-            button.click(compare, [*shared, *left, *right], both, api_name="compare")
+            inputs = [*shared, *left, *right]
+            button.click(compare, inputs, both, api_name="compare", concurrency_id="device")
         with gr.Tab("Complete"):
             with gr.Row():
                 uploaded = gr.Image(
@@ -185,7 +186,7 @@ def build(models: Mapping[str, Pretrained]):
                     label="picture, kept, completions", elem_id="completed", interactive=False
                 )
             inputs = [name, third, uploaded, sketched, *more]
-            button.click(complete, inputs, result, api_name="complete")
+            button.click(complete, inputs, result, api_name="complete", concurrency_id="device")
 
         def other_model(name):
             classes = names(models[name])
@@ -196,7 +197,8 @@ def build(models: Mapping[str, Pretrained]):
 
         settings = [*upper, *left, *right, *lower]
         name.change(other_model, name, [chosen, other, third, rows, *settings])
-    # One request at a time has the device; what does not fit in the queue is told so.
+    # What shares a concurrency_id has the device one after the other. What does not fit in the
+    # queue is told so.
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 

@@ -91,10 +91,11 @@ class Pretrained:
             flatten(vq.encoder_params(params)) for params in (self.vq_params, other.vq_params)
         )
         same = ours.keys() == theirs.keys()
+        same &= self.vq_config.compute_dtype == other.vq_config.compute_dtype
         if not same or not all(np.array_equal(ours[name], theirs[name]) for name in ours):
             raise ValueError(
-                f"{other.name} has another encoder or codebook than {self.name}, so that its codes "
-                "mean something else. Train its decoder with config.init and "
+                f"{other.name} has another encoder, codebook or compute dtype than {self.name}, so "
+                "that its codes mean something else. Train its decoder with config.init and "
                 "config.decoder_only=True."
             )
         return dataclasses.replace(self, vq_config=other.vq_config, vq_params=other.vq_params)

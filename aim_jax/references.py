@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from aim_jax.config import image_spec
 from aim_jax.data import ImageSpec, open_images
+from aim_jax.data.datasets import KNOWN
 from aim_jax.data.images import FolderImages, images_in
 from aim_jax.metrics import Gaussian
 from aim_jax.metrics.features import FeatureExtractor, FeatureSet
@@ -64,7 +65,8 @@ def open_set(
             "--checkpoint that says how its pictures were fitted."
         )
     where = config.data.dir or None
-    if where is None and Path(name).is_dir():
+    # A directory that happens to lie here does not stand for a data set of its name.
+    if where is None and Path(name).is_dir() and name not in KNOWN:
         if not split:
             files = images_in(Path(name))
             if not files:

@@ -64,8 +64,9 @@ def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> 
             f"{slices * data * model}, but there are {len(devices)} devices; set config.mesh so "
             "that the product fits."
         )
-    found = {getattr(device, "slice_index", 0) for device in devices}
-    if len(found) > 1:  # devices without a number are of one slice, or simulated
+    # JAX numbers the hosts of other platforms as if they were slices.
+    found = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(found) > 1:  # devices without a number are of one slice
         if len(found) != slices:
             raise ValueError(
                 f"mesh: slices={slices}, but the devices are of {len(found)} slices; set "

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax import evaluate
+from aim_jax import evaluate, hub
 from aim_jax.atomic import write_json
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
@@ -149,19 +149,25 @@ def draw(rows: Sequence[Mapping], path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def check_writable(checkpoint: str, config: ConfigDict) -> None:
+    """Raises ValueError where `write_defaults` cannot be used: to be asked before the sweep."""
+    if str(checkpoint) in bundled_models() or str(checkpoint).startswith(hub.PREFIX):
+        raise ValueError(
+            f"--write_defaults: {checkpoint} is not yours to change; make a copy with "
+            f"launch/publish.py --checkpoint {checkpoint} --out DIR and give --checkpoint DIR."
+        )
+    if config.sample.cfg_schedule != "constant":
+        raise ValueError(
+            "--write_defaults: a model's own settings hold constant guidance, not a schedule."
+        )
+
+
 def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     """Makes settings the sampling defaults of a model directory.
 
     Returns:
       The file that was changed.
-
-    Raises:
-      ValueError: the model is a bundled one, or the guidance is not constant.
     """
-    if str(checkpoint) in bundled_models():
-        raise ValueError(f"{checkpoint} is a bundled model; copy it before you change it.")
-    if settings["cfg_schedule"] != "constant":
-        raise ValueError("a model's own settings hold constant guidance, not a schedule.")
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
     content["sampling"] |= {name: settings[name] for name in SAMPLING_DEFAULTS}

@@ -22,7 +22,7 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
-from aim_jax.pretrained import Pretrained, load_pretrained, save_model
+from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.sharding import (
     axis_rules,
     batch_sharding,
@@ -148,6 +148,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         any work starts.
     """
     workdir = Path(workdir)
+    loop.check_reports(config)
+    settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
+    sampling.check_settings(np.zeros(1, int), 1, **settings, schedule="constant", interval=(0, 1))
     setup = Setup(config)
     mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
     tokenizer = open_tokenizer(config.tokenizer)
@@ -182,7 +185,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             vq_config=tokenizer.vq_config,
             vq_params=tokenizer.vq_params,
             class_names=data.class_names,
-            sampling={name: config.sample[name] for name in tokenizer.sampling},
+            sampling=settings,
             info={**tokenizer.info, "aim_steps": int(state.step), "seed": config.seed},
         )
 

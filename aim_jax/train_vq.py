@@ -34,6 +34,7 @@ from aim_jax.models.vq import (
     VQConfig,
     VQModel,
     codebook_usage,
+    encoder_params,
     init_params,
     restart_dead_codes,
     unit,
@@ -201,18 +202,40 @@ def eval_step(params, batch: dict, lpips_params: dict | None, *, config: VQConfi
     }
 
 
-def open_start(name_or_path: str, config: VQConfig) -> dict:
+def open_start(
+    name_or_path: str, config: VQConfig, decoder_only: bool = False, export_dtype: str = "float32"
+) -> dict:
     """Parameters of a trained tokenizer of the same shape.
 
     Raises:
-      FileNotFoundError, ValueError: no such model, it holds no tokenizer, or one of another shape.
+      FileNotFoundError, ValueError: no such model, it holds no tokenizer, or one of another shape;
+        with `decoder_only` also where its codes would change by how they are computed or stored.
     """
     start = load_pretrained(name_or_path, as_stored=True)
     if start.vq_params is None:
         raise ValueError(f"config.init={name_or_path!r} holds no tokenizer.")
     check_same(start.vq_config, config, VQ_SHAPE)
+    if decoder_only:
+        check_codes_stay(start, config, export_dtype)
     say(f"weights of {name_or_path}")
     return start.vq_params
+
+
+def check_codes_stay(start: Pretrained, config: VQConfig, export_dtype: str) -> None:
+    """Raises ValueError where the encoder of `start` would be rounded in another way."""
+    theirs = start.vq_config.compute_dtype
+    if theirs != config.compute_dtype:
+        raise ValueError(
+            f"config.decoder_only=True keeps the codes, but {start.name} encodes in {theirs}; set "
+            f"config.model.compute_dtype={theirs}."
+        )
+    stored = {x.dtype for x in jax.tree.leaves(encoder_params(start.vq_params))}
+    narrow = [x for x in stored if jnp.promote_types(x, export_dtype) != jnp.dtype(export_dtype)]
+    if narrow:
+        raise ValueError(
+            f"config.decoder_only=True keeps the codes, but {start.name} is stored in {narrow[0]}; "
+            f"set config.export_dtype={narrow[0]}."
+        )
 
 
 class Setup:
@@ -327,6 +350,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         any work starts.
     """
     workdir = Path(workdir)
+    loop.check_reports(config)
     setup, spec = Setup(config), image_spec(config.data)
     mesh, recipe, share = setup.mesh, setup.recipe, batch_share(setup.mesh)
     sources = {
@@ -339,7 +363,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     lpips_params = replicate(lpips_params, mesh)
     extract = FeatureExtractor(load_inception(config.inception)) if config.inception else None
     fresh = config.init and not has_checkpoint(workdir)
-    start = open_start(config.init, recipe.model) if fresh else None
+    start = None
+    if fresh:
+        start = open_start(config.init, recipe.model, config.decoder_only, config.export_dtype)
     claim_workdir(workdir, config)
 
     state = create_sharded(setup.new_state, mesh, setup.rules)
@@ -430,7 +456,7 @@ def check_decoder_only(config: ConfigDict) -> None:
 
 def check_fit(model: VQConfig, data: ConfigDict) -> None:
     """Raises ValueError where the tokenizer's shape and the pictures disagree."""
-    if data.channels not in (model.in_channels, model.out_channels):
+    if {model.in_channels, model.out_channels} != {data.channels}:
         raise ValueError(
             f"config.data.channels={data.channels}, but config.model has in_channels="
             f"{model.in_channels} and out_channels={model.out_channels}; make the three equal."

@@ -16,6 +16,7 @@ import itertools
 import json
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from aim_jax.models.aim import init_params
 from aim_jax.monitor import Progress
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.sharding import make_mesh
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
 from benchmarks import transformer
 
 

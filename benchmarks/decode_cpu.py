@@ -52,6 +52,8 @@ import numpy as np
 from aim_jax.engine import Engine
 from aim_jax.models import PRESETS, VQConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"scale": 5.0, "top_k": 600, "top_p": 0.98}
 COPIED = 512 * 2**20  # bytes, far beyond any cache

@@ -30,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 from PIL import Image
 
 IMAGES, TOKENS, CODES = 1_281_167, 256, 16_384

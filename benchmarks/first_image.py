@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("official", "tuned")
 

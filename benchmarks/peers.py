@@ -23,12 +23,16 @@ import dataclasses
 import math
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from aim_jax import convert, filters
 from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
 from benchmarks.conversion import random_weights
 
 try:

@@ -1,7 +1,7 @@
 """Measures how long saving a checkpoint keeps a training run from its next step.
 
 Example:
-  python benchmarks/save_stall.py --size B --out /tmp/stall
+  python benchmarks/save_stall.py --size B
 
 The state of a training run (parameters, both moments, average) is saved as the loop saves it:
 copied from the devices, then written in the background. Printed are the seconds until the loop goes
@@ -9,8 +9,8 @@ on, the seconds until the checkpoint is whole, and its size; the median of --rep
 """
 
 import argparse
-import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.config import imagenet_recipe
+from aim_jax.data.pipeline import Prefetched
 from aim_jax.models import PRESETS
 from aim_jax.sharding import create_sharded
 from aim_jax.train import Setup
@@ -49,20 +50,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="B", choices=PRESETS, help="of the model")
-    parser.add_argument("--out", type=Path, default=Path("runs/save_stall"), help="scratch space")
+    parser.add_argument("--out", type=Path, help="disk to write to; the temporary one by default")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     setup = Setup(imagenet_recipe(args.size, epochs=300))
     state = jax.tree.map(noisy, create_sharded(setup.new_state, setup.mesh, setup.rules))
     jax.block_until_ready(state)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
-    iterator = iter(grain.MapDataset.range(1).to_iter_dataset())
+    iterator = Prefetched(grain.MapDataset.range(1), threads=1)
     times = []
     for repeat in range(args.repeats):
         print(f"save {repeat + 1} of {args.repeats}", flush=True)
-        shutil.rmtree(args.out, ignore_errors=True)
-        times.append(measure(state, iterator, args.out))
-    shutil.rmtree(args.out, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=args.out) as workdir:
+            times.append(measure(state, iterator, Path(workdir)))
     stalled, whole = map(statistics.median, zip(*times, strict=True))
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(

@@ -22,6 +22,8 @@ import numpy as np
 
 from aim_jax.models import PRESETS, AiMConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What is changed in the model's configuration, of ours; tokens per chunk, of PyTorch's.

@@ -8,7 +8,6 @@ Needs the compiler of the devices, not the devices: the extra `tpu`, or the pack
 jax-cuda13-plugin and jax-cuda13-pjrt. Ends with 1 where something does not fit.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -30,12 +29,13 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main(_):
     from aim_jax import aot
+    from aim_jax.atomic import write_json
 
     f = flags.FLAGS
     with errors_in_one_line():
         report = aot.report(f.config, f.topology, f.images, f.search)
-    if f.json:
-        Path(f.json).write_text(json.dumps(report, indent=1) + "\n")
+        if f.json:
+            write_json(Path(f.json), report)
     return 0 if report["fits"] else 1
 
 

@@ -50,6 +50,10 @@ def main(_):
             raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
         if not f.inception:
             raise ValueError(f"--inception is missing: {EXPECTED}.")
+        if f.config.stage != "eval":
+            raise ValueError("--config is of a training; expected one like configs/eval.py.")
+        if f.write_defaults:
+            sweep.check_writable(f.checkpoint, f.config)
         f.config.num_samples, f.config.data.dir = f.num_samples, f.data or f.config.data.dir
         pyplot()  # before any long work starts, rather than after it
         model = load_pretrained(f.checkpoint)
@@ -62,10 +66,10 @@ def main(_):
         text = sweep.table(rows, best)
         (out / "sweep.md").write_text(text)
         print(text)
+        print(sweep.draw(rows, out / "sweep.png"))
         if f.write_defaults:
             changed = sweep.write_defaults(f.checkpoint, best["settings"])
             print(f"the setting with the best {f.metric} is now in {changed}")
-        print(sweep.draw(rows, out / "sweep.png"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aim_jax.atomic import replacing
 from aim_jax.models import VQConfig
 from aim_jax.pretrained import bundled_models, load_pretrained, save_model
 
@@ -105,3 +106,23 @@ def test_bundled_models_load_and_describe_themselves():
         assert (path / "README.md").read_text().startswith("# ")
     size = sum(file.stat().st_size for path in models.values() for file in path.rglob("*"))
     assert size < 40e6
+
+
+def test_what_is_replaced_stays_until_the_new_is_whole(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    for path in (file, folder):
+        with pytest.raises(RuntimeError), replacing(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError
+    with replacing(file) as partial:
+        partial.write_text("old")
+    with replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "old").touch()
+    for path in (file, folder):
+        with pytest.raises(FileNotFoundError), replacing(path):
+            pass  # nothing is written, so there is nothing to rename
+    assert file.read_text() == "old" and (folder / "old").exists()
+    with replacing(folder) as partial:
+        partial.mkdir()
+    assert sorted(tmp_path.rglob("*")) == [file, folder]

@@ -10,7 +10,6 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -21,6 +20,7 @@ from aim_jax.data import (
     ArrayImages,
     ImageSpec,
     check_images,
+    decode_image,
     image_batches,
     imagenet,
     open_images,
@@ -622,13 +622,13 @@ def test_resume_through_orbax(noise_source, tmp_path):
     iterator = make()
     take(iterator, 4)
     with ocp.CheckpointManager(tmp_path) as manager:
-        save = grain.checkpoint.CheckpointSave(iterator)
+        save = ocp.args.JsonSave(iterator.get_state())
         manager.save(4, args=ocp.args.Composite(data=save))
         manager.wait_until_finished()
         ahead = take(iterator, 3)
         resumed = make()
-        restore = grain.checkpoint.CheckpointRestore(resumed)
-        manager.restore(4, args=ocp.args.Composite(data=restore))
+        restore = ocp.args.Composite(data=ocp.args.JsonRestore())
+        resumed.set_state(manager.restore(4, args=restore)["data"])
     assert_same(ahead, take(resumed, 3))
 
 
@@ -664,6 +664,21 @@ def test_bad_batches():
         image_batches(numbered_source(0), spec, 4, train=True)
 
 
+def test_pictures_are_as_viewers_show_them(tmp_path):
+    """Turned as the camera noted, white where transparent; as stored where ImageNet is read."""
+    lying = Image.new("RGB", (6, 4), "red")
+    lying.getexif()[274] = 6  # orientation: a quarter turn
+    lying.save(tmp_path / "phone.png", exif=lying.getexif())
+    assert decode_image(tmp_path / "phone.png", "phone").shape == (6, 4, 3)
+    assert decode_image(tmp_path / "phone.png", "phone", as_stored=True).shape == (4, 6, 3)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.all(decode_image(tmp_path / "clear.png", "clear") == 255)
+    red = decode_image(tmp_path / "clear.png", "clear", as_stored=True)
+    assert red[0, 0].tolist() == [255, 0, 0]
+    Image.new("LA", (2, 2), (9, 255)).save(tmp_path / "grey.png")
+    assert np.array_equal(decode_image(tmp_path / "grey.png", "grey"), np.full((2, 2, 1), 9))
+
+
 def test_an_error_while_reading_names_the_picture(tmp_path, rng):
     write_folder(tmp_path, rng, ["cat"], 6)
     source = open_images("folder", "train", tmp_path)
@@ -677,8 +692,10 @@ def test_workers_give_the_same_batches(noise_source):
     iterator = make(workers=1)
     batches = [{k: np.array(v) for k, v in b.items()} for b in take(iterator, 4)]
     assert_same(batches, take(make(), 4))
-    state = iterator.get_state()
+    state, other = iterator.get_state(), make()
     ahead = take(iterator, 2)
-    iterator.set_state(state)
-    assert_same(ahead, take(iterator, 2))
+    other.set_state(state)  # on a machine with other cores
+    assert_same(ahead, take(other, 2))
+    iterator.set_state(other.get_state())
+    assert_same(take(iterator, 2), take(other, 2))
     iterator.close()

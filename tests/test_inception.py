@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aim_jax.convert import WeightsError
+from aim_jax.convert import WeightsError, graphs
 from aim_jax.convert.files import save_tensors
 from aim_jax.convert.inception import BLOCKS, load_inception
 from aim_jax.metrics import inception
@@ -340,6 +340,20 @@ def test_other_files_are_refused(weights, params, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(WeightsError, match=message):
             load_inception(tmp_path / name)
+
+
+def test_a_tensor_has_no_more_than_what_is_stored():
+    stored = np.arange(6, dtype="<f4")
+    np.testing.assert_array_equal(graphs._tensor(stored, 0, (2, 3), (3, 1)), stored.reshape(2, 3))
+    for storage, shape, strides in (
+        (stored, (7,), (1,)),
+        (stored, (2, 3), (1, 4)),
+        (stored, (1000,), (0,)),  # larger in memory than in the file
+        (np.broadcast_to(stored[:1], 1000), (1000,), (1,)),  # a view, which says it has 1000
+        (stored[::2], (3,), (1,)),
+    ):
+        with pytest.raises(ValueError, match="stored"):
+            graphs._tensor(storage, 0, shape, strides)
 
 
 def test_nothing_of_a_torchscript_archive_is_run(tmp_path):

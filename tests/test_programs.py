@@ -48,6 +48,13 @@ def test_every_program_shows_an_example(program):
     assert "Example" in docstring and f"python {program.relative_to(ROOT)} " in docstring
 
 
+def test_benchmarks_find_each_other():
+    """The installed package does not bring them; the directory of the program is all there is."""
+    for program in (path for path in PROGRAMS if path.parent.name == "benchmarks"):
+        head, imports, _ = program.read_text().partition("from benchmarks")
+        assert not imports or "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))" in head
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds_its_model(config, picture_folder):
     from aim_jax.config import image_spec

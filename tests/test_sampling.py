@@ -169,6 +169,18 @@ def test_guidance_acts_where_its_interval_says(tiny_model):
     assert (tokens() != late).any() and (tokens(cfg_schedule="cosine") != tokens()).any()
 
 
+def test_the_draw_at_the_edge_of_a_block_is_no_filtered_token():
+    """Rounding can leave less than nothing of the target for the block that was chosen."""
+    rng, rows, vocab = np.random.default_rng(0), 20_000, 1024
+    kept = rng.random((rows, vocab)) < 0.1
+    logits = np.where(kept, rng.normal(size=(rows, vocab)), -np.inf).astype(np.float32)
+    ends = np.cumsum(np.exp(logits).reshape(rows, 32, 32).sum(-1), axis=-1)
+    edge = ends[np.arange(rows), rng.integers(0, 31, rows)] / ends[:, -1]
+    uniform = (np.round(edge * 2**23) + rng.integers(-1, 2, rows)) / 2**23
+    tokens = draw(jnp.asarray(logits), jnp.asarray(uniform, jnp.float32))
+    assert np.all(kept[np.arange(rows), tokens])
+
+
 def test_a_prefix_is_completed_as_the_whole_image_was_drawn(tiny_model):
     """Randomness belongs to positions, so the same seed goes on with the same tokens."""
     labels = [0, 1, 2, 1]

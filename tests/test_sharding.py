@@ -106,10 +106,10 @@ def test_mesh_and_batch_must_fit_the_devices():
 
 
 class Slice:
-    """A device as a TPU pod describes it."""
+    """A device as JAX describes it."""
 
-    def __init__(self, number, slice_index):
-        self.id, self.slice_index = number, slice_index
+    def __init__(self, number, slice_index, platform="tpu"):
+        self.id, self.slice_index, self.platform = number, slice_index, platform
 
 
 def test_slices_stay_together():
@@ -118,6 +118,9 @@ def test_slices_stay_together():
     assert [[d.slice_index for d in block.flat] for block in mesh.devices] == [[0] * 4, [1] * 4]
     with pytest.raises(ValueError, match=r"slices=1, but the devices are of 2 .*mesh.slices=2"):
         make_mesh(-1, 2, 1, devices)
+    # Hosts of GPUs have such numbers too, and are no slices.
+    hosts = [Slice(i, i // 4, "gpu") for i in range(8)]
+    assert make_mesh(-1, 2, 1, hosts).shape == {"data": 4, "model": 2}
 
 
 def test_cross_entropy_in_chunks_is_that_of_all_logits():

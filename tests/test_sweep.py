@@ -80,10 +80,14 @@ def test_the_best_setting_becomes_the_models_own(tiny_model, tmp_path):
     found = load_pretrained(path)
     assert found.sampling == {"cfg_scale": 3.5, "temperature": 0.9, "top_k": 5, "top_p": 1.0}
     assert found.aim_config == tiny_model.aim_config
-    with pytest.raises(ValueError, match="bundled"):
-        sweep.write_defaults("cifar10", settings)
+    config = eval_defaults()
+    sweep.check_writable(str(path), config)
+    for name in ("cifar10", "hf://owner/name"):
+        with pytest.raises(ValueError, match=f"{name} is not yours"):
+            sweep.check_writable(name, config)
+    config.sample.cfg_schedule = "linear"
     with pytest.raises(ValueError, match="constant guidance"):
-        sweep.write_defaults(str(path), settings | {"cfg_schedule": "linear"})
+        sweep.check_writable(str(path), config)
 
 
 def test_published_figures_have_the_published_correlation():

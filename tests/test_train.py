@@ -291,10 +291,10 @@ def test_profile_of_the_steps_that_are_named(tmp_path, monkeypatch):
 def test_workdir_of_another_run_is_refused(aim_config, tmp_path):
     aim_config.steps = 1
     train.train(aim_config, tmp_path / "run")
-    aim_config.optimizer.lr = 0.5
-    with pytest.raises(ValueError, match=r"another run.*optimizer.lr: 0.01 -> 0.5"):
+    aim_config.optimizer.b1 = 0.5
+    with pytest.raises(ValueError, match=r"another run.*optimizer.b1: 0.9 -> 0.5"):
         train.train(aim_config, tmp_path / "run")
-    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match="not known which run"):
         train.train(aim_config, tmp_path / "other")
 
@@ -310,6 +310,22 @@ def test_workdir_of_another_run_is_refused(aim_config, tmp_path):
 )
 def test_model_that_does_not_fit_is_refused(aim_config, tmp_path, field, value, message):
     aim_config.model[field] = value
+    with pytest.raises(ValueError, match=message):
+        train.train(aim_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 2**31, "seed=2147483648: expected 0 to"),
+        ("export_dtype", "float12", "export_dtype='float12'; expected one of float32"),
+        ("sample.classes", 0, "sample.classes=0; expected 1"),
+        ("sample.top_p", 0.0, "top_p=0.0: expected in"),
+    ],
+)
+def test_what_samples_and_exports_need_is_checked_first(aim_config, tmp_path, name, value, message):
+    aim_config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=message):
         train.train(aim_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -135,6 +135,28 @@ class _Touch:
         return type(self.path).touch, (self.path,)
 
 
+class _Reduced:
+    """Pickles as the calls that it is given."""
+
+    def __init__(self, *calls):
+        self.calls = calls
+
+    def __reduce__(self):
+        return self.calls
+
+
+def test_no_bytes_of_a_pickle_become_addresses(tmp_path):
+    """An array of Python objects whose type denies that it holds any: NumPy would follow them."""
+    state = (3, "|", None, None, None, -1, -1, 0)
+    objects = _Reduced(np.dtype, ("O8", False, True), state)
+    empty = (np.ndarray, (0,), b"b")
+    make = np._core.multiarray._reconstruct
+    forged = _Reduced(make, empty, (1, (1,), objects, False, b"A" * 8))
+    (tmp_path / "vgg16.ckpt").write_bytes(pickle.dumps({"a": forged}))
+    with pytest.raises(WeightsError, match="torch"):
+        load_lpips(tmp_path / "vgg16.ckpt")
+
+
 def test_nothing_of_a_pickle_is_run(tmp_path):
     hostile = pickle.dumps({"VGG16_0": _Touch(tmp_path / "was_run")})
     (tmp_path / "vgg16.ckpt").write_bytes(hostile)

@@ -211,10 +211,15 @@ def official_aim_config(config: AiMConfig) -> dict:
     speed only) are left out.
 
     Raises:
-      ValueError: a model without position embeddings, which the official one always has.
+      ValueError: a model without position embeddings, which the official one always has, or with
+        another epsilon in its norms.
     """
     if not config.positions:
         raise ValueError("the official AiM always has position embeddings; this model has none.")
+    if config.norm_eps != AiMConfig.norm_eps:
+        raise ValueError(
+            f"the official AiM has norm_eps={AiMConfig.norm_eps}; this model has {config.norm_eps}."
+        )
     layer = config.mixer.capitalize()
     flat = {name: getattr(config, ours) for name, ours in _AIM_FIELDS.items()}
     names = [name for name in _MIXER_FIELDS[layer] if name != "chunk_size"]  # speed only

@@ -293,6 +293,11 @@ def to_torch(
     model = load_pretrained(checkpoint, as_stored=True)
     if out.suffix == ".pt" and not model.vq_config:
         raise WeightsError(f"{checkpoint}: holds no tokenizer, which is what *.pt files are for.")
+    if model.vq_config and not model.vq_config.l2_norm and (model.aim_config or out.suffix):
+        raise WeightsError(
+            f"{checkpoint}: its tokenizer has l2_norm=False, which can only be said in the "
+            "config.json of a directory with a tokenizer alone."
+        )
 
     parts = [(model.vq_params, model.vq_config)] if model.vq_config else []
     if model.aim_config and out.suffix != ".pt":

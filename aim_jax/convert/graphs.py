@@ -181,8 +181,12 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
+    # A view made here before is no storage: its size is not that of its memory.
+    if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and storage.flags.c_contiguous):
+        raise ValueError("a tensor is made of something else than what is stored")
     end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if min((offset, *shape, *strides), default=0) < 0 or (math.prod(shape) and end > storage.size):
+    count = math.prod(shape)
+    if min((offset, *shape, *strides), default=0) < 0 or (count and max(end, count) > storage.size):
         raise ValueError("a tensor is larger than what is stored of it")
     steps = tuple(s * storage.itemsize for s in strides)
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), steps, writeable=False)

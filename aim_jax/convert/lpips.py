@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from aim_jax.convert.files import WeightsError, read_tensors
@@ -108,26 +109,65 @@ class _RefusedError(Exception):
     """A pickle that asks for more than arrays."""
 
 
-class _NumPyUnpickler(pickle.Unpickler):
-    """Reads dictionaries of NumPy arrays; anything else is refused before it is made."""
+class _DType:
+    """Stands for `numpy.dtype` in a pickle: a type of floats and its order of bytes."""
 
-    ADMITTED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        }
-    )
+    def __init__(self, name, *_):
+        if name not in ("f2", "f4", "f8"):
+            raise _RefusedError(f"numpy.dtype of {name!r}")
+        self.name = name
+
+    def __setstate__(self, state):
+        self.name = {"<": "<", ">": ">"}[state[1]] + self.name
+
+
+class _Array:
+    """Stands for `numpy.ndarray` in a pickle.
+
+    NumPy itself believes whatever state it is given; a hostile one makes its bytes addresses.
+    """
+
+    def __init__(self, *_):
+        self.value = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, data = state
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes):
+            raise _RefusedError("an array of other things than numbers")
+        order = "F" if by_columns else "C"
+        self.value = np.frombuffer(data, dtype.name).reshape(shape, order=order)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands for `_codecs.encode`, by which old pickles hold bytes."""
+    if encoding != "latin1":
+        raise _RefusedError(f"the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _NumPyUnpickler(pickle.Unpickler):
+    """Reads dictionaries of NumPy arrays of floats; anything else is refused before it is made."""
 
     def find_class(self, module, name):
-        if (module, name) not in self.ADMITTED:
+        admitted = {
+            ("numpy", "ndarray"): None,
+            ("numpy", "dtype"): _DType,
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
+            ("numpy._core.multiarray", "_reconstruct"): _Array,
+            ("_codecs", "encode"): _latin1,
+        }
+        if (module, name) not in admitted:
             raise _RefusedError(f"{module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return admitted[module, name]
 
     def load(self):
         content = super().load()
         if not isinstance(content, dict):  # torch's older form begins with a number
             raise _RefusedError(type(content).__name__)
-        return content
+        return jax.tree.map(self._array, content)
+
+    @staticmethod
+    def _array(leaf) -> np.ndarray:
+        if not isinstance(leaf, _Array) or leaf.value is None:
+            raise _RefusedError(type(leaf).__name__)
+        return leaf.value

@@ -26,6 +26,7 @@ from aim_jax.data.images import (
 )
 
 SPLITS = ("train", "validation", "test")
+KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
 
 # Held-out share of "train": for data sets that ship no validation split, and for class folders.
 TAIL_FRACTION = 0.02

@@ -19,7 +19,7 @@ import numpy as np
 
 from aim_jax.atomic import replacing
 from aim_jax.data.images import ImageSource, check_labels
-from aim_jax.data.pipeline import ImageSpec, prefetched, preprocess
+from aim_jax.data.pipeline import ImageSpec, Prefetched, preprocess
 from aim_jax.data.tokens import (
     FORMAT,
     MANIFEST,
@@ -357,7 +357,7 @@ def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int
         return
     ahead = None
     numbers = grain.MapDataset.range(len(pieces))
-    loaded = prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
+    loaded = Prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
     for (shard, _), batch in zip(pieces, loaded, strict=True):
         codes = [encode_fn(view) for view in views.cut(batch["squares"])]
         if ahead is not None:

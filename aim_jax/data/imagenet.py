@@ -77,7 +77,7 @@ class TarImages(ImageSource):
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
             data = file.read(self.sizes[index])
-        image = decode_image(io.BytesIO(data), f"number {index} of {self.path}")
+        image = decode_image(io.BytesIO(data), f"number {index} of {self.path}", as_stored=True)
         return {"image": image, "label": int(self.labels[index])}
 
 
@@ -102,7 +102,7 @@ def open_imagenet(root: Path, split: str) -> ImageSource:
     folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if folder is not None:
         paths, labels = _in_folder(folder, split)
-        return FolderImages(NAME, split, imagenet_classes(), paths, labels)
+        return FolderImages(NAME, split, imagenet_classes(), paths, labels, as_stored=True)
     if tar.is_file():
         return TarImages(NAME, split, imagenet_classes(), tar, **_tar_index(tar, split))
     raise FileNotFoundError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -75,11 +75,14 @@ class ArrayImages(ImageSource):
 
 
 class FolderImages(ImageSource):
-    """Picture files with the labels of the class folders they lie in; decoded when read."""
+    """Picture files with the labels of the class folders they lie in; decoded when read.
 
-    def __init__(self, name, split, class_names, paths: list[str], labels: list[int]):
+    `as_stored`: see `decode_image`.
+    """
+
+    def __init__(self, name, split, class_names, paths: list[str], labels, as_stored=False):
         super().__init__(name, split, class_names)
-        self.paths = paths
+        self.paths, self._as_stored = paths, as_stored
         self.labels = np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
@@ -87,7 +90,8 @@ class FolderImages(ImageSource):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        return {"image": decode_image(path, path), "label": int(self.labels[index])}
+        image = decode_image(path, path, self._as_stored)
+        return {"image": image, "label": int(self.labels[index])}
 
 
 class TfdsImages(ImageSource):
@@ -112,7 +116,7 @@ class TfdsImages(ImageSource):
         if self._images is not None and self._labels[index] >= 0:
             return {"image": self._images[index], "label": int(self._labels[index])}
         record = self._data_source[index]
-        image = decode_image(io.BytesIO(record["image"]), f"{index} of {self.name}")
+        image = decode_image(io.BytesIO(record["image"]), f"{index} of {self.name}", as_stored=True)
         label = int(record["label"])
         if self._images is not None:
             # The label marks the picture as present, so it comes second.
@@ -121,12 +125,16 @@ class TfdsImages(ImageSource):
         return {"image": image, "label": label}
 
 
-def decode_image(file: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:
+def decode_image(
+    file: str | os.PathLike | IO[bytes], name: str, as_stored: bool = False
+) -> np.ndarray:
     """Decodes a picture file to uint8 (H, W, C): C is 1 for grey ones and 3 for all others.
 
     Args:
       file: Path, or open file.
       name: What to call it in an error.
+      as_stored: Whether to ignore what viewers obey: the orientation that a camera noted (EXIF),
+        and transparency, which is white otherwise. Published pipelines read ImageNet like that.
 
     Raises:
       ValueError: it is no readable picture, or has more than eight bits per channel.
@@ -135,7 +143,13 @@ def decode_image(file: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its mode {image.mode} is not 8 bits per channel")
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            mode, shown = "L" if image.mode in ("1", "L", "LA") else "RGB", image
+            if not as_stored:
+                shown = ImageOps.exif_transpose(image)
+                if shown.has_transparency_data:
+                    shown = shown.convert("RGBA")
+                    shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+            pixels = np.asarray(shown.convert(mode))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {name}: {error}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -8,7 +8,7 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -180,6 +180,51 @@ def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) ->
         )
 
 
+class Prefetched(Iterator):
+    """Iterates over a dataset in order; threads, or processes, make the elements ahead of time.
+
+    The state is the number of elements given out, whatever makes them: Grain's own iterators have
+    one per worker, which fits no other number of workers.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, threads: int, workers: int = 0):
+        self._dataset, self._threads, self._workers = dataset, threads, workers
+        self._next, self._elements = 0, None
+
+    def __next__(self):
+        if self._elements is None:
+            self._elements = self._start()
+        element = next(self._elements)
+        self._next += 1
+        return element
+
+    def get_state(self) -> dict[str, int]:
+        """Where the iterator is, as JSON has it."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict) -> None:
+        """Goes to where an iterator over the same dataset was."""
+        self.close()
+        self._next = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends threads and processes; the next element starts new ones."""
+        if self._elements is not None:
+            self._elements.close()
+        self._elements = None
+
+    def _start(self):
+        ahead = self._dataset[self._next :].to_iter_dataset(
+            grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads + 1)
+        )
+        if self._workers:
+            # Grain reads its own flags when it starts workers; outside absl.app they are unparsed.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(ahead)
+
+
 def image_batches(
     source: ImageSource,
     spec: ImageSpec,
@@ -190,7 +235,7 @@ def image_batches(
     shard_index: int = 0,
     shard_count: int = 1,
     workers: int = 0,
-) -> grain.DatasetIterator:
+) -> Prefetched:
     """Iterates over batches of pictures.
 
     In training the examples are shuffled anew each epoch, without end, batches run across the
@@ -255,7 +300,7 @@ def index_batches(
     weights: Sequence[float] | None = None,
     threads: int = 1,
     workers: int = 0,
-) -> grain.DatasetIterator:
+) -> Prefetched:
     """Iterates over `gather(indices, seeds)` for batches of indices into sets of examples.
 
     The order, the parts and the end are those of `image_batches`. In training, several sets are
@@ -305,20 +350,7 @@ def index_batches(
         batches = indices.batch(batch_size, batch_fn=np.array).map(
             lambda batch: gather(batch[rows], None)
         )
-    return prefetched(batches, threads, workers)
-
-
-def prefetched(dataset: grain.MapDataset, threads: int, workers: int) -> grain.DatasetIterator:
-    """Iterates over a dataset in order; threads, or processes, make the elements ahead of time."""
-    ahead = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    )
-    if workers:
-        # Grain reads its own flags when it starts workers; outside absl.app nobody has parsed them.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(ahead)
+    return Prefetched(batches, threads, workers)
 
 
 def _shorter_side(spec: ImageSpec, rng: np.random.Generator | None) -> int:

@@ -18,11 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from aim_jax.data.pipeline import index_batches
+from aim_jax.data.pipeline import Prefetched, index_batches
 from aim_jax.monitor import Progress
 
 FORMAT = "aim_jax token cache"
@@ -286,7 +285,7 @@ def token_batches(
     train: bool,
     shard_index: int = 0,
     shard_count: int = 1,
-) -> grain.DatasetIterator:
+) -> Prefetched:
     """Iterates over batches of codes, in the order of `image_batches`.
 
     In training each draw takes one of the views at random; otherwise it is the first. Several

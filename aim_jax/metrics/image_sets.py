@@ -17,7 +17,7 @@ import numpy as np
 
 from aim_jax.atomic import replacing
 from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, preprocess
-from aim_jax.data.pipeline import prefetched
+from aim_jax.data.pipeline import Prefetched
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 
@@ -82,7 +82,7 @@ class SourceImages(ImageSet):
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         starts = grain.MapDataset.range(first * size, len(self), step * size)
         batches = starts.map(lambda start: self.take(range(start, min(start + size, len(self)))))
-        return prefetched(batches, threads=min(8, os.cpu_count() or 1), workers=0)
+        return Prefetched(batches, threads=min(8, os.cpu_count() or 1))
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return np.stack([self._image(int(i)) for i in indices])

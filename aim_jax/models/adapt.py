@@ -10,7 +10,7 @@ from aim_jax.models.layers import group_to_layer, layer_to_group
 # What two models must share for the weights of one to mean anything in the other.
 AIM_SHAPE = (
     "vocab_size", "num_tokens", "d_model", "n_layer", "mixer", "d_state", "d_conv", "expand",
-    "headdim", "ngroups", "mlp_hidden",
+    "headdim", "ngroups", "mlp_hidden", "positions",
 )  # fmt: skip
 VQ_SHAPE = (
     "in_channels", "out_channels", "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim",

@@ -5,6 +5,8 @@ import math
 
 MIXERS = ("mamba1", "mamba2")
 REMAT = ("none", "full", "dots")
+# Fields that change speed and memory, not results (beyond rounding).
+HOW_COMPUTED = ("chunk_size", "ssm_scan", "remat", "logits_chunk", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
