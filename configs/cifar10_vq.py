@@ -2,16 +2,18 @@
 
 python launch/train_vq.py --config configs/cifar10_vq.py --workdir runs/cifar10_vq
 
-After a colon, which part: whole (the default), or decoder, which gets sharper with LPIPS while the
-codes stay the same:
+After a colon, which part: whole (the default); decoder, which gets sharper with LPIPS while the
+codes stay the same; or adversarial, the decoder once more, with a discriminator as well:
 
 python launch/train_vq.py --config configs/cifar10_vq.py:decoder --workdir runs/cifar10_decoder \
   --config.lpips=lpips.safetensors
+python launch/train_vq.py --config configs/cifar10_vq.py:adversarial \
+  --workdir runs/cifar10_adversarial --config.lpips=lpips.safetensors
 """
 
 from aim_jax.config import vq_defaults
 
-MODEL = ("whole", "decoder")
+MODEL = ("whole", "decoder", "adversarial")
 
 
 def get_config(part="whole"):
@@ -19,14 +21,15 @@ def get_config(part="whole"):
         raise ValueError(f"part {part!r}; expected one of {', '.join(MODEL)}.")
     config = vq_defaults()
     config.batch_size = 32
-    config.steps = 1200
+    config.steps = {"whole": 1200, "decoder": 420, "adversarial": 2400}[part]
     config.log_every = 50
-    config.eval_every = config.sample_every = config.save_every = config.export_every = 200
+    every = {"whole": 200, "decoder": 210, "adversarial": 400}[part]
+    config.eval_every = config.sample_every = config.save_every = config.export_every = every
     config.export_dtype = "float16"
-    config.ema_decay = 0.99
-    config.optimizer.lr = 1e-3
+    config.ema_decay = 0.995 if part == "adversarial" else 0.99
+    config.optimizer.lr = 3e-4 if part == "adversarial" else 1e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 100 if part == "whole" else 50
     config.data.name = "cifar10"
     config.data.image_size = 32
     config.data.random_flip = True
@@ -34,12 +37,11 @@ def get_config(part="whole"):
         ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=64, embed_dim=8, n_embed=1024,
         entropy_loss_ratio=0.05,
     )  # fmt: skip
-    if part == "decoder":
-        config.init = "runs/cifar10_vq"
+    if part != "whole":
+        config.init = "runs/cifar10_vq" if part == "decoder" else "runs/cifar10_decoder"
         config.decoder_only = True
-        # A discriminator as well was worse; the model's card has the figures.
         config.loss.perceptual = 1.0
-        config.steps = 420
-        config.eval_every = config.sample_every = config.save_every = config.export_every = 210
-        config.optimizer.warmup_steps = 50
+    if part == "adversarial":
+        config.loss.adversarial = 0.5
+        config.discriminator.depth = 2  # at depth 3 a patch is larger than the picture
     return config

@@ -414,8 +414,16 @@ def test_decoder_alone(config, tmp_path):
     model = old.with_tokenizer(new)
     jax.tree.map(np.testing.assert_array_equal, model.vq_params["decoder"], state.ema["decoder"])
     new.vq_params["quantize"]["embedding"] += 1
-    with pytest.raises(ValueError, match="has another encoder or codebook"):
+    with pytest.raises(ValueError, match="has another encoder, codebook or compute dtype"):
         old.with_tokenizer(new)
+    for name, value, message in (
+        ("model.compute_dtype", "bfloat16", "set config.model.compute_dtype=float32"),
+        ("export_dtype", "float16", "set config.export_dtype=float32"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=message):
+            train_vq.train(other, tmp_path / "other")
 
 
 def test_what_is_missing_is_said_before_the_run(config, tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""Times the training step of the CIFAR-10 tokenizer, part by part of what it is trained with.
+
+Example:
+  python benchmarks/tokenizer_step.py --lpips lpips.safetensors
+
+Every variant takes --steps steps on the same random pictures; printed is the median.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aim_jax.convert.lpips import load_lpips
+from aim_jax.sharding import create_sharded, shard_batch
+from aim_jax.train_vq import Setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+
+from configs.cifar10_vq import get_config
+
+# (name, part of the configuration, weights of LPIPS and of the discriminator)
+VARIANTS = (
+    ("squared error", "whole", 0.0, 0.0),
+    ("decoder alone, squared error", "adversarial", 0.0, 0.0),
+    ("decoder alone, LPIPS", "adversarial", 1.0, 0.0),
+    ("decoder alone, LPIPS and discriminator", "adversarial", 1.0, 0.5),
+)
+
+
+def seconds(part: str, perceptual: float, adversarial: float, lpips: dict, steps: int) -> float:
+    """Of one step, the median."""
+    config = get_config(part)
+    config.loss.perceptual, config.loss.adversarial = perceptual, adversarial
+    setup = Setup(config)
+    state = create_sharded(setup.new_state, setup.mesh, setup.rules)
+    size = (config.batch_size, config.data.image_size, config.data.image_size, 3)
+    images = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+    batch = shard_batch({"images": images}, setup.mesh)
+    taken = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, metrics = setup.train_step(state, batch, lpips if perceptual else None)
+        jax.block_until_ready(metrics)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])  # the first one compiles
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lpips", required=True, help="weights, see docs/tokenizer.md")
+    parser.add_argument("--steps", type=int, default=7)
+    args = parser.parse_args()
+    lpips = load_lpips(args.lpips)
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for name, part, perceptual, adversarial in VARIANTS:
+        found = seconds(part, perceptual, adversarial, lpips, args.steps)
+        print(f"{name}: {found:.2f} s per step of 32 pictures", flush=True)
+
+
+if __name__ == "__main__":
+    main()
