@@ -91,7 +91,8 @@ class Pretrained:
             flatten(vq.encoder_params(params)) for params in (self.vq_params, other.vq_params)
         )
         same = ours.keys() == theirs.keys()
-        same &= self.vq_config.compute_dtype == other.vq_config.compute_dtype
+        dtypes = {m.vq_config.compute_dtype for m in (self, other) if m.vq_config is not None}
+        same &= len(dtypes) == 1
         if not same or not all(np.array_equal(ours[name], theirs[name]) for name in ours):
             raise ValueError(
                 f"{other.name} has another encoder, codebook or compute dtype than {self.name}, so "
