@@ -137,10 +137,11 @@ def save_model(
 
 def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mapping) -> None:
     leaves = jax.tree.leaves((model.aim_params, model.vq_params))
+    stored = [dtype] if dtype else sorted({str(x.dtype) for x in leaves})
     content = {
         "format": "aim_jax model",
         "version": FORMAT_VERSION,
-        "dtype": dtype or sorted({str(x.dtype) for x in leaves}),
+        "dtype": stored[0] if len(stored) == 1 else stored,
         "aim": model.aim_config and dataclasses.asdict(model.aim_config),
         "vq": model.vq_config and dataclasses.asdict(model.vq_config),
         "class_names": list(model.class_names),
