@@ -3,6 +3,8 @@
 Example:
   python benchmarks/inception_parity.py --torchscript FILE.pt --images cifar10:test \\
       --data cifar10 --count 2000
+  python benchmarks/inception_parity.py --torchscript FILE.pt --images photographs --crops 40 \\
+      --size 256
 
 torch interpolates and applies the network by itself, in float32; the FID between the two halves of
 the pictures is computed from its features by NumPy and scipy.linalg.sqrtm. Ends with 1 where a
@@ -12,10 +14,12 @@ feature differs by more than 1e-4 of the largest, or the FID by more than 0.01.
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import scipy.linalg
+from PIL import Image
 
 try:
     import torch
@@ -24,6 +28,7 @@ except ImportError:
 
 from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception
+from aim_jax.data.images import images_in
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.monitor import Progress
@@ -55,6 +60,21 @@ def fid_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(ca + cb - 2 * root))
 
 
+def random_crops(folder: str, count: int, side: int) -> np.ndarray:
+    """`count` squares of every picture of a folder, half as high as it or more, in random order."""
+    rng, squares = np.random.default_rng(0), []
+    for path in images_in(Path(folder)):
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        shorter = min(picture.size)
+        for _ in range(count):
+            size = int(rng.integers(shorter // 2, shorter + 1))
+            left, top = (int(rng.integers(length - size + 1)) for length in picture.size)
+            square = picture.crop((left, top, left + size, top + size))
+            squares.append(np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)))
+    return rng.permutation(np.stack(squares))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,18 +84,24 @@ def main():
     parser.add_argument("--data", default="", help="directory of the data set")
     parser.add_argument("--size", type=int, default=32, help="pictures are fitted to this side")
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--crops", type=int, default=0, help="random crops of every picture")
     parser.add_argument("--batch", type=int, default=50)
     args = parser.parse_args()
     config = eval_defaults()
     config.data.dir, config.data.image_size = args.data, args.size
-    images = open_set(args.images, None, config)
+    if args.crops:
+        images = random_crops(args.images, args.crops, args.size)
+        take, name = images.__getitem__, f"crops of {args.images} at {args.size}"
+    else:
+        images = open_set(args.images, None, config)
+        take, name = images.take, images.name
     index = np.linspace(0, len(images) - 1, min(args.count, len(images))).astype(int)
     network = torch.jit.load(args.torchscript, map_location="cpu").eval()
     extract = FeatureExtractor(load_inception(args.torchscript), args.batch)
     ours, theirs, seconds = [], [], np.zeros(2)
     progress, done = Progress("features, ours and torch's"), 0
     for part in np.array_split(index, -(-len(index) // args.batch)):
-        pixels = images.take(part)
+        pixels = take(part)
         start = time.perf_counter()
         ours.append(extract(pixels).pool)
         middle = time.perf_counter()
@@ -86,9 +112,7 @@ def main():
         progress(done, len(index))
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)
     worst = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    print(
-        f"jax {jax.__version__}, torch {torch.__version__}; {len(index)} pictures of {images.name}"
-    )
+    print(f"jax {jax.__version__}, torch {torch.__version__}; {len(index)} pictures of {name}")
     rates = (len(index) - args.batch) / np.maximum(seconds, 1e-9)
     print(f"largest difference of a feature: {worst:.1e} of the largest feature")
     print(f"images/s: ours {rates[0]:.1f}, torch {rates[1]:.1f}")
