@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import logging
+from absl import app, logging
 
 from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
@@ -52,6 +52,19 @@ def _is_not_of_cuda(record) -> bool:
 # When this file is imported: a configuration may look for devices while flags are parsed.
 if not glob.glob("/dev/nvidia*"):
     standard_logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_of_cuda)
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parses flags, as `flags_parser` of `app.run` where there is a --config.
+
+    A setting that does not exist ends the program with status 1 and one line.
+    """
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except AttributeError as error:
+        text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
+        print(f"error: --config has no such setting: {text}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def keep_compiled_programs() -> None:

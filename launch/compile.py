@@ -17,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; what is here must not be ta
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/ for AiM.")
 flags.DEFINE_string("topology", None, "Such as v5e:16x16, v5p-32, 8xA100-80G or 8xH100.")
@@ -40,4 +40,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from aim_jax import distributed
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -64,4 +64,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from aim_jax import distributed
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 
 flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
 flags.DEFINE_string("out", None, "Directory for the token caches.")
@@ -53,4 +53,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax.launching import errors_in_one_line, numbers
+from aim_jax.launching import errors_in_one_line, numbers, parse
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -73,4 +73,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from aim_jax import distributed
-from aim_jax.launching import start
+from aim_jax.launching import parse, start
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/; see its docstring.")
 flags.DEFINE_string("workdir", None, "Directory of this run.")
@@ -29,4 +29,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -100,6 +100,10 @@ def test_help_and_one_line_errors(tmp_path):
     assert "Traceback" not in wrong.stderr
     wrong = run("launch/train.py", "--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w")
     assert wrong.returncode == 1 and "launch/train_vq.py runs it" in wrong.stderr
+    given = ("--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w", "--config.stepps=4")
+    wrong = run("launch/train_vq.py", *given)
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert 'error: --config has no such setting: stepps. Did you mean "steps"' in wrong.stderr
     wrong = run("launch/compare.py", "--cfg_scale", "1,2", "--between", "cat,dog")
     assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
     wrong = run("launch/compare.py", "--top_k", "10,2.5")
