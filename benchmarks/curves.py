@@ -23,6 +23,11 @@ flags.mark_flag_as_required("workdirs")
 
 SHOWN = {
     "vq": (("rec_loss", "val_rec_l2"), ("val_psnr",), ("codebook_usage", "val_usage")),
+    "adversarial": (
+        ("rec_loss", "lpips"),
+        ("hinge_loss", "logits_real", "logits_fake"),
+        ("val_rfid",),
+    ),
     "aim": (("loss", "val_loss"), ("grad_norm",), ("examples_per_second",)),
 }
 
@@ -33,10 +38,12 @@ def draw(workdirs: list[Path], out: Path) -> None:
     for row, workdir in zip(axes, workdirs, strict=True):
         stage = json.loads((workdir / "run.json").read_text())["stage"]
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        stage = "adversarial" if any("hinge_loss" in r for r in rows) else stage
         for plot, names in zip(row, SHOWN[stage], strict=True):
             for name in names:
                 points = [(r["step"], r[name]) for r in rows if name in r and r["step"] > 1]
-                plot.plot(*zip(*points, strict=True), label=name)
+                if points:
+                    plot.plot(*zip(*points, strict=True), label=name)
             plot.set_xlabel("step")
             plot.set_title(workdir.name)
             plot.legend()
