@@ -35,7 +35,7 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter  # brings torch in where it is installed: seconds
 
         directory = str(Path(workdir) / "tensorboard")
-        self._board = SummaryWriter(directory, purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(directory, purge_step=first_step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Records the scalars of a step."""
