@@ -14,8 +14,9 @@ from typing import Any
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path` to write a file or a directory to; it becomes `path` after the block.
 
-    What was there before stays until then, and for good if the block raises. No two writers, on
-    whatever host, get the same name. Directories above are made.
+    What was there before stays until then, and for good if the block raises; a directory is away
+    for the moment between two renames. No two writers, on whatever host, get the same name.
+    Directories above are made.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)

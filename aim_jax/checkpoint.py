@@ -221,7 +221,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     workdir = Path(workdir)
     file, new = workdir / RUN_FILE, json.loads(config.to_json_best_effort())
-    if file.exists() and has_checkpoint(workdir):
+    goes_on = has_checkpoint(workdir)
+    if goes_on and file.exists():
         old = json.loads(file.read_text())
         before, after = flatten(old), flatten(new)
         changed = {
@@ -238,7 +239,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             )
         if changed:
             say(f"the run goes on with other settings: {'; '.join(changed.values())}")
-    elif has_checkpoint(workdir):
+    elif goes_on:
         raise ValueError(
             f"{workdir} holds checkpoints but no {RUN_FILE}, so it is not known which run they "
             "belong to; use another --workdir."

@@ -62,6 +62,8 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except AttributeError as error:
+        if not (error.args and isinstance(error.args[0], KeyError)):  # a fault of the file itself
+            raise
         text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
         print(f"error: --config has no such setting: {text}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -8,8 +8,8 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     """`jax.lax.conv_general_dilated` of NHWC maps, for `flax.linen.Conv`.
 
     Where the map that comes in or, for the gradient, the one that goes out is smaller than the
-    kernel, as after many poolings or strides, XLA's CPU backend falls back to a plain loop, fifty
-    times slower. There it is written as one matrix product.
+    kernel, as after many poolings or strides, XLA's CPU backend falls back to a plain loop. There
+    it is written as one matrix product.
 
     Args:
       x: (b, H, W, c); kernel: (h, w, c, d).
