@@ -28,7 +28,8 @@ from aim_jax.metrics import (
     ssim,
 )
 from aim_jax.metrics.distribution import KERNEL_SUBSET, nearest
-from aim_jax.metrics.features import FeatureExtractor, FeatureSet, sum_over_processes
+from aim_jax.metrics.feature_sets import FeatureSet
+from aim_jax.metrics.features import FeatureExtractor, sum_over_processes
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.reconstruction import WINDOW
@@ -220,7 +221,7 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     return file, found | codebook_use(counts)
 
 
-def neighbours_picture(made: NpzImages, features: FeatureSet, reference: Reference, path: Path):
+def neighbours_picture(made: ImageSet, features: FeatureSet, reference: Reference, path: Path):
     """Writes generated images, each beside its nearest reference images in feature space."""
     count, k = min(12, len(made)), min(5, len(reference.features.features))
     index = np.linspace(0, len(features.features) - 1, count).astype(int)
@@ -298,7 +299,7 @@ def evaluate(
 
     Args:
       model: what draws the samples, or reconstructs the reference's pictures.
-      samples: an npz file to score instead of drawing; "" draws.
+      samples: what to score instead of drawing, see `open_set`; "" draws.
       reference: see `open_reference`.
       inception_params: see `aim_jax.convert.inception.load_inception`.
       config: see `aim_jax.config.eval_defaults`.
@@ -319,7 +320,7 @@ def evaluate(
     if any(getattr(model, part) is None for part in needed):
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
     extract, extra = FeatureExtractor(inception_params), {}
-    given = NpzImages(samples) if samples else None
+    given = open_set(samples, None, config) if samples else None
     target = open_set(reference, model, config, given)
     if given is not None:
         check_alike(given, target)
@@ -332,12 +333,13 @@ def evaluate(
     if reconstructions:
         file, extra = reconstruct(model, target, config, out)
     else:
-        file = Path(samples) if samples else sample_npz(model, config, out)
-    made = NpzImages(file)
+        file = None if samples else sample_npz(model, config, out)
+    made = NpzImages(file) if given is None else given
     check_alike(made, target)
     ref = open_reference(reference, extract, model, config, cache, made)
-    # Kept until the report is written: they are most of the work.
-    features = extract.of_cached(made, config.neighbour_images, out / ".features")
+    # What is made is scored once; its features are kept until the report is written.
+    kept = out / ".features" if isinstance(made, NpzImages) else cache
+    features = extract.of_cached(made, config.neighbour_images, kept)
     if jax.process_index():
         # A process that ends before the others is taken for lost.
         return _wait_for_all("the report")
@@ -367,7 +369,7 @@ def evaluate(
     save_png(make_grid(shown, 10), out / "images.png")
     if not reconstructions:
         neighbours_picture(made, features, ref, out / "neighbours.png")
-    shutil.rmtree(out / ".features")
+    shutil.rmtree(out / ".features", ignore_errors=True)
     for note in notes:
         say(f"note: {note}")
     _wait_for_all("the report")

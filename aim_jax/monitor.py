@@ -208,10 +208,15 @@ class Profiler:
 
 
 class Progress:
-    """One line that follows a loop over a known number of items: share, rate, time left."""
+    """One line that follows a loop over a known number of items: share, rate, time left.
 
-    def __init__(self, what: str, unit: str = "images"):
+    Args:
+      what: is going on. unit: of what is counted. done: items of an earlier, interrupted run.
+    """
+
+    def __init__(self, what: str, unit: str = "images", done: int = 0):
         self._what, self._unit, self._start = what, unit, time.perf_counter()
+        self._before = done
         self._last = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -221,7 +226,7 @@ class Progress:
         if done < total and (not done or now - self._last < (0.5 if terminal else 10)):
             return
         self._last = now
-        rate = done / max(now - self._start, 1e-9)
+        rate = (done - self._before) / max(now - self._start, 1e-9)
         line = (
             f"{self._what}: {done}/{total} {self._unit}  {rate:.1f}/s  "
             f"ETA {duration((total - done) / max(rate, 1e-9))}"

@@ -7,11 +7,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax.config import image_spec
-from aim_jax.data import ImageSpec, open_images
+from aim_jax.data import ImageSource, ImageSpec, open_images
 from aim_jax.data.datasets import KNOWN
 from aim_jax.data.images import FolderImages, images_in
 from aim_jax.metrics import Gaussian
-from aim_jax.metrics.features import FeatureExtractor, FeatureSet
+from aim_jax.metrics.feature_sets import FeatureSet
+from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageSet, NpzImages, SourceImages
 from aim_jax.metrics.inception import NUM_FEATURES, NUM_SPATIAL
 from aim_jax.pretrained import Pretrained
@@ -38,8 +39,8 @@ def open_set(
     The split is "train" by default; "train+validation" is both of them. Of a folder without a split
     all pictures are taken, and it may be one without class folders.
 
-    Args:
-      like: images whose size pictures are fitted to where neither model nor configuration says it.
+    Pictures are fitted to what the model takes, or to the size in the configuration; without a
+    model also to the size of `like`, or of the first one.
 
     Raises:
       ValueError: no such data set, or nothing says how its pictures are to be fitted.
@@ -48,6 +49,30 @@ def open_set(
     if name.endswith(".npz"):
         return NpzImages(name)
     name, _, split = name.partition(":")
+    sources = _open_sources(name, split, config.data.dir or None)
+    return SourceImages(sources, _spec(name, sources[0], model, config, like))
+
+
+def _open_sources(name: str, split: str, where: str | None) -> list[ImageSource]:
+    # A directory that happens to lie here does not stand for a data set of its name.
+    if name not in KNOWN and Path(name).is_dir():
+        if not split:
+            files = images_in(Path(name))
+            if not files:
+                raise ValueError(f"{name}: no pictures in this folder.")
+            return [FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))]
+        name, where = "folder", name
+    return [open_images(name, part, where) for part in (split or "train").split("+")]
+
+
+def _spec(
+    name: str,
+    source: ImageSource,
+    model: Pretrained | None,
+    config: ConfigDict,
+    like: ImageSet | None,
+) -> ImageSpec:
+    """How the pictures of a set are fitted."""
     if model is not None and "data" in model.info:
         spec = image_spec(ConfigDict(model.info["data"]))
         if config.data.image_size not in (0, spec.image_size):
@@ -55,27 +80,23 @@ def open_set(
                 f"config.data.image_size={config.data.image_size}, but the pictures of "
                 f"{model.name} have {spec.image_size} pixels; leave it out."
             )
-    elif config.data.image_size:
-        spec = image_spec(config.data)
-    elif like is not None:
-        spec = ImageSpec(like.shape[1], like.shape[3])
-    else:
+        return spec
+    if config.data.image_size:
+        return image_spec(config.data)
+    if like is not None:
+        return ImageSpec(like.shape[1], like.shape[3])
+    if model is not None:
         raise ValueError(
-            f"the pictures of {name!r} need a size: give --config.data.image_size, or a "
-            "--checkpoint that says how its pictures were fitted."
+            f"{model.name} does not say which size the pictures of {name!r} are to have; give "
+            "--config.data.image_size."
         )
-    where = config.data.dir or None
-    # A directory that happens to lie here does not stand for a data set of its name.
-    if where is None and Path(name).is_dir() and name not in KNOWN:
-        if not split:
-            files = images_in(Path(name))
-            if not files:
-                raise ValueError(f"{name}: no pictures in this folder.")
-            flat = FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))
-            return SourceImages([flat], spec)
-        name, where = "folder", name
-    splits = (split or "train").split("+")
-    return SourceImages([open_images(name, split, where) for split in splits], spec)
+    height, width, *channels = source[0]["image"].shape
+    if height != width:
+        raise ValueError(
+            f"the first picture of {name!r} has {height} x {width} pixels; give "
+            "--config.data.image_size, the size of the squares that are cut out of the pictures."
+        )
+    return ImageSpec(height, channels[0] if channels else 1)
 
 
 def open_reference(

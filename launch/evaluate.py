@@ -28,9 +28,11 @@ config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[1] / "configs" / "eval.py"), "A file of configs/."
 )
 flags.DEFINE_string("checkpoint", "", "Bundled model, model directory or workdir.")
-flags.DEFINE_string("samples", "", "npz file of images to score instead of sampling.")
 flags.DEFINE_string(
-    "reference", "", "npz of images, ADM reference npz, NAME:SPLIT of a data set, or class folders."
+    "samples", "", "Images to score instead of sampling: npz, folder, or NAME:SPLIT of a data set."
+)
+flags.DEFINE_string(
+    "reference", "", "npz of images, ADM reference npz, folder, or NAME:SPLIT of a data set."
 )
 flags.DEFINE_string("data", "", "Directory with the data set; short for --config.data.dir.")
 flags.DEFINE_string(

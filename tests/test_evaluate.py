@@ -112,19 +112,31 @@ def test_report_and_pictures(
     assert "KID was taken of subsets of 12 images, not of 1000" in notes
     # Six pictures beside the caption of their row.
     assert np.asarray(Image.open(out / "neighbours.png")).shape[1] > 6 * 66 + 2
-    assert (out / "images.png").is_file() and len(list(cache.glob("*.npz"))) == 1
+    assert (out / "images.png").is_file() and not list(out.rglob("*.partial"))
+    assert len(list(cache.glob("*.npz"))) == 1
 
     # The pictures themselves, scored as samples: everything is as good as it can be.
     monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: 0.0)  # seconds each
-    np.savez(tmp_path / "real.npz", arr_0=next(iter(
-        references.open_set(f"{picture_folder}:validation", model, config).batches(48)
-    )))  # fmt: skip
-    report = evaluate.evaluate(
-        None, str(tmp_path / "real.npz"), str(tmp_path / "real.npz"), inception_params, config,
-        tmp_path / "same", cache,
-    )  # fmt: skip
-    metrics = report["metrics"]
-    assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1.0
+    real = references.open_set(f"{picture_folder}:validation", model, config)
+    np.savez(tmp_path / "real.npz", arr_0=next(iter(real.batches(48))))
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for i, picture in enumerate(real.take(range(len(real)))):
+        Image.fromarray(picture[..., 0]).save(folder / f"{i:02d}.png")
+    for samples in (tmp_path / "real.npz", folder):
+        report = evaluate.evaluate(
+            None, str(samples), str(tmp_path / "real.npz"), inception_params, config,
+            tmp_path / "same", cache,
+        )  # fmt: skip
+        metrics = report["metrics"]
+        assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1.0
+        assert report["settings"]["scored"].startswith("real")
+    Image.new("L", (6, 4)).save(folder / "00.png")
+    with pytest.raises(ValueError, match=r"'.*real' has 4 x 6 pixels; give --config.data.image"):
+        references.open_set(str(folder), None, config)
+    unsaid = dataclasses.replace(model, info={})
+    with pytest.raises(ValueError, match=r"does not say which size the pictures of '.*real'"):
+        references.open_set(str(folder), unsaid, config)
 
 
 def test_reference_files_of_the_adm_evaluator(inception_params, config, tmp_path, monkeypatch):

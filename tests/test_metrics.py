@@ -3,6 +3,7 @@
 import shutil
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import scipy.linalg
@@ -17,13 +18,15 @@ from aim_jax.metrics import (
     codebook_use,
     density_coverage,
     frechet_distance,
+    inception,
     kernel_distance,
     precision_recall,
     psnr,
     ssim,
 )
-from aim_jax.metrics import features as feature_sets
+from aim_jax.metrics import features as feature_passes
 from aim_jax.metrics.distribution import nearest
+from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageParts, NpzImages, SourceImages
 
 
@@ -227,6 +230,56 @@ def test_parts_go_on_and_join(tmp_path):
         ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})
 
 
+class Stopping(FeatureExtractor):
+    """Random features, which an image decides; stops after a number of batches."""
+
+    def __init__(self, batches):
+        super().__init__({"softmax": {"kernel": np.zeros(1)}}, 4)
+        self.left, self.size = batches, self._batch_size
+
+    def __call__(self, images):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        sizes = inception.NUM_FEATURES, inception.NUM_SPATIAL, inception.NUM_CLASSES
+        rows = [
+            np.stack([np.random.default_rng(image[0, 0]).random(n, np.float32) for image in images])
+            for n in sizes
+        ]
+        return inception.Features(*rows)
+
+
+def test_a_pass_over_a_set_goes_on_bit_by_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_passes, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(feature_passes, "BLOCK", 8)
+    images = np.arange(1, 24, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    np.savez(tmp_path / "set.npz", arr_0=images)
+    found = NpzImages(tmp_path / "set.npz")
+    batches = -(-len(images) // Stopping(0).size)
+    assert batches > 2  # else there is no middle to stop at
+    whole = Stopping(batches).of_cached(found, 9, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        Stopping(2).of_cached(found, 9, tmp_path / "cut")
+    (partial,) = (tmp_path / "cut").iterdir()
+    cut = partial.read_bytes()
+    again = Stopping(batches)
+    resumed = again.of_cached(found, 9, tmp_path / "cut")
+    assert again.left == 2 and not partial.exists()
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The features that were kept, one by one.
+    np.testing.assert_array_equal(resumed.features, Stopping(1)(images[resumed.indices]).pool)
+    assert Stopping(0).of_cached(found, 9, tmp_path / "cut").count == 23  # as it was kept
+
+    # What is damaged is begun anew.
+    (file,) = (tmp_path / "cut").iterdir()
+    file.unlink()
+    partial.write_bytes(cut[: len(cut) // 2])
+    again = Stopping(batches)
+    again.of_cached(found, 9, tmp_path / "cut")
+    assert again.left == 0
+
+
 def test_moments_of_several_processes_are_joined_without_rounding(monkeypatch):
     rng = np.random.default_rng(5)
     parts = [1e6 + rng.normal(size=(count, 3)) for count in (7, 4)]
@@ -241,9 +294,9 @@ def test_moments_of_several_processes_are_joined_without_rounding(monkeypatch):
         assert mine.dtype == np.uint8
         return np.stack([mine, next(sent).ravel().view(np.uint8)])
 
-    monkeypatch.setattr(feature_sets.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(feature_sets.multihost_utils, "process_allgather", every_process)
-    joined = feature_sets.over_processes(sides[0])
+    monkeypatch.setattr(feature_passes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(feature_passes.multihost_utils, "process_allgather", every_process)
+    joined = feature_passes.over_processes(sides[0])
     assert joined.count == 11
     np.testing.assert_array_equal(joined.total, sides[0].total + sides[1].total)
     np.testing.assert_array_equal(joined.products, sides[0].products + sides[1].products)

@@ -9,7 +9,8 @@ import pytest
 from aim_jax import evaluate, scaling, sweep
 from aim_jax.config import eval_defaults
 from aim_jax.metrics.distribution import Gaussian
-from aim_jax.metrics.features import FeatureExtractor, FeatureSet
+from aim_jax.metrics.feature_sets import FeatureSet
+from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.models import PRESETS
 from aim_jax.pictures import to_rgb
 from aim_jax.pretrained import load_pretrained, save_model

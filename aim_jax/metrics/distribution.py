@@ -48,8 +48,8 @@ class Moments:
                 "feature network are damaged, or do not belong to it."
             )
         self.count += len(x)
-        self.total = self.total + x.sum(axis=0)
-        self.products = self.products + x.T @ x
+        self.total += x.sum(axis=0)
+        self.products += x.T @ x
 
     def gaussian(self) -> Gaussian:
         """Of all that was added; the covariance divides by count - 1.

@@ -1,44 +1,29 @@
-"""Features of a set of images, and what is kept of them for the metrics."""
+"""Features of a set of images, by all devices of all processes."""
 
 import hashlib
 import json
-import zipfile
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aim_jax.atomic import replacing
 from aim_jax.metrics import inception
-from aim_jax.metrics.distribution import Gaussian, InceptionScore, Moments
+from aim_jax.metrics.distribution import Moments
+from aim_jax.metrics.feature_sets import FeatureSet, FeatureSums
 from aim_jax.metrics.image_sets import ImageSet
-from aim_jax.monitor import Progress, say
+from aim_jax.monitor import Progress
 from aim_jax.pictures import to_rgb
 from aim_jax.sharding import batch_sharding, make_mesh
 
 FORMAT = 2
-
-
-class FeatureSet(NamedTuple):
-    """What the metrics need of a set of images.
-
-    Attributes:
-      count: images.
-      pool, spatial: statistics of FID's and sFID's features; spatial may be missing in a reference.
-      features: (m, 2048) float32 of some images, for what compares them one by one.
-      indices: (m,) which ones, evenly spaced over the set.
-      inception_score: mean and standard deviation over splits, or None without the last layer.
-    """
-
-    count: int  # type: ignore[assignment]  # tuples have a method of that name
-    pool: Gaussian
-    spatial: Gaussian | None
-    features: np.ndarray
-    indices: np.ndarray
-    inception_score: tuple[float, float] | None
+# Images whose features are summed up at once: sums of outer products (2048 x 2048, float64, on the
+# host) of 16 rows take as long as those of 200.
+BLOCK = 256
+# Seconds between two saves of the sums of a pass.
+SAVE_EVERY = 120.0
 
 
 class FeatureExtractor:
@@ -70,60 +55,72 @@ class FeatureExtractor:
         for start in range(0, max(len(images), 1), size):
             part = to_rgb(images[start : start + size])
             filled = jax.device_put(np.resize(part, (size, *part.shape[1:])), self._sharding)
-            features = inception.extract(self._params, filled)
-            found.append(jax.tree.map(np.asarray, features))
+            found.append(inception.extract(self._params, filled))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
 
-    def of(self, images: ImageSet, keep: int | None = None) -> FeatureSet:
+    def _block(self, count: int) -> int:
+        """Images of a set of `count` that a process takes at once: whole batches."""
+        rows = min(BLOCK, -(-count // jax.process_count()))
+        return self._batch_size * max(1, rows // self._batch_size)
+
+    def of(
+        self, images: ImageSet, keep: int | None = None, partial: Path | None = None
+    ) -> FeatureSet:
         """Goes through a set of images. All processes call this, and all get the same.
 
         Args:
           keep: how many images' features to keep; all by default.
+          partial: a file of this process alone, for what a pass that is cut short has summed up;
+            the next one goes on from there.
 
         Raises:
           ValueError: a feature is not finite.
         """
-        count, size = len(images), self._batch_size
-        rank, processes = jax.process_index(), jax.process_count()
-        pool, spatial = Moments(inception.NUM_FEATURES), Moments(inception.NUM_SPATIAL)
-        score = InceptionScore(count, inception.NUM_CLASSES)
+        count, rank, processes = len(images), jax.process_index(), jax.process_count()
+        size = self._block(count)
         keep = count if keep is None else min(keep, count)
         # Not the first ones: data sets come class after class.
         indices = np.linspace(0, count - 1, keep).astype(int)
-        kept: list[np.ndarray] = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
-        progress = Progress(f"features of {images.name}")
-        starts = range(rank * size, count, processes * size)
-        for start, batch in zip(starts, images.batches(size, rank, processes), strict=True):
-            found = jax.tree.map(np.asarray, self(batch))
-            inside = indices[(indices >= start) & (indices < start + len(batch))]
-            kept.append(found.pool[inside - start])
-            pool.add(found.pool)
-            spatial.add(found.spatial)
-            if found.logits is not None:
-                score.add(found.logits, start)
-            progress(min(pool.count * processes, count), count)
-        score.sums = sum_over_processes(score.sums)
+        sums = FeatureSums(count, indices)
+        if partial is not None:
+            sums.restore(partial)
+        first = rank + sums.blocks * processes
+        starts = range(first * size, count, processes * size)
+        progress = Progress(f"features of {images.name}", done=sums.pool.count * processes)
+        saved = time.monotonic()
+        for start, batch in zip(starts, images.batches(size, first, processes), strict=True):
+            sums.add(self(batch), start)
+            progress(min(sums.pool.count * processes, count), count)
+            if partial is not None and time.monotonic() - saved >= SAVE_EVERY:
+                sums.save(partial)
+                saved = time.monotonic()
+        sums.score.sums = sum_over_processes(sums.score.sums)
         return FeatureSet(
-            count, over_processes(pool).gaussian(), over_processes(spatial).gaussian(),
-            _gather_rows(np.concatenate(kept), indices // size % processes), indices,
-            score.result() if self._with_logits else None,
+            count, over_processes(sums.pool).gaussian(), over_processes(sums.spatial).gaussian(),
+            _gather_rows(np.concatenate(sums.kept), indices // size % processes), indices,
+            sums.score.result() if self._with_logits else None,
         )  # fmt: skip
 
     def of_cached(self, images: ImageSet, keep: int, cache: Path) -> FeatureSet | None:
-        """`of`, looked up in a directory first and kept there after.
+        """`of`, looked up in a directory first and kept there after; a pass cut short goes on.
 
         All processes call this; it is the first one's directory, and only that process gets the
-        features.
+        features. The others keep there what they have summed up.
         """
-        first = jax.process_index() == 0
+        rank, processes = jax.process_index(), jax.process_count()
         key = json.dumps([FORMAT, images.identity, self.identity, min(keep, len(images))])
-        file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        found = _read(file) if first else None
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        file = cache / f"{name}.npz"
+        found = FeatureSet.load(file) if rank == 0 else None
         if not sum_over_processes(np.array([found is not None], np.int32))[0]:
-            made = self.of(images, keep)
-            if first:
+            # Which images a process gets depends on these.
+            share = f"{rank}-of-{processes}-by-{self._block(len(images))}"
+            partial = cache / f"{name}.{share}.partial"
+            made = self.of(images, keep, partial)
+            if rank == 0:
                 found = made
-                _write(file, found)
+                found.save(file)
+            partial.unlink(missing_ok=True)
         return found
 
 
@@ -157,41 +154,3 @@ def _gather_rows(mine: np.ndarray, owners: np.ndarray) -> np.ndarray:
     for process, count in enumerate(counts):
         rows[owners == process] = every[process, :count]
     return rows
-
-
-def _read(file: Path) -> FeatureSet | None:
-    """What `_write` wrote; None where it is missing or damaged."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            return _unpack(stored)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        say(f"{file} is damaged ({error}); it is made anew.")
-    return None
-
-
-def _write(file: Path, found: FeatureSet) -> None:
-    with replacing(file) as partial, partial.open("wb") as written:
-        np.savez(written, **_pack(found))  # type: ignore[arg-type]
-
-
-def _pack(found: FeatureSet) -> dict[str, np.ndarray]:
-    assert found.spatial is not None  # only references of other evaluators lack it
-    return {
-        "count": np.asarray(found.count),
-        "mu": found.pool.mean,
-        "sigma": found.pool.covariance,
-        "mu_s": found.spatial.mean,
-        "sigma_s": found.spatial.covariance,
-        "features": found.features,
-        "indices": found.indices,
-        "inception_score": np.asarray(found.inception_score or ()),
-    }
-
-
-def _unpack(stored) -> FeatureSet:
-    count = int(stored["count"])
-    score = tuple(stored["inception_score"].tolist())
-    pool, spatial = (Gaussian(stored[f"mu{s}"], stored[f"sigma{s}"], count) for s in ("", "_s"))
-    return FeatureSet(count, pool, spatial, stored["features"], stored["indices"], score or None)

@@ -156,7 +156,7 @@ class NpzImages(ImageSet):
             for number, start in enumerate(range(0, len(self), size)):
                 count = min(size, len(self) - start)
                 data = stream.read(count * math.prod(shape[1:]))
-                if number % step == first:
+                if number >= first and (number - first) % step == 0:
                     yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
