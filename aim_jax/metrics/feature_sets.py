@@ -75,17 +75,18 @@ class FeatureSums:
         self.kept: list[np.ndarray] = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
 
     def add(self, found: inception.Features, start: int) -> None:
-        """NumPy arrays of a block of images, of the images start, start + 1, ...
+        """Features of a block of images, the images start, start + 1, ...
 
         Raises:
           ValueError: a feature is not finite.
         """
-        self.pool.add(found.pool)
-        self.spatial.add(found.spatial)
+        pool = np.asarray(found.pool)
+        self.pool.add(pool)
+        self.spatial.add(np.asarray(found.spatial))
         if found.logits is not None:
-            self.score.add(found.logits, start)
+            self.score.add(np.asarray(found.logits), start)
         inside = self._indices - start
-        self.kept.append(found.pool[inside[(inside >= 0) & (inside < len(found.pool))]])
+        self.kept.append(pool[inside[(inside >= 0) & (inside < len(pool))]])
         self.blocks += 1
 
     def save(self, file: Path) -> None:
