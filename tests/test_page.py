@@ -13,7 +13,7 @@ playwright = pytest.importorskip(
 )
 
 from aim_jax.config import vq_defaults  # noqa: E402
-from aim_jax.page import LIMITS, build, drawn  # noqa: E402
+from aim_jax.page import LIMITS, build  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -108,12 +108,3 @@ def test_settings_follow_the_model(browser_page):
     playwright.expect(setting("cfg_scale")).to_have_value("5")
     page.locator("#draw").click()
     assert shown(page, "drawn")
-
-
-def test_rows_appear_one_after_the_other(model):
-    seen = list(drawn(model, np.array([0, 1]), 3, cfg_scale=2.0))
-    assert len(seen) == 3 and np.all(seen[0][:, 2:] == 128)
-    assert not np.all(seen[1][:, 2:] == 128)
-    np.testing.assert_array_equal(seen[-1], seen[-2])
-    with pytest.raises(ValueError, match="temperature"):
-        list(drawn(model, np.array([0]), 0, temperature=0.0))

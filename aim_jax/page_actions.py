@@ -1,0 +1,135 @@
+"""What the buttons of the page do: values that anybody may send in, pictures out."""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from PIL import Image
+
+from aim_jax import gallery
+from aim_jax.pictures import make_grid, side_by_side
+from aim_jax.pretrained import Pretrained
+from aim_jax.sampling import generate
+
+MOST_IMAGES = 16
+COLUMNS = 4
+MOST_PIXELS = 4096 * 4096
+# (name, least, most, step, label) of the sliders. The most of top_k is the model's vocabulary.
+SLIDERS = (
+    ("cfg_scale", 1.0, 8.0, 0.25, "guidance (cfg_scale)"),
+    ("temperature", 0.1, 2.0, 0.05, "temperature"),
+    ("top_k", 0, None, 1, "top_k (0: off)"),
+    ("top_p", 0.05, 1.0, 0.05, "top_p (1: off)"),
+)
+
+
+def sliders_of(model: Pretrained) -> list[tuple]:
+    """`SLIDERS` as the model has them."""
+    vocabulary = model.aim_config.vocab_size
+    return [(key, low, high or vocabulary, step, label) for key, low, high, step, label in SLIDERS]
+
+
+def class_names(model: Pretrained) -> list[str]:
+    return [gallery.class_name(model, i) for i in range(model.aim_config.num_classes)]
+
+
+def most_rows(model: Pretrained) -> int:
+    """The most rows of codes that a completion may keep."""
+    return round(model.aim_config.num_tokens**0.5) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """Draws, compares and completes with one of several models.
+
+    `values` are those of the sliders, in their order. All raise ValueError, with a text for people,
+    where a value is none that the page offers.
+
+    Args:
+      models: by the name that is shown.
+    """
+
+    models: Mapping[str, Pretrained]
+
+    def draw(self, name, chosen, count, seed, *values) -> Iterator[Image.Image]:
+        """A grid after every row of codes."""
+        model, label, settings = self._asked(name, chosen, *values)
+        count = _whole(count, 1, MOST_IMAGES, "the number of images")
+        for images in drawn(model, np.full(count, label), _seed(seed), **settings):
+            yield make_grid(images, min(count, COLUMNS), min_side=128)
+
+    def compare(self, name, chosen, count, seed, *values) -> Image.Image:
+        """Two grids of the same seeds; values are those of the left one, then of the right one."""
+        half, count = len(values) // 2, _whole(count, 1, MOST_IMAGES, "the number of images")
+        seed, grids = _seed(seed), []
+        asked = [self._asked(name, chosen, *part) for part in (values[:half], values[half:])]
+        for model, label, settings in asked:
+            images = generate(model, np.full(count, label), seed, **settings).images
+            grids.append(make_grid(np.asarray(images), min(count, COLUMNS), min_side=96))
+        return side_by_side(grids)
+
+    def complete(self, name, chosen, uploaded, sketched, rows, count, seed, *values) -> Image.Image:
+        """A picture, what is kept of it, and completions.
+
+        Args:
+          uploaded: uint8 (H, W, 3) or None.
+          sketched: what Gradio's sketchpad gives, with the drawing as "composite"; or None.
+        """
+        model, label, settings = self._asked(name, chosen, *values)
+        drawing = None if sketched is None else sketched["composite"]
+        if drawing is not None and np.ptp(drawing) == 0:  # nothing was drawn
+            drawing = None
+        picture = drawing if uploaded is None else uploaded
+        if picture is None:
+            raise ValueError("Upload a picture, or draw one.")
+        if picture.shape[0] * picture.shape[1] > MOST_PIXELS:
+            raise ValueError(f"The picture has more than {MOST_PIXELS:,} pixels; make it smaller.")
+        return gallery.complete(
+            model, [picture[..., :3]], [label], _whole(count, 1, COLUMNS, "the completions"),
+            rows=_whole(rows, 1, most_rows(model), "the rows to keep"), seed=_seed(seed),
+            min_side=128, **settings,
+        )  # fmt: skip
+
+    def _asked(self, name, chosen, *values) -> tuple[Pretrained, int, dict]:
+        if name not in self.models:
+            raise ValueError(f"There is no model {name!r}.")
+        model, settings = self.models[name], {}
+        for (key, least, most, step, _), value in zip(sliders_of(model), values, strict=True):
+            if value is None or not least <= value <= most:
+                raise ValueError(f"{key} must be from {least} to {most}.")
+            settings[key] = int(value) if step == 1 else float(value)
+        if chosen not in class_names(model):
+            raise ValueError(f"{name} knows no class {chosen!r}.")
+        return model, class_names(model).index(chosen), settings
+
+
+def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Iterator[np.ndarray]:
+    """The images uint8 (b, H, W, c) after every row of codes, and at last the finished ones."""
+    done: queue.Queue = queue.Queue()
+
+    def work():
+        try:
+            watch = lambda samples: done.put(np.asarray(samples.images))  # noqa: E731
+            images = generate(model, labels, seed, callback=watch, **settings).images
+            done.put(np.asarray(images))
+        except Exception as error:  # is raised where the images are waited for
+            done.put(error)
+        done.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    while (item := done.get()) is not None:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _whole(value, least: int, most: int, what: str) -> int:
+    if value is None or not least <= value <= most or value != int(value):
+        raise ValueError(f"{what} must be a whole number from {least} to {most}.")
+    return int(value)
+
+
+def _seed(value) -> int:
+    return _whole(value, 0, 2**31 - 1, "the seed")

@@ -1,0 +1,100 @@
+"""What the page does, without a browser: pictures, and one line for what it does not offer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from aim_jax.config import vq_defaults
+from aim_jax.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
+from aim_jax.sampling import generate
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """It knows how its pictures, 4 x 4 and grey, were fitted."""
+    data = vq_defaults().data.to_dict() | {"name": "folder", "image_size": 4, "channels": 1}
+    return dataclasses.replace(tiny_model, info={"data": data})
+
+
+@pytest.fixture(scope="module")
+def actions(model):
+    return Actions({"tiny": model})
+
+
+@pytest.fixture(scope="module")
+def values(model):
+    return [model.sampling[key] for key, *_ in sliders_of(model)]
+
+
+def test_rows_appear_one_after_the_other(model):
+    seen = list(drawn(model, np.array([0, 1]), SEED, cfg_scale=2.0))
+    assert len(seen) == 3 and np.all(seen[0][:, 2:] == 128)
+    assert not np.all(seen[1][:, 2:] == 128)
+    np.testing.assert_array_equal(seen[-1], seen[-2])
+    np.testing.assert_array_equal(seen[-1], generate(model, [0, 1], SEED, cfg_scale=2.0).images)
+    with pytest.raises(ValueError, match="temperature"):
+        list(drawn(model, np.array([0]), 0, temperature=0.0))
+
+
+def test_settings_are_compared_on_the_same_seeds(model, actions, values):
+    name = class_names(model)[1]
+
+    def compare(*right):
+        both = np.asarray(actions.compare("tiny", name, 2, SEED, *values, *right))
+        return np.split(both, 2, axis=1)
+
+    left, right = compare(*values)
+    assert np.ptp(left) > 0
+    np.testing.assert_array_equal(left, right)
+    again, guided = compare(8.0, *values[1:])
+    np.testing.assert_array_equal(again, left)
+    assert not np.array_equal(guided, left)
+
+
+def test_pictures_and_drawings_are_completed(actions, values, model):
+    name = class_names(model)[0]
+    picture = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    blank = {"composite": np.full((9, 9, 3), 255, np.uint8)}
+    drawing = {"composite": picture}
+
+    def complete(uploaded, sketched, rows=1, count=2):
+        return actions.complete("tiny", name, uploaded, sketched, rows, count, SEED, *values)
+
+    done = complete(picture, None)
+    # What is uploaded comes before what is drawn, and a sketchpad without a line is none.
+    np.testing.assert_array_equal(done, complete(picture, drawing))
+    np.testing.assert_array_equal(done, complete(None, drawing))
+    with pytest.raises(ValueError, match="Upload a picture, or draw one"):
+        complete(None, blank)
+    with pytest.raises(ValueError, match="the rows to keep must be a whole number from 1 to 1"):
+        complete(picture, None, rows=2)
+    with pytest.raises(ValueError, match="the completions must be"):
+        complete(picture, None, count=5)
+    large = np.broadcast_to(np.uint8(0), (5000, 5000, 3))
+    with pytest.raises(ValueError, match=r"more than 16,777,216 pixels"):
+        complete(large, None)
+
+
+def test_what_is_not_offered_is_refused(actions, values, model):
+    name = class_names(model)[0]
+
+    def draw(model="tiny", chosen=name, count=1, seed=SEED, values=values):
+        return next(actions.draw(model, chosen, count, seed, *values))
+
+    refused = {
+        "There is no model 'x'": {"model": "x"},
+        "tiny knows no class 'x'": {"chosen": "x"},
+        "number of images must be a whole number from 1 to 16": {"count": MOST_IMAGES + 1},
+        "number of images must be": {"count": None},
+        "the seed must be": {"seed": -1},
+        "seed must be a whole": {"seed": 0.5},
+        "cfg_scale must be from 1.0 to 8.0": {"values": [float("nan"), *values[1:]]},
+        "top_k must be from 0 to": {"values": [*values[:2], 10**6, values[3]]},
+        "temperature must be from 0.1": {"values": [values[0], None, *values[2:]]},
+    }
+    for message, asked in refused.items():
+        with pytest.raises(ValueError, match=message):
+            draw(**asked)
