@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -22,10 +20,8 @@ from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.loop import Discriminator, Stage, TrainState
-from aim_jax.metrics import Gaussian, Moments, codebook_use, frechet_distance, psnr
-from aim_jax.metrics.features import FeatureExtractor, over_processes
-from aim_jax.metrics.inception import NUM_FEATURES
-from aim_jax.metrics.lpips import MIN_SIDE, lpips
+from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.metrics.lpips import MIN_SIDE
 from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import (
@@ -40,25 +36,21 @@ from aim_jax.models.vq import (
     unit,
     update_history,
 )
-from aim_jax.monitor import Progress, say
+from aim_jax.monitor import say
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
-from aim_jax.pictures import make_grid, save_png
 from aim_jax.pretrained import Pretrained, load_pretrained, save_model
-from aim_jax.sampling import to_uint8
 from aim_jax.sharding import (
     axis_rules,
     batch_share,
     check_batch,
     constrain,
     create_sharded,
-    local_rows,
     make_mesh,
     replicate,
-    shard_batch,
     sharded_jit,
     shardings,
-    to_host,
 )
+from aim_jax.vq_held_out import HeldOut
 from aim_jax.vq_loss import LossConfig, gradients
 
 
@@ -181,27 +173,6 @@ def restart(state: TrainState, images: jax.Array, params, key: jax.Array, config
     return state.replace(params=mend(state.params), ema=ema)
 
 
-def eval_step(params, batch: dict, lpips_params: dict | None, *, config: VQConfig) -> dict:
-    """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
-
-    PSNR is that of the 8-bit pictures, in dB, per picture; LPIPS only with its weights.
-    """
-    recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
-    weights = batch["weights"]
-    l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
-    ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
-    perceptual = {}
-    if lpips_params is not None:
-        distances = lpips(lpips_params, jnp.clip(recon, -1, 1), batch["images"])
-        perceptual["val_lpips"] = jnp.sum(distances * weights)
-    return perceptual | {
-        "val_rec_l2": jnp.sum(l2 * weights),
-        "val_psnr": jnp.sum(psnr(to_uint8(recon), to_uint8(batch["images"])) * weights),
-        "count": jnp.sum(weights),
-        "codes": jnp.zeros(config.n_embed).at[quantized.indices].add(ones),
-    }
-
-
 def open_start(
     name_or_path: str, config: VQConfig, decoder_only: bool = False, export_dtype: str = "float32"
 ) -> dict:
@@ -276,68 +247,6 @@ class Setup:
         )  # fmt: skip
 
 
-class HeldOut:
-    """What a tokenizer makes of held-out pictures.
-
-    Args:
-      batches: (part) -> one pass over this part of every batch, or over this process's own.
-      count: pictures in all.
-      lpips_params, extract: for LPIPS and for rFID, which are left out without them.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        setup: Setup,
-        batches: Callable,
-        count: int,
-        lpips_params: dict | None,
-        extract: FeatureExtractor | None,
-    ):
-        self._batches, self._count, self._mesh = batches, count, setup.mesh
-        self._lpips, self._extract, model = lpips_params, extract, setup.recipe.model
-        self._parts = batch_share(setup.mesh)[1]
-        self._size = config.batch_size // self._parts
-        self._sums = jax.jit(functools.partial(eval_step, config=model))
-        self._decoded = jax.jit(lambda p, x: to_uint8(VQModel(model).apply({"params": p}, x)[0]))
-        # The first part in all processes: a program over all devices takes the same from each.
-        self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
-        self._real: Gaussian | None = None
-
-    def measure(self, params) -> dict[str, float]:
-        """Means of `eval_step`, use of the codebook, and val_rfid."""
-        one = lambda batch: self._sums(params, batch, self._lpips)  # noqa: E731
-        means = loop.weighted_means(one, self._batches(), self._size, self._mesh)
-        use = codebook_use(means.pop("codes"))
-        means |= {f"val_{name}": value for name, value in use.items()}
-        if self._extract is not None:
-            made = self._gaussian(self._reconstructions(params))
-            if self._real is None:
-                self._real = self._gaussian(to_uint8(b["images"]) for b in self._batches())
-            means["val_rfid"] = frechet_distance(self._real, made)
-        return means
-
-    def draw(self, params, path: Path) -> None:
-        """Writes pairs of pictures and reconstructions."""
-        shown = self._shown
-        decoded = to_host(self._decoded(params, shown))
-        if jax.process_index() == 0:
-            pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
-            save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
-
-    def _reconstructions(self, params):
-        for batch in self._batches():
-            images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
-            yield local_rows(self._decoded(params, images))[: len(batch["labels"])]
-
-    def _gaussian(self, pictures) -> Gaussian:
-        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
-        for rows in pictures:
-            moments.add(self._extract(np.asarray(rows)).pool)
-            progress(min(moments.count * self._parts, self._count), self._count)
-        return over_processes(moments).gaussian()
-
-
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, pictures and a model.
 
@@ -386,8 +295,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )  # fmt: skip
 
     held_out = HeldOut(
-        config, setup, functools.partial(batches, "validation"), len(sources["validation"]),
-        lpips_params, extract,
+        config, recipe.model, mesh, functools.partial(batches, "validation"),
+        len(sources["validation"]), lpips_params, extract,
     )  # fmt: skip
 
     def export(state):

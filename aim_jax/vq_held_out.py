@@ -1,0 +1,106 @@
+"""What a tokenizer makes of held-out pictures: means, rFID, pairs of pictures."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from aim_jax import loop
+from aim_jax.metrics import Gaussian, Moments, codebook_use, frechet_distance, psnr
+from aim_jax.metrics.features import FeatureExtractor, over_processes
+from aim_jax.metrics.inception import NUM_FEATURES
+from aim_jax.metrics.lpips import lpips
+from aim_jax.models.vq import VQConfig, VQModel
+from aim_jax.monitor import Progress
+from aim_jax.pictures import make_grid, save_png
+from aim_jax.sampling import to_uint8
+from aim_jax.sharding import batch_share, local_rows, shard_batch, to_host
+
+
+def eval_step(params, batch: dict, lpips_params: dict | None, *, config: VQConfig) -> dict:
+    """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
+
+    PSNR is that of the 8-bit pictures, in dB, per picture; LPIPS only with its weights.
+    """
+    recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
+    weights = batch["weights"]
+    l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
+    ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
+    perceptual = {}
+    if lpips_params is not None:
+        distances = lpips(lpips_params, jnp.clip(recon, -1, 1), batch["images"])
+        perceptual["val_lpips"] = jnp.sum(distances * weights)
+    return perceptual | {
+        "val_rec_l2": jnp.sum(l2 * weights),
+        "val_psnr": jnp.sum(psnr(to_uint8(recon), to_uint8(batch["images"])) * weights),
+        "count": jnp.sum(weights),
+        "codes": jnp.zeros(config.n_embed).at[quantized.indices].add(ones),
+    }
+
+
+class HeldOut:
+    """What a tokenizer makes of held-out pictures.
+
+    Args:
+      config: see `aim_jax.config.vq_defaults`. model, mesh: of the run.
+      batches: (part) -> one pass over this part of every batch, or over this process's own.
+      count: pictures in all.
+      lpips_params, extract: for LPIPS and for rFID, which are left out without them.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: VQConfig,
+        mesh: Mesh,
+        batches: Callable,
+        count: int,
+        lpips_params: dict | None,
+        extract: FeatureExtractor | None,
+    ):
+        self._batches, self._count, self._mesh = batches, count, mesh
+        self._lpips, self._extract, self._parts = lpips_params, extract, batch_share(mesh)[1]
+        self._size = config.batch_size // self._parts
+        self._sums = jax.jit(functools.partial(eval_step, config=model))
+        self._decoded = jax.jit(lambda p, x: to_uint8(VQModel(model).apply({"params": p}, x)[0]))
+        # The first part in all processes: a program over all devices takes the same from each.
+        self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
+        self._real: Gaussian | None = None
+
+    def measure(self, params) -> dict[str, float]:
+        """Means of `eval_step`, use of the codebook, and val_rfid."""
+        one = lambda batch: self._sums(params, batch, self._lpips)  # noqa: E731
+        means = loop.weighted_means(one, self._batches(), self._size, self._mesh)
+        use = codebook_use(means.pop("codes"))
+        means |= {f"val_{name}": value for name, value in use.items()}
+        if self._extract is not None:
+            made = self._gaussian(self._reconstructions(params))
+            if self._real is None:
+                self._real = self._gaussian(to_uint8(b["images"]) for b in self._batches())
+            means["val_rfid"] = frechet_distance(self._real, made)
+        return means
+
+    def draw(self, params, path: Path) -> None:
+        """Writes pairs of pictures and reconstructions."""
+        shown = self._shown
+        decoded = to_host(self._decoded(params, shown))
+        if jax.process_index() == 0:
+            pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
+            save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
+
+    def _reconstructions(self, params):
+        for batch in self._batches():
+            images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
+            yield local_rows(self._decoded(params, images))[: len(batch["labels"])]
+
+    def _gaussian(self, pictures) -> Gaussian:
+        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
+        for rows in pictures:
+            moments.add(self._extract(np.asarray(rows)).pool)
+            progress(min(moments.count * self._parts, self._count), self._count)
+        return over_processes(moments).gaussian()
