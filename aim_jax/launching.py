@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, logging
+from absl import app, flags, logging
 
 from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
@@ -18,6 +18,8 @@ from aim_jax.ops.native.build import BuildError, cache_directory
 EXIT_STOPPED = 75
 # EX_UNAVAILABLE: another process was lost; the same command goes on from the last checkpoint.
 EXIT_LOST = 69
+
+SAMPLING_FLAGS = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
 @contextlib.contextmanager
@@ -67,6 +69,21 @@ def parse(arguments: list[str]) -> list[str]:
         text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
         print(f"error: --config has no such setting: {text}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def define_sampling_flags() -> None:
+    """Flags of the settings that a model has values of its own for; see `given_settings`."""
+    own = "The model's own if not given."
+    flags.DEFINE_float("cfg_scale", None, f"Guidance; 1 is none. {own}")
+    flags.DEFINE_float("temperature", None, f"Divides the logits. {own}")
+    flags.DEFINE_integer("top_k", None, f"Keep the k likeliest codes; 0 is off. {own}")
+    flags.DEFINE_float("top_p", None, f"Keep the likeliest codes up to this sum; 1 is off. {own}")
+    distributed.show_in_help(*SAMPLING_FLAGS)
+
+
+def given_settings(values: flags.FlagValues) -> dict:
+    """Arguments of `generate` of the flags of `define_sampling_flags`; None where not given."""
+    return {name: values[name].value for name in SAMPLING_FLAGS}
 
 
 def keep_compiled_programs() -> None:

@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
 
 flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
 flags.DEFINE_list("images", None, "Picture files, fitted as the model's training pictures were.")
@@ -18,7 +18,7 @@ flags.DEFINE_list("classes", None, "Class name or id of each picture.")
 flags.DEFINE_integer("rows", 0, "Rows of codes to keep; half of them by default.", lower_bound=0)
 flags.DEFINE_integer("count", 8, "Completions per picture.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
-flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default if not given.")
+define_sampling_flags()
 flags.DEFINE_string("out", "completions.png", "The grid.")
 flags.mark_flags_as_required(["images", "classes"])
 
@@ -34,7 +34,7 @@ def main(_):
         model = load_pretrained(f.checkpoint)
         grid = complete(
             model, [decode_image(name, name) for name in f.images], class_ids(model, f.classes),
-            f.count, rows=f.rows or None, seed=f.seed, cfg_scale=f.cfg_scale,
+            f.count, rows=f.rows or None, seed=f.seed, **given_settings(f),
         )  # fmt: skip
         print(save_png(grid, f.out))
 

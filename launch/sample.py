@@ -13,13 +13,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
 
 flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
 flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
 flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed; image i of a seed is always the same.", lower_bound=0)
-flags.DEFINE_float("cfg_scale", None, "Guidance; 1 is none. The model's default if not given.")
+define_sampling_flags()
 flags.DEFINE_enum(
     "cfg_schedule",
     "constant",
@@ -27,9 +27,6 @@ flags.DEFINE_enum(
     "How guidance grows over an image.",
 )
 flags.DEFINE_list("cfg_interval", ["0", "1"], "Part of the image's tokens that is guided.")
-flags.DEFINE_float("temperature", None, "Divides the logits. The model's default if not given.")
-flags.DEFINE_integer("top_k", None, "Keep the k likeliest codes; 0 is off.")
-flags.DEFINE_float("top_p", None, "Keep the likeliest codes up to this probability; 1 is off.")
 flags.DEFINE_enum(
     "position_offset",
     None,
@@ -67,8 +64,7 @@ def main(_):
     from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
-    names = ("cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p")
-    settings = {name: f[name].value for name in names}
+    settings = given_settings(f) | {"cfg_schedule": f.cfg_schedule}
     with errors_in_one_line():
         settings["cfg_interval"] = tuple(float(x) for x in f.cfg_interval)
         model = load_pretrained(f.checkpoint)

@@ -94,6 +94,7 @@ def test_programs_warn_but_not_for_orbax(caplog):
 def test_help_and_one_line_errors(tmp_path):
     shown = run("launch/sample.py", "--help")
     assert "python launch/sample.py --checkpoint" in shown.stdout and "--cfg_scale" in shown.stdout
+    assert "--coordinator" in run("launch/train.py", "--help").stdout
     wrong = run("launch/sample.py", "--checkpoint", tmp_path, "--out", tmp_path / "out")
     assert wrong.returncode == 1 and not (tmp_path / "out").exists()
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: no model")
