@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import json
+import math
 import os
 import platform
 import shutil
@@ -36,7 +38,13 @@ from aim_jax.metrics.reconstruction import WINDOW
 from aim_jax.monitor import Progress, say
 from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained
-from aim_jax.references import Reference, check_alike, open_reference, open_set
+from aim_jax.references import (
+    Reference,
+    check_alike,
+    open_reference,
+    open_set,
+    stored_statistics,
+)
 from aim_jax.sampling import check_settings, decode_images, generate
 from aim_jax.sharding import make_mesh
 
@@ -70,6 +78,12 @@ def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
     settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
     settings = {k: model.sampling[k] if v is None else v for k, v in settings.items()}
     return settings | {"cfg_schedule": config.sample.cfg_schedule}
+
+
+def size_of_samples(model: Pretrained) -> tuple[int, int]:
+    """Height and width of what a model draws."""
+    side = math.isqrt(model.aim_config.num_tokens) * model.vq_config.downsampling
+    return side, side
 
 
 def identity_of(model: Pretrained) -> list[str]:
@@ -137,6 +151,20 @@ def notes_on_covariances(made: FeatureSet, reference: FeatureSet) -> list[str]:
         "FID and sFID are biased upwards. Take more images, or look at KID."
         for what, count in counts.items()
         if count <= NUM_FEATURES
+    ]
+
+
+def notes_on_labels(images: NpzImages) -> list[str]:
+    """What a reader must know of the classes of images that were made elsewhere."""
+    labels = images.labels()
+    if labels is None:
+        return [f"{images.name} has no labels: whether its classes are balanced is not known."]
+    counts = np.unique(labels, return_counts=True)[1]
+    if counts.max() - counts.min() <= 1:
+        return []
+    return [
+        f"{images.name} has from {counts.min()} to {counts.max()} images of a class: FID compares "
+        "with a reference that has other shares."
     ]
 
 
@@ -278,6 +306,15 @@ def write_report(out: Path, report: dict) -> None:
         partial.write_text("\n".join(lines) + "\n")
 
 
+def check_out(out: Path, title: str) -> None:
+    """Raises ValueError where a directory holds the report of something else."""
+    file = out / "report.json"
+    if file.exists() and (old := json.loads(file.read_text())["title"]) != title:
+        raise ValueError(
+            f"{out} holds another report ({old}, not {title}); give another --out, or delete it."
+        )
+
+
 def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:
     """Raises ValueError where there are too few images for metrics of neighbours."""
     for what, count in (counts | {"config.neighbour_images": config.neighbour_images}).items():
@@ -322,9 +359,14 @@ def evaluate(
     extract, extra = FeatureExtractor(inception_params), {}
     given = open_set(samples, None, config) if samples else None
     target = open_set(reference, model, config, given)
-    if given is not None:
-        check_alike(given, target)
+    scored = given.name if given is not None else model.name
+    title = f"{'Reconstructions by' if reconstructions else 'Evaluation of'} {scored}"
+    check_out(out, title)
+    notes_on_given = notes_on_labels(given) if isinstance(given, NpzImages) else []
     if not reconstructions:
+        stored_statistics(reference)
+        size = given.shape[1:3] if given is not None else size_of_samples(model)
+        check_alike(scored, size, target)
         check_enough(config, {
             "samples": config.num_samples if given is None else len(given),
             "the reference": len(target),
@@ -335,8 +377,11 @@ def evaluate(
     else:
         file = None if samples else sample_npz(model, config, out)
     made = NpzImages(file) if given is None else given
-    check_alike(made, target)
-    ref = open_reference(reference, extract, model, config, cache, made)
+    check_alike(made.name, made.shape[1:3], target)
+    # Reconstructions are compared with what was reconstructed: the images, not whole data sets.
+    ref = open_reference(
+        reference, extract, model, config, cache, given, only_images=reconstructions
+    )
     # What is made is scored once; its features are kept until the report is written.
     kept = out / ".features" if isinstance(made, NpzImages) else cache
     features = extract.of_cached(made, config.neighbour_images, kept)
@@ -352,6 +397,9 @@ def evaluate(
             notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the pictures.")
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
+    for what, images in {"scored images": made, "reference": ref.images}.items():
+        if images.fitted:
+            settings[f"{what}, fitted"] = images.fitted
     if not reconstructions:
         compared = f"{len(features.features)} and {len(ref.features.features)}"
         settings["images compared one by one"] = compared
@@ -361,8 +409,8 @@ def evaluate(
         if not samples and not reconstructions:
             settings |= sampling_settings(model, config) | {"seed": config.seed}
     report = {
-        "title": f"Evaluation of {model.name if model is not None else made.name}",
-        "metrics": metrics, "notes": notes, "settings": settings, "environment": provenance(),
+        "title": title, "metrics": metrics, "notes": notes + notes_on_given,
+        "settings": settings, "environment": provenance(),
     }  # fmt: skip
     write_report(out, report)
     shown = made.take(np.arange(min(100, len(made))))
@@ -370,7 +418,7 @@ def evaluate(
     if not reconstructions:
         neighbours_picture(made, features, ref, out / "neighbours.png")
     shutil.rmtree(out / ".features", ignore_errors=True)
-    for note in notes:
+    for note in report["notes"]:
         say(f"note: {note}")
     _wait_for_all("the report")
     return report

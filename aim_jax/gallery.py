@@ -236,8 +236,11 @@ def complete(
       seed, **settings: see `generate`. min_side: see `make_grid`.
 
     Raises:
-      ValueError: another number of classes than of pictures; see `fitted`.
+      ValueError: another number of classes than of pictures, or the model lacks a part; see
+        `fitted`.
     """
+    if model.aim_params is None or model.vq_params is None:
+        raise ValueError(f"{model.name}: completions need both an AiM and a tokenizer.")
     if len(pictures) != len(classes):
         raise ValueError(f"{len(classes)} classes for {len(pictures)} pictures; expected one each.")
     pixels = np.stack([fitted(model, picture) for picture in pictures])

@@ -1,5 +1,6 @@
 """Model directories on the Hugging Face hub, which needs the extra `hub`."""
 
+import contextlib
 from pathlib import Path
 
 PREFIX = "hf://"
@@ -37,11 +38,32 @@ def download(address: str) -> Path:
         ) from None
 
 
-def upload(directory: Path, repository: str) -> None:
-    """Uploads a model directory to the repository "owner/name", which is made if need be."""
+def prepare(repository: str) -> None:
+    """Makes the repository "owner/name" if need be.
+
+    Raises:
+      ValueError: huggingface_hub is not installed.
+      OSError: the hub cannot be reached, or refuses.
+    """
     hub = import_hub()
-    hub.create_repo(repository, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS)
+    with _failures_of(repository, "Log in with hf auth login, and try again."):
+        hub.create_repo(repository, exist_ok=True)
+
+
+def upload(directory: Path, repository: str) -> None:
+    """Uploads a model directory to a repository that is there; errors are those of `prepare`."""
+    hub = import_hub()
+    again = f"{directory} is whole; hf upload {repository} {directory} tries again."
+    with _failures_of(repository, again):
+        hub.upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS)
+
+
+@contextlib.contextmanager
+def _failures_of(repository: str, advice: str):
+    try:
+        yield
+    except Exception as error:  # its errors, or those of whichever HTTP library it has
+        raise OSError(f"hf://{repository}: {error} {advice}") from None
 
 
 def import_hub():

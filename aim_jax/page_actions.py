@@ -16,6 +16,7 @@ from aim_jax.sampling import generate
 MOST_IMAGES = 16
 COLUMNS = 4
 MOST_PIXELS = 4096 * 4096
+MOST_RATIO = 16  # of the sides: the shorter one is what a picture is scaled by
 # (name, least, most, step, label) of the sliders. The most of top_k is the model's vocabulary.
 SLIDERS = (
     ("cfg_scale", 1.0, 8.0, 0.25, "guidance (cfg_scale)"),
@@ -26,9 +27,12 @@ SLIDERS = (
 
 
 def sliders_of(model: Pretrained) -> list[tuple]:
-    """`SLIDERS` as the model has them."""
-    vocabulary = model.aim_config.vocab_size
-    return [(key, low, high or vocabulary, step, label) for key, low, high, step, label in SLIDERS]
+    """`SLIDERS` as the model has them, wide enough for its own values."""
+    vocabulary, own = model.aim_config.vocab_size, model.sampling
+    return [
+        (key, min(low, own[key]), max(high or vocabulary, own[key]), step, label)
+        for key, low, high, step, label in SLIDERS
+    ]
 
 
 def class_names(model: Pretrained) -> list[str]:
@@ -86,6 +90,8 @@ class Actions:
             raise ValueError("Upload a picture, or draw one.")
         if picture.shape[0] * picture.shape[1] > MOST_PIXELS:
             raise ValueError(f"The picture has more than {MOST_PIXELS:,} pixels; make it smaller.")
+        if max(picture.shape[:2]) > MOST_RATIO * min(picture.shape[:2]):
+            raise ValueError(f"One side is over {MOST_RATIO} times the other; cut a part out.")
         return gallery.complete(
             model, [picture[..., :3]], [label], _whole(count, 1, COLUMNS, "the completions"),
             rows=_whole(rows, 1, most_rows(model), "the rows to keep"), seed=_seed(seed),
@@ -106,23 +112,37 @@ class Actions:
 
 
 def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Iterator[np.ndarray]:
-    """The images uint8 (b, H, W, c) after every row of codes, and at last the finished ones."""
+    """The images uint8 (b, H, W, c) after every row of codes, and at last the finished ones.
+
+    Where the reader leaves before the end, drawing ends with the row at hand.
+    """
     done: queue.Queue = queue.Queue()
+    left = threading.Event()
+
+    def watch(samples):
+        if left.is_set():
+            raise InterruptedError
+        done.put(np.asarray(samples.images))
 
     def work():
         try:
-            watch = lambda samples: done.put(np.asarray(samples.images))  # noqa: E731
             images = generate(model, labels, seed, callback=watch, **settings).images
             done.put(np.asarray(images))
         except Exception as error:  # is raised where the images are waited for
             done.put(error)
         done.put(None)
 
-    threading.Thread(target=work, daemon=True).start()
-    while (item := done.get()) is not None:
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    worker = threading.Thread(target=work, name="aim_jax drawing", daemon=True)
+    worker.start()
+    try:
+        while (item := done.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        # Whoever draws next has the device alone.
+        left.set()
+        worker.join()
 
 
 def _whole(value, least: int, most: int, what: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from aim_jax.hub import PREFIX, import_hub, upload
+from aim_jax.hub import PREFIX, prepare, upload
 from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 
@@ -36,7 +36,7 @@ def publish(
     if out.exists():
         raise FileExistsError(f"{out} exists; name another directory.")
     if repository:
-        import_hub()  # before any work
+        prepare(repository)  # before any work
     model = load_pretrained(find_model(checkpoint), as_stored=True)
     if tokenizer:
         model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))

@@ -83,20 +83,27 @@ def _spec(
         return spec
     if config.data.image_size:
         return image_spec(config.data)
-    if like is not None:
-        return ImageSpec(like.shape[1], like.shape[3])
     if model is not None:
         raise ValueError(
             f"{model.name} does not say which size the pictures of {name!r} are to have; give "
             "--config.data.image_size."
         )
-    height, width, *channels = source[0]["image"].shape
+    height, width, channels = source[0]["image"].shape
+    if like is not None:
+        size = like.shape[1]
+        if min(height, width) < size:
+            raise ValueError(
+                f"the pictures of {name!r} have {height} x {width} pixels, fewer than {like.name}; "
+                f"say how they become larger: --config.data.image_size={size} with "
+                "--config.data.fit=pad or --config.data.fit=resize."
+            )
+        return ImageSpec(size, like.shape[3])
     if height != width:
         raise ValueError(
             f"the first picture of {name!r} has {height} x {width} pixels; give "
             "--config.data.image_size, the size of the squares that are cut out of the pictures."
         )
-    return ImageSpec(height, channels[0] if channels else 1)
+    return ImageSpec(height, channels)
 
 
 def open_reference(
@@ -106,34 +113,42 @@ def open_reference(
     config: ConfigDict,
     cache: Path,
     like: ImageSet | None = None,
+    only_images: bool = False,
 ) -> Reference:
     """Statistics of a reference, computed once and then read from `cache`.
 
     Args:
       name: see `open_set`; or a reference file of the ADM evaluator, whose statistics (`mu`,
         `sigma`, `mu_s`, `sigma_s`) are taken as they are, and images (`arr_0`) for the rest.
+      only_images: computes them of the file's images all the same: they may be fewer.
+
+    Raises:
+      ValueError: see `open_set` and `stored_statistics`.
     """
-    keep = config.neighbour_images
-    if name.endswith(".npz"):
-        images = NpzImages(name)
-        with np.load(name, allow_pickle=False) as file:
-            statistics = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
-        if statistics:
-            _check_statistics(name, statistics)
-            found = extract.of_cached(images, keep, cache)
-            spatial = None
-            if {"mu_s", "sigma_s"} <= set(statistics):
-                spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
-            pool = Gaussian(statistics["mu"], statistics["sigma"])
-            if found is not None:
-                found = found._replace(count=0, pool=pool, spatial=spatial)
-            return Reference(Path(name).name, found, images)
+    statistics = {} if only_images else stored_statistics(name)
     images = open_set(name, model, config, like)
-    return Reference(images.name, extract.of_cached(images, keep, cache), images)
+    found = extract.of_cached(images, config.neighbour_images, cache)
+    if statistics and found is not None:
+        spatial = None
+        if {"mu_s", "sigma_s"} <= set(statistics):
+            spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
+        pool = Gaussian(statistics["mu"], statistics["sigma"])
+        found = found._replace(count=0, pool=pool, spatial=spatial)
+    return Reference(images.name, found, images)
 
 
-def _check_statistics(name: str, statistics: dict) -> None:
-    """Raises ValueError unless they are means and covariances of the two kinds of features."""
+def stored_statistics(name: str) -> dict[str, np.ndarray]:
+    """Means and covariances in a reference file of the ADM evaluator; {} of any other reference.
+
+    Raises:
+      ValueError: they are not of the two kinds of features, or not finite.
+    """
+    if not name.endswith(".npz"):
+        return {}
+    with np.load(name, allow_pickle=False) as file:
+        statistics = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
+    if not statistics:
+        return {}
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
@@ -146,13 +161,14 @@ def _check_statistics(name: str, statistics: dict) -> None:
     broken = [k for k, v in statistics.items() if not np.all(np.isfinite(v))]
     if broken:
         raise ValueError(f"{name}: {', '.join(broken)} are not finite; the file is damaged.")
+    return statistics
 
 
-def check_alike(made: ImageSet, reference: ImageSet) -> None:
-    """Raises ValueError where two sets of images have another resolution."""
-    if made.shape[1:3] != reference.shape[1:3]:
+def check_alike(name: str, size: tuple[int, int], reference: ImageSet) -> None:
+    """Raises ValueError where images of a height and width are not of the reference's."""
+    if size != reference.shape[1:3]:
         raise ValueError(
-            f"{made.name} has images of {made.shape[1]} x {made.shape[2]}, the reference "
+            f"{name} has images of {size[0]} x {size[1]}, the reference "
             f"{reference.name} of {reference.shape[1]} x {reference.shape[2]}; features of other "
             "sizes are not comparable. Give a reference of the same size."
         )

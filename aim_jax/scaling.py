@@ -12,6 +12,9 @@ from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.pretrained import MODEL_FILE
 
+# Of the settings of a report, what has to be the same where FIDs are compared.
+COMPARED = ("images", "reference", "reference images", "network")
+
 
 class Run(NamedTuple):
     """One trained model.
@@ -19,6 +22,7 @@ class Run(NamedTuple):
     Attributes:
       name: of its workdir. parameters: of the AiM. flops: of the whole training.
       loss: the last validation loss, nats per code. fid: of its report, or None.
+      compared: what the FID was measured with: images, reference, network.
     """
 
     name: str
@@ -26,6 +30,7 @@ class Run(NamedTuple):
     flops: float
     loss: float
     fid: float | None
+    compared: dict | None = None
 
 
 class Fit(NamedTuple):
@@ -63,10 +68,13 @@ def read_run(workdir: Path, report: Path | None = None) -> Run:
         raise ValueError(f"{workdir}: no val_loss in metrics.jsonl; let it run to an evaluation.")
     usual = workdir / "evaluation" / "report.json"
     report = report or (usual if usual.exists() else None)
-    fid = report and json.loads(report.read_text())["metrics"].get("fid")
+    content = json.loads(report.read_text()) if report else {"metrics": {}}
+    fid = content["metrics"].get("fid")
+    settings = content.get("settings", {})
+    compared = None if fid is None else {k: settings.get(k) for k in COMPARED}
     last = losses[-1]
     flops = training_flops(model) * batch * last["step"]
-    return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid)
+    return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid, compared)
 
 
 def fit(x, y) -> Fit:
@@ -84,7 +92,17 @@ def fit(x, y) -> Fit:
 
 
 def fits(runs: list[Run]) -> dict[str, Fit]:
-    """Of loss and FID over parameters and compute, as far as the runs have them."""
+    """Of loss and FID over parameters and compute, as far as the runs have them.
+
+    Raises:
+      ValueError: FIDs that were not measured alike, or no two runs of different size.
+    """
+    ways = {json.dumps(run.compared) for run in runs if run.compared is not None}
+    if len(ways) > 1:
+        raise ValueError(
+            f"the FIDs of the runs cannot be compared: {' and '.join(sorted(ways))}. Evaluate all "
+            "of them with the same number of images, reference and network."
+        )
     found = {}
     for x in ("parameters", "flops"):
         for y in ("loss", "fid"):
@@ -108,6 +126,9 @@ def report(runs: list[Run]) -> str:
     lines += ["", "| log-log | exponent | correlation |", "|---|---|---|"]
     for name, found in fits(runs).items():
         lines.append(f"| {name} | {found.slope:.4f} | {found.correlation:.4f} |")
+    compared = next((run.compared for run in runs if run.compared), {})
+    if compared:
+        lines += ["", "FID: " + ", ".join(f"{k} {v}" for k, v in compared.items()) + "."]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.monitor import say
 from aim_jax.pretrained import MODEL_FILE, SAMPLING_DEFAULTS, Pretrained, bundled_models, find_model
-from aim_jax.references import check_alike, open_reference
+from aim_jax.references import check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings
 
 # Metrics that a sweep can look for the best of, and whether more of it is better.
@@ -67,6 +67,8 @@ def sweep(
         for value in values:
             tried = {k: model.sampling[k] for k in SAMPLING_DEFAULTS} | {name: value}
             check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
+    target = open_set(reference, model, config)
+    check_alike(model.name, evaluate.size_of_samples(model), target)
     extract = FeatureExtractor(inception_params)
     ref = open_reference(reference, extract, model, config, cache)
     counts = {"samples": config.num_samples, "the reference": len(ref.features.features)}
@@ -78,6 +80,7 @@ def sweep(
     identity = {
         "num_samples": config.num_samples, "seed": config.seed, "reference": ref.images.identity,
         "neighbour_images": config.neighbour_images,
+        "cfg_schedule": config.sample.cfg_schedule,
         "model": evaluate.identity_of(model), "inception": extract.identity,
     }  # fmt: skip
     file, rows = out / "sweep.json", []
@@ -85,8 +88,8 @@ def sweep(
         old = json.loads(file.read_text())
         if old["identity"] != identity:
             raise ValueError(
-                f"{out} holds a sweep of another model, reference, seed or number of samples; "
-                "give another --out, or delete it."
+                f"{out} holds a sweep of another model, reference, schedule, seed or number of "
+                "samples; give another --out, or delete it."
             )
         rows = old["rows"]
     for number, settings in enumerate(combinations, start=1):
@@ -100,7 +103,6 @@ def sweep(
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         samples = out / f"samples_{key}"
         images = NpzImages(evaluate.sample_npz(model, chosen, samples))
-        check_alike(images, ref.images)
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
         write_json(file, {"identity": identity, "rows": rows})

@@ -45,10 +45,12 @@ def write_pictures():
     from aim_jax.pretrained import bundled_models, load_pretrained
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
-    for name in f.checkpoint or bundled_models():
+    names = f.checkpoint or bundled_models()
+    for number, name in enumerate(names):
         print(f"{name}:", file=sys.stderr)
         model = load_pretrained(name)
-        out = Path(f.out) / Path(name).name
+        alone = [Path(other).name for other in names].count(Path(name).name) == 1
+        out = Path(f.out) / (Path(name).name if alone else f"{number}_{Path(name).name}")
         classes = class_ids(model, [])
         grids += sample_to_directory(
             model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class

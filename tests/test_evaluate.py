@@ -126,11 +126,18 @@ def test_report_and_pictures(
     for samples in (tmp_path / "real.npz", folder):
         report = evaluate.evaluate(
             None, str(samples), str(tmp_path / "real.npz"), inception_params, config,
-            tmp_path / "same", cache,
+            tmp_path / f"same_{samples.name}", cache,
         )  # fmt: skip
         metrics = report["metrics"]
         assert metrics["precision"] == metrics["recall"] == metrics["coverage"] == 1.0
         assert report["settings"]["scored"].startswith("real")
+        unknown = "real.npz has no labels" in " ".join(report["notes"])
+        assert unknown == (samples.suffix == ".npz")
+    with pytest.raises(ValueError, match=r"another report \(Evaluation of real.*, not .* by tiny"):
+        evaluate.evaluate(
+            model, "", f"{picture_folder}:validation", inception_params, config,
+            tmp_path / "same_real.npz", cache, reconstructions=True,
+        )  # fmt: skip
     Image.new("L", (6, 4)).save(folder / "00.png")
     with pytest.raises(ValueError, match=r"'.*real' has 4 x 6 pixels; give --config.data.image"):
         references.open_set(str(folder), None, config)
@@ -139,7 +146,9 @@ def test_report_and_pictures(
         references.open_set(str(folder), unsaid, config)
 
 
-def test_reference_files_of_the_adm_evaluator(inception_params, config, tmp_path, monkeypatch):
+def test_reference_files_of_the_adm_evaluator(
+    model, inception_params, config, tmp_path, monkeypatch
+):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
     np.savez(tmp_path / "made.npz", arr_0=images)
@@ -170,7 +179,18 @@ def test_reference_files_of_the_adm_evaluator(inception_params, config, tmp_path
     np.savez(tmp_path / "nan.npz", arr_0=images[:6], mu=mean * np.nan, sigma=wide)
     with pytest.raises(ValueError, match=r"nan\.npz: mu are not finite"):
         run(tmp_path / "nan.npz", tmp_path / "out")
+    with pytest.raises(ValueError, match="mu are not finite"):  # before anything is drawn
+        monkeypatch.setattr(evaluate, "sample_npz", lambda *args: pytest.fail("was drawn"))
+        evaluate.evaluate(
+            model, "", str(tmp_path / "nan.npz"), inception_params, config, tmp_path / "drawn",
+            tmp_path / "cache",
+        )  # fmt: skip
     np.savez(tmp_path / "large.npz", arr_0=np.full((12, 8, 8, 3), 9, np.uint8))
+    with pytest.raises(ValueError, match=r"tiny has images of 4 x 4, the reference large\.npz"):
+        evaluate.evaluate(
+            model, "", str(tmp_path / "large.npz"), inception_params, config, tmp_path / "drawn",
+            tmp_path / "cache",
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"images of 4 x 4, the reference large.npz of 8 x 8"):
         run(tmp_path / "large.npz", tmp_path / "out")
 
@@ -191,6 +211,57 @@ def test_reconstructions(model, config, inception_params, picture_folder, tmp_pa
     expected = np.mean(10 * np.log10(255**2 / error))
     assert metrics["psnr"] == pytest.approx(expected, rel=1e-4)
     assert 0 < metrics["usage"] <= 1 <= metrics["perplexity"] <= model.vq_config.n_embed
+
+
+def test_reconstructions_are_compared_with_their_originals(
+    model, config, inception_params, tmp_path
+):
+    """Not with the statistics of a whole data set that a reference file carries."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 4, 4, 1), dtype=np.uint8)
+    mean, wide = np.full(2048, 7.0), np.eye(2048)
+    np.savez(tmp_path / "virtual.npz", arr_0=images, mu=mean, sigma=wide)
+    extract = FeatureExtractor(inception_params, 8)
+    opened = [
+        references.open_reference(
+            str(tmp_path / "virtual.npz"), extract, model, config, tmp_path, only_images=only
+        ).features
+        for only in (False, True)
+    ]
+    np.testing.assert_array_equal(opened[0].pool.mean, mean)
+    of_images = extract.of(NpzImages(tmp_path / "virtual.npz"))
+    np.testing.assert_array_equal(opened[1].pool.mean, of_images.pool.mean)
+    assert opened[1].count == 8
+
+
+def test_labels_of_samples_are_looked_at(tmp_path):
+    images = np.full((6, 4, 4, 3), 9, np.uint8)
+
+    def notes(**arrays):
+        np.savez(tmp_path / "a.npz", arr_0=images, **arrays)
+        return evaluate.notes_on_labels(NpzImages(tmp_path / "a.npz"))
+
+    assert "no labels" in notes()[0]
+    assert notes(labels=np.array([0, 1, 2, 0, 1, 2])) == notes(labels=np.arange(6) % 4) == []
+    assert "from 1 to 4 images of a class" in notes(labels=np.array([0, 0, 0, 0, 1, 2]))[0]
+    with pytest.raises(ValueError, match=r"labels have the shape \(5,\), expected \(6,\)"):
+        notes(labels=np.arange(5))
+
+
+def test_pictures_smaller_than_the_samples_are_not_enlarged_unasked(config, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 28, 28), dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    np.savez(tmp_path / "made.npz", arr_0=np.full((6, 32, 32, 3), 9, np.uint8))
+    made = NpzImages(tmp_path / "made.npz")
+    with pytest.raises(ValueError, match=r"have 28 x 28 pixels, fewer than made\.npz"):
+        references.open_set(str(tmp_path), None, config, made)
+    config.data.image_size, config.data.channels, config.data.fit = 32, 1, "pad"
+    padded = references.open_set(str(tmp_path), None, config, made)
+    assert padded.fitted == "28 x 28 to 32 x 32, pad"
+    np.testing.assert_array_equal(padded.take([0])[0, 2:-2, 2:-2, 0], pictures[0])
+    with pytest.raises(ValueError, match=r"unknown data set './none': it is no folder here"):
+        references.open_set("./none", None, config)
 
 
 def test_program_says_what_is_missing(inception_file, tmp_path):

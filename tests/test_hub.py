@@ -89,6 +89,22 @@ def test_what_cannot_be_fetched_is_said(hub, monkeypatch):
         load_pretrained("hf://someone/tiny")
 
 
+def test_a_failed_upload_says_how_to_go_on(hub, tiny_model_dir, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("connection refused")  # as an HTTP library has it
+
+    client = sys.modules["huggingface_hub"]
+    monkeypatch.setattr(client, "upload_folder", fail)
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=f"connection refused .* hf upload someone/tiny {out} tries"):
+        publish(tiny_model_dir, out, repository="someone/tiny")
+    assert load_pretrained(out).class_names
+    monkeypatch.setattr(client, "create_repo", fail)
+    with pytest.raises(OSError, match="someone/tiny: connection refused Log in"):
+        publish(tiny_model_dir, tmp_path / "other", repository="someone/tiny")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_directory_is_published_without_the_hub(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     out = publish(tiny_model_dir, tmp_path / "mine")

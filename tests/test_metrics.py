@@ -103,6 +103,19 @@ def test_inception_score_is_that_of_torch_fidelity():
         InceptionScore(0, 10).result()
 
 
+def test_splits_of_pictures_that_come_class_after_class_are_dealt_in_turn():
+    labels = np.repeat(np.arange(10), 100)
+    logits = 50.0 * np.eye(10)[labels]
+
+    def of(in_turn):
+        score = InceptionScore(len(logits), 10, split_size=500, in_turn=in_turn)
+        for start in range(0, len(logits), 70):
+            score.add(logits[start : start + 70], start)
+        return score.result()[0]
+
+    assert of(in_turn=True) == pytest.approx(10) and of(in_turn=False) == pytest.approx(5)
+
+
 def test_kernel_distance_is_the_unbiased_estimate(features):
     a, b = features[0][:60], features[1][:60]
     k = lambda x, y: (np.dot(x, y) / 64 + 1) ** 3  # noqa: E731

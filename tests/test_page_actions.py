@@ -1,6 +1,7 @@
 """What the page does, without a browser: pictures, and one line for what it does not offer."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -35,6 +36,10 @@ def test_rows_appear_one_after_the_other(model):
     assert not np.all(seen[1][:, 2:] == 128)
     np.testing.assert_array_equal(seen[-1], seen[-2])
     np.testing.assert_array_equal(seen[-1], generate(model, [0, 1], SEED, cfg_scale=2.0).images)
+    reader = drawn(model, np.array([0, 1]), SEED, cfg_scale=2.0)
+    next(reader)
+    reader.close()  # waits for the thread that draws
+    assert not [t for t in threading.enumerate() if t.name.startswith("aim_jax drawing")]
     with pytest.raises(ValueError, match="temperature"):
         list(drawn(model, np.array([0]), 0, temperature=0.0))
 
@@ -76,6 +81,16 @@ def test_pictures_and_drawings_are_completed(actions, values, model):
     large = np.broadcast_to(np.uint8(0), (5000, 5000, 3))
     with pytest.raises(ValueError, match=r"more than 16,777,216 pixels"):
         complete(large, None)
+    with pytest.raises(ValueError, match="over 16 times the other"):
+        complete(np.zeros((1, 17, 3), np.uint8), None)
+
+
+def test_a_model_draws_with_its_own_settings(model):
+    wide = dataclasses.replace(model, sampling=model.sampling | {"cfg_scale": 10.0})
+    values = [wide.sampling[key] for key, *_ in sliders_of(wide)]
+    assert sliders_of(wide)[0][1:3] == (1.0, 10.0)
+    name = class_names(wide)[0]
+    assert next(Actions({"wide": wide}).draw("wide", name, 1, SEED, *values)).width > 100
 
 
 def test_what_is_not_offered_is_refused(actions, values, model):

@@ -64,7 +64,7 @@ def test_sweep_goes_on_and_finds_the_best(
     assert best["metrics"]["fid"] == min(row["metrics"]["fid"] for row in rows)
     text = sweep.table(rows, best)
     assert text.count("\n| **") == 1 and f"**{best['metrics']['fid']:.5g}**" in text
-    with pytest.raises(ValueError, match="another model, reference, seed or number"):
+    with pytest.raises(ValueError, match="another model, reference, schedule, seed or number"):
         run({"cfg_scale": [1.0]}, seed=5)
     with pytest.raises(ValueError, match="no setting has a value of inception_score"):
         sweep.best_of(rows, "inception_score")
@@ -113,7 +113,8 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
         rows = [{"step": 5, "val_loss": 9.0}, {"step": 10, "val_loss": loss}, {"step": 11}]
         (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         (workdir / "evaluation").mkdir()
-        (workdir / "evaluation" / "report.json").write_text(json.dumps({"metrics": {"fid": fid}}))
+        made = {"metrics": {"fid": fid}, "settings": {"images": 500, "reference": "cifar10, test"}}
+        (workdir / "evaluation" / "report.json").write_text(json.dumps(made))
         runs.append(scaling.read_run(workdir))
     assert [run.loss for run in runs] == [4.0, 3.0] and [run.fid for run in runs] == [50.0, 25.0]
     assert runs[1].flops > runs[0].flops and runs[1].parameters > runs[0].parameters
@@ -122,7 +123,11 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
                           "fid over flops"}  # fmt: skip
     ratio = np.log(runs[1].parameters / runs[0].parameters)
     assert found["fid over parameters"].slope == pytest.approx(np.log(0.5) / ratio)
-    assert "| wide |" in scaling.report(runs) and "-1.0000" in scaling.report(runs)
+    text = scaling.report(runs)
+    assert "| wide |" in text and "-1.0000" in text and "FID: images 500, reference cifar" in text
+    other = runs[0]._replace(compared=runs[0].compared | {"images": 50_000})
+    with pytest.raises(ValueError, match="cannot be compared.*same number of images"):
+        scaling.report([other, runs[1]])
     with pytest.raises(ValueError, match="at least two runs"):
         scaling.report(runs[:1])
 

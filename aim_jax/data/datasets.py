@@ -256,10 +256,11 @@ def _tfds_builder(name: str, root: Path | None):
     else:
         try:
             builder = tfds.builder(name, file_format="array_record")
-        except tfds.core.registered.DatasetNotFoundError as error:
+        except ValueError as error:  # not in the catalog, or not even a name
             raise ValueError(
-                f"unknown data set {name!r}: expected 'folder' with a data_dir, or a name from the "
-                "TensorFlow Datasets catalog such as 'fashion_mnist', 'cifar10' or 'imagenet2012'"
+                f"unknown data set {name!r}: it is no folder here, and no name of the TensorFlow "
+                "Datasets catalog such as 'fashion_mnist', 'cifar10' or 'imagenet2012' "
+                f"({str(error).strip().splitlines()[0]})"
             ) from error
         _prepare(name, builder)
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:

@@ -86,13 +86,15 @@ class InceptionScore:
 
     Args:
       count: images in all. classes: of the logits.
+      in_turn: deals the images to the splits in turn; else a split is of consecutive images, as the
+        ADM evaluator has it, and of few classes where they come class after class.
 
     Attributes:
       sums: (splits, classes + 2), of every split the sums of p, of p . log p, and of images.
     """
 
-    def __init__(self, count: int, classes: int, split_size: int = 5000):
-        self._size = split_size
+    def __init__(self, count: int, classes: int, split_size: int = 5000, in_turn: bool = False):
+        self._size, self._in_turn = split_size, in_turn
         self.sums = np.zeros((-(-count // split_size), classes + 2))
 
     def add(self, logits: np.ndarray, start: int) -> None:
@@ -103,7 +105,9 @@ class InceptionScore:
         p = np.exp(log_p)
         information = (p * log_p).sum(axis=1, keepdims=True)
         rows = np.concatenate([p, information, np.ones_like(information)], axis=1)
-        np.add.at(self.sums, (start + np.arange(len(rows))) // self._size, rows)
+        numbers = start + np.arange(len(rows))
+        splits = numbers % len(self.sums) if self._in_turn else numbers // self._size
+        np.add.at(self.sums, splits, rows)
 
     def result(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits; the last one may be smaller.

@@ -60,7 +60,7 @@ class FeatureSums:
     """What one process has summed up of its share of a set; goes on where it was saved.
 
     Args:
-      count: images of the whole set.
+      count: images of the whole set. in_turn: see `InceptionScore`.
       indices: ascending; the images whose features are kept one by one.
 
     Attributes:
@@ -68,10 +68,10 @@ class FeatureSums:
       kept: parts of (m, 2048) float32.
     """
 
-    def __init__(self, count: int, indices: np.ndarray):
+    def __init__(self, count: int, indices: np.ndarray, in_turn: bool = False):
         self._indices, self.blocks = indices, 0
         self.pool, self.spatial = Moments(inception.NUM_FEATURES), Moments(inception.NUM_SPATIAL)
-        self.score = InceptionScore(count, inception.NUM_CLASSES)
+        self.score = InceptionScore(count, inception.NUM_CLASSES, in_turn=in_turn)
         self.kept: list[np.ndarray] = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
 
     def add(self, found: inception.Features, start: int) -> None:

@@ -81,7 +81,7 @@ class FeatureExtractor:
         keep = count if keep is None else min(keep, count)
         # Not the first ones: data sets come class after class.
         indices = np.linspace(0, count - 1, keep).astype(int)
-        sums = FeatureSums(count, indices)
+        sums = FeatureSums(count, indices, images.class_after_class)
         if partial is not None:
             sums.restore(partial)
         first = rank + sums.blocks * processes
@@ -120,6 +120,8 @@ class FeatureExtractor:
             if rank == 0:
                 found = made
                 found.save(file)
+        # Those of other numbers of processes or devices as well: nobody needs them any more.
+        for partial in cache.glob(f"{name}.*.partial"):
             partial.unlink(missing_ok=True)
         return found
 

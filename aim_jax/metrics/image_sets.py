@@ -28,11 +28,15 @@ class ImageSet(abc.ABC):
     Attributes:
       name: for people. shape: (n, H, W, c), c 1 or 3.
       identity: changes when the images do; for caches.
+      class_after_class: whether that may be their order.
+      fitted: for people, how they were made from pictures of another size; "" where they were not.
     """
 
     name: str
     shape: tuple[int, int, int, int]
     identity: str
+    class_after_class = False
+    fitted = ""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -63,6 +67,8 @@ class SourceImages(ImageSet):
       sources: one after the other, such as the splits of a data set.
     """
 
+    class_after_class = True
+
     def __init__(self, sources: Sequence[ImageSource], spec: ImageSpec):
         spec = dataclasses.replace(spec, random_crop=False, random_flip=False)
         self._sources, self._spec = sources, spec
@@ -70,6 +76,9 @@ class SourceImages(ImageSet):
         self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
         count = int(self._ends[-1])
         self.shape = (count, spec.image_size, spec.image_size, spec.channels)
+        height, width, _ = sources[0][0]["image"].shape
+        if (height, width) != self.shape[1:3]:
+            self.fitted = f"{height} x {width} to {spec.image_size} x {spec.image_size}, {spec.fit}"
         content = hashlib.sha256(b"".join(map(_content, sources))).hexdigest()
         self.identity = f"{self.name} {self.shape} {spec} {content}"
 
@@ -134,6 +143,23 @@ class NpzImages(ImageSet):
                 f"{path}: the first images have no value above 1; expected pixels in [0, 255]. "
                 "Values in [0, 1] become pictures by round(x * 255)."
             )
+
+    def labels(self) -> np.ndarray | None:
+        """(n,) classes of the images; None where the file has none.
+
+        Raises:
+          ValueError: not one for each image.
+        """
+        with np.load(self._path, allow_pickle=False) as file:
+            if "labels" not in file:
+                return None
+            labels = file["labels"]
+        if labels.shape != (len(self),):
+            raise ValueError(
+                f"{self._path}: labels have the shape {labels.shape}, expected ({len(self)},), one "
+                "for each image."
+            )
+        return labels
 
     @contextlib.contextmanager
     def _opened(self):
