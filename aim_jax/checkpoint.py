@@ -136,7 +136,11 @@ class RunCheckpoints:
             if self._closed.wait(0.05):
                 return
         if jax.process_index() == 0:
-            write_json(path / self.FILES, _checksums(path))
+            # Orbax may delete it meanwhile, and it must not come back: nothing here makes it.
+            with contextlib.suppress(FileNotFoundError):
+                partial = path / f".{self.FILES}.partial"
+                partial.write_text(json.dumps(_checksums(path), indent=1) + "\n")
+                os.replace(partial, path / self.FILES)
 
     def _join_lister(self) -> None:
         if self._lister is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax.config import image_spec
+from aim_jax.config import check_pictures_fit, image_spec
 from aim_jax.data import (
     TokenCache,
     check_alike,
@@ -141,6 +141,7 @@ class EncodedImages:
 
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
         data, vq = config.data, tokenizer.vq_config
+        check_pictures_fit(vq, data)
         self._config, self._spec, self._share = config, image_spec(data), share
         self._train, self._validation = (
             open_images(data.name, split, data.dir or None) for split in ("train", "validation")

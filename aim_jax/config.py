@@ -182,3 +182,17 @@ def image_spec(data: ConfigDict):
         random_crop=data.random_crop,
         random_flip=data.random_flip,
     )
+
+
+def check_pictures_fit(model, data: ConfigDict) -> None:
+    """Raises ValueError where a tokenizer, a `VQConfig`, and the pictures disagree."""
+    if {model.in_channels, model.out_channels} != {data.channels}:
+        raise ValueError(
+            f"config.data.channels={data.channels}, but the tokenizer has in_channels="
+            f"{model.in_channels} and out_channels={model.out_channels}; make the three equal."
+        )
+    if data.image_size % model.downsampling:
+        raise ValueError(
+            f"config.data.image_size={data.image_size} is not a multiple of the tokenizer's "
+            f"downsampling {model.downsampling}."
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
 
 def define_flags() -> None:
@@ -42,7 +43,7 @@ def settings(
     In this order: the flags, where the coordinator "auto" leaves all to JAX (the environment of
     Cloud TPU VMs says nothing of other hosts, their metadata server does); JAX_COORDINATOR_ADDRESS
     with JAX_NUM_PROCESSES and JAX_PROCESS_ID (on Kubernetes JOB_COMPLETION_INDEX, which indexed
-    jobs set); a SLURM step or an Open MPI job of several tasks; a TPU slice of several hosts, or
+    jobs set); an Open MPI job or a SLURM step of several tasks; a TPU slice of several hosts, or
     several slices.
 
     Raises:
@@ -67,14 +68,21 @@ def settings(
         if not 0 <= number < count:
             raise ValueError(f"process {number} of {count}: they are numbered from 0.")
         return {"coordinator_address": given[0], "num_processes": count, "process_id": number}
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        return {"cluster_detection_method": "slurm"}
+    # Before SLURM: inside an allocation mpirun starts its remote ranks by a step of its own.
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return {"cluster_detection_method": "ompi"}
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return {"cluster_detection_method": "slurm"}
     several_hosts = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     if several_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return {}
     return None
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here; the name is the same in all of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def initialize_from(given: flags.FlagValues) -> None:

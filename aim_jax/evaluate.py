@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -20,6 +19,7 @@ from aim_jax import __version__
 from aim_jax.atomic import replacing, write_json
 from aim_jax.codes import local_encoder
 from aim_jax.data import fingerprint
+from aim_jax.distributed import wait_for_all
 from aim_jax.metrics import (
     codebook_use,
     density_coverage,
@@ -57,12 +57,6 @@ def on_local_devices(model: Pretrained) -> Pretrained:
     everywhere = NamedSharding(make_mesh(devices=jax.local_devices()), PartitionSpec())
     parts = {k: jax.device_put(getattr(model, k), everywhere) for k in ("aim_params", "vq_params")}
     return dataclasses.replace(model, **parts)
-
-
-def _wait_for_all(what: str) -> None:
-    """Returns when all processes have come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -134,10 +128,10 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
             )
             parts.add(i, to_rgb(np.asarray(drawn.images)[: len(batch)]))
             progress(min(done * size, len(labels)), min(len(mine) * size, len(labels)))
-        _wait_for_all("samples")
+        wait_for_all("samples")
         if jax.process_index() == 0:
             parts.join(len(numbers), labels=labels)
-        _wait_for_all("the file of the samples")
+        wait_for_all("the file of the samples")
     return file
 
 
@@ -245,7 +239,7 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     if rank == 0:
         parts.join(total)
     found = dict(zip(measured, (sums / len(images)).tolist(), strict=True))
-    _wait_for_all("reconstructions")
+    wait_for_all("reconstructions")
     return file, found | codebook_use(counts)
 
 
@@ -387,7 +381,7 @@ def evaluate(
     features = extract.of_cached(made, config.neighbour_images, kept)
     if jax.process_index():
         # A process that ends before the others is taken for lost.
-        return _wait_for_all("the report")
+        return wait_for_all("the report")
     if not reconstructions:
         metrics, notes = score(features, ref.features)
     else:
@@ -420,5 +414,5 @@ def evaluate(
     shutil.rmtree(out / ".features", ignore_errors=True)
     for note in report["notes"]:
         say(f"note: {note}")
-    _wait_for_all("the report")
+    wait_for_all("the report")
     return report

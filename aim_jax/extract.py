@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from aim_jax import data
 from aim_jax.codes import local_encoder, open_tokenizer, tokenizer_fingerprint
 from aim_jax.config import image_spec
+from aim_jax.distributed import wait_for_all
 from aim_jax.monitor import Progress, say
 
 
@@ -90,6 +91,8 @@ def extract(
             say(f"{writer.path}: {left} of {shards} shards are left to other parts")
         else:
             say(f"{writer.path}: {pictures} pictures, {len(names)} views, {side * side} codes each")
+    # Process 0 reads all shards at the end; JAX aborts it when the others have left.
+    wait_for_all("the caches")
 
 
 def _finish(writer: data.CacheWriter) -> list[int]:

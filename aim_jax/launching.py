@@ -5,6 +5,7 @@ import glob
 import logging as standard_logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,8 @@ from aim_jax.ops.native.build import BuildError, cache_directory
 EXIT_STOPPED = 75
 # EX_UNAVAILABLE: another process was lost; the same command goes on from the last checkpoint.
 EXIT_LOST = 69
+# Seconds between an error of one of several processes and its end.
+GRACE = 5.0
 
 SAMPLING_FLAGS = ("cfg_scale", "temperature", "top_k", "top_p")
 
@@ -32,7 +35,12 @@ def errors_in_one_line():
     try:
         yield
     except (ValueError, OSError, BadStepsError, BuildError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            # An orderly end waits for the others, is aborted with them, and ends with another code.
+            # Those with the same error get the time to say so: they need process 0 until then.
+            time.sleep(GRACE)
+            os._exit(1)
         raise SystemExit(1) from None
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
+from aim_jax.distributed import wait_for_all
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal, say
 from aim_jax.sharding import shard_batch
 
@@ -99,6 +100,11 @@ def check_reports(config: ConfigDict) -> None:
             f"config.export_dtype={config.export_dtype!r}; expected one of "
             f"{', '.join(EXPORT_DTYPES)}."
         )
+    if config.log_every < 1:
+        raise ValueError(
+            f"config.log_every={config.log_every}; expected 1 or more: until a report the metrics "
+            "of every step are kept."
+        )
     for name, count in config.sample.items():
         if name in ("images", "classes", "per_class") and count < 1:
             raise ValueError(f"config.sample.{name}={count}; expected 1 or more.")
@@ -158,6 +164,8 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
             say(f"{stop.received}: saved step {step}; the same command continues from there.")
         if step == config.steps or stop.received == "SIGINT":
             stage.export(state)
+        # Process 0 alone writes models and lists of files; JAX aborts it when the others have left.
+        wait_for_all("the end of the run")
     finally:
         stop.restore()
         profiler.close()

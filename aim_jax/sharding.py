@@ -46,7 +46,8 @@ def axis_rules(mesh: Mesh, fsdp: bool = False) -> dict[str, tuple[str, ...]]:
 def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> Mesh:
     """Mesh ('data', 'model') over all devices, or ('slice', 'data', 'model') over several slices.
 
-    Neighbours along "model" are devices with neighbouring numbers, which share the fastest links.
+    Neighbours along "model" are devices of one process, which share the fastest links. JAX numbers
+    the chips of some slices across hosts, so the order is not that of the numbers.
 
     Args:
       data, model, slices: sizes; data = -1 takes what the others leave.
@@ -72,7 +73,7 @@ def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> 
                 f"mesh: slices={slices}, but the devices are of {len(found)} slices; set "
                 f"config.mesh.slices={len(found)}."
             )
-        devices = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        devices = sorted(devices, key=lambda d: (d.slice_index, d.process_index, d.id))
     axes = {"slice": slices, "data": data, "model": model}
     if slices == 1:
         del axes["slice"]
@@ -161,10 +162,15 @@ def create_sharded(make, mesh: Mesh, rules):
 
 
 def devices_of(tree) -> list[jax.Device]:
-    """The devices that hold the arrays of a tree, by number; while tracing, the default one."""
+    """The devices that hold the arrays of a tree, in their order; while tracing, the default one.
+
+    The order is the mesh's: a program over the same devices in another order is an error of JAX.
+    """
     leaf = jax.tree.leaves(tree)[0]
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return [jax.devices()[0]]
+    if isinstance(leaf.sharding, NamedSharding):
+        return list(leaf.sharding.mesh.devices.flat)
     return sorted(leaf.sharding.device_set, key=lambda device: device.id)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from aim_jax import loop
 from aim_jax.checkpoint import claim_workdir, has_checkpoint
-from aim_jax.config import describe_data, image_spec
+from aim_jax.config import check_pictures_fit, describe_data, image_spec
 from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
@@ -223,7 +223,7 @@ class Setup:
 
     def __init__(self, config: ConfigDict):
         model = VQConfig(**config.model)
-        check_fit(model, config.data)
+        check_pictures_fit(model, config.data)
         check_decoder_only(config)
         self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
         check_mesh(config, self.mesh)
@@ -360,18 +360,4 @@ def check_decoder_only(config: ConfigDict) -> None:
     if config.decoder_only and config.restart_codes:
         raise ValueError(
             "config.decoder_only=True keeps the codebook; set config.restart_codes to 0."
-        )
-
-
-def check_fit(model: VQConfig, data: ConfigDict) -> None:
-    """Raises ValueError where the tokenizer's shape and the pictures disagree."""
-    if {model.in_channels, model.out_channels} != {data.channels}:
-        raise ValueError(
-            f"config.data.channels={data.channels}, but config.model has in_channels="
-            f"{model.in_channels} and out_channels={model.out_channels}; make the three equal."
-        )
-    if data.image_size % model.downsampling:
-        raise ValueError(
-            f"config.data.image_size={data.image_size} is not a multiple of the tokenizer's "
-            f"downsampling {model.downsampling}."
         )

@@ -3,7 +3,9 @@
 350 epochs of global batch 2048, 448 million images; learning rate 1e-4 per 256 images, linear
 decay, bfloat16. Modelled time (docs/training.md): 224 hours on a v5e-16 (3578 chip hours).
 
-python launch/train.py --config configs/aim_1b.py --workdir runs/aim_1b
+python launch/train.py --config configs/aim_1b.py --workdir runs/aim_1b --config.accumulate=16
+
+accumulate=16 is what fits there; launch/compile.py --search finds it for other machines.
 """
 
 from aim_jax.config import imagenet_recipe

@@ -3,7 +3,9 @@
 300 epochs of global batch 2048, 384 million images; learning rate 1e-4 per 256 images, linear
 decay, bfloat16. Modelled time (docs/training.md): 22 hours on a v5e-16 (352 chip hours).
 
-python launch/train.py --config configs/aim_b.py --workdir runs/aim_b
+python launch/train.py --config configs/aim_b.py --workdir runs/aim_b --config.accumulate=4
+
+accumulate=4 is what fits there; launch/compile.py --search finds it for other machines.
 """
 
 from aim_jax.config import imagenet_recipe

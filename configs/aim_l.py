@@ -3,7 +3,9 @@
 300 epochs of global batch 2048, 384 million images; learning rate 1e-4 per 256 images, linear
 decay, bfloat16. Modelled time (docs/training.md): 44 hours on a v5e-16 (707 chip hours).
 
-python launch/train.py --config configs/aim_l.py --workdir runs/aim_l
+python launch/train.py --config configs/aim_l.py --workdir runs/aim_l --config.accumulate=8
+
+accumulate=8 is what fits there; launch/compile.py --search finds it for other machines.
 """
 
 from aim_jax.config import imagenet_recipe

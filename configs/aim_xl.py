@@ -4,7 +4,9 @@
 decay, bfloat16. Modelled time (docs/training.md): 122 hours on a v5e-16 (1959 chip
 hours).
 
-python launch/train.py --config configs/aim_xl.py --workdir runs/aim_xl
+python launch/train.py --config configs/aim_xl.py --workdir runs/aim_xl --config.accumulate=16
+
+accumulate=16 is what fits there; launch/compile.py --search finds it for other machines.
 """
 
 from aim_jax.config import imagenet_recipe

@@ -2,7 +2,7 @@
 
 Example:
   python launch/jobset.py --name aim-xl --accelerator v5e-64 --slices 2 --image IMAGE \\
-    --claim CLAIM -- --config configs/aim_xl.py --workdir /data/runs/aim_xl \\
+    --claim CLAIM -- --config configs/aim_xl.py --workdir /data/runs/aim_xl --config.accumulate=2 \\
     --config.codes=/data/codes/imagenet --config.tokenizer=/data/runs/vq_f16 | kubectl apply -f -
 
 The manifest goes to the standard output (as JSON, which kubectl takes); nothing is started, and no

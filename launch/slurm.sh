@@ -19,7 +19,7 @@ Trains on the GPU nodes of a Slurm cluster; submitted from the checkout with sba
 
 Example:
   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh -- \
-    --config configs/aim_xl.py --workdir /shared/runs/aim_xl \
+    --config configs/aim_xl.py --workdir /shared/runs/aim_xl --config.accumulate=8 \
     --config.codes=/shared/codes/imagenet --config.tokenizer=/shared/runs/vq_f16
 
 Usage: sbatch [OPTIONS OF SBATCH] launch/slurm.sh [OPTIONS] -- OPTIONS OF THE TRAINING
@@ -71,8 +71,12 @@ JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((SLURM_GPUS_ON_NODE - 1)))
 export JAX_LOCAL_DEVICE_IDS
 
 # Processes that stop together do not stop in the same instant: the first to end must not kill the
-# others. One that hangs is ended by the heartbeats of the training.
-command=(srun --kill-on-bad-exit=0 --cpu-bind=none "$python" "$program" "$@")
+# others. One that hangs is ended by the heartbeats of the training. srun ends with the highest code
+# of all; where one process met an error (1, 2) and the others were lost by it, a file tells so.
+met_error=$PWD/slurm-${SLURM_JOB_ID-}.error
+# shellcheck disable=SC2016  # expanded by the inner shell
+task='trap : TERM; "$@"; status=$?; case $status in 1 | 2) touch "$0" ;; esac; exit $status'
+command=(srun --kill-on-bad-exit=0 --cpu-bind=none bash -c "$task" "$met_error" "$python" "$program" "$@")
 
 if $dry_run; then
   printf 'export JAX_LOCAL_DEVICE_IDS=%q\n' "$JAX_LOCAL_DEVICE_IDS"
@@ -85,6 +89,11 @@ fi
 
 status=0
 "${command[@]}" || status=$?
+if [[ -f $met_error ]]; then
+  rm -f "$met_error"
+  echo "error: a process ended with an error that repeating will not mend; the log above says which." >&2
+  exit 1
+fi
 case $status in
   0 | 1 | 2) exit "$status" ;;  # complete, or an error that repeating will not mend
 esac

@@ -7,7 +7,7 @@ Trains on Cloud TPU: one slice, or several, as a queued resource.
 
 Example:
   launch/tpu_pod.sh all --name aim-xl --zone us-west4-a --accelerator_type v5litepod-64 --spot \
-    --nfs 10.0.0.2:/share -- --config configs/aim_xl.py --workdir /mnt/aim/runs/aim_xl \
+    --nfs 10.0.0.2:/share -- --config configs/aim_xl.py --workdir /mnt/aim/runs/aim_xl --config.accumulate=4 \
     --config.codes=/mnt/aim/codes/imagenet --config.tokenizer=/mnt/aim/runs/vq_f16
 
 Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]

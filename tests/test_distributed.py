@@ -26,6 +26,7 @@ def test_where_the_other_processes_are_is_found():
     assert settings({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
     assert settings(SLURM) == {"cluster_detection_method": "slurm"}
     assert settings({"OMPI_COMM_WORLD_SIZE": "4"}) == {"cluster_detection_method": "ompi"}
+    assert settings(SLURM | {"OMPI_COMM_WORLD_SIZE": "2"}) == {"cluster_detection_method": "ompi"}
     assert settings({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
     assert settings({"MEGASCALE_COORDINATOR_ADDRESS": "a"}) == {}
     assert settings({}, "auto") == {}
@@ -137,6 +138,19 @@ def test_processes_divide_what_is_scored(tiny_model_dir, picture_folder, tmp_pat
     for key in kept[0].files:
         np.testing.assert_allclose(kept[1][key], kept[0][key], atol=1e-5, err_msg=key)
     assert kept[0]["count"] == 48 and kept[0]["features"].shape == (40, 2048)
+
+
+def test_an_error_of_one_process_ends_it_with_its_code():
+    """Which is what tells launchers not to try again; the other one ends by the heartbeat."""
+    command = ["-m", "tests.ends", "--end", "error", "--heartbeat_seconds", "5"]
+    exits, output = finish(start(command, 2), 90)
+    assert exits[1] == 1 and exits[0] not in (0, 1, 2, EXIT_STOPPED), output
+    assert "error: not on this host" in output and "Traceback" not in output
+
+
+def test_the_last_work_of_process_0_is_waited_for():
+    command = ["-m", "tests.ends", "--end", "late", "--heartbeat_seconds", "5"]
+    run(command, 2)
 
 
 def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):

@@ -125,6 +125,27 @@ def test_slurm_requeues(codes, ends, tmp_path):
     assert starts == 0 or set(requeued.read_text().splitlines()) == {"requeue 7"}
 
 
+@pytest.mark.parametrize(("codes", "ends"), [((134, 1), 1), ((134, 75), 134), ((0, 0), 0)])
+def test_slurm_does_not_repeat_what_one_process_found_wrong(codes, ends, tmp_path):
+    """srun tells the highest code alone."""
+    first, second = codes
+    tasks = f'CODE={first} "$@" || a=$?; CODE={second} "$@" || b=$?; exit $((a > b ? a : b))'
+    executable(
+        tmp_path / "srun", f"while [[ $1 == --* ]]; do shift; done; set +e; a=0 b=0; {tasks}"
+    )
+    executable(tmp_path / "scontrol", "touch requeued")
+    executable(tmp_path / ".venv" / "bin" / "python", 'exit "$CODE"')
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.py").touch()
+    done = bash(
+        "slurm.sh", "--", *TRAINING, PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_GPUS_ON_NODE="8", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == ends, done.stderr
+    assert (tmp_path / "requeued").exists() == (ends == 134)
+    assert not list(tmp_path.glob("*.error"))
+
+
 def test_a_slurm_process_has_all_gpus_of_its_node(tmp_path):
     """JAX takes the SLURM task's own number for its only GPU unless told otherwise."""
     program = tmp_path / "program.py"

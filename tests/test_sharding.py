@@ -1,5 +1,6 @@
 """Meshes, partition specs, and steps that do not depend on how they are sharded."""
 
+import dataclasses
 import functools
 import re
 
@@ -16,12 +17,15 @@ from aim_jax.models import PRESETS
 from aim_jax.models.aim import init_params
 from aim_jax.ops import cross_entropy, linear_cross_entropy
 from aim_jax.optim import accumulated_grads
+from aim_jax.sampling import generate
 from aim_jax.sharding import (
     axis_rules,
+    batch_share,
     check_batch,
     constrain,
     make_mesh,
     partition_specs,
+    replicate,
     sharded_jit,
 )
 from tests.conftest import TINY_AIM
@@ -108,8 +112,9 @@ def test_mesh_and_batch_must_fit_the_devices():
 class Slice:
     """A device as JAX describes it."""
 
-    def __init__(self, number, slice_index, platform="tpu"):
+    def __init__(self, number, slice_index, platform="tpu", process_index=0):
         self.id, self.slice_index, self.platform = number, slice_index, platform
+        self.process_index = process_index
 
 
 def test_slices_stay_together():
@@ -121,6 +126,32 @@ def test_slices_stay_together():
     # Hosts of GPUs have such numbers too, and are no slices.
     hosts = [Slice(i, i // 4, "gpu") for i in range(8)]
     assert make_mesh(-1, 2, 1, hosts).shape == {"data": 4, "model": 2}
+
+
+def test_hosts_whose_chips_are_numbered_across_them(monkeypatch):
+    """As on v5e slices: a host has a square of 2 x 2 of a grid that is numbered row by row."""
+    owner = lambda number: number // 8 * 2 + number % 4 // 2  # noqa: E731
+    devices = [
+        Slice(16 * part + number, part, process_index=4 * part + owner(number))
+        for part in range(2) for number in range(16)
+    ]  # fmt: skip
+    mesh = make_mesh(-1, 1, 2, devices)
+    shares = []
+    for process in range(8):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(batch_share(mesh))
+    assert shares == [(process, 8) for process in range(8)]
+
+
+def test_images_are_drawn_where_the_parameters_are_in_whatever_order(tiny_model):
+    devices = jax.devices()
+    mesh = make_mesh(devices=[devices[i] for i in (0, 2, 1, 3)])
+    parts = {k: replicate(getattr(tiny_model, k), mesh) for k in ("aim_params", "vq_params")}
+    labels = np.arange(8) % 3
+    found = generate(dataclasses.replace(tiny_model, **parts), labels, 3)
+    expected = generate(tiny_model, labels, 3)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.images, expected.images)
 
 
 def test_cross_entropy_in_chunks_is_that_of_all_logits():

@@ -126,7 +126,7 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
     text = scaling.report(runs)
     assert "| wide |" in text and "-1.0000" in text and "FID: images 500, reference cifar" in text
     other = runs[0]._replace(compared=runs[0].compared | {"images": 50_000})
-    with pytest.raises(ValueError, match="cannot be compared.*same number of images"):
+    with pytest.raises(ValueError, match=r"cannot be compared.*same number of images"):
         scaling.report([other, runs[1]])
     with pytest.raises(ValueError, match="at least two runs"):
         scaling.report(runs[:1])

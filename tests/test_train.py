@@ -204,6 +204,18 @@ def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path)
     assert int(cached.step) == int(encoded.step) == 2
     # The cache draws flipped views and pictures were not flipped here; validation is the same data.
     assert abs(a[-1]["val_loss"] - b[-1]["val_loss"]) < 0.05
+    for name, value, message in (
+        ("channels", 3, "channels=3, but the tokenizer has in_channels=1"),
+        ("image_size", 5, "image_size=5 is not a multiple of the tokenizer's downsampling 2"),
+    ):
+        other = aim_config.copy_and_resolve_references()
+        other.data[name] = value
+        with pytest.raises(ValueError, match=message):
+            train.train(other, tmp_path / "c")
+    aim_config.log_every = 0
+    with pytest.raises(ValueError, match="log_every=0; expected 1 or more"):
+        train.train(aim_config, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_caches_are_mixed_for_training_alone(aim_config, codes, tiny_model, tmp_path):

@@ -8,6 +8,7 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 import dataclasses
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -221,8 +222,16 @@ class Prefetched(Iterator):
             # Grain reads its own flags when it starts workers; outside absl.app they are unparsed.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+            ahead = ahead.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers), _ignore_interrupts
+            )
         return iter(ahead)
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """A terminal's Ctrl-C goes to workers too; they end with their program, after it has saved."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def image_batches(

@@ -290,10 +290,12 @@ class VectorQuantizer(nn.Module):
         z = z.astype(jnp.promote_types(z.dtype, codebook.dtype))
         z = unit(z) if cfg.l2_norm else z
         flat = z.reshape(-1, cfg.embed_dim)
+        # A single bfloat16 pass, as TPUs do it by default, would choose other codes now and then.
+        products = jnp.matmul(flat, codebook.T, precision="highest")
         distances = (
             jnp.sum(jnp.square(flat), axis=1, keepdims=True)
             + jnp.sum(jnp.square(codebook), axis=1)
-            - 2 * flat @ codebook.T
+            - 2 * products
         )
         indices = jnp.argmin(distances, axis=1)
         quant = codebook[indices].reshape(z.shape)

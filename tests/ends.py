@@ -1,0 +1,32 @@
+"""A process of two that ends in a way of its own: what `test_distributed` starts."""
+
+import sys
+import time
+
+from absl import app, flags
+
+from aim_jax import distributed
+from aim_jax.launching import errors_in_one_line
+
+flags.DEFINE_enum("end", None, ["error", "late"], "How.")
+distributed.define_flags()
+
+
+def main(_):
+    import jax
+
+    with errors_in_one_line():
+        distributed.initialize_from(flags.FLAGS)
+        first = jax.process_index() == 0
+        distributed.wait_for_all("the start")
+        if flags.FLAGS.end == "error":
+            if not first:
+                raise FileNotFoundError("not on this host")
+            distributed.wait_for_all("a step that the other one never takes")
+        if first:
+            time.sleep(3 * flags.FLAGS.heartbeat_seconds)  # writes something large
+        distributed.wait_for_all("the end")
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
