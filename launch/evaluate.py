@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from aim_jax import distributed
-from aim_jax.launching import errors_in_one_line, parse
+from aim_jax.launching import cores_as_devices, errors_in_one_line, parse
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -49,6 +49,7 @@ def main(_):
     from aim_jax.pretrained import load_pretrained
 
     f = flags.FLAGS
+    cores_as_devices()
     with errors_in_one_line():
         distributed.initialize_from(f)
         if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):

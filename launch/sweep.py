@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax.launching import errors_in_one_line, numbers, parse
+from aim_jax.launching import cores_as_devices, errors_in_one_line, numbers, parse
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -44,6 +44,7 @@ def main(_):
     from aim_jax.pretrained import SAMPLING_DEFAULTS, load_pretrained
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
+    cores_as_devices()
     with errors_in_one_line():
         grid = {name: numbers(name, f[name].value) for name in SAMPLING_DEFAULTS if f[name].value}
         if not (f.checkpoint and f.reference and grid):
