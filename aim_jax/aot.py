@@ -17,6 +17,7 @@ from aim_jax.hardware import peak_flops, topology
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.monitor import say
+from aim_jax.sharding import batch_share
 from aim_jax.train import Setup
 
 
@@ -24,9 +25,11 @@ def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
     """Of the very train step that `train` runs.
 
     Raises:
-      DoesNotFitError, ValueError: see `footprint` and `Setup`.
+      DoesNotFitError, ValueError: see `footprint`, `Setup` and `batch_share` (of every process).
     """
     setup = Setup(config, devices)
+    for process in {device.process_index for device in devices}:
+        batch_share(setup.mesh, process)
     lowered = setup.train_step.lower(*setup.abstract_arguments())
     flops = executed_flops(setup.model) * config.batch_size / len(devices)
     return footprint(lowered, flops, devices[0])

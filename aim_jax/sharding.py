@@ -206,21 +206,25 @@ def local_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process's devices hold, and how many parts there are.
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of every batch a process's devices hold, and how many parts there are.
 
     Processes along the other axes hold the same part.
+
+    Args:
+      process: this one by default.
 
     Raises:
       ValueError: the processes' parts of the data axis are not equal blocks.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(-1, mesh.shape["model"])
-    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    process = jax.process_index() if process is None else process
+    mine = np.flatnonzero((owners == process).any(axis=1))
     first, size, total = int(mine[0]), len(mine), len(owners)
     if total % size or first % size or not np.array_equal(mine, np.arange(first, first + size)):
         raise ValueError(
-            f"mesh: this process holds the rows {mine.tolist()} of the data axes of {total}; "
+            f"mesh: process {process} holds the rows {mine.tolist()} of the data axes of {total}; "
             "expected an equal block for every process. Choose config.mesh.model so that it "
             "divides, or is a multiple of, the number of devices of a process."
         )

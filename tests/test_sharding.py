@@ -128,7 +128,7 @@ def test_slices_stay_together():
     assert make_mesh(-1, 2, 1, hosts).shape == {"data": 4, "model": 2}
 
 
-def test_hosts_whose_chips_are_numbered_across_them(monkeypatch):
+def test_hosts_whose_chips_are_numbered_across_them():
     """As on v5e slices: a host has a square of 2 x 2 of a grid that is numbered row by row."""
     owner = lambda number: number // 8 * 2 + number % 4 // 2  # noqa: E731
     devices = [
@@ -136,11 +136,10 @@ def test_hosts_whose_chips_are_numbered_across_them(monkeypatch):
         for part in range(2) for number in range(16)
     ]  # fmt: skip
     mesh = make_mesh(-1, 1, 2, devices)
-    shares = []
-    for process in range(8):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(batch_share(mesh))
-    assert shares == [(process, 8) for process in range(8)]
+    assert [batch_share(mesh, process) for process in range(8)] == [(i, 8) for i in range(8)]
+    across = make_mesh(devices=sorted(devices[:16], key=lambda device: device.id))
+    with pytest.raises(ValueError, match=r"process 0 holds the rows \[0, 1, 4, 5\]"):
+        batch_share(across, 0)
 
 
 def test_images_are_drawn_where_the_parameters_are_in_whatever_order(tiny_model):
