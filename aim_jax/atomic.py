@@ -17,6 +17,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     What was there before stays until then, and for good if the block raises; a directory is away
     for the moment between two renames. No two writers, on whatever host, get the same name.
     Directories above are made.
+
+    Raises:
+      IsADirectoryError: a file was written, and `path` is a directory, which stays.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +27,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     partial, old = path.with_name(f"{mark}.partial"), path.with_name(f"{mark}.old")
     try:
         yield partial
+        if path.is_dir() and partial.is_file():
+            raise IsADirectoryError(f"{path} is a directory; name a file in it.")
         if path.is_dir():  # only an empty one can be replaced
             os.replace(path, old)
         try:

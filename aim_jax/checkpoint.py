@@ -4,6 +4,7 @@ A run directory holds `run.json` (its configuration) and `checkpoints/<step>`.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from ml_collections import ConfigDict
 
 from aim_jax.atomic import write_json
 from aim_jax.data.pipeline import Prefetched
-from aim_jax.models.config import HOW_COMPUTED
+from aim_jax.models.config import HOW_COMPUTED, AiMConfig
+from aim_jax.models.vq import VQConfig
 from aim_jax.monitor import say
 from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 
@@ -228,6 +230,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     goes_on = has_checkpoint(workdir)
     if goes_on and file.exists():
         old = json.loads(file.read_text())
+        # Of an older version a run named those fields of its model alone that are no defaults.
+        shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
+        old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
         before, after = flatten(old), flatten(new)
         changed = {
             key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"

@@ -9,6 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from aim_jax.models.config import AiMConfig
 from aim_jax.pretrained import SAMPLING_DEFAULTS
 
 
@@ -68,7 +69,7 @@ def aim_defaults() -> ConfigDict:
     # Directory with train/ and validation/ token caches, or several to mix: "codes/a,codes/b:0.5"
     # draws pictures of b half as often as those of a. "": encode pictures on the way.
     config.codes = ""
-    config.model = ConfigDict()  # fields of AiMConfig
+    config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.sample = ConfigDict(SAMPLING_DEFAULTS | {"per_class": 8, "classes": 10})
     return config
 
@@ -105,6 +106,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 
 def vq_defaults() -> ConfigDict:
     """Training of the VQ tokenizer on pictures, with the pixels' squared error alone."""
+    from aim_jax.models.vq import VQConfig
     from aim_jax.vq_loss import LossConfig
 
     config = _common()
@@ -112,7 +114,7 @@ def vq_defaults() -> ConfigDict:
     config.batch_size = 128
     config.optimizer.schedule = "constant"
     config.optimizer.weight_decay = 0.0
-    config.model = ConfigDict()  # fields of VQConfig
+    config.model = ConfigDict(dataclasses.asdict(VQConfig()))
     config.loss = ConfigDict(dataclasses.asdict(LossConfig()))
     config.discriminator = ConfigDict({"ch": 64, "depth": 3})  # fields of PatchGAN
     config.lpips = ""  # weights of the perceptual loss; "": the file that AIM_JAX_LPIPS names

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 
+import jax
 from absl import logging
 
 from aim_jax.models.config import AiMConfig
@@ -80,6 +81,14 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
 def choose_kernels(config: AiMConfig, platform: str) -> str:
     """The fused kernels of the platform if they can be had, else "xla", saying why."""
     if platform in TRITON_PLATFORMS:
+        if newer_than_assembler():
+            logging.log_first_n(
+                logging.WARNING,
+                "Decoding without fused kernels: for GPUs from Blackwell on Triton writes PTX that "
+                "the assembler of the cuda extra does not read. kernels='triton' tries it.",
+                1,
+            )
+            return "xla"
         if all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
             return "triton"
         logging.log_first_n(
@@ -90,6 +99,12 @@ def choose_kernels(config: AiMConfig, platform: str) -> str:
     if platform == "cpu" and config.mixer == "mamba2":
         return "native" if native_kernels() else "xla"
     return "xla"
+
+
+def newer_than_assembler() -> bool:
+    """Whether the GPU at hand is of compute capability 10 or more."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability is not None and float(capability) >= 10
 
 
 @functools.cache

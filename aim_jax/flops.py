@@ -51,7 +51,8 @@ def training_flops(config: AiMConfig) -> float:
 def executed_flops(config: AiMConfig) -> float:
     """`training_flops` and what `config.remat` and `config.logits_chunk` compute a second time."""
     t = config.num_tokens
-    repeated = 2.0 * t * config.d_model * config.vocab_size if config.logits_chunk else 0.0
+    in_chunks = 0 < config.logits_chunk < t
+    repeated = 2.0 * t * config.d_model * config.vocab_size if in_chunks else 0.0
     if config.remat == "full":
         repeated += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
     elif config.remat == "dots":  # products over a batch axis are not kept

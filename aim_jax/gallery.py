@@ -19,35 +19,6 @@ from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import encode_rows, generate, to_uint8
 
-MOST_CLASSES = 20
-
-
-def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
-    """Class names or numbers -> ids; nothing given means all, or the first 20 of many.
-
-    Names are compared without case; underscores and spaces are the same. What is a name is never
-    taken as a number.
-
-    Raises:
-      ValueError: an unknown name or a number out of range, with what there is; or a model without
-        an AiM.
-    """
-    if model.aim_config is None:
-        raise ValueError(f"{model.name} holds a tokenizer alone; what samples is an AiM.")
-    count = model.aim_config.num_classes
-    if not classes:
-        return list(range(min(count, MOST_CLASSES)))
-    plain = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
-    by_name = {plain(name): i for i, name in enumerate(model.class_names)}
-    ids = []
-    for item in classes:
-        number = by_name.get(plain(item), int(item) if item.strip().isdecimal() else -1)
-        if not 0 <= number < count:
-            known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
-            raise ValueError(f"unknown class {item!r}; {model.name} knows {known}.")
-        ids.append(number)
-    return ids
-
 
 def class_name(model: Pretrained, label: int) -> str:
     """The name of a class, or its number where the model has no names."""

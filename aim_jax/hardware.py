@@ -33,18 +33,24 @@ class Accelerator:
 ACCELERATORS = {
     "TPU v4": Accelerator(275e12, 32 * 2**30, 1228e9, 90e9),
     "TPU v5 lite": Accelerator(197e12, 16 * 2**30, 819e9, 90e9),
+    "TPU v5e": Accelerator(197e12, 16 * 2**30, 819e9, 90e9),
     "TPU v5": Accelerator(459e12, 95 * 2**30, 2765e9, 180e9),
     "TPU v6 lite": Accelerator(918e12, 32 * 2**30, 1640e9, 180e9),
+    "TPU v6e": Accelerator(918e12, 32 * 2**30, 1640e9, 180e9),
     "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * 2**30, 1555e9, 300e9),
+    "NVIDIA A100-PCIE-40GB": Accelerator(312e12, 40 * 2**30, 1555e9, 300e9),
     "NVIDIA A100": Accelerator(312e12, 80 * 2**30, 2039e9, 300e9),
     "NVIDIA H100": Accelerator(989e12, 80 * 2**30, 3350e9, 450e9),
+    "NVIDIA H100 PCIe": Accelerator(756e12, 80 * 2**30, 2039e9, 300e9),
+    "NVIDIA H100 NVL": Accelerator(835e12, 94 * 10**9, 3938e9, 300e9),
+    "NVIDIA H200 NVL": Accelerator(835e12, 141 * 10**9, 4800e9, 450e9),
     "NVIDIA H200": Accelerator(989e12, 141 * 10**9, 4800e9, 450e9),
 }
 
 
 def accelerator(kind: str) -> Accelerator | None:
-    """The entry for a `device_kind`, or None."""
-    names = [name for name in ACCELERATORS if kind.startswith(name)]
+    """The entry for a `device_kind`, or None; also of a part of a GPU (MIG)."""
+    names = [name for name in ACCELERATORS if kind.startswith(name) and "MIG" not in kind]
     return ACCELERATORS[max(names, key=len)] if names else None
 
 

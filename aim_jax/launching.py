@@ -4,12 +4,13 @@ import contextlib
 import glob
 import logging as standard_logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
@@ -65,18 +66,30 @@ if not glob.glob("/dev/nvidia*"):
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parses flags, as `flags_parser` of `app.run` where there is a --config.
+    """Parses flags, as `flags_parser` of `app.run`.
 
-    A setting that does not exist ends the program with status 1 and one line.
+    What cannot be understood ends the program with status 1 and one line: flags and settings that
+    do not exist, values that do not fit, a configuration that refuses, words beside the flags.
     """
     try:
-        return app.parse_flags_with_usage(arguments)
+        rest = flags.FLAGS(arguments)[1:]
+    except flags.Error as error:
+        # A configuration's own error comes with its traceback.
+        message = re.sub(r"^(\w+\.)*\w*Error: ", "", str(error).strip().splitlines()[-1].strip())
     except AttributeError as error:
         if not (error.args and isinstance(error.args[0], KeyError)):  # a fault of the file itself
             raise
         text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
-        print(f"error: --config has no such setting: {text}", file=sys.stderr)
-        raise SystemExit(1) from None
+        message = f"--config has no such setting: {text}"
+    else:
+        if not rest:
+            return arguments[:1]
+        message = (
+            f"unexpected {' '.join(rest)!r}; lists have commas and no spaces (--classes cat,ship), "
+            "and switches no values (--pngs, --nopngs)."
+        )
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def define_sampling_flags() -> None:

@@ -14,9 +14,8 @@ from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.distributed import wait_for_all
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal, say
+from aim_jax.pretrained import EXPORT_DTYPES
 from aim_jax.sharding import shard_batch
-
-EXPORT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @flax.struct.dataclass

@@ -73,6 +73,11 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     return canvas
 
 
+def picture_path(out: str | os.PathLike, name: str) -> Path:
+    """Where a program writes its picture: the file `out`, or `name` in a directory `out`."""
+    return Path(out) / name if Path(out).is_dir() else Path(out)
+
+
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
     """Writes a PNG, whole or not at all."""
     with replacing(path) as partial:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20  # written at once
 LARGE_BYTES = 64 * 2**20  # read alone
 SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # what parameters are stored in
+MOST_CLASSES = 20  # of a model with many, those that programs draw and name unasked
 
 
 def flatten(tree: dict) -> dict[str, Any]:
@@ -113,6 +115,33 @@ class Pretrained:
         return dataclasses.replace(self, **changed)
 
 
+def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
+    """Class names or numbers -> ids; nothing given means all, or the first 20 of many.
+
+    Names are compared without case; underscores and spaces are the same. What is a name is never
+    taken as a number.
+
+    Raises:
+      ValueError: an unknown name or a number out of range, with what there is; or a model without
+        an AiM.
+    """
+    if model.aim_config is None:
+        raise ValueError(f"{model.name} holds a tokenizer alone; what samples is an AiM.")
+    count = model.aim_config.num_classes
+    if not classes:
+        return list(range(min(count, MOST_CLASSES)))
+    plain = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
+    by_name = {plain(name): i for i, name in enumerate(model.class_names)}
+    ids = []
+    for item in classes:
+        number = by_name.get(plain(item), int(item) if item.strip().isdecimal() else -1)
+        if not 0 <= number < count:
+            known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
+            raise ValueError(f"unknown class {item!r}; {model.name} knows {known}.")
+        ids.append(number)
+    return ids
+
+
 def save_model(
     path: str | os.PathLike, model: Pretrained, dtype: str | None = "float32", files: Mapping = {}
 ) -> Path:
@@ -125,8 +154,20 @@ def save_model(
       model: what to write; parameters that are NumPy arrays already are written without a copy.
       dtype: storage type of the parameters, such as "float16" for half the size; None keeps theirs.
       files: further files, by name: functions that write to the path they are given.
+
+    Raises:
+      FileExistsError: the path is something else than a model directory or an empty one.
+      ValueError: another dtype than float32, float16 or bfloat16.
     """
     path = Path(path).absolute()
+    if dtype not in (None, *EXPORT_DTYPES):
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}, or None.")
+    if (
+        path.exists()
+        and not (path / MODEL_FILE).is_file()
+        and (not path.is_dir() or any(path.iterdir()))
+    ):
+        raise FileExistsError(f"{path} exists, and is no model directory; name another one.")
     if jax.process_count() > 1:
         params = {name: to_host(getattr(model, name)) for name in ("aim_params", "vq_params")}
         model = dataclasses.replace(model, **params)

@@ -5,6 +5,7 @@ b images, t tokens per image, v vocabulary.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from aim_jax.filters import SCHEDULES, guidance_at
 from aim_jax.models.aim import AiM, Modulation
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.vq import VQConfig, VQModel
+from aim_jax.pretrained import Pretrained, class_ids
 
 
 class Samples(NamedTuple):
@@ -275,6 +277,17 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
+def whole_number(name: str, value) -> int:
+    """A Python, NumPy or JAX integer from 0 to 2**31 - 1 as int; ValueError for all else."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**31:
+        raise ValueError(f"{name}={value!r}: expected a whole number from 0 to 2**31 - 1.")
+    return number
+
+
 def check_settings(
     labels: np.ndarray, num_classes: int, cfg_scale, temperature, top_k, top_p, schedule, interval
 ) -> None:
@@ -294,7 +307,7 @@ def check_settings(
     for name, value, ok, expected in (
         ("cfg_scale", cfg_scale, lambda x: math.isfinite(x), "a finite number"),
         ("temperature", temperature, lambda x: 0 < x < math.inf, "a positive number"),
-        ("top_k", top_k, lambda x: x >= 0 and x == int(x), "an integer >= 0 (0 is off)"),
+        ("top_k", top_k, lambda x: 0 <= x < 2**31 and x == int(x), "an integer >= 0 (0 is off)"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1] (1 is off)"),
     ):
         bad = [x for x in np.ravel(value).tolist() if not ok(x)]
@@ -304,9 +317,9 @@ def check_settings(
             raise ValueError(f"{name}: expected one value, or one per label ({labels.size}).")
     if schedule not in SCHEDULES:
         raise ValueError(f"cfg_schedule={schedule!r}: expected one of {sorted(SCHEDULES)}.")
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+    if np.shape(interval) != (2,) or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
-            f"cfg_interval={tuple(interval)}: expected two fractions of the image, start < end, in "
+            f"cfg_interval={interval!r}: expected two fractions of the image, start < end, in "
             "[0, 1]."
         )
 
@@ -369,7 +382,8 @@ def generate(
 
     Args:
       model: a `Pretrained` with both parts, from `load_pretrained`.
-      labels: class ids (b,); `num_classes` is the null class.
+      labels: class ids (b,), `num_classes` is the null class; or class names, as the model has them
+        in `class_names`.
       seed: with the image's number it decides the randomness of the image.
       cfg_scale: guidance; 1 is none. temperature: > 0. top_k: 0 is off; 1 is greedy. top_p: in
         (0, 1]. Each may be one value or one per image; None takes the model's default.
@@ -389,13 +403,23 @@ def generate(
     Raises:
       ValueError: a label, seed or setting out of range, or a model without one of the parts.
     """
-    if model.aim_params is None or model.vq_params is None:
+    if not isinstance(model, Pretrained):
+        raise ValueError(
+            f"model: expected what aim_jax.load_pretrained returns, got {type(model).__name__}."
+        )
+    if model.aim_config is None or model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
+    if not isinstance(engine, Engine):
+        raise ValueError(f"engine={engine!r}: expected an aim_jax.engine.Engine.")
     chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
     labels = np.asarray(labels)
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to 2**31 - 1.")
+    if labels.dtype.kind == "U" and labels.ndim == 1:
+        labels = np.asarray(class_ids(model, labels.tolist()))
+    seed = whole_number("seed", seed)
+    first_index = whole_number("first_index", first_index)
+    if every is not None and whole_number("every", every) < 1:
+        raise ValueError("every=0: expected 1 or more tokens.")
     check_settings(
         labels,
         model.aim_config.num_classes,

@@ -8,13 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from absl import app, flags
 
 from aim_jax.launching import errors_in_one_line
+from aim_jax.plots import pyplot
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdirs", None, "Workdirs of training runs, one row of plots each.")
@@ -34,7 +31,8 @@ SHOWN = {
 
 def draw(workdirs: list[Path], out: Path) -> None:
     """Writes one picture with a row of three plots per run."""
-    figure, axes = plt.subplots(len(workdirs), 3, figsize=(12, 3 * len(workdirs)), squeeze=False)
+    rows = len(workdirs)
+    figure, axes = pyplot().subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
     for row, workdir in zip(axes, workdirs, strict=True):
         stage = json.loads((workdir / "run.json").read_text())["stage"]
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

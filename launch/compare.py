@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line, numbers
+from aim_jax.launching import errors_in_one_line, numbers, parse
 
 SETTINGS = ("cfg_scale", "temperature", "top_k", "top_p")
 
@@ -26,13 +26,13 @@ flags.DEFINE_list("between", [], "Two classes to go from and to.")
 flags.DEFINE_integer("steps", 7, "Rows of --between.", lower_bound=2)
 flags.DEFINE_integer("count", 10, "Columns of --between.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
-flags.DEFINE_string("out", "comparison.png", "The grid.")
+flags.DEFINE_string("out", "comparison.png", "The grid: a file, or a directory that is there.")
 
 
 def main(_):
-    from aim_jax.gallery import class_ids, compare_settings, interpolate
-    from aim_jax.pictures import save_png
-    from aim_jax.pretrained import load_pretrained
+    from aim_jax.gallery import compare_settings, interpolate
+    from aim_jax.pictures import picture_path, save_png
+    from aim_jax.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
     with errors_in_one_line():
@@ -50,8 +50,8 @@ def main(_):
             grid = interpolate(model, *class_ids(model, f.between), f.steps, f.count, f.seed)
         else:
             grid = compare_settings(model, class_ids(model, f.classes), *given, values, f.seed)
-        print(save_png(grid, f.out))
+        print(save_png(grid, picture_path(f.out, "comparison.png")))
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 
 flags.DEFINE_string("out", "demo", "Directory for the pictures.")
 flags.DEFINE_integer("per_class", 10, "Images per class.", lower_bound=1)
@@ -40,9 +40,9 @@ def serve_page():
 def write_pictures():
     from PIL import Image
 
-    from aim_jax.gallery import class_ids, sample_to_directory
+    from aim_jax.gallery import sample_to_directory
     from aim_jax.pictures import save_png, side_by_side
-    from aim_jax.pretrained import bundled_models, load_pretrained
+    from aim_jax.pretrained import bundled_models, class_ids, load_pretrained
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
     names = f.checkpoint or bundled_models()
@@ -68,4 +68,4 @@ def write_pictures():
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -55,7 +55,9 @@ def main(_):
         if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
             raise ValueError("give --reference, and either --checkpoint or --samples.")
         if not f.inception:
-            raise ValueError(f"--inception is missing: {EXPECTED}.")
+            raise ValueError(
+                f"--inception is missing: {EXPECTED}. docs/evaluation.md says where to get one."
+            )
         f.config.data.dir = f.data or f.config.data.dir
         model = load_pretrained(f.checkpoint) if f.checkpoint else None
         report = evaluate(

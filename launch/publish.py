@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 
 flags.DEFINE_string("checkpoint", None, "Bundled name, model directory, or workdir of a run.")
 flags.DEFINE_string("out", None, "Directory to make.")
@@ -35,4 +35,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

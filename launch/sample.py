@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
+from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings, parse
 
 flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
 flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
@@ -60,8 +60,8 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 
 def main(_):
     from aim_jax.engine import Engine
-    from aim_jax.gallery import class_ids, sample_to_directory
-    from aim_jax.pretrained import load_pretrained
+    from aim_jax.gallery import sample_to_directory
+    from aim_jax.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
     settings = given_settings(f) | {"cfg_schedule": f.cfg_schedule}
@@ -82,4 +82,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import errors_in_one_line, parse
 
 flags.DEFINE_list("runs", None, "Workdirs.")
 flags.DEFINE_string("out", "scaling", "Directory for the results.")
@@ -36,4 +36,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(app.run(main, flags_parser=parse))

@@ -50,7 +50,9 @@ def main(_):
         if not (f.checkpoint and f.reference and grid):
             raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
         if not f.inception:
-            raise ValueError(f"--inception is missing: {EXPECTED}.")
+            raise ValueError(
+                f"--inception is missing: {EXPECTED}. docs/evaluation.md says where to get one."
+            )
         if f.config.stage != "eval":
             raise ValueError("--config is of a training; expected one like configs/eval.py.")
         if f.write_defaults:

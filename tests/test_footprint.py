@@ -170,12 +170,17 @@ def test_analytic_flops_of_the_paper_models():
     full = executed_flops(AiMConfig(remat="full"))
     assert 1.2 < full / training_flops(AiMConfig()) < 4 / 3
     assert training_flops(AiMConfig()) < executed_flops(AiMConfig(remat="dots")) < full
+    assert executed_flops(AiMConfig(logits_chunk=256)) == training_flops(AiMConfig())  # one chunk
+    assert executed_flops(AiMConfig(logits_chunk=128)) > training_flops(AiMConfig())
 
 
 def test_accelerators_by_name():
     assert accelerator("NVIDIA A100-SXM4-80GB").memory == 80 * 2**30
     assert accelerator("NVIDIA A100-SXM4-40GB").memory == 40 * 2**30
     assert accelerator("TPU v5 lite").flops == 197e12 and accelerator("TPU v5").flops == 459e12
+    assert accelerator("TPU v5e").flops == 197e12 and accelerator("TPU v6e").flops == 918e12
+    assert accelerator("NVIDIA H100 PCIe").flops < accelerator("NVIDIA H100 80GB HBM3").flops
+    assert accelerator("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None
     assert accelerator("cpu") is None and peak_flops(jax.devices()) is None
 
 

@@ -140,5 +140,19 @@ def test_wrong_arguments_are_named(native):
         native.mamba2_step(
             **a | {"dt_bias": normal(0, 2, 3)}, state=normal(1, 2, 1, 2, 5, 3), layer=0, position=0
         )
+    state, ring = normal(1, 2, 1, 2, 5, 3), a["conv_cache"]
+    with pytest.raises(ValueError, match="conv_cache is bfloat16, expected float32"):
+        native.mamba2_step(
+            **a | {"conv_cache": ring.astype(jnp.bfloat16)}, state=state, layer=0, position=0
+        )
+    layers = ring.shape[0]
+    for layer, position in ((layers, 0), (-1, 0), (0, -1)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"(layer|position) is out of range"):
+            jax.block_until_ready(
+                native.mamba2_step(**a, state=state, layer=layer, position=position)
+            )
+    hidden, parts = normal(0, 2, 8), normal(1, 3, 2, 6, 8)
+    with pytest.raises(ValueError, match="shift=6, but modulation has 6 parts"):
+        native.add_norm_modulate(hidden, hidden, normal(2, 3, 8), parts, 0, shift=6)
     with pytest.raises(ValueError, match="5 rows of logits for 2 images"):
         native.sample(normal(0, 5, 7), *(jnp.ones(2) for _ in range(5)))

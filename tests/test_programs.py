@@ -15,8 +15,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from aim_jax.config import aim_defaults, vq_defaults
 from aim_jax.gallery import (
-    class_ids,
     compare_settings,
     complete,
     fitted,
@@ -25,8 +25,11 @@ from aim_jax.gallery import (
     with_mixed_classes,
 )
 from aim_jax.launching import errors_in_one_line
+from aim_jax.models import AiMConfig
+from aim_jax.models.vq import VQConfig
 from aim_jax.monitor import AHEAD, MetricsWriter, StepLog, duration
-from aim_jax.pictures import make_grid
+from aim_jax.pictures import make_grid, picture_path, save_png
+from aim_jax.pretrained import class_ids, save_model
 from aim_jax.sampling import generate
 from tests.conftest import ROOT
 
@@ -107,6 +110,10 @@ def test_help_and_one_line_errors(tmp_path):
     assert 'error: --config has no such setting: stepps. Did you mean "steps"' in wrong.stderr
     wrong = run("launch/compare.py", "--cfg_scale", "1,2", "--between", "cat,dog")
     assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
+    wrong = run("launch/sample.py", "--classes", "cat", "ship")
+    assert wrong.returncode == 1 and "error: unexpected 'ship'; lists have commas" in wrong.stderr
+    wrong = run("launch/train.py", "--config", "configs/aim_ablation.py:foo", "--workdir", "w")
+    assert wrong.stderr.strip().startswith("error: variant 'foo'; expected one of no_position")
     wrong = run("launch/compare.py", "--top_k", "10,2.5")
     assert wrong.returncode == 1 and "--top_k=10,2.5: expected whole numbers" in wrong.stderr
     assert not (tmp_path / "w").exists()
@@ -188,6 +195,36 @@ def test_from_one_class_to_another(tiny_model):
     assert grid.height == 3 * 66 + 2
     with pytest.raises(ValueError, match="1 steps"):
         interpolate(tiny_model, 2, 0, 1, 4)
+
+
+def test_every_field_of_a_model_can_be_overridden():
+    for defaults, shape in ((aim_defaults, AiMConfig), (vq_defaults, VQConfig)):
+        assert shape(**defaults().model) == shape()
+        assert set(defaults().model) == {field.name for field in dataclasses.fields(shape)}
+
+
+def test_a_picture_never_takes_the_place_of_a_directory(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert picture_path(tmp_path / "mine", "grid.png") == tmp_path / "mine" / "grid.png"
+    assert picture_path(tmp_path / "new.png", "grid.png") == tmp_path / "new.png"
+    with pytest.raises(IsADirectoryError, match="mine is a directory; name a file"):
+        save_png(Image.new("L", (2, 2)), tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert not [path for path in tmp_path.iterdir() if path.name != "mine"]
+
+
+def test_models_take_the_place_of_models_alone(tiny_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_model(tmp_path / "empty", tiny_model)
+    save_model(tmp_path / "empty", tiny_model)  # an older model
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="mine exists, and is no model directory"):
+        save_model(tmp_path / "mine", tiny_model)
+    with pytest.raises(ValueError, match="dtype='int8': expected one of float32"):
+        save_model(tmp_path / "new", tiny_model, "int8")
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_class_names_and_ids(tiny_model):

@@ -237,11 +237,28 @@ def test_generate_returns_pictures_and_is_deterministic(tiny_model):
         ([0], {"cfg_schedule": "square"}, "cfg_schedule='square': expected one of"),
         ([0], {"cfg_interval": (0.5, 0.5)}, r"cfg_interval=\(0.5, 0.5\): expected two fractions"),
         ([0], {"cfg_interval": (0.5, 1.5)}, "start < end"),
+        ([0], {"cfg_interval": 0.5}, "cfg_interval=0.5: expected two fractions"),
+        ([0], {"seed": 1.5}, r"seed=1\.5: expected a whole number"),
+        ([0], {"seed": True}, "seed=True"),
+        ([0], {"first_index": -1}, "first_index=-1"),
+        ([0], {"every": 0}, "every=0"),
+        ([0], {"top_k": float("inf")}, "top_k=inf"),
+        ([0], {"engine": "xla"}, r"engine='xla': expected an aim_jax\.engine\.Engine"),
+        (["castle"], {}, "unknown class 'castle'; tiny knows boat, house, old tree"),
     ],
 )
 def test_settings_out_of_range_are_refused(tiny_model, labels, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_model, labels, **settings)
+
+
+def test_classes_go_by_name_and_seeds_by_any_integer(tiny_model):
+    expected = generate(tiny_model, [1, 2], seed=3).tokens
+    for seed in (3, np.int64(3), jnp.asarray(3)):
+        found = generate(tiny_model, ["house", "old tree"], seed=seed).tokens
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match=r"what aim_jax\.load_pretrained returns, got str"):
+        generate("cifar10", [0])
 
 
 def test_to_uint8_clips_and_rounds():

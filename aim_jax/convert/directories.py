@@ -112,6 +112,9 @@ def _config(tensors, config, read, infer, **overrides):
             raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
         if isinstance(value, int) and value > size:
             raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all weights.")
+        depth = len(value) if isinstance(value, tuple) else value
+        if field.name in ("n_layer", "num_res_blocks", "ch_mult") and depth > len(tensors):
+            raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all tensors.")
     return config
 
 

@@ -65,5 +65,5 @@ def conv_ring(window, position):
       (..., w, c): the input of position t in slot t mod w. The slot of `position` is zero; the step
       writes it before anything reads it.
     """
-    empty = jnp.zeros_like(window[..., :1, :])
+    empty = jnp.zeros((*window.shape[:-2], 1, window.shape[-1]), window.dtype)
     return jnp.roll(jnp.concatenate([empty, window], axis=-2), position, axis=-2)

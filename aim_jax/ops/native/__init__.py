@@ -50,6 +50,12 @@ def _index(i):
     return jnp.asarray(i, jnp.int32)
 
 
+def _check_float32(name, **arrays):
+    """The kernels take the addresses of caches, whatever their type."""
+    for key, array in arrays.items():
+        require(array.dtype == jnp.float32, f"{name}: {key} is {array.dtype}, expected float32")
+
+
 def linear(x, weight):
     """x weight^T for few rows of x, in float32.
 
@@ -96,6 +102,7 @@ def mamba2_step(
     sizes = bind_mamba2_step(
         "mamba2_step", projected, conv_cache, {"state": (state, "Lbhpn")}, **parameters
     )
+    _check_float32("mamba2_step", conv_cache=conv_cache)
     b, h, e = sizes["b"], sizes["h"], sizes["e"]
     y, sum_squares, conv_cache, state, _ = _call(
         "aim_mamba2_step",
@@ -147,6 +154,7 @@ def dual_step(
         f"dual_step: inputs are {inputs.dtype} and B_cache {B_cache.dtype}, expected the same",
     )
     b, h, e = sizes["b"], sizes["h"], sizes["e"]
+    _check_float32("dual_step", conv_cache=conv_cache, log_decay=log_decay)
     caches = (conv_cache, inputs, B_cache, log_decay)
     y, sum_squares, *caches, _ = _call(
         "aim_dual_step",
@@ -177,7 +185,7 @@ def add_norm_modulate(
 
     Args and results are described there. All arrays are float32.
     """
-    bind_axes(
+    sizes = bind_axes(
         "add_norm_modulate",
         hidden=(hidden, "bd"),
         residual=(residual, "bd"),
@@ -189,6 +197,12 @@ def add_norm_modulate(
         sum_squares is None or (inner and gate is not None),
         "add_norm_modulate: sum_squares needs `inner`, the number of channels, and a gate",
     )
+    parts = {"shift": shift, "scale": scale, "gate": gate}
+    for name, part in parts.items():
+        require(
+            (part is None and name == "gate") or 0 <= part < sizes["m"],
+            f"add_norm_modulate: {name}={part}, but modulation has {sizes['m']} parts",
+        )
     divided = sum_squares is not None
     x, residual = _call(
         "aim_add_norm_modulate",

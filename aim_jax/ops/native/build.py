@@ -26,7 +26,12 @@ class BuildError(RuntimeError):
 
 def cache_directory() -> Path:
     """What can be made anew is kept in $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aim_jax"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "aim_jax"
+    try:
+        return Path.home() / ".cache" / "aim_jax"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"aim_jax_{os.getuid()}"
 
 
 def compiler() -> str:

@@ -68,6 +68,13 @@ Layer layer_of(const Sizes& s, const F32& projected, const F32& conv_weight, con
           position.typed_data()[0]};
 }
 
+// Null where the layer is none of the parameters', or the position not before `end`.
+const char* out_of_range(const F32& A, const I32& layer, const I32& position, int64_t end) {
+  const int64_t l = layer.typed_data()[0], t = position.typed_data()[0];
+  if (l < 0 || l >= A.dimensions()[0]) return "layer is out of range";
+  return t < 0 || t >= end ? "position is out of range" : nullptr;
+}
+
 // x, B and C of one row: silu(conv(.)) of the projection, which becomes the newest of the ring.
 template <typename R>
 void convolve(const Sizes& s, const Layer& in, int64_t row, R* ring, float* out) {
@@ -295,6 +302,9 @@ ffi::Error mamba2_step_impl(ffi::ThreadPool pool, F32 projected, F32 conv_weight
                             F32 dt_bias, F32 A, F32 D, F32 norm_scale, I32 layer, I32 position,
                             ffi::AnyBuffer, ffi::AnyBuffer, OutF32 y, OutF32 sum_squares, Out ring,
                             Out state, OutF32 scratch) {
+  if (const char* wrong = out_of_range(A, layer, position, INT32_MAX)) {
+    return ffi::Error::InvalidArgument(wrong);
+  }
   const Sizes s = sizes_of(projected, conv_weight, A, norm_scale, state->dimensions()[4]);
   const Layer in = layer_of(s, projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer,
                             position);
@@ -309,6 +319,9 @@ ffi::Error dual_step_impl(ffi::ThreadPool pool, F32 projected, F32 conv_weight, 
                           ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, OutF32 y,
                           OutF32 sum_squares, Out ring, Out inputs, Out B_cache, OutF32 log_decay,
                           OutF32 scratch) {
+  if (const char* wrong = out_of_range(A, layer, position, inputs->dimensions()[2])) {
+    return ffi::Error::InvalidArgument(wrong);
+  }
   const Sizes s = sizes_of(projected, conv_weight, A, norm_scale, B_cache->dimensions()[4]);
   const Layer in = layer_of(s, projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer,
                             position);
@@ -328,6 +341,9 @@ ffi::Error add_norm_modulate_impl(ffi::ThreadPool pool, F32 hidden, F32 residual
   const int64_t b = hidden.dimensions()[0], d = hidden.dimensions()[1];
   const int64_t m = modulation.dimensions()[2];
   const int64_t layer = layer_of_x.typed_data()[0];
+  if (layer < 0 || layer >= norm_scale.dimensions()[0]) {
+    return ffi::Error::InvalidArgument("layer is out of range");
+  }
   const int64_t parts = inner ? sum_squares.dimensions()[1] : 0;
   const int64_t source = gate < 0 ? layer : layer + gate_offset;
   maybe_parallel_for(pool, b, b * d * 4, [&](int64_t row) {

@@ -97,7 +97,12 @@ inline void store(T* p, V v, int64_t count) {
 
 // Sums within pairs of vectors, by halves: four rounds turn 16 vectors into the vector of their
 // sums, in order.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+typedef int32_t Lanes __attribute__((vector_size(64)));
+#define AIM_FOLD(a, b, ...) __builtin_shuffle(a, b, (Lanes{__VA_ARGS__}))
+#else
 #define AIM_FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
 inline V fold8(V a, V b) {
   return AIM_FOLD(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          AIM_FOLD(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);

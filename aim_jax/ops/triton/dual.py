@@ -118,7 +118,8 @@ def dual_step(
     (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
     rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
     reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
-    over the first 2 n tokens, and its rounding does not accumulate.
+    over the first 2 n tokens. Sums of decays are float32: where they become large, differences of
+    them are rounded by eps times their size.
 
     Args:
       projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
