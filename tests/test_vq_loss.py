@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from aim_jax import train_vq
+from aim_jax import train_vq, vq_held_out
 from aim_jax.config import llamagen_recipe, vq_defaults
 from aim_jax.convert.files import WeightsError, save_tensors
 from aim_jax.convert.lpips import TORCHVISION, load_lpips
@@ -461,10 +461,11 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
         return extract
 
     monkeypatch.setattr(train_vq, "FeatureExtractor", extractor)
-    monkeypatch.setattr(train_vq, "NUM_FEATURES", 4)
+    monkeypatch.setattr(vq_held_out, "NUM_FEATURES", 4)
     monkeypatch.setattr(train_vq, "load_inception", lambda path: {})
     monkeypatch.setattr(train_vq, "open_lpips", lambda path, losses, size: lpips_params)
-    monkeypatch.setattr(train_vq, "lpips", lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3)))
+    l1 = lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3))  # noqa: E731
+    monkeypatch.setattr(vq_held_out, "lpips", l1)
     config.inception, config.loss.adversarial = "seeded", 0.0
     config.steps = config.eval_every = config.save_every = config.sample_every = 1
     state = train_vq.train(config, tmp_path / "run")
