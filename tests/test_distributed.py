@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from aim_jax import train
 from aim_jax.distributed import settings
@@ -16,6 +17,7 @@ from aim_jax.launching import EXIT_STOPPED
 from tests.compilation import xla_flags
 from tests.conftest import ROOT
 from tests.test_train import aim_config, codes  # noqa: F401  (fixtures)
+from tests.test_vq_loss import config as vq_config  # noqa: F401  (fixture)
 
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
 
@@ -83,24 +85,28 @@ def run(command, processes):
     assert exits == [0] * processes, outputs
 
 
-@pytest.fixture
-def config_file(aim_config, tmp_path):  # noqa: F811
-    aim_config.optimizer.schedule = "constant"  # others depend on the number of steps
-    (tmp_path / "config.json").write_text(aim_config.to_json())
-    config = tmp_path / "config.py"
-    config.write_text(
+def as_file(config, folder):
+    """A configuration as a file that programs take."""
+    (folder / "config.json").write_text(config.to_json())
+    file = folder / "config.py"
+    file.write_text(
         "import json\nfrom pathlib import Path\nfrom ml_collections import ConfigDict\n"
         "def get_config():\n"
         "    text = Path(__file__).with_name('config.json').read_text()\n"
         "    return ConfigDict(json.loads(text))\n"
     )
-    return config
+    return file
 
 
-def losses(workdir):
+@pytest.fixture
+def config_file(aim_config, tmp_path):  # noqa: F811
+    aim_config.optimizer.schedule = "constant"  # others depend on the number of steps
+    return as_file(aim_config, tmp_path)
+
+
+def losses(workdir, names=("loss", "val_loss")):
     file = workdir / "metrics.jsonl"
     rows = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
-    names = ("loss", "val_loss")
     return {(row["step"], name): row[name] for row in rows for name in names if name in row}
 
 
@@ -121,6 +127,25 @@ def test_processes_train_what_one_process_trains(
     assert (together / "model" / "model.json").is_file()
     same = [(path / "samples" / "step_0000006.png").read_bytes() for path in (alone, together)]
     assert same[0] == same[1]
+
+
+def test_processes_train_a_split_tokenizer(vq_config, tmp_path):  # noqa: F811
+    """Losses, means of uneven shares and pictures of two processes with FSDP are those of one."""
+    vq_config.eval_every = vq_config.save_every = vq_config.sample_every = vq_config.steps
+    vq_config.optimizer.lr = 1e-5  # at large ones Adam makes steps of rounding errors
+    command = ["launch/train_vq.py", "--config", as_file(vq_config, tmp_path), "--workdir"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run([*command, alone], 1)
+    run([*command, together, "--config.mesh.fsdp=True"], 2)
+    names = ("loss", "hinge_loss", "val_rec_l2", "val_psnr", "val_perplexity")
+    expected, found = losses(alone, names), losses(together, names)
+    assert found.keys() == expected.keys() and len(found) == 2 * vq_config.steps + 3
+    assert found == pytest.approx(expected, rel=1e-4)
+    (shown,) = (alone / "samples").iterdir()
+    one, two = (
+        np.asarray(Image.open(out / "samples" / shown.name), np.int32) for out in (alone, together)
+    )
+    assert np.ptp(one) > 200 and np.abs(one - two).max() <= 1  # rounding
 
 
 def test_processes_divide_what_is_scored(tiny_model_dir, picture_folder, tmp_path):

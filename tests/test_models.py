@@ -197,7 +197,7 @@ def test_bfloat16_compute_is_close_and_keeps_float32_where_it_matters():
         ({"adaln": "none"}, "adaln='none'"),
         ({"headdim": 12}, "expand \\* d_model = 32 is not a multiple of headdim=12"),
         ({"ngroups": 3}, "4 heads cannot be shared among ngroups=3"),
-        ({"n_layer": 0}, "n_layer=0 must be at least 1"),
+        ({"n_layer": 0}, "n_layer=0; expected an integer"),
         ({"position_offset": 2}, "position_offset must be 0 or 1"),
         ({"remat": "some"}, "remat='some'"),
     ],

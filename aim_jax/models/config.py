@@ -84,7 +84,9 @@ class AiMConfig:
         sizes = ("vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state")
         sizes += ("d_conv", "expand", "headdim", "ngroups", "chunk_size", "num_groups")
         for name in (*sizes, "scan_unroll"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            is_size = isinstance(value, int) and 1 <= value < 2**31  # JAX counts in int32
+            require(is_size, f"{name}={value!r}; expected an integer from 1 to {2**31 - 1}.")
         require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
         if self.mixer == "mamba2":
             require(
