@@ -32,8 +32,9 @@ CHUNK_BYTES = 8 * 2**20  # read at once
 # and the two that tame a run whose loss spikes; not what it learns.
 RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
-    "profile", "codes", "data.dir", "data.workers", "inception", "export_dtype", "sample.images",
-    "sample.per_class", "sample.classes", *(f"sample.{name}" for name in SAMPLING_DEFAULTS),
+    "profile", "codes", "data.dir", "data.workers", "inception", "lpips", "init", "export_dtype",
+    "sample.images", "sample.per_class", "sample.classes",
+    *(f"sample.{name}" for name in SAMPLING_DEFAULTS),
     "optimizer.skip_limit", "optimizer.lr", "optimizer.clip_norm", "accumulate",
     *(f"model.{name}" for name in HOW_COMPUTED),
     "mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp",

@@ -13,6 +13,10 @@ from aim_jax.data import open_images
 
 LOOKED_AT = 64  # pictures
 SIDES = (16, 32, 64, 128, 256)
+WITHOUT_LPIPS = (
+    "without LPIPS, which would make it sharper: AIM_JAX_LPIPS=FILE, or --config.lpips=FILE "
+    "--config.loss.perceptual=1 (docs/tokenizer.md)"
+)
 
 
 class Survey(NamedTuple):
@@ -101,7 +105,7 @@ def vq_config(directory: str) -> ConfigDict:
     _tell(
         f"{_describe(found)}; a tokenizer f{f} with {found.codes} codes, {config.steps} steps of "
         f"{config.batch_size} pictures, "
-        + ("with LPIPS" if config.loss.perceptual else "without LPIPS (docs/tokenizer.md)")
+        + ("with LPIPS" if config.loss.perceptual else WITHOUT_LPIPS)
     )
     return config
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 
+from PIL import Image
+
 from aim_jax.page_actions import (
     COLUMNS,
     MOST_IMAGES,
+    MOST_PIXELS,
     Actions,
     class_names,
     most_rows,
@@ -13,8 +16,8 @@ from aim_jax.page_actions import (
 from aim_jax.pretrained import Pretrained
 
 QUEUE = 16  # requests that may wait
-# Nothing is read but uploads of this size; why one is refused is shown.
-LIMITS = {"max_file_size": "4mb", "allowed_paths": [], "show_error": True}
+MOST_BYTES = 4 * 2**20  # of a request, and so of an upload
+KEPT_SECONDS = 3600  # pictures that were shown or uploaded
 
 
 def build(models: Mapping[str, Pretrained]):
@@ -32,7 +35,8 @@ def build(models: Mapping[str, Pretrained]):
         raise ValueError(f"{', '.join(lacking)}: the page needs both an AiM and a tokenizer.")
     name, first = next(iter(models.items()))
     actions, build_tabs = Actions(models), (_sample_tab, _compare_tab, _complete_tab)
-    with gr.Blocks(title="aim_jax", analytics_enabled=False) as page:
+    cleaning = (KEPT_SECONDS // 6, KEPT_SECONDS)
+    with gr.Blocks(title="aim_jax", analytics_enabled=False, delete_cache=cleaning) as page:
         gr.Markdown("# AiM: images from a state-space model")
         chosen = gr.Dropdown([*models], value=name, label="model")
         follow: list = []  # (components, model -> their updates), for when the model changes
@@ -83,6 +87,8 @@ def _complete_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[t
             sketched = gr.Sketchpad(
                 label="or draw one", type="numpy", image_mode="RGB", elem_id="sketch"
             )
+            for component in (uploaded, sketched):
+                _read_no_addresses(component)
         with gr.Row():
             with gr.Column():
                 name = _class_choice(gr, model)
@@ -133,9 +139,37 @@ def _followers(gr, name, *settings: list) -> list[tuple]:
 
 
 def serve(models: Mapping[str, Pretrained], host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serves the page until it is interrupted. It reads no files but what is uploaded to it."""
-    page = build(models)
-    page.launch(server_name=host, server_port=port, **LIMITS)
+    """Serves the page until it is interrupted; see `launch`."""
+    launch(build(models), server_name=host, server_port=port)
+
+
+def launch(page, **options):
+    """`page.launch`, with its limits: it reads nothing but uploads, of `MOST_BYTES` at most.
+
+    Pillow refuses, in the whole process, to decode files of more than `MOST_PIXELS`.
+    """
+    from starlette.middleware import Middleware  # which comes with Gradio
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # it warns from here on, and refuses the double
+    # Gradio's limit is for its upload route alone, and pictures may also come inside of JSON.
+    whole = Middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BYTES + 2**16)
+    return page.launch(
+        max_file_size=MOST_BYTES, allowed_paths=[], show_error=True,
+        app_kwargs={"middleware": [whole]}, **options,
+    )  # fmt: skip
+
+
+def _read_no_addresses(component) -> None:
+    """A request may name an address instead of an upload, which Gradio would download."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def keep_uploads(path):
+        if str(path).lower().startswith(("http:", "https:")):
+            raise ValueError("Upload the picture; addresses are not read.")
+        return await keep(path)
+
+    component.async_move_resource_to_block_cache = keep_uploads
 
 
 def _import_gradio():

@@ -101,7 +101,10 @@ class Pretrained:
                 "that its codes mean something else. Train its decoder with config.init and "
                 "config.decoder_only=True."
             )
-        return dataclasses.replace(self, vq_config=other.vq_config, vq_params=other.vq_params)
+        info = self.info | {k: other.info[k] for k in ("data", "vq_steps") if k in other.info}
+        return dataclasses.replace(
+            self, vq_config=other.vq_config, vq_params=other.vq_params, info=info
+        )
 
     def with_compute_dtype(self, dtype: str) -> "Pretrained":
         """The same model, both parts, computing in "float32" or "bfloat16"."""

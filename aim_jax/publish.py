@@ -35,11 +35,11 @@ def publish(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another directory.")
-    if repository:
-        prepare(repository)  # before any work
     model = load_pretrained(find_model(checkpoint), as_stored=True)
     if tokenizer:
         model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
+    if repository:
+        prepare(repository)  # makes it, so only once there is a model
     model = dataclasses.replace(model, name=str(checkpoint))
     card = model_card(model, report, repository)
     save_model(out, model, None, {"README.md": lambda file: file.write_text(card)})

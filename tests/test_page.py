@@ -1,24 +1,30 @@
-"""The page in a real browser: it draws, completes an upload, refuses what is no picture."""
+"""The page over HTTP, and in a real browser: it draws, completes an upload, refuses the rest.
 
+  pip install -e '.[dev,page]' && python -m pytest tests/test_page.py
+
+with Chromium or Chrome on the PATH, or without one for what needs no browser.
+"""
+
+import base64
 import dataclasses
+import io
+import json
 import shutil
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[page]'")
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="a browser is driven by playwright: pip install playwright"
-)
 
 from aim_jax.config import vq_defaults  # noqa: E402
-from aim_jax.page import LIMITS, build  # noqa: E402
+from aim_jax.page import MOST_BYTES, build, launch  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome on the PATH")
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +35,90 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def browser_page(model):
+def address(model):
     sampling = model.sampling | {"cfg_scale": 5.0, "top_k": 12}
     app = build({"tiny": model, "other": dataclasses.replace(model, sampling=sampling)})
-    _, address, _ = app.launch(
-        server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True, **LIMITS
-    )  # fmt: skip
-    with playwright.sync_playwright() as driver:
+    quietly = {"prevent_thread_lock": True, "quiet": True}
+    _, address, _ = launch(app, server_name="127.0.0.1", server_port=None, **quietly)
+    yield address
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def browser_page(address):
+    driving = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not BROWSER:
+        pytest.skip("needs Chromium or Chrome on the PATH")
+    with driving.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(120_000)
         page.goto(address)
         yield page
         browser.close()
-    app.close()
+
+
+def ask(address, path, data=None, kind="application/json"):
+    """Status and text of an answer; 0 where the connection was cut off."""
+    headers = {"Content-Type": kind} if data else {}
+    request = urllib.request.Request(f"{address}gradio_api/{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except OSError:
+        return 0, ""
+
+
+def complete(address, model, picture: dict):
+    """What the page answers to a request to complete a picture."""
+    settings = [model.sampling[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")]
+    given = [
+        "tiny",
+        model.class_names[0],
+        {"meta": {"_type": "gradio.FileData"}, **picture},
+        None,
+        1,
+        1,
+        0,
+    ]
+    status, text = ask(address, "call/complete", json.dumps({"data": given + settings}).encode())
+    if status != 200:
+        return status, text
+    return ask(address, f"call/complete/{json.loads(text)['event_id']}")
+
+
+def as_address(picture: Image.Image, **options) -> str:
+    """A picture inside of a request."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_nothing_is_read_but_small_uploads(address, model, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    noise = Image.fromarray(noise)
+    small = complete(address, model, {"path": None, "url": as_address(noise.resize((30, 40)))})
+    assert "event: complete" in small[1], small
+
+    noise.save(tmp_path / "private.png")
+    for path in ("/etc/passwd", tmp_path / "private.png"):
+        assert ask(address, f"file={path}")[0] in (403, 404)
+        _, text = complete(address, model, {"path": str(path)})
+        assert "event: error" in text and "event: complete" not in text
+    _, text = complete(address, model, {"path": f"{address}favicon.ico"})
+    assert "event: error" in text and "addresses are not read" in text
+
+    large = as_address(noise)
+    assert len(large) > MOST_BYTES
+    assert complete(address, model, {"path": None, "url": large})[0] in (0, 413)
+    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+    body += bytes(2 * MOST_BYTES) + b"\r\n--x--\r\n"
+    assert ask(address, "upload", body, "multipart/form-data; boundary=x")[0] in (0, 413)
+    bomb = as_address(Image.new("1", (5000, 5000)), optimize=True)
+    assert len(bomb) < MOST_BYTES
+    assert "event: error" in complete(address, model, {"path": None, "url": bomb})[1]
 
 
 def shown(page, element: str) -> bool:
@@ -104,7 +180,8 @@ def test_settings_follow_the_model(browser_page):
     assert [setting(name).input_value() for name in ("cfg_scale", "top_k")] == ["2", "0"]
     page.get_by_label("model").click()
     page.get_by_role("option", name="other").click()
-    playwright.expect(setting("top_k")).to_have_value("12")
-    playwright.expect(setting("cfg_scale")).to_have_value("5")
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(setting("top_k")).to_have_value("12")
+    expect(setting("cfg_scale")).to_have_value("5")
     page.locator("#draw").click()
     assert shown(page, "drawn")

