@@ -56,7 +56,9 @@ class RunCheckpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._lister: threading.Thread | None = None
         self._closed = threading.Event()
@@ -100,22 +102,33 @@ class RunCheckpoints:
         in the workdir.
 
         Args:
-          state: of the same shapes; the result takes its shardings.
+          state: of the same shapes; the result takes its shardings. Where there is a checkpoint its
+            arrays are freed, so that there is room for those that are read.
 
         Raises:
           ValueError: there are checkpoints, but none is whole.
         """
         damaged = {}
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         for step in sorted(self._manager.all_steps(), reverse=True):
             if problem := self._problem(step):
                 damaged[step] = problem
                 self._set_aside(step, problem)
                 continue
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            jax.tree.map(lambda x: x.delete(), state)
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             )
-            restored = self._manager.restore(step, args=args)
+            try:
+                restored = self._manager.restore(step, args=args)
+            except Exception as error:  # of TensorStore, of many kinds
+                # With a list its files are known to be whole. Of several processes the others wait.
+                if (self.directory / str(step) / self.FILES).exists() or jax.process_count() > 1:
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                damaged[step] = f"step {step}: unreadable: {reason}"
+                self._set_aside(step, damaged[step])
+                continue
             iterator.set_state(restored["data"])
             say(f"resumed from step {step} in {self.directory.parent}")
             return step, restored["state"]

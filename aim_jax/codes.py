@@ -21,6 +21,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel, encoder_params
+from aim_jax.optim import joined, micro_batches
 from aim_jax.pretrained import Pretrained, load_pretrained
 from aim_jax.sharding import batch_sharding, make_mesh
 
@@ -152,11 +153,14 @@ class EncodedImages:
         self.num_tokens = (data.image_size // vq.downsampling) ** 2
         self.vocab_size = vq.n_embed
         self.train_size, self.validation_size = len(self._train), len(self._validation)
-        self._encode = jax.jit(
-            lambda params, images: VQModel(vq).apply(
-                {"params": params}, images, method="encode_to_tokens"
-            )
-        )
+
+        def encode(params, images):
+            def one(part):
+                return VQModel(vq).apply({"params": params}, part, method="encode_to_tokens")
+
+            return joined(jax.lax.map(one, micro_batches(images, config.accumulate)))
+
+        self._encode = jax.jit(encode)
         self._params = tokenizer.vq_params
 
     def encode(self, batch: dict, after=None) -> dict:

@@ -127,7 +127,7 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
     peak = hardware.peak_flops(mesh.devices.flat)
     mfu = stage.flops and peak and config.batch_size * stage.flops / peak
     log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
-    stop, metrics = StopSignal(), None
+    stop, metrics = StopSignal(step), None
 
     def due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == config.steps)
@@ -144,13 +144,13 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
             if step == 1 or due(config.log_every):
                 log.report(step)
             with log.pause():
+                if due(config.save_every):
+                    log.check()
+                    checkpoints.save(step, state, stage.batches)
                 if due(config.eval_every):
                     scalars = stage.evaluate(state)
                     writer.write(step, scalars)
                     say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in scalars.items()))
-                if due(config.save_every):
-                    log.check()
-                    checkpoints.save(step, state, stage.batches)
                 if due(config.export_every) and step < config.steps:
                     stage.export(state)
                 if due(config.sample_every):

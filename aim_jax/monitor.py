@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from aim_jax.atomic import replacing
+from aim_jax.distributed import wait_for_all
 
 AHEAD = 2  # steps that the host may give to the device before the first of them is done
 
@@ -240,12 +241,20 @@ class StopSignal:
 
     Several processes have to stop after the same step, whichever of them got the signal: JAX's
     preemption service takes SIGTERM there, and lets them agree.
+
+    Args:
+      step: from which the run goes on.
     """
 
-    def __init__(self):
+    def __init__(self, step: int = 0):
         self.received: str | None = None
         caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._previous = {s: signal.signal(s, self._receive) for s in caught}
+        # They agree on the step after the last that any of them has asked for: on 1 if the signal
+        # came before the first was asked for, which a run that goes on would never come to.
+        if step > 1:
+            wait_for_all("the first step")
+            self.reached(1)
 
     def _receive(self, number, frame):
         del frame

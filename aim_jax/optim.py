@@ -1,5 +1,6 @@
 """Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA, a guard."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -171,16 +172,33 @@ def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
         grads, (metrics, outputs) = grad_fn(params, part, key)
         return jax.tree.map(jnp.add, total, (grads, metrics)), outputs
 
-    # Every part takes examples of all devices: part i is examples i, i + parts, ...
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = micro_batches(batch, parts)
     keys = jax.random.split(rng, parts)
     first = jax.tree.map(lambda x: x[0], split)
     shapes, (metrics, _) = jax.eval_shape(grad_fn, params, first, rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, metrics))
     total, outputs = jax.lax.scan(micro, zeros, (split, keys))
     grads, metrics = jax.tree.map(lambda x: x / parts, total)
-    joined = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
-    return grads, metrics, joined
+    return grads, metrics, joined(outputs)
+
+
+def micro_batches(batch, parts: int):
+    """Arrays (b, ...) -> (parts, b / parts, ...), each part with examples of all devices.
+
+    Part i is examples i, i + parts, ...
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def joined(outputs):
+    """What was computed for `micro_batches` -> arrays (b, ...) in the order of the batch."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+
+
+def summed(sums: Callable, batch, parts: int):
+    """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
+    found = jax.lax.map(sums, micro_batches(batch, parts))
+    return jax.tree.map(lambda x: x.sum(axis=0), found)
 
 
 def update_ema(ema, params, decay: float, step: jax.Array):

@@ -20,7 +20,7 @@ from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.monitor import say
-from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
+from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer, summed
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.sharding import (
@@ -79,11 +79,15 @@ def train_step(
     return state, metrics | report
 
 
-def eval_step(params, batch: dict, *, config: AiMConfig) -> dict:
+def eval_step(params, batch: dict, *, config: AiMConfig, accumulate: int = 1) -> dict:
     """Sums over the real examples of a padded batch: nats per token, and their count."""
-    codes, labels, weights = batch["codes"], batch["labels"], batch["weights"]
-    nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
-    return {"val_loss": jnp.sum(nats.mean(axis=-1) * weights), "count": jnp.sum(weights)}
+
+    def sums(part):
+        codes, labels, weights = part["codes"], part["labels"], part["weights"]
+        nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
+        return {"val_loss": jnp.sum(nats.mean(axis=-1) * weights), "count": jnp.sum(weights)}
+
+    return summed(sums, batch, accumulate)
 
 
 class Setup:
@@ -122,8 +126,11 @@ class Setup:
             self.mesh, self.rules, donate_argnums=0, out_shardings=(self._shardings, None),
         )  # fmt: skip
         self.eval_step = sharded_jit(
-            lambda params, batch: eval_step(params, batch, config=self.model), self.mesh, self.rules
-        )
+            lambda params, batch: eval_step(
+                params, batch, config=self.model, accumulate=config.accumulate
+            ),
+            self.mesh, self.rules,
+        )  # fmt: skip
 
     def abstract_arguments(self) -> tuple[TrainState, dict]:
         """Shapes, dtypes and shardings of what `train_step` takes."""

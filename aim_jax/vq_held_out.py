@@ -17,16 +17,23 @@ from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.lpips import lpips
 from aim_jax.models.vq import VQConfig, VQModel
 from aim_jax.monitor import Progress
+from aim_jax.optim import joined, micro_batches, summed
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
 from aim_jax.sharding import batch_share, local_rows, shard_batch, to_host
 
 
-def eval_step(params, batch: dict, lpips_params: dict | None, *, config: VQConfig) -> dict:
+def eval_step(
+    params, batch: dict, lpips_params: dict | None, *, config: VQConfig, accumulate: int = 1
+) -> dict:
     """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
 
     PSNR is that of the 8-bit pictures, in dB, per picture; LPIPS only with its weights.
     """
+    return summed(lambda part: _sums(params, part, lpips_params, config), batch, accumulate)
+
+
+def _sums(params, batch: dict, lpips_params: dict | None, config: VQConfig) -> dict:
     recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
     weights = batch["weights"]
     l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
@@ -66,8 +73,15 @@ class HeldOut:
         self._batches, self._count, self._mesh = batches, count, mesh
         self._lpips, self._extract, self._parts = lpips_params, extract, batch_share(mesh)[1]
         self._size = config.batch_size // self._parts
-        self._sums = jax.jit(functools.partial(eval_step, config=model))
-        self._decoded = jax.jit(lambda p, x: to_uint8(VQModel(model).apply({"params": p}, x)[0]))
+        accumulate = config.accumulate
+        self._sums = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
+
+        def decode(params, images, parts):
+            one = lambda part: to_uint8(VQModel(model).apply({"params": params}, part)[0])  # noqa: E731
+            return joined(jax.lax.map(one, micro_batches(images, parts)))
+
+        self._decode = jax.jit(decode, static_argnums=2)
+        self._accumulate = accumulate
         # The first part in all processes: a program over all devices takes the same from each.
         self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
         self._real: Gaussian | None = None
@@ -88,7 +102,7 @@ class HeldOut:
     def draw(self, params, path: Path) -> None:
         """Writes pairs of pictures and reconstructions."""
         shown = self._shown
-        decoded = to_host(self._decoded(params, shown))
+        decoded = to_host(self._decode(params, shown, 1))
         if jax.process_index() == 0:
             pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
             save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
@@ -96,7 +110,7 @@ class HeldOut:
     def _reconstructions(self, params):
         for batch in self._batches():
             images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
-            yield local_rows(self._decoded(params, images))[: len(batch["labels"])]
+            yield local_rows(self._decode(params, images, self._accumulate))[: len(batch["labels"])]
 
     def _gaussian(self, pictures) -> Gaussian:
         moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")

@@ -1,14 +1,17 @@
 """A process of two that ends in a way of its own: what `test_distributed` starts."""
 
+import os
+import signal
 import sys
 import time
 
 from absl import app, flags
 
 from aim_jax import distributed
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import EXIT_STOPPED, errors_in_one_line
+from aim_jax.monitor import StopSignal
 
-flags.DEFINE_enum("end", None, ["error", "late"], "How.")
+flags.DEFINE_enum("end", None, ["error", "late", "signal"], "How.")
 distributed.define_flags()
 
 
@@ -23,6 +26,11 @@ def main(_):
             if not first:
                 raise FileNotFoundError("not on this host")
             distributed.wait_for_all("a step that the other one never takes")
+        if flags.FLAGS.end == "signal":
+            if not first:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # until all know of it
+            sys.exit(EXIT_STOPPED if StopSignal(3000).reached(3000) else 3)
         if first:
             time.sleep(3 * flags.FLAGS.heartbeat_seconds)  # writes something large
         distributed.wait_for_all("the end")

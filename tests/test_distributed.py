@@ -178,6 +178,11 @@ def test_the_last_work_of_process_0_is_waited_for():
     run(command, 2)
 
 
+def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_heard():
+    exits, output = finish(start(["-m", "tests.ends", "--end", "signal"], 2), 90)
+    assert exits == [EXIT_STOPPED] * 2, output
+
+
 def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):
     """SIGTERM to one makes all save the same step; when one is gone the others end soon."""
 

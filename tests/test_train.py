@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 from aim_jax import convert, loop, optim, train, train_vq
+from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.codes import local_encoder, open_codes, tokenizer_fingerprint
 from aim_jax.config import aim_defaults, image_spec, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
@@ -106,8 +107,20 @@ def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 5, die)
         train.train(aim_config, tmp_path / "b")
-    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["3"]
+    saves = tmp_path / "b" / "checkpoints"
+    assert sorted(p.name for p in saves.iterdir()) == ["3"]
+    (saves / "5.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # a save that was cut short
+    fresh = []
+    restore = RunCheckpoints.restore_newest
+
+    def noted(checkpoints, state, iterator):
+        fresh.append(state)
+        return restore(checkpoints, state, iterator)
+
+    monkeypatch.setattr(RunCheckpoints, "restore_newest", noted)
     again = train.train(aim_config, tmp_path / "b")
+    assert sorted(p.name for p in saves.iterdir()) == ["3", "6"]
+    assert all(x.is_deleted() for x in jax.tree.leaves(fresh))  # not twice in memory
     assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
     assert load_pretrained(tmp_path / "b").aim_config == TINY_AIM
 
@@ -136,6 +149,11 @@ def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
+def cut_before_it_was_listed(file):
+    cut(file)
+    next(path for path in file.parents if path.name == "6").joinpath("files.json").unlink()
+
+
 def largest(checkpoint):
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)
@@ -146,10 +164,11 @@ def largest(checkpoint):
     [
         (spoil_bit, largest, "damaged: state/"),
         (cut, largest, "damaged: state/"),
+        (cut_before_it_was_listed, largest, "unreadable: "),
         (os.remove, largest, "missing: state/"),
         (cut, lambda checkpoint: checkpoint / "files.json", "damaged: files.json"),
     ],
-    ids=["bit", "cut", "removed", "list"],
+    ids=["bit", "cut", "unlisted", "removed", "list"],
 )
 def test_damaged_checkpoint_falls_back_to_the_one_before(
     aim_config, finished_run, tmp_path, capsys, damage, choose, said
