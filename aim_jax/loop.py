@@ -57,7 +57,8 @@ class TrainState:
         """The state with other parameters, given as host arrays, and with the averages of those."""
 
         def place(old, new):
-            return jax.device_put(np.asarray(new, old.dtype), old.sharding)
+            new = np.asarray(new, old.dtype)  # of which every process has the whole
+            return jax.make_array_from_callback(old.shape, old.sharding, lambda at: new[at])
 
         placed = jax.tree.map(place, self.params, params)
         ema = None if self.ema is None else jax.tree.map(place, self.ema, params)

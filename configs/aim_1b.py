@@ -5,7 +5,8 @@ decay, bfloat16. Modelled time (docs/training.md): 224 hours on a v5e-16 (3578 c
 
 python launch/train.py --config configs/aim_1b.py --workdir runs/aim_1b --config.accumulate=16
 
-accumulate=16 is what fits there; launch/compile.py --search finds it for other machines.
+accumulate=16 fits there, and is what that time is modelled with; launch/compile.py
+--search finds one that fits other machines.
 """
 
 from aim_jax.config import imagenet_recipe

@@ -4,7 +4,9 @@ no_position  without position embeddings    adaln_layer   adaLN on every layer (
 adaln_single one map for all layers         groups_2, groups_4, groups_8   adaLN-Group; 4 is AiM-L
 mamba1       Mamba-1 mixers, state of 16    ema           averaged parameters, decay 0.9999
 
-The paper's FID with guidance: 3.41 without positions, 3.34 with them, 2.83 with adaLN-Group.
+The paper's FID with guidance (tables 3 and 4): adaLN-single 2.95, adaLN 2.89, adaLN-Group 2.83. Its
+3.41 and 3.34, without and with positions, are of models without adaLN, which are not here:
+no_position has adaLN-Group and no published figure.
 
 python launch/train.py --config configs/aim_ablation.py:groups_8 --workdir runs/groups_8
 """

@@ -5,7 +5,8 @@ decay, bfloat16. Modelled time (docs/training.md): 22 hours on a v5e-16 (352 chi
 
 python launch/train.py --config configs/aim_b.py --workdir runs/aim_b --config.accumulate=4
 
-accumulate=4 is what fits there; launch/compile.py --search finds it for other machines.
+accumulate=4 fits there, and is what that time is modelled with; launch/compile.py
+--search finds one that fits other machines.
 """
 
 from aim_jax.config import imagenet_recipe

@@ -5,7 +5,8 @@ decay, bfloat16. Modelled time (docs/training.md): 44 hours on a v5e-16 (707 chi
 
 python launch/train.py --config configs/aim_l.py --workdir runs/aim_l --config.accumulate=8
 
-accumulate=8 is what fits there; launch/compile.py --search finds it for other machines.
+accumulate=8 fits there, and is what that time is modelled with; launch/compile.py
+--search finds one that fits other machines.
 """
 
 from aim_jax.config import imagenet_recipe

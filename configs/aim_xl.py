@@ -6,7 +6,8 @@ hours).
 
 python launch/train.py --config configs/aim_xl.py --workdir runs/aim_xl --config.accumulate=16
 
-accumulate=16 is what fits there; launch/compile.py --search finds it for other machines.
+accumulate=16 fits there, and is what that time is modelled with; launch/compile.py
+--search finds one that fits other machines.
 """
 
 from aim_jax.config import imagenet_recipe

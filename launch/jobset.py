@@ -78,15 +78,18 @@ def jobset(args) -> dict:
     for option, least in (("slices", 1), ("nodes", 1), ("max_restarts", 0)):
         if getattr(args, option) < least:
             raise ValueError(f"--{option} {getattr(args, option)}: at least {least}.")
+    trains = PurePosixPath(args.program).name.startswith("train")
+    results = "--workdir" if trains else "--out"
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--config")
-    options.add_argument("--workdir")
+    options.add_argument(results, dest="results")
     given, _ = options.parse_known_args(args.training)
-    if not given.config or not given.workdir:
-        raise ValueError("the training needs --config FILE and --workdir DIR after `--`.")
-    if not PurePosixPath(given.workdir).is_relative_to(args.mount):
+    if (trains and not given.config) or not given.results:
+        needed = "--config FILE and --workdir DIR" if trains else "--out DIR"
+        raise ValueError(f"{args.program} needs {needed} after `--`.")
+    if not PurePosixPath(given.results).is_relative_to(args.mount):
         raise ValueError(
-            f"--workdir {given.workdir} is not on the volume that the pods share; put it below "
+            f"{results} {given.results} is not on the volume that the pods share; put it below "
             f"{args.mount}, or mount the volume elsewhere with --mount."
         )
     selector = dict(label.partition("=")[::2] for label in args.node_selector)
@@ -115,7 +118,7 @@ def jobset(args) -> dict:
         selector["cloud.google.com/gke-tpu-topology"] = topology
         # A node pool is a slice; two halves of a job must not share one.
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
-        if args.slices > 1:
+        if trains and args.slices > 1:
             training.append(f"--config.mesh.slices={args.slices}")
 
     pod = {

@@ -24,7 +24,7 @@ Example:
 
 Usage: sbatch [OPTIONS OF SBATCH] launch/slurm.sh [OPTIONS] -- OPTIONS OF THE TRAINING
 
-  --program FILE      what runs (launch/train.py)
+  --program FILE      what runs (launch/train.py); launch/extract_codes.py takes its own options
   --python FILE       its interpreter, on storage that the nodes share (.venv/bin/python)
   --max_restarts N    how often the job may be requeued (20)
   --dry_run           print the commands and run nothing; without Slurm:
@@ -55,7 +55,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
   esac
 done
 [[ ${1-} == -- ]] && shift
-[[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
+[[ $program != launch/train*.py || " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
   fail "the training needs --config FILE and --workdir DIR after '--'; see bash launch/slurm.sh --help"
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts takes a whole number, not '$max_restarts'."
 [[ ${SLURM_GPUS_ON_NODE-} =~ ^[1-9][0-9]*$ ]] ||

@@ -30,7 +30,7 @@ Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
                             --create_flag=--network=NAME; repeatable
   --nfs HOST:/SHARE         mounted at /mnt/aim on all hosts, for data and workdir
   --ref REF                 commit that is copied (HEAD)
-  --program FILE            what runs (launch/train.py)
+  --program FILE            what runs (launch/train.py); launch/extract_codes.py has its own options
   --wait_minutes N          how long to wait for the TPUs (240)
   --max_restarts N          how often `all` may start again (20)
   --poll_seconds N          between two looks at the state (30)
@@ -206,10 +206,12 @@ case $command in
 esac
 case $command in
   train | all)
-    [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
-      fail "the training needs --config FILE and --workdir DIR after '--'; $help"
-    # Data parallel over the slices, whose network is slow; the rest inside a slice.
-    ((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
+    if [[ $program == launch/train*.py ]]; then
+      [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
+        fail "the training needs --config FILE and --workdir DIR after '--'; $help"
+      # Data parallel over the slices, whose network is slow; the rest inside a slice.
+      ((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
+    fi
     ;;
   *) [[ $# -eq 0 ]] || fail "'$command' takes no options of the training; $help" ;;
 esac

@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 TRAINING = ["--config", "configs/aim_xl.py", "--workdir", "/mnt/aim/two words", "--config.x=it's"]
+ENCODING = ["--program", "launch/extract_codes.py"]
+CODES = ["--", "--tokenizer", "models/aim_l", "--out"]
 TPU = ["--name", "a", "--zone", "z", "--accelerator_type", "v5litepod-64"]
 
 
@@ -54,6 +56,20 @@ def test_scripts_are_clean():
 def test_help_has_an_example(script):
     shown = bash(script, "--help")
     assert shown.returncode == 0 and f"launch/{script}" in shown.stdout.split("Example:")[1]
+
+
+def test_launchers_run_other_programs_with_their_own_options():
+    out = bash("slurm.sh", "--dry_run", *ENCODING, *CODES, "codes", SLURM_GPUS_ON_NODE="4")
+    assert out.returncode == 0
+    assert "launch/extract_codes.py --tokenizer models/aim_l --out codes" in out.stdout
+    out = bash(
+        "tpu_pod.sh", "train", *TPU, "--slices", "2", "--dry_run", *ENCODING, *CODES, "codes"
+    )
+    assert out.returncode == 0 and "extract_codes.py" in out.stdout and "mesh" not in out.stdout
+    manifest = jobset.parse(
+        [*SET, "--accelerator", "v5e-64", "--slices", "2", *ENCODING, *CODES, "/data/codes"]
+    )
+    assert "extract_codes.py" in json.dumps(manifest) and "mesh" not in json.dumps(manifest)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +481,7 @@ def test_sizes_of_tpu_slices():
         ([*SET, "--accelerator", "gpu-8", "--mount", "/other", *IN_POD], "is not on the volume"),
         ([*SET, "--accelerator", "gpu-8", "--node_selector", "a", *IN_POD], "LABEL=VALUE"),
         ([*SET, "--accelerator", "gpu-8"], "needs --config FILE and --workdir DIR"),
+        ([*SET, "--accelerator", "gpu-8", *ENCODING, *CODES, "/codes"], "--out /codes is not on"),
         (["--name", "Aim", *SET[2:], "--accelerator", "gpu-8", *IN_POD], "--name 'Aim'"),
     ],
 )
