@@ -6,6 +6,7 @@ b images; r = 2 b rows, conditional ones first, then those of the null class.
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,7 +45,9 @@ def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def export_sampler(model: Pretrained, dtype: str = "float32", platforms=PLATFORMS):
+def export_sampler(
+    model: Pretrained, dtype: str = "float32", platforms: Sequence[str] = PLATFORMS
+) -> jax.export.Exported:
     """The whole of `aim_jax.generate`, for any number of images.
 
     Returns:
@@ -72,8 +75,8 @@ def export_sampler(model: Pretrained, dtype: str = "float32", platforms=PLATFORM
 
 
 def export_decode_step(
-    model: Pretrained, rows: int, dtype: str = "float32", platforms=PLATFORMS
-) -> dict:
+    model: Pretrained, rows: int, dtype: str = "float32", platforms: Sequence[str] = PLATFORMS
+) -> dict[str, jax.export.Exported]:
     """The parts of the token loop, for programs with a loop of their own.
 
     Returns:
@@ -130,7 +133,7 @@ STEP = {
 }
 
 
-def describe(name: str, exported) -> dict:
+def describe(name: str, exported: jax.export.Exported) -> dict:
     """Arguments and results of a program of `STEP`: names, shapes and dtypes, in its order.
 
     Arguments that the StableHLO leaves out, because nothing depends on them, are not listed.

@@ -6,7 +6,7 @@ b images, t tokens per image, v vocabulary.
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -260,9 +260,10 @@ def decode_images(params: dict, tokens: jax.Array, *, config: VQConfig) -> jax.A
     return to_uint8(VQModel(config).apply({"params": params}, tokens, method="decode_tokens"))
 
 
-def unfinished(model, tokens: jax.Array) -> Samples:
+def unfinished(model: Pretrained, tokens: jax.Array) -> Samples:
     """Images of which only the first codes (b, n) are there; what they do not cover is grey."""
     n, config = tokens.shape[1], model.vq_config
+    assert model.aim_config is not None and config is not None
     total = model.aim_config.num_tokens
     padded = jnp.pad(tokens, ((0, 0), (0, total - n)))
     images = decode_images(model.vq_params, padded, config=config)
@@ -338,7 +339,7 @@ def check_prefix(prefix: np.ndarray, count: int, config: AiMConfig) -> jax.Array
     return jnp.asarray(prefix, jnp.int32)
 
 
-def encode_rows(model, images: np.ndarray, rows: int) -> np.ndarray:
+def encode_rows(model: Pretrained, images: np.ndarray, rows: int) -> np.ndarray:
     """Codes of the upper part of pictures, for `generate(prefix=...)`.
 
     The encoder sees the whole picture, so the codes know a little of what lies below them.
@@ -351,8 +352,10 @@ def encode_rows(model, images: np.ndarray, rows: int) -> np.ndarray:
       int32 (b, rows * width in codes).
 
     Raises:
-      ValueError: the number of rows leaves nothing to complete.
+      ValueError: the number of rows leaves nothing to complete, or there is no tokenizer.
     """
+    if model.vq_config is None or model.vq_params is None:
+        raise ValueError(f"{model.name} holds no tokenizer.")
     height, width = (size // model.vq_config.downsampling for size in images.shape[1:3])
     if not 0 < rows < height:
         raise ValueError(f"rows={rows}: expected 1 to {height - 1} of {height} rows of codes.")
@@ -362,14 +365,14 @@ def encode_rows(model, images: np.ndarray, rows: int) -> np.ndarray:
 
 
 def generate(
-    model,
-    labels,
+    model: Pretrained,
+    labels: ArrayLike | Sequence[int] | Sequence[str],
     seed: int = 0,
     *,
-    cfg_scale=None,
-    temperature=None,
-    top_k=None,
-    top_p=None,
+    cfg_scale: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    top_k: ArrayLike | None = None,
+    top_p: ArrayLike | None = None,
     cfg_schedule: str = "constant",
     cfg_interval: tuple[float, float] = (0.0, 1.0),
     prefix: np.ndarray | None = None,

@@ -4,6 +4,7 @@ b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g S
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ class Mamba2(nn.Module):
         B, C = B.reshape(b, l, g, n), C.reshape(b, l, g, n)
         dual = isinstance(start.ssm_state, ops.DualCache)
         if cache is not None and l == 1:
-            step = ops.ssd_dual_step if dual else ops.ssd_step
+            step: Callable = ops.ssd_dual_step if dual else ops.ssd_step
             y, ssm_state = step(
                 cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, dt_bias=dt_bias
             )
@@ -99,7 +100,7 @@ class Mamba2(nn.Module):
                 xs, dt, A, B, C, D=D, dt_bias=dt_bias,
                 initial_state=None if dual else start.ssm_state,
             )  # fmt: skip
-            if dual:
+            if isinstance(start.ssm_state, ops.DualCache):
                 ssm_state = ops.ssd_dual_extend(start.ssm_state, xs, dt, A, B, dt_bias=dt_bias)
         y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
         y = Dense(d, ("inner", "embed"), dtype, cfg.residual_scale, name="out_proj")(y)

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 from aim_jax.ops.reference import bind_axes, compute_dtype
 
 
-def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"):
+def causal_conv1d(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    initial_state: jax.Array | None = None,
+    activation: str | None = "silu",
+) -> tuple[jax.Array, jax.Array]:
     """Convolves every channel with its own causal filter, carrying the last inputs along.
 
         y_t = act(bias + sum_k weight_k x_{t - (w - 1) + k}),   k = 0 .. w - 1
@@ -43,7 +50,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"
     kept = jnp.promote_types(x.dtype, initial_state.dtype)
     inputs = jnp.concatenate([initial_state.astype(kept), x.astype(kept)], axis=1)
     weight = weight.astype(dtype)
-    y = sum(weight[k] * inputs[:, k : k + l].astype(dtype) for k in range(w))
+    taps = [weight[k] * inputs[:, k : k + l].astype(dtype) for k in range(w)]
+    y = sum(taps[1:], taps[0])
     if bias is not None:
         y = y + bias.astype(dtype)
     if activation == "silu":
@@ -51,7 +59,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, activation="silu"
     return y.astype(x.dtype), inputs[:, l:].astype(dtype)
 
 
-def conv_ring(window, position):
+def conv_ring(window: jax.Array, position: jax.typing.ArrayLike) -> jax.Array:
     """The ring of inputs that fused steps keep, at `position`, from the inputs before it.
 
     A window shifts at every position; in a ring each input stays where it is.

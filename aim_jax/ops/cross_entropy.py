@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from aim_jax.ops.reference import split_length
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[labels], by reductions over the vocabulary alone.
 
     A label's logit is summed out of a masked row instead of looked up, so that where the vocabulary
@@ -25,7 +25,9 @@ def cross_entropy(logits, labels):
     return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - label_logit
 
 
-def linear_cross_entropy(x, table, labels, chunk_size=0):
+def linear_cross_entropy(
+    x: jax.Array, table: jax.Array, labels: jax.Array, chunk_size: int = 0
+) -> jax.Array:
     """`cross_entropy` of logits x table^T, of which a part is in memory at a time.
 
     The logits of a chunk are computed again for its gradient, which is one product of four more.

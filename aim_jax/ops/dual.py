@@ -26,7 +26,9 @@ class DualCache(NamedTuple):
     position: jax.Array
 
 
-def init_dual_cache(b, tokens, h, p, g, n, dtype=jnp.float32) -> DualCache:
+def init_dual_cache(
+    b: int, tokens: int, h: int, p: int, g: int, n: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> DualCache:
     """The empty cache of b sequences with room for `tokens` positions."""
     return DualCache(
         inputs=jnp.zeros((b, tokens, h, p), dtype),
@@ -48,7 +50,16 @@ def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
     )
 
 
-def ssd_dual_extend(cache, x, dt, A, B, *, dt_bias=None, dt_softplus=True) -> DualCache:
+def ssd_dual_extend(
+    cache: DualCache,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    *,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+) -> DualCache:
     """Appends l positions to the cache.
 
     Args:
@@ -93,7 +104,17 @@ def ssd_dual_extend(cache, x, dt, A, B, *, dt_bias=None, dt_softplus=True) -> Du
 
 
 def ssd_dual_step(
-    cache, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True
+    cache: DualCache,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
 ) -> tuple[jax.Array, DualCache]:
     """Advances the recurrence of `ssd_scan` by one position, from a cache of its inputs.
 

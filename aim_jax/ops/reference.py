@@ -142,8 +142,18 @@ def compose(first, then):
 
 
 def recurrence(
-    x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True, initial_state=None
-):
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+    initial_state: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Runs the selective state-space recurrence one position at a time.
 
         dt_t = softplus(dt_t + dt_bias)

@@ -57,19 +57,19 @@ def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
 
 
 def selective_scan(
-    x,
-    dt,
-    A,
-    B,
-    C,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
     *,
-    D=None,
-    z=None,
-    dt_bias=None,
-    dt_softplus=True,
-    initial_state=None,
-    chunk_size=64,
-):
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+    initial_state: jax.Array | None = None,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
     """Runs the Mamba-1 recurrence in parallel within chunks and sequentially across them.
 
         dt_t = softplus(dt_t + dt_bias)
@@ -127,7 +127,19 @@ def selective_scan(
     return skip_and_gate(y, x, D, z), state
 
 
-def selective_scan_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True):
+def selective_scan_step(
+    state: jax.Array,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """Advances the Mamba-1 recurrence of `selective_scan` by one position.
 
     Args:

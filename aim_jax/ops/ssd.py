@@ -16,19 +16,19 @@ from aim_jax.ops.reference import (
 
 
 def ssd_scan(
-    x,
-    dt,
-    A,
-    B,
-    C,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
     *,
-    D=None,
-    z=None,
-    dt_bias=None,
-    dt_softplus=True,
-    initial_state=None,
-    chunk_size=64,
-):
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+    initial_state: jax.Array | None = None,
+    chunk_size: int = 64,
+) -> tuple[jax.Array, jax.Array]:
     """Runs the Mamba-2 recurrence as matrix products within chunks and a scan between them.
 
         dt_t = softplus(dt_t + dt_bias)
@@ -120,7 +120,19 @@ def ssd_scan(
     return skip_and_gate(y, x, D, z), states[:, -1].reshape(b, h, p, n)
 
 
-def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=True):
+def ssd_step(
+    state: jax.Array,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """Advances the Mamba-2 recurrence of `ssd_scan` by one position.
 
     Args:
