@@ -20,7 +20,7 @@ from aim_jax.monitor import Progress
 from aim_jax.optim import joined, micro_batches, summed
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
-from aim_jax.sharding import batch_share, local_rows, shard_batch, to_host
+from aim_jax.sharding import batch_sharding, batch_share, local_rows, shard_batch, to_host
 
 
 def eval_step(
@@ -76,12 +76,15 @@ class HeldOut:
         accumulate = config.accumulate
         self._sums = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
 
-        def decode(params, images, parts):
-            one = lambda part: to_uint8(VQModel(model).apply({"params": params}, part)[0])  # noqa: E731
-            return joined(jax.lax.map(one, micro_batches(images, parts)))
+        def decoded(params, images):
+            return to_uint8(VQModel(model).apply({"params": params}, images)[0])
 
-        self._decode = jax.jit(decode, static_argnums=2)
-        self._accumulate = accumulate
+        def decoded_in_parts(params, images):
+            parts = micro_batches(images, accumulate)
+            return joined(jax.lax.map(functools.partial(decoded, params), parts))
+
+        self._decoded = jax.jit(decoded)
+        self._batch_decoded = jax.jit(decoded_in_parts, out_shardings=batch_sharding(mesh))
         # The first part in all processes: a program over all devices takes the same from each.
         self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
         self._real: Gaussian | None = None
@@ -102,7 +105,7 @@ class HeldOut:
     def draw(self, params, path: Path) -> None:
         """Writes pairs of pictures and reconstructions."""
         shown = self._shown
-        decoded = to_host(self._decode(params, shown, 1))
+        decoded = to_host(self._decoded(params, shown))
         if jax.process_index() == 0:
             pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
             save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
@@ -110,7 +113,7 @@ class HeldOut:
     def _reconstructions(self, params):
         for batch in self._batches():
             images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
-            yield local_rows(self._decode(params, images, self._accumulate))[: len(batch["labels"])]
+            yield local_rows(self._batch_decoded(params, images))[: len(batch["labels"])]
 
     def _gaussian(self, pictures) -> Gaussian:
         moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")

@@ -467,6 +467,7 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
     l1 = lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3))  # noqa: E731
     monkeypatch.setattr(vq_held_out, "lpips", l1)
     config.inception, config.loss.adversarial = "seeded", 0.0
+    config.accumulate = 2
     config.steps = config.eval_every = config.save_every = config.sample_every = 1
     state = train_vq.train(config, tmp_path / "run")
     (row,) = (row for row in records(tmp_path / "run") if "val_rfid" in row)
