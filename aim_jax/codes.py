@@ -21,9 +21,8 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.models.vq import VQModel, encoder_params
-from aim_jax.optim import joined, micro_batches
 from aim_jax.pretrained import Pretrained, load_pretrained
-from aim_jax.sharding import batch_sharding, make_mesh
+from aim_jax.sharding import batch_sharding, joined, make_mesh, micro_batches
 
 
 def open_tokenizer(name_or_path: str) -> Pretrained:

@@ -1,11 +1,12 @@
 """Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA, a guard."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from aim_jax.sharding import joined, micro_batches
 
 # Arrays with two or more dimensions in the unstacked model. A_log is left out as its authors do.
 DECAYED = ("kernel", "embedding", "table")
@@ -180,25 +181,6 @@ def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
     total, outputs = jax.lax.scan(micro, zeros, (split, keys))
     grads, metrics = jax.tree.map(lambda x: x / parts, total)
     return grads, metrics, joined(outputs)
-
-
-def micro_batches(batch, parts: int):
-    """Arrays (b, ...) -> (parts, b / parts, ...), each part with examples of all devices.
-
-    Part i is examples i, i + parts, ...
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def joined(outputs):
-    """What was computed for `micro_batches` -> arrays (b, ...) in the order of the batch."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
-
-
-def summed(sums: Callable, batch, parts: int):
-    """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
-    found = jax.lax.map(sums, micro_batches(batch, parts))
-    return jax.tree.map(lambda x: x.sum(axis=0), found)
 
 
 def update_ema(ema, params, decay: float, step: jax.Array):

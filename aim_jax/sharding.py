@@ -6,6 +6,7 @@ splits heads, inner channels and vocabulary over "model". The sequence stays who
 """
 
 import contextlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -250,3 +251,22 @@ def shard_batch(batch: dict, mesh: Mesh) -> dict:
     """This process's part of a batch, see `batch_share` -> arrays split over the data axes."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def micro_batches(batch, parts: int):
+    """Arrays (b, ...) -> (parts, b / parts, ...), each part with examples of all devices.
+
+    Part i is examples i, i + parts, ...
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def joined(outputs):
+    """What was computed for `micro_batches` -> arrays (b, ...) in the order of the batch."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+
+
+def summed(sums: Callable, batch, parts: int):
+    """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
+    found = jax.lax.map(sums, micro_batches(batch, parts))
+    return jax.tree.map(lambda x: x.sum(axis=0), found)

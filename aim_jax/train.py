@@ -20,7 +20,7 @@ from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.monitor import say
-from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer, summed
+from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.sharding import (
@@ -33,6 +33,7 @@ from aim_jax.sharding import (
     replicate,
     sharded_jit,
     shardings,
+    summed,
     to_host,
 )
 

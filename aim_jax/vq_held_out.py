@@ -17,10 +17,18 @@ from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.lpips import lpips
 from aim_jax.models.vq import VQConfig, VQModel
 from aim_jax.monitor import Progress
-from aim_jax.optim import joined, micro_batches, summed
 from aim_jax.pictures import make_grid, save_png
 from aim_jax.sampling import to_uint8
-from aim_jax.sharding import batch_sharding, batch_share, local_rows, shard_batch, to_host
+from aim_jax.sharding import (
+    batch_sharding,
+    batch_share,
+    joined,
+    local_rows,
+    micro_batches,
+    shard_batch,
+    summed,
+    to_host,
+)
 
 
 def eval_step(

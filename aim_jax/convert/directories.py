@@ -102,8 +102,9 @@ def _config(tensors, config, read, infer, **overrides):
             shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
             return infer(shapes, **overrides)
         config = read(config, **overrides)
-    except (TypeError, OverflowError) as error:
-        raise WeightsError(f"{files.CONFIG}: {error}.") from None
+    except (TypeError, OverflowError, ValueError) as error:
+        where = "" if config is None else f"{files.CONFIG}: "
+        raise WeightsError(f"{where}{str(error).rstrip('.')}.") from None
     # Before anything is built from a size that no file could fill.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     for field in dataclasses.fields(config):
