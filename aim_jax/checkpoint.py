@@ -121,6 +121,8 @@ class RunCheckpoints:
             )
             try:
                 restored = self._manager.restore(step, args=args)
+            except jax.errors.JaxRuntimeError:  # of the device, not of the files
+                raise
             except Exception as error:  # of TensorStore, of many kinds
                 # With a list its files are known to be whole. Of several processes the others wait.
                 if (self.directory / str(step) / self.FILES).exists() or jax.process_count() > 1:

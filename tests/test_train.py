@@ -120,6 +120,7 @@ def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path,
     monkeypatch.setattr(RunCheckpoints, "restore_newest", noted)
     again = train.train(aim_config, tmp_path / "b")
     assert sorted(p.name for p in saves.iterdir()) == ["3", "6"]
+    assert len(fresh) == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(fresh))  # not twice in memory
     assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
     assert load_pretrained(tmp_path / "b").aim_config == TINY_AIM

@@ -68,7 +68,8 @@ Layer layer_of(const Sizes& s, const F32& projected, const F32& conv_weight, con
           position.typed_data()[0]};
 }
 
-// Null where the layer is none of the parameters', or the position not before `end`.
+// What is wrong with a layer that the parameters do not have, or a position not before `end`; else
+// null.
 const char* out_of_range(const F32& A, const I32& layer, const I32& position, int64_t end) {
   const int64_t l = layer.typed_data()[0], t = position.typed_data()[0];
   if (l < 0 || l >= A.dimensions()[0]) return "layer is out of range";
