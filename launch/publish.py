@@ -3,7 +3,7 @@
 Example:
   python launch/publish.py --checkpoint runs/aim --evaluation evaluation --out published
   python launch/publish.py --checkpoint runs/aim --out published --repository owner/name
-  python launch/publish.py --checkpoint cifar10 --tokenizer runs/cifar10_decoder --out models/mine
+  python launch/publish.py --checkpoint cifar10 --tokenizer runs/decoder --out models/mine
 """
 
 import json

@@ -18,7 +18,9 @@ from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_s
 flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
 flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
 flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed; image i of a seed is always the same.", lower_bound=0)
+flags.DEFINE_integer(
+    "seed", 0, "Seed; image i of a seed is the same in any batch, but for rounding.", lower_bound=0
+)
 define_sampling_flags()
 flags.DEFINE_enum(
     "cfg_schedule",
