@@ -16,12 +16,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     What was there before stays until then, and for good if the block raises; a directory is away
     for the moment between two renames. No two writers, on whatever host, get the same name.
-    Directories above are made.
+    Directories above are made; where `path` is a link, what it leads to is replaced.
 
     Raises:
       IsADirectoryError: a file was written, and `path` is a directory, which stays.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{path.name}.{uuid.uuid4().hex[:12]}"
     partial, old = path.with_name(f"{mark}.partial"), path.with_name(f"{mark}.old")

@@ -29,7 +29,9 @@ from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 RUN_FILE = "run.json"
 CHUNK_BYTES = 8 * 2**20  # read at once
 # Settings that may change when a run goes on: length, reports, places, devices and how it computes,
-# and the two that tame a run whose loss spikes; not what it learns.
+# and the two that tame a run whose loss spikes; not what it learns. (A tokenizer's batch norm,
+# adaptive weight and entropy are of a micro-batch, so that `accumulate` touches them; it may change
+# because a run may have to go on with less memory.)
 RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
     "profile", "codes", "data.dir", "data.workers", "inception", "lpips", "init", "export_dtype",
@@ -53,6 +55,7 @@ class RunCheckpoints:
     """
 
     FILES = "files.json"
+    POLL_SECONDS = 0.05
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = Path(workdir).absolute() / "checkpoints"
@@ -79,9 +82,9 @@ class RunCheckpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
         )
+        self.wait()  # a new save may delete the one before, which has to be listed until then
         with self._save_errors():
             self._manager.save(step, args=args)
-        self._join_lister()
         self._lister = threading.Thread(target=self._list_files, args=(step,), daemon=True)
         self._lister.start()
 
@@ -151,7 +154,7 @@ class RunCheckpoints:
         """Writes the list of a checkpoint's files as soon as it has its final name."""
         path = self.directory / str(step)
         while not path.exists():
-            if self._closed.wait(0.05):
+            if self._closed.wait(self.POLL_SECONDS):
                 return
         if jax.process_index() == 0:
             # Orbax may delete it meanwhile, and it must not come back: nothing here makes it.
@@ -169,14 +172,13 @@ class RunCheckpoints:
         """What is wrong with the files of a checkpoint; all processes get the same answer."""
         problem = ""
         if jax.process_index() == 0:
-            path = self.directory / str(step)
-            file = path / self.FILES  # absent where the run was killed right after the save
-            found, listed = _checksums(path), {}
-            with contextlib.suppress(FileNotFoundError):
+            path, listed = self.directory / str(step), {}
+            with contextlib.suppress(FileNotFoundError):  # killed right after the save
                 try:
-                    listed = json.loads(file.read_text())
+                    listed = json.loads((path / self.FILES).read_text())
                 except ValueError:
                     listed = {self.FILES: "cut short"}
+            found = _checksums(path) if listed else {}
             wrong = sorted(name for name in listed if found.get(name) != listed[name])
             if wrong:
                 state = "damaged" if wrong[0] in found else "missing"

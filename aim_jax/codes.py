@@ -126,9 +126,9 @@ class CodeData:
         )  # fmt: skip
 
 
-def unigram_entropy(cache: TokenCache, most: int = 2**14) -> float:
-    """Nats per token of the marginal distribution of the codes of (evenly spaced) pictures."""
-    codes, _ = cache.take(np.linspace(0, len(cache) - 1, min(most, len(cache))).astype(int))
+def unigram_entropy(cache: TokenCache) -> float:
+    """Nats per token of the marginal distribution of the codes of 16,384 evenly spaced pictures."""
+    codes, _ = cache.take(np.linspace(0, len(cache) - 1, min(2**14, len(cache))).astype(int))
     frequency = np.bincount(codes.ravel(), minlength=cache.vocab_size)
     p = frequency[frequency > 0] / frequency.sum()
     return float(-(p * np.log(p)).sum())

@@ -1,4 +1,4 @@
-"""Defaults of the two training programs. Files in `configs/` start from these and change little.
+"""Defaults of training and evaluation. Files in `configs/` start from these and change little.
 
 A configuration describes a run; modules never see it. Every field can be overridden on the command
 line: `--config.optimizer.lr=3e-4`.
@@ -143,6 +143,8 @@ def eval_defaults() -> ConfigDict:
     # How the pictures of a reference are fitted where the model does not say.
     config.data = _common().data
     config.data.image_size = 0
+    for name in ("name", "workers", "random_crop", "random_flip"):  # of training alone
+        del config.data[name]
     return config
 
 
@@ -181,8 +183,8 @@ def image_spec(data: ConfigDict):
         channels=data.channels,
         fit=data.fit,
         resize_size=data.resize_size or None,
-        random_crop=data.random_crop,
-        random_flip=data.random_flip,
+        random_crop=data.get("random_crop", False),
+        random_flip=data.get("random_flip", False),
     )
 
 

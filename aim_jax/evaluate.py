@@ -213,11 +213,10 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
             f"squares of a multiple of {vq_config.downsampling} pixels and {vq_config.in_channels} "
             "channel(s)."
         )
-    model = on_local_devices(model)
+    model = on_local_devices(dataclasses.replace(model, aim_params=None))
     encode, devices = local_encoder(model)
     size = -(-config.batch_size // devices) * devices
-    identity = {"tokenizer": fingerprint(model.vq_config, model.vq_params), "of": images.identity,
-                "batch_size": size}  # fmt: skip
+    identity = {"tokenizer": fingerprint(vq_config, model.vq_params), "of": images.identity}
     file, counts = out / "reconstructions.npz", np.zeros(vq_config.n_embed, np.int64)
     parts = ImageParts(out / "reconstruction_parts", file, identity)
     measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
@@ -227,7 +226,7 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     for i, batch in zip(numbers, images.batches(size, rank, processes), strict=True):
         filled = np.resize(batch, (size, *batch.shape[1:]))
         tokens = encode(filled.astype(np.float32) / 127.5 - 1)
-        back = np.asarray(decode_images(model.vq_params, tokens, config=model.vq_config))
+        back = np.asarray(decode_images(model.vq_params, tokens, config=vq_config))
         back = back[: len(batch)]
         parts.add(i, back)
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))

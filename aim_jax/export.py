@@ -45,9 +45,7 @@ def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def export_sampler(
-    model: Pretrained, dtype: str = "float32", platforms: Sequence[str] = PLATFORMS
-) -> jax.export.Exported:
+def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Exported:
     """The whole of `aim_jax.generate`, for any number of images.
 
     Returns:
@@ -71,7 +69,7 @@ def export_sampler(
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     arguments = (whole, seed, whole, real, real, whole, real)
     weights = _shapes(flat_weights(model, dtype))
-    return jax.export.export(jax.jit(sample), platforms=platforms)(weights, *arguments)
+    return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
 
 def export_decode_step(

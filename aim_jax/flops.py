@@ -7,17 +7,13 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.ops.reference import split_length
 
 
-def forward_flops(config: AiMConfig, tokens: int | None = None) -> float:
+def forward_flops(config: AiMConfig) -> float:
     """Operations of the forward pass over one sequence, as the training scan computes it.
 
     Embedding lookups, norms, convolutions, gates and softmax are left out: they are bound by
     memory, and below 1 % of the operations.
-
-    Args:
-      tokens: length; `config.num_tokens` by default.
     """
-    t = config.num_tokens if tokens is None else tokens
-    d, e, n = config.d_model, config.d_inner, config.d_state
+    t, d, e, n = config.num_tokens, config.d_model, config.d_inner, config.d_state
     if config.mixer == "mamba2":
         projections = d * (2 * e + 2 * config.ngroups * n + config.n_heads) + e * d
     else:

@@ -34,9 +34,11 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
+        """Names of the instructions whose results this one takes."""
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
     def attribute(self, name: str) -> str | None:
+        """The value of NAME=VALUE behind the operands."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match and match[1]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PREFIX = "hf://"
 # What a model directory is made of; nothing else of a repository is fetched or uploaded.
-PATTERNS = ["model.json", "README.md", "aim/*", "vq/*"]
+PATTERNS = ["model.json", "README.md", "official_buffers.safetensors", "aim/*", "vq/*"]
 
 
 def download(address: str) -> Path:

@@ -107,15 +107,15 @@ def given_settings(values: flags.FlagValues) -> dict:
     return {name: values[name].value for name in SAMPLING_FLAGS}
 
 
-def cores_as_devices(most: int = 8) -> None:
-    """Makes every core a device where JAX computes on a CPU; before anything else of JAX.
+def cores_as_devices() -> None:
+    """Makes every core, to eight, a device if JAX computes on a CPU; before anything else of JAX.
 
     A share of the images for each keeps cores busier than one program over all of them. What the
     environment says of JAX's CPU devices stays.
     """
     given = jax.config.jax_num_cpu_devices != -1
     if not given and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", min(most, os.cpu_count() or 1))
+        jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 
 def keep_compiled_programs() -> None:

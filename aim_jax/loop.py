@@ -1,7 +1,7 @@
 """The loop that both training programs run: restore, step, report, evaluate, sample, save."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
+from aim_jax.data.pipeline import Prefetched
 from aim_jax.distributed import wait_for_all
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal, say
 from aim_jax.pretrained import EXPORT_DTYPES
@@ -75,8 +76,9 @@ class Stage:
     """What one training program gives to the loop.
 
     Attributes:
-      train_step: (state, batch) -> (state, metrics with "loss" and "skipped_in_a_row").
-      batches: resumable iterator of numpy batches, endless.
+      train_step: (state, batch) -> (state, metrics: scalars, among them those of `apply_gradients`
+        and "loss").
+      batches: endless iterator of NumPy batches, which says where it is and goes there.
       evaluate: state -> scalars on held-out data.
       sample: (state, path) writes a picture.
       export: state writes the model directory.
@@ -84,7 +86,7 @@ class Stage:
     """
 
     train_step: Callable
-    batches: Iterator
+    batches: Prefetched
     evaluate: Callable[[TrainState], dict]
     sample: Callable[[TrainState, Path], None]
     export: Callable[[TrainState], None]
@@ -105,6 +107,8 @@ def check_reports(config: ConfigDict) -> None:
             f"config.log_every={config.log_every}; expected 1 or more: until a report the metrics "
             "of every step are kept."
         )
+    if config.keep < 1:
+        raise ValueError(f"config.keep={config.keep}; expected 1 checkpoint or more.")
     for name, count in config.sample.items():
         if name in ("images", "classes", "per_class") and count < 1:
             raise ValueError(f"config.sample.{name}={count}; expected 1 or more.")

@@ -36,6 +36,7 @@ def sliders_of(model: Pretrained) -> list[tuple]:
 
 
 def class_names(model: Pretrained) -> list[str]:
+    """A name for every class, its number where the model has none."""
     return [gallery.class_name(model, i) for i in range(model.aim_config.num_classes)]
 
 

@@ -1,13 +1,16 @@
 """Model directories for others: with a card, and on the hub if wanted."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 
+from aim_jax.convert.directories import LEFTOVERS
 from aim_jax.hub import PREFIX, prepare, upload
 from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
 
@@ -35,14 +38,19 @@ def publish(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another directory.")
-    model = load_pretrained(find_model(checkpoint), as_stored=True)
+    source = find_model(checkpoint)
+    model = load_pretrained(source, as_stored=True)
+    files: dict[str, Callable] = {}
+    if (source / LEFTOVERS).is_file() and not tokenizer:
+        files[LEFTOVERS] = functools.partial(shutil.copyfile, source / LEFTOVERS)
     if tokenizer:
         model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
     if repository:
         prepare(repository)  # makes it, so only once there is a model
     model = dataclasses.replace(model, name=str(checkpoint))
     card = model_card(model, report, repository)
-    save_model(out, model, None, {"README.md": lambda file: file.write_text(card)})
+    files["README.md"] = lambda file: file.write_text(card)
+    save_model(out, model, None, files)
     if repository:
         upload(out, repository)
     return out

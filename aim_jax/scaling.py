@@ -47,14 +47,11 @@ def parameter_count(config: AiMConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def read_run(workdir: Path, report: Path | None = None) -> Run:
-    """What a workdir of launch/train.py says, and the report of launch/evaluate.py on its model.
-
-    Args:
-      report: report.json; workdir/evaluation/report.json by default, if it is there.
+def read_run(workdir: Path) -> Run:
+    """What a workdir of launch/train.py says, and evaluation/report.json in it, if it is there.
 
     Raises:
-      FileNotFoundError: no such run, or no such report.
+      FileNotFoundError: no such run.
       ValueError: the run has no validation loss yet.
     """
     content = json.loads((workdir / "model" / MODEL_FILE).read_text())
@@ -66,9 +63,8 @@ def read_run(workdir: Path, report: Path | None = None) -> Run:
     losses = [row for row in rows if "val_loss" in row]
     if not losses:
         raise ValueError(f"{workdir}: no val_loss in metrics.jsonl; let it run to an evaluation.")
-    usual = workdir / "evaluation" / "report.json"
-    report = report or (usual if usual.exists() else None)
-    content = json.loads(report.read_text()) if report else {"metrics": {}}
+    report = workdir / "evaluation" / "report.json"
+    content = json.loads(report.read_text()) if report.exists() else {"metrics": {}}
     fid = content["metrics"].get("fid")
     settings = content.get("settings", {})
     compared = None if fid is None else {k: settings.get(k) for k in COMPARED}

@@ -201,7 +201,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         classes = range(min(config.sample.classes, model_config.num_classes))
         labels = np.repeat(list(classes), config.sample.per_class)
         images = to_host(sampling.generate(as_model(state), labels, config.seed).images)
-        names = [data.class_names[i] if data.class_names else str(i) for i in classes]
+        names = [data.class_names[i] for i in classes]
         if jax.process_index() == 0:
             save_png(make_grid(images, config.sample.per_class, names), path)
 

@@ -45,7 +45,9 @@ from aim_jax.sharding import (
     check_batch,
     constrain,
     create_sharded,
+    joined,
     make_mesh,
+    micro_batches,
     replicate,
     sharded_jit,
     shardings,
@@ -152,16 +154,21 @@ def train_step(
         known = state.step >= math.ceil(HISTORY_LENGTH / indices.size)
         state = jax.lax.cond(
             known & (state.step % recipe.restart_codes == 0),
-            lambda state: restart(state, batch["images"], encode_with, rng, recipe.model),
+            lambda state: restart(state, batch["images"], encode_with, rng, recipe),
             lambda state: state,
             state,
         )
     return state, metrics | report
 
 
-def restart(state: TrainState, images: jax.Array, params, key: jax.Array, config: VQConfig):
+def restart(state: TrainState, images: jax.Array, params, key: jax.Array, recipe: Recipe):
     """The state with codes that are out of use begun anew from what `images` are encoded to."""
-    vectors = VQModel(config).apply({"params": params}, images, method="prequant")
+    config = recipe.model
+
+    def encode(part):
+        return VQModel(config).apply({"params": params}, part, method="prequant")
+
+    vectors = joined(jax.lax.map(encode, micro_batches(images, recipe.accumulate)))
     vectors = vectors.reshape(-1, config.embed_dim)
     vectors = unit(vectors) if config.l2_norm else vectors
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from aim_jax.config import image_spec
 from aim_jax.data import image_batches, open_images
 from aim_jax.gallery import generate_many
-from aim_jax.launching import errors_in_one_line
+from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
 from aim_jax.monitor import Progress
 from aim_jax.pretrained import load_pretrained
 
@@ -32,10 +32,7 @@ flags.DEFINE_string("data", "", "Directory with the real pictures.")
 flags.DEFINE_integer("per_class", 100, "Generated pictures per class.", lower_bound=1)
 flags.DEFINE_integer("epochs", 3, "Epochs of training of the classifier.", lower_bound=1)
 flags.DEFINE_integer("seed", 1, "Seed of classifier and samples.", lower_bound=0)
-flags.DEFINE_float("cfg_scale", None, "Guidance; the model's default if not given.")
-flags.DEFINE_float("temperature", None, "The model's default if not given.")
-flags.DEFINE_integer("top_k", None, "The model's default if not given.")
-flags.DEFINE_float("top_p", None, "The model's default if not given.")
+define_sampling_flags()
 
 
 class Classifier(nn.Module):
@@ -90,8 +87,7 @@ def measure():
         np.asarray(classify(batch["images"])) == batch["labels"]
         for batch in image_batches(sources["test"], spec, 500, train=False)
     ]
-    names = ("cfg_scale", "temperature", "top_k", "top_p")
-    given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    given = {name: value for name, value in given_settings(FLAGS).items() if value is not None}
     labels = np.arange(model.aim_config.num_classes).repeat(FLAGS.per_class)
     parts = generate_many(model, labels, FLAGS.seed, 100, **given)
     guesses = np.concatenate([classify(part.astype(np.float32) / 127.5 - 1) for part in parts])

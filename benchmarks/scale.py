@@ -23,6 +23,7 @@ from aim_jax import loop, train
 from aim_jax.config import aim_defaults
 from aim_jax.hlo import Program
 from aim_jax.models import AiMConfig
+from aim_jax.plots import pyplot
 
 DEVICES = 8
 BASE = AiMConfig(
@@ -81,12 +82,7 @@ def slope(x, y) -> float:
 
 
 def plot(results: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
     for ax, key, unit, title in (
         (axes[0], "seconds", 1, "time of a step, s"),
         (axes[1], "bytes", 1e9, "temporary memory, GB"),

@@ -9,6 +9,7 @@ import numpy as np
 from aim_jax.engine import Engine
 from aim_jax.models import AiMConfig, init_cache
 from aim_jax.models.aim import init_params
+from aim_jax.plots import pyplot
 
 
 def size(tree) -> int:
@@ -61,10 +62,7 @@ def plot(
     Args:
       measured, floors: by engine, images/s by number of images at once; an engine has one colour.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()  # before anything else of matplotlib: its error says what to install
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

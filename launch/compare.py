@@ -12,9 +12,7 @@ import sys
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line, numbers, parse
-
-SETTINGS = ("cfg_scale", "temperature", "top_k", "top_p")
+from aim_jax.launching import SAMPLING_FLAGS, errors_in_one_line, numbers, parse
 
 flags.DEFINE_string("checkpoint", "cifar10", "Bundled model, model directory or workdir.")
 flags.DEFINE_list("classes", [], "Class of each column; all classes (at most 20) by default.")
@@ -36,7 +34,7 @@ def main(_):
 
     f = flags.FLAGS
     with errors_in_one_line():
-        given = [name for name in (*SETTINGS, "between") if f[name].value]
+        given = [name for name in (*SAMPLING_FLAGS, "between") if f[name].value]
         if len(given) != 1:
             raise ValueError(
                 "expected one of --cfg_scale, --temperature, --top_k, --top_p and --between, "

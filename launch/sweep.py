@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax.launching import cores_as_devices, errors_in_one_line, numbers, parse
+from aim_jax.launching import SAMPLING_FLAGS, cores_as_devices, errors_in_one_line, numbers, parse
 from aim_jax.ops.native.build import cache_directory
 
 config_flags.DEFINE_config_file(
@@ -30,7 +30,7 @@ flags.DEFINE_string(
     "inception", os.environ.get("AIM_JAX_INCEPTION", ""), "Weights; $AIM_JAX_INCEPTION by default."
 )
 flags.DEFINE_integer("num_samples", 2000, "For every combination, not config.num_samples.", 10)
-for _name in ("cfg_scale", "temperature", "top_k", "top_p"):
+for _name in SAMPLING_FLAGS:
     flags.DEFINE_list(_name, [], "Values to try; the model's own by default.")
 flags.DEFINE_enum("metric", "fid", ["fid", "sfid", "kid", "inception_score"], "To choose by.")
 flags.DEFINE_bool("write_defaults", False, "Make the best setting the model's own.")
@@ -41,12 +41,12 @@ def main(_):
     from aim_jax import sweep
     from aim_jax.convert.inception import EXPECTED, load_inception
     from aim_jax.plots import pyplot
-    from aim_jax.pretrained import SAMPLING_DEFAULTS, load_pretrained
+    from aim_jax.pretrained import load_pretrained
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     cores_as_devices()
     with errors_in_one_line():
-        grid = {name: numbers(name, f[name].value) for name in SAMPLING_DEFAULTS if f[name].value}
+        grid = {name: numbers(name, f[name].value) for name in SAMPLING_FLAGS if f[name].value}
         if not (f.checkpoint and f.reference and grid):
             raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
         if not f.inception:

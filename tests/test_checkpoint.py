@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aim_jax import checkpoint
 from aim_jax.atomic import replacing
+from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.models import VQConfig
 from aim_jax.pretrained import bundled_models, load_pretrained, save_model
 
@@ -126,3 +130,36 @@ def test_what_is_replaced_stays_until_the_new_is_whole(tmp_path):
     with replacing(folder) as partial:
         partial.mkdir()
     assert sorted(tmp_path.rglob("*")) == [file, folder]
+
+
+def test_links_are_followed_when_something_is_replaced(tmp_path):
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    for path in (disk / "model", run):
+        path.mkdir(parents=True)
+    (run / "model").symlink_to(disk / "model")
+    with replacing(run / "model") as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+    assert (run / "model").is_symlink() and (disk / "model" / "new").exists()
+    assert [*run.iterdir(), *disk.iterdir()] == [run / "model", disk / "model"]
+
+
+def test_every_checkpoint_is_listed_before_the_next_takes_its_place(tmp_path, monkeypatch):
+    """With one kept, the next save deletes it: what waited for it to appear waited for ever."""
+    monkeypatch.setattr(RunCheckpoints, "POLL_SECONDS", 0.5)
+    iterator = types.SimpleNamespace(get_state=lambda: {"next": 0})
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    listed = []
+    monkeypatch.setattr(checkpoint, "_checksums", lambda path: listed.append(int(path.name)) or {})
+
+    def save():
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.ones(4)}, iterator)
+        checkpoints.wait()
+
+    saving = threading.Thread(target=save, daemon=True)
+    saving.start()
+    saving.join(60)
+    assert not saving.is_alive() and listed == [1, 2, 3]
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["3"]
+    checkpoints.close()

@@ -671,6 +671,11 @@ def test_pictures_are_as_viewers_show_them(tmp_path):
     lying.save(tmp_path / "phone.png", exif=lying.getexif())
     assert decode_image(tmp_path / "phone.png", "phone").shape == (6, 4, 3)
     assert decode_image(tmp_path / "phone.png", "phone", as_stored=True).shape == (4, 6, 3)
+    turned = struct.pack(">HHIHH", 274, 3, 1, 6, 0)
+    resolution = struct.pack(">HHI4s", 282, 2, 4, b"300")  # text, which should be a fraction
+    notes = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + turned + resolution + bytes(4)
+    lying.save(tmp_path / "damaged.jpg", exif=notes)
+    assert decode_image(tmp_path / "damaged.jpg", "damaged").shape == (6, 4, 3)
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert np.all(decode_image(tmp_path / "clear.png", "clear") == 255)
     red = decode_image(tmp_path / "clear.png", "clear", as_stored=True)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from aim_jax import load_pretrained
+from aim_jax.convert.directories import LEFTOVERS
+from aim_jax.hub import PATTERNS
 from aim_jax.publish import publish
 
 
@@ -68,12 +70,21 @@ def test_published_model_is_loaded_by_its_address(hub, tiny_model, tiny_model_di
     ):  # fmt: skip
         assert text in card, text
     model = load_pretrained("hf://someone/tiny@v1")
-    assert hub == [("someone/tiny", "v1", ("model.json", "README.md", "aim/*", "vq/*"))]
+    assert [call[:2] for call in hub] == [("someone/tiny", "v1")]
     assert model.name == "hf://someone/tiny@v1" and model.class_names == tiny_model.class_names
     jax.tree.map(np.testing.assert_array_equal, model.aim_params, tiny_model.aim_params)
     with pytest.raises(FileExistsError, match="another directory"):
         publish(tiny_model_dir, out)
     assert json.loads((out / "model.json").read_text())["version"] == 1
+
+
+def test_published_model_keeps_what_the_way_back_needs(hub, tiny_model_dir, tmp_path):
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    (source / LEFTOVERS).write_bytes(b"codebook_used")
+    out = publish(source, tmp_path / "out")
+    assert (out / LEFTOVERS).read_bytes() == b"codebook_used" and LEFTOVERS in PATTERNS
+    # It is of that tokenizer, not of another one.
+    assert not (publish(source, tmp_path / "b", tokenizer=tiny_model_dir) / LEFTOVERS).exists()
 
 
 def test_what_cannot_be_fetched_is_said(hub, monkeypatch):

@@ -1,5 +1,6 @@
 """Losses of tokenizer training: LPIPS, PatchGAN, their gradients, dead codes, and a whole run."""
 
+import dataclasses
 import functools
 import os
 import pickle
@@ -328,6 +329,18 @@ def test_dead_codes_begin_anew_from_what_pictures_are_encoded_to(start):
         if restarted:
             ema = np.asarray(after.ema["quantize"]["embedding"])
             np.testing.assert_array_equal(ema[unused], books(after)[unused])
+
+    # In micro-batches, as everything else of a step: the same codes, in less memory.
+    images = jnp.resize(batch["images"], (16, 16, 16, 3))
+    found = []
+    for accumulate in (1, 8):
+        parts = dataclasses.replace(recipe, accumulate=accumulate)
+        again = jax.jit(functools.partial(train_vq.restart, recipe=parts))
+        compiled = again.lower(state, images, state.params, jax.random.key(0)).compile()
+        after = compiled(state, images, state.params, jax.random.key(0))
+        found.append((books(after), compiled.memory_analysis().temp_size_in_bytes))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-5)
+    assert found[1][1] < found[0][1] / 2
 
 
 # --------------------------------------------------------------------------------------- whole run

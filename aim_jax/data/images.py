@@ -4,17 +4,22 @@ import abc
 import io
 import math
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 # Decoded tfds pictures up to this size in all are kept in memory.
 KEEP_BYTES = 2**30
+# What Pillow raises at damaged files.
+UNREADABLE = (
+    OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
 
 
 class ImageSource(abc.ABC):
@@ -145,12 +150,17 @@ def decode_image(
                 raise ValueError(f"its mode {image.mode} is not 8 bits per channel")
             mode, shown = "L" if image.mode in ("1", "L", "LA") else "RGB", image
             if not as_stored:
-                shown = ImageOps.exif_transpose(image)
+                # Pillow writes the notes anew when it turns a picture, and fails where they are
+                # damaged; only one of them matters.
+                notes = image.getexif()
+                for tag in set(notes) - {ExifTags.Base.Orientation}:
+                    del notes[tag]
+                ImageOps.exif_transpose(image, in_place=True)
                 if shown.has_transparency_data:
                     shown = shown.convert("RGBA")
                     shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
             pixels = np.asarray(shown.convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"cannot read the picture {name}: {error}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

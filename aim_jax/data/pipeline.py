@@ -19,6 +19,7 @@ from absl import flags
 from PIL import Image
 
 from aim_jax.data.images import (
+    UNREADABLE,
     ArrayImages,
     FolderImages,
     ImageSource,
@@ -156,7 +157,7 @@ def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) ->
                     image.verify()
             if index % every == 0:
                 decode_image(path, path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return f"{path}: {error.__cause__ or error}"
         if spec is not None and spec.fit == "pad" and max(width, height) > spec.image_size:
             return f"{path}: {height}x{width} does not fit into {spec.image_size}x{spec.image_size}"

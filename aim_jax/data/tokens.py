@@ -77,7 +77,7 @@ def shard_ranges(manifest: Mapping[str, Any]) -> list[range]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A token cache, mapped into memory: a random-access source for Grain.
+    """A token cache, mapped into memory: any example at any time.
 
     `len(cache)` is the number of examples and `cache[i]` is `{"codes": uint16 or uint32 (views, t),
     "label": int}`.

@@ -31,6 +31,7 @@ class FeatureSet(NamedTuple):
     inception_score: tuple[float, float] | None
 
     def save(self, file: Path) -> None:
+        """Writes an npz file, whole or not at all; `load` reads it."""
         assert self.spatial is not None  # only references of other evaluators lack it
         _save(
             file,
@@ -90,6 +91,7 @@ class FeatureSums:
         self.blocks += 1
 
     def save(self, file: Path) -> None:
+        """Writes what was summed up so far, whole or not at all."""
         moments = {"pool": self.pool, "spatial": self.spatial}
         _save(
             file,

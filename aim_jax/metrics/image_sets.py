@@ -94,6 +94,7 @@ class SourceImages(ImageSet):
         return Prefetched(batches, threads=min(8, os.cpu_count() or 1))
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
+        """The images of some indices, uint8 (b, H, W, c)."""
         return np.stack([self._image(int(i)) for i in indices])
 
 
@@ -228,6 +229,7 @@ class ImageParts:
         return self._file(number).exists()
 
     def add(self, number: int, images: np.ndarray) -> None:
+        """Writes a part, uint8 (b, H, W, c), or writes it anew."""
         with replacing(self._file(number)) as partial, partial.open("wb") as file:
             np.save(file, images)
 

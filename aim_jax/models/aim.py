@@ -36,7 +36,6 @@ MODULES: dict[str, tuple] = {
     "mamba2": (Mamba2, init_mamba2_cache),
 }
 POLICIES = {
-    "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -219,9 +218,10 @@ class AiM(nn.Module):
 def init_cache(
     config: AiMConfig, batch: int, *, dual: int | None = None, dtype: str = "float32"
 ) -> Cache:
-    """The zero cache of `batch` sequences: every array leads with the layer axis.
+    """The zero cache of `batch` sequences: every array is (n_layer, batch, ...).
 
     Args:
+      batch: sequences; with guidance an image is two.
       dual: Mamba-2 only: makes the cache of the dual form, with room for so many tokens.
       dtype: of what the dual form keeps.
     """

@@ -113,10 +113,12 @@ class AiMConfig:
 
     @property
     def mlp_hidden(self) -> int:
+        """Channels inside the gated MLP: `d_intermediate` rounded up to a multiple of 128."""
         return -(-self.d_intermediate // 128) * 128
 
     @property
     def modulation_parts(self) -> int:
+        """Vectors (d,) of adaLN per layer: shift, scale and gate of the mixer, and of the MLP."""
         return 6 if self.d_intermediate else 3
 
     @property

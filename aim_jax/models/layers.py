@@ -150,8 +150,9 @@ class Dense(nn.Module):
 def gathered(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A parameter whole along "embed", which FSDP stores sharded: weights travel, not activations.
 
-    Called on what was cast to the compute dtype, so that bfloat16 travels and not float32. Its
-    gradient is asked for sharded again, so that the devices' parts are summed by a reduce-scatter.
+    Projections call it on what was cast to the compute dtype, so that bfloat16 travels and not
+    float32 (`AdaLN` computes in float32). Its gradient is asked for sharded again, so that the
+    devices' parts are summed by a reduce-scatter.
     """
     return constrain(kernel, *(None if axis == "embed" else axis for axis in axes))
 

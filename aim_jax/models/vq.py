@@ -82,6 +82,7 @@ class Quantized(NamedTuple):
 
 
 def group_norm(dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm of LlamaGen's tokenizer."""
     # The fast variance E[x^2] - E[x]^2 loses digits that exact parity with released weights needs.
     return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -96,6 +97,7 @@ def encoder_params(params: dict) -> dict:
 
 
 def conv3x3(features: int, dtype, name: str) -> nn.Conv:
+    """3 x 3 convolution that keeps height and width."""
     return nn.Conv(
         features, (3, 3), padding=1, dtype=dtype, name=name,
         conv_general_dilated=conv_general_dilated,

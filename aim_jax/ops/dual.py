@@ -40,7 +40,7 @@ def init_dual_cache(
 
 
 def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
-    """The cache with room for `tokens` positions, no fewer than it has."""
+    """The cache with room for `tokens` positions; ValueError if it has room for more already."""
 
     def padded(x):
         return jnp.pad(x, [(0, 0), (0, tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2))

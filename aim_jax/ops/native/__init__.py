@@ -1,8 +1,8 @@
 """The decode step as fused CPU kernels, written in C++ for XLA's foreign function interface.
 
-They are to a CPU what `aim_jax.ops.triton` is to a GPU, with the same functions on the same
-arrays: parameters and caches lead with the layer axis L, are passed whole with the layer as a
-number, and caches are updated in place. `linear` is here besides, because XLA's products of few
+They are to a CPU what `aim_jax.ops.triton` is to a GPU, for Mamba-2 alone, on the same arrays:
+parameters and caches lead with the layer axis L, are passed whole with the layer as a number, and
+caches are updated in place. `linear` is here besides, because XLA's products of few
 rows read weights at half the speed of the memory.
 
 XLA calls them on its own threads, inside `jit`, `lax.scan` and `shard_map`; none has a derivative

@@ -49,6 +49,7 @@ def compiler() -> str:
 
 
 def architecture_flags() -> tuple[str, ...]:
+    """Compiler flags for the processor of this machine."""
     if platform.machine() in ("x86_64", "AMD64"):
         return ("-march=native", "-mprefer-vector-width=512")
     return ("-mcpu=native",)

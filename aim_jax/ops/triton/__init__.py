@@ -1,8 +1,8 @@
 """The decode step, the prefix scans and the sampler as fused CUDA kernels, written in Triton.
 
-Nothing else in the package imports this one; it needs the `cuda` extra, but no GPU to import,
-lower or compile ahead of time. Every function is a plain JAX function that works inside `jit`,
-`lax.scan` and `shard_map`; none has a derivative or a batching rule.
+Nothing imports it before its kernels are asked for; it needs the `cuda` extra, but no GPU to
+import, lower or compile ahead of time. Every function is a plain JAX function that works inside
+`jit`, `lax.scan` and `shard_map`; none has a derivative or a batching rule.
 
 Shared conventions. L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n
 state, g groups, w convolution width, T tokens, d model, v vocabulary.
