@@ -59,7 +59,7 @@ def _sample_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tup
             settings = _sliders(gr, model)
             inputs = [model_name, name, count, _seed_box(gr), *settings]
             button = gr.Button("Draw", variant="primary", elem_id="draw")
-        shown = gr.Image(label="images", elem_id="drawn", interactive=False)
+        shown = _grid(gr, "images", "drawn")
     button.click(actions.draw, inputs, shown, api_name="draw", concurrency_id="device")
     return _followers(gr, name, settings)
 
@@ -74,7 +74,7 @@ def _compare_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tu
             with gr.Column():
                 right = _sliders(gr, model)
         button = gr.Button("Draw both", variant="primary", elem_id="compare")
-        shown = gr.Image(label="left and right settings", elem_id="compared", interactive=False)
+        shown = _grid(gr, "left and right settings", "compared")
     inputs += [*left, *right]
     button.click(actions.compare, inputs, shown, api_name="compare", concurrency_id="device")
     return _followers(gr, name, left, right)
@@ -97,12 +97,16 @@ def _complete_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[t
                 settings = _sliders(gr, model)
                 inputs = [model_name, name, uploaded, sketched, rows, count, _seed_box(gr)]
                 button = gr.Button("Complete", variant="primary", elem_id="complete")
-            shown = gr.Image(
-                label="picture, kept, completions", elem_id="completed", interactive=False
-            )
+            shown = _grid(gr, "picture, kept, completions", "completed")
     inputs += settings
     button.click(actions.complete, inputs, shown, api_name="complete", concurrency_id="device")
     return [*_followers(gr, name, settings), ([rows], lambda model: [gr.Slider(**_rows(model))])]
+
+
+def _grid(gr, caption: str, name: str):
+    with gr.Column():
+        gr.Markdown(caption)  # the label of a picture would lie on its first corner
+        return gr.Image(label=caption, show_label=False, elem_id=name, interactive=False)
 
 
 def _class_choice(gr, model: Pretrained):

@@ -8,7 +8,7 @@ from aim_jax.config import aim_defaults
 
 def get_config():
     config = aim_defaults()
-    config.tokenizer = "runs/cifar10_vq"
+    config.tokenizer = "runs/cifar10_vq_full"
     config.codes = "codes/cifar10"
     config.batch_size = 64
     config.steps = 4000

@@ -1,9 +1,9 @@
 """Encodes a data set once, so that training of AiM reads codes instead of pictures.
 
 Example:
-  python launch/extract_codes.py --tokenizer runs/cifar10_vq --out codes/cifar10
+  python launch/extract_codes.py --tokenizer runs/cifar10_vq_full --out codes/cifar10
   python launch/train.py --config configs/cifar10.py --workdir runs/cifar10 \\
-    --config.tokenizer=runs/cifar10_vq --config.codes=codes/cifar10
+    --config.tokenizer=runs/cifar10_vq_full --config.codes=codes/cifar10
 
 Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those
 that the tokenizer was trained on unless flags say otherwise. The same command continues an

@@ -68,7 +68,8 @@ def test_every_configuration_builds_its_model(config, picture_folder):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     needed = [str(picture_folder)] if config.stem.startswith("folder") else []
-    for arguments in (needed, *([variant] for variant in getattr(module, "MODEL", ()))):
+    variants = (*getattr(module, "MODEL", ()), *getattr(module, "PARTS", ()))
+    for arguments in (needed, *([variant] for variant in variants)):
         built = module.get_config(*arguments)
         if built.stage == "eval":
             assert set(built.sample) <= set(inspect.signature(generate).parameters)
@@ -76,8 +77,8 @@ def test_every_configuration_builds_its_model(config, picture_folder):
         {"aim": AiMConfig, "vq": VQConfig}[built.stage](**built.model)
         learning_rate(built.optimizer, built.steps)
         image_spec(built.data)
-    if hasattr(module, "MODEL"):
-        assert all(variant in module.__doc__ for variant in module.MODEL)
+    if variants:
+        assert all(variant in module.__doc__ for variant in variants)
         with pytest.raises(ValueError, match="expected one of"):
             module.get_config("none")
     where = "--checkpoint" if built.stage == "eval" else r"--workdir runs/\w+"
