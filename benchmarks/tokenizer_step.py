@@ -33,7 +33,9 @@ VARIANTS = (
 )
 
 
-def seconds(decoder_only, perceptual, adversarial, lpips, steps):
+def seconds(
+    decoder_only: bool, perceptual: float, adversarial: float, lpips: dict, steps: int
+) -> float:
     """Of one step, the median."""
     config = get_config("full")
     config.decoder_only = decoder_only
