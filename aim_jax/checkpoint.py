@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 
 from aim_jax.atomic import write_json
 from aim_jax.data.pipeline import Prefetched
-from aim_jax.models.config import HOW_COMPUTED, AiMConfig
-from aim_jax.models.vq import VQConfig
-from aim_jax.monitor import say
+from aim_jax.logs import say
+from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 
 RUN_FILE = "run.json"

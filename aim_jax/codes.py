@@ -1,65 +1,25 @@
 """The codes that AiM is trained on: from token caches, or of pictures encoded on the way."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax.config import check_pictures_fit, image_spec
 from aim_jax.data import (
     TokenCache,
     check_alike,
     check_images,
-    fingerprint,
     image_batches,
     open_images,
     token_batches,
 )
-from aim_jax.models.vq import VQModel, encoder_params
-from aim_jax.pretrained import Pretrained, load_pretrained
-from aim_jax.sharding import batch_sharding, joined, make_mesh, micro_batches
-
-
-def open_tokenizer(name_or_path: str) -> Pretrained:
-    """The tokenizer of a model directory.
-
-    Raises:
-      ValueError: none was given, or the directory holds no tokenizer.
-    """
-    if not name_or_path:
-        raise ValueError(
-            "config.tokenizer is empty: give the model directory of a trained tokenizer "
-            "(--config.tokenizer=DIR, made by launch/train_vq.py), or a bundled model's name."
-        )
-    tokenizer = load_pretrained(name_or_path)
-    if tokenizer.vq_params is None:
-        raise ValueError(f"{name_or_path} holds no tokenizer.")
-    return tokenizer
-
-
-def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Array], int]:
-    """A function from float32 pictures (b, S, S, C) to codes (b, t), and the number of devices.
-
-    The devices of this process share every batch, so that b is a multiple of their number.
-    """
-    mesh = make_mesh(devices=jax.local_devices())
-    params = jax.device_put(tokenizer.vq_params, NamedSharding(mesh, PartitionSpec()))
-    model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
-    apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
-    return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
-
-
-def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
-    """The `fingerprint` of what codes depend on; decoder and training may be others."""
-    config = dataclasses.asdict(tokenizer.vq_config)
-    for name in ("out_channels", "beta", "entropy_loss_ratio", "dropout"):
-        del config[name]
-    return fingerprint(config, encoder_params(tokenizer.vq_params))
+from aim_jax.data.preprocessing import image_spec
+from aim_jax.models.vq import VQModel
+from aim_jax.pretrained import Pretrained
+from aim_jax.sharding import joined, micro_batches
+from aim_jax.tokenizers import tokenizer_fingerprint
 
 
 def parse_codes(text: str) -> list[tuple[Path, float]]:
@@ -199,3 +159,17 @@ def open_codes(
       share: which part of every batch to take, and of how many; see `batch_share`.
     """
     return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
+
+
+def check_pictures_fit(model, data: ConfigDict) -> None:
+    """Raises ValueError where a tokenizer, a `VQConfig`, and the pictures disagree."""
+    if {model.in_channels, model.out_channels} != {data.channels}:
+        raise ValueError(
+            f"config.data.channels={data.channels}, but the tokenizer has in_channels="
+            f"{model.in_channels} and out_channels={model.out_channels}; make the three equal."
+        )
+    if data.image_size % model.downsampling:
+        raise ValueError(
+            f"config.data.image_size={data.image_size} is not a multiple of the tokenizer's "
+            f"downsampling {model.downsampling}."
+        )

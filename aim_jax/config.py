@@ -106,7 +106,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 
 def vq_defaults() -> ConfigDict:
     """Training of the VQ tokenizer on pictures, with the pixels' squared error alone."""
-    from aim_jax.models.vq import VQConfig
+    from aim_jax.models.config import VQConfig
     from aim_jax.vq_loss import LossConfig
 
     config = _common()
@@ -167,36 +167,3 @@ def llamagen_recipe() -> ConfigDict:
     config.mesh.fsdp = True
     config.model.compute_dtype = "bfloat16"
     return config
-
-
-def describe_data(data: ConfigDict) -> dict:
-    """A data section as plain values for a model's records, without the place on this machine."""
-    return {k: v for k, v in data.to_dict().items() if k != "dir"}
-
-
-def image_spec(data: ConfigDict):
-    """The `ImageSpec` that a data section describes."""
-    from aim_jax.data import ImageSpec
-
-    return ImageSpec(
-        image_size=data.image_size,
-        channels=data.channels,
-        fit=data.fit,
-        resize_size=data.resize_size or None,
-        random_crop=data.get("random_crop", False),
-        random_flip=data.get("random_flip", False),
-    )
-
-
-def check_pictures_fit(model, data: ConfigDict) -> None:
-    """Raises ValueError where a tokenizer, a `VQConfig`, and the pictures disagree."""
-    if {model.in_channels, model.out_channels} != {data.channels}:
-        raise ValueError(
-            f"config.data.channels={data.channels}, but the tokenizer has in_channels="
-            f"{model.in_channels} and out_channels={model.out_channels}; make the three equal."
-        )
-    if data.image_size % model.downsampling:
-        raise ValueError(
-            f"config.data.image_size={data.image_size} is not a multiple of the tokenizer's "
-            f"downsampling {model.downsampling}."
-        )

@@ -1,13 +1,8 @@
 """Evaluation: class-balanced samples or reconstructions, scored against a reference, reported."""
 
 import dataclasses
-import datetime
-import json
 import math
-import os
-import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 import jax
@@ -15,11 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax import __version__
-from aim_jax.atomic import replacing, write_json
-from aim_jax.codes import local_encoder
 from aim_jax.data import fingerprint
 from aim_jax.distributed import wait_for_all
+from aim_jax.logs import Progress, say
 from aim_jax.metrics import (
     codebook_use,
     density_coverage,
@@ -33,9 +26,8 @@ from aim_jax.metrics.distribution import KERNEL_SUBSET, nearest
 from aim_jax.metrics.feature_sets import FeatureSet
 from aim_jax.metrics.features import FeatureExtractor, sum_over_processes
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
-from aim_jax.metrics.inception import NUM_FEATURES
 from aim_jax.metrics.reconstruction import WINDOW
-from aim_jax.monitor import Progress, say
+from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.pictures import make_grid, save_png, to_rgb
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained
 from aim_jax.references import (
@@ -45,8 +37,10 @@ from aim_jax.references import (
     open_set,
     stored_statistics,
 )
+from aim_jax.report import check_out, provenance, write_report
 from aim_jax.sampling import check_settings, decode_images, generate
 from aim_jax.sharding import make_mesh
+from aim_jax.tokenizers import local_encoder
 
 # Images of a set, of which the density looks at the fifth neighbour of each.
 FEWEST = 6
@@ -253,59 +247,6 @@ def neighbours_picture(made: ImageSet, features: FeatureSet, reference: Referenc
     rows = np.concatenate([shown[:, None], pictures], axis=1)
     names = [f"image {i}" for i in features.indices[index]]
     return save_png(make_grid(rows.reshape(-1, *rows.shape[2:]), k + 1, names), path)
-
-
-def provenance() -> dict:
-    """Versions and hardware, for reports."""
-    return {
-        "aim_jax": __version__,
-        "commit": _commit(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "cpus": os.cpu_count(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _commit() -> str:
-    """The commit of this checkout, with "-dirty" where files differ."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*command):
-        command = ["git", "-C", str(root), *command]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed package may lie in the checkout of something else.
-        ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
-        return git("describe", "--always", "--dirty") if ours else "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def write_report(out: Path, report: dict) -> None:
-    """report.json and report.md."""
-    write_json(out / "report.json", report)
-    lines = [f"# {report['title']}", "", "| metric | value |", "|---|---|"]
-    for name, value in report["metrics"].items():
-        text = f"{value[0]:.5g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.5g}"
-        lines.append(f"| {name} | {text} |")
-    lines += [""] + [f"- {note}" for note in report["notes"]]
-    for section in ("settings", "environment"):
-        lines += ["", f"| {section} | |", "|---|---|"]
-        lines += [f"| {k} | {v} |" for k, v in report[section].items()]
-    with replacing(out / "report.md") as partial:
-        partial.write_text("\n".join(lines) + "\n")
-
-
-def check_out(out: Path, title: str) -> None:
-    """Raises ValueError where a directory holds the report of something else."""
-    file = out / "report.json"
-    if file.exists() and (old := json.loads(file.read_text())["title"]) != title:
-        raise ValueError(
-            f"{out} holds another report ({old}, not {title}); give another --out, or delete it."
-        )
 
 
 def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:

@@ -8,10 +8,10 @@ import jax
 from ml_collections import ConfigDict
 
 from aim_jax import data
-from aim_jax.codes import local_encoder, open_tokenizer, tokenizer_fingerprint
-from aim_jax.config import image_spec
+from aim_jax.data.preprocessing import image_spec
 from aim_jax.distributed import wait_for_all
-from aim_jax.monitor import Progress, say
+from aim_jax.logs import Progress, say
+from aim_jax.tokenizers import local_encoder, open_tokenizer, tokenizer_fingerprint
 
 
 def extract(

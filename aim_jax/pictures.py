@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -83,3 +85,8 @@ def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
     with replacing(path) as partial:
         image.save(partial, format="PNG")
     return Path(path)
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Images in [-1, 1] (values outside are clipped) -> uint8."""
+    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)

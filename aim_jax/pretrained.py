@@ -25,8 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax import hub
 from aim_jax.atomic import replacing
 from aim_jax.models import aim, vq
-from aim_jax.models.config import AiMConfig
-from aim_jax.models.vq import VQConfig
+from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.sharding import to_host
 
 MODEL_FILE = "model.json"

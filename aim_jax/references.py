@@ -6,15 +6,15 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax.config import image_spec
 from aim_jax.data import ImageSource, ImageSpec, open_images
 from aim_jax.data.datasets import KNOWN
 from aim_jax.data.images import FolderImages, images_in
+from aim_jax.data.preprocessing import image_spec
 from aim_jax.metrics import Gaussian
 from aim_jax.metrics.feature_sets import FeatureSet
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageSet, NpzImages, SourceImages
-from aim_jax.metrics.inception import NUM_FEATURES, NUM_SPATIAL
+from aim_jax.models.inception import NUM_FEATURES, NUM_SPATIAL
 from aim_jax.pretrained import Pretrained
 
 

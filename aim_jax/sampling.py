@@ -22,8 +22,9 @@ from aim_jax.decode_fused import FusedDecoder
 from aim_jax.engine import Engine, resolve
 from aim_jax.filters import SCHEDULES, guidance_at
 from aim_jax.models.aim import AiM, Modulation
-from aim_jax.models.config import AiMConfig
-from aim_jax.models.vq import VQConfig, VQModel
+from aim_jax.models.config import AiMConfig, VQConfig
+from aim_jax.models.vq import VQModel
+from aim_jax.pictures import to_uint8
 from aim_jax.pretrained import Pretrained, class_ids
 
 
@@ -271,11 +272,6 @@ def unfinished(model: Pretrained, tokens: jax.Array) -> Samples:
     there = (jnp.arange(total) < n).reshape(side, side)
     there = jnp.repeat(jnp.repeat(there, config.downsampling, 0), config.downsampling, 1)
     return Samples(tokens, jnp.where(there[..., None], images, jnp.uint8(128)))
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] (values outside are clipped) -> uint8."""
-    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def whole_number(name: str, value) -> int:

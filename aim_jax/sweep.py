@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from aim_jax import evaluate, hub
 from aim_jax.atomic import write_json
+from aim_jax.logs import say
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
-from aim_jax.monitor import say
 from aim_jax.pretrained import MODEL_FILE, SAMPLING_DEFAULTS, Pretrained, bundled_models, find_model
 from aim_jax.references import check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings

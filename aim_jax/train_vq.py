@@ -15,28 +15,26 @@ from ml_collections import ConfigDict
 
 from aim_jax import loop
 from aim_jax.checkpoint import claim_workdir, has_checkpoint
-from aim_jax.config import check_pictures_fit, describe_data, image_spec
+from aim_jax.codes import check_pictures_fit
 from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
-from aim_jax.loop import Discriminator, Stage, TrainState
+from aim_jax.data.preprocessing import describe_data, image_spec
+from aim_jax.logs import say
+from aim_jax.loop import Stage
 from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.metrics.lpips import MIN_SIDE
 from aim_jax.models.adapt import VQ_SHAPE, check_same
-from aim_jax.models.patchgan import PatchGAN
-from aim_jax.models.vq import (
-    ENCODER,
+from aim_jax.models.codebook import (
     HISTORY_LENGTH,
-    VQConfig,
-    VQModel,
     codebook_usage,
-    encoder_params,
-    init_params,
     restart_dead_codes,
     unit,
     update_history,
 )
-from aim_jax.monitor import say
+from aim_jax.models.config import VQConfig
+from aim_jax.models.lpips import MIN_SIDE
+from aim_jax.models.patchgan import PatchGAN
+from aim_jax.models.vq import ENCODER, VQModel, encoder_params, init_params
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.sharding import (
@@ -52,6 +50,7 @@ from aim_jax.sharding import (
     sharded_jit,
     shardings,
 )
+from aim_jax.state import Discriminator, TrainState
 from aim_jax.vq_held_out import HeldOut
 from aim_jax.vq_loss import LossConfig, gradients
 

@@ -11,9 +11,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aim_jax.metrics.lpips import MIN_SIDE, lpips
+from aim_jax.models.config import VQConfig
+from aim_jax.models.lpips import MIN_SIDE, lpips
 from aim_jax.models.patchgan import PatchGAN
-from aim_jax.models.vq import VQConfig, VQModel, encoder_params
+from aim_jax.models.vq import VQModel, encoder_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 def main(_):
     with errors_in_one_line():
         from aim_jax.export import save_exported
-        from aim_jax.monitor import say
+        from aim_jax.logs import say
         from aim_jax.pretrained import load_pretrained
 
         f = flags.FLAGS

@@ -24,7 +24,7 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 
 def main(_):
     with errors_in_one_line():
-        from aim_jax.monitor import say
+        from aim_jax.logs import say
         from aim_jax.publish import publish
 
         f = flags.FLAGS

@@ -3,7 +3,7 @@
 import numpy as np
 
 from aim_jax.convert.lpips import TORCHVISION
-from aim_jax.metrics import lpips
+from aim_jax.models import lpips
 
 
 def seeded_weights() -> dict[str, np.ndarray]:

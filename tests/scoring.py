@@ -13,7 +13,7 @@ from absl import app, flags
 
 from aim_jax import distributed, evaluate
 from aim_jax.config import eval_defaults
-from aim_jax.metrics import inception
+from aim_jax.models import inception
 from aim_jax.pretrained import load_pretrained
 
 

@@ -18,7 +18,6 @@ from aim_jax.metrics import (
     codebook_use,
     density_coverage,
     frechet_distance,
-    inception,
     kernel_distance,
     precision_recall,
     psnr,
@@ -28,6 +27,7 @@ from aim_jax.metrics import features as feature_passes
 from aim_jax.metrics.distribution import nearest
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageParts, NpzImages, SourceImages
+from aim_jax.models import inception
 
 
 @pytest.fixture(scope="module")

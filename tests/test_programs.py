@@ -25,9 +25,10 @@ from aim_jax.gallery import (
     with_mixed_classes,
 )
 from aim_jax.launching import errors_in_one_line
+from aim_jax.logs import duration
 from aim_jax.models import AiMConfig
-from aim_jax.models.vq import VQConfig
-from aim_jax.monitor import AHEAD, MetricsWriter, StepLog, duration
+from aim_jax.models.config import VQConfig
+from aim_jax.monitor import AHEAD, MetricsWriter, StepLog
 from aim_jax.pictures import make_grid, picture_path, save_png
 from aim_jax.pretrained import class_ids, save_model
 from aim_jax.sampling import generate
@@ -60,7 +61,7 @@ def test_benchmarks_find_each_other():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds_its_model(config, picture_folder):
-    from aim_jax.config import image_spec
+    from aim_jax.data.preprocessing import image_spec
     from aim_jax.models import AiMConfig, VQConfig
     from aim_jax.optim import learning_rate
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from aim_jax.codes import parse_codes, tokenizer_fingerprint
-from aim_jax.config import describe_data, vq_defaults
+from aim_jax.codes import parse_codes
+from aim_jax.config import vq_defaults
 from aim_jax.data import (
     ArrayImages,
     CacheWriter,
@@ -28,8 +28,10 @@ from aim_jax.data import (
     parse_part,
     token_batches,
 )
+from aim_jax.data.preprocessing import describe_data
 from aim_jax.models.vq import VQModel
 from aim_jax.pretrained import load_pretrained, save_model
+from aim_jax.tokenizers import tokenizer_fingerprint
 from tests.compilation import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]

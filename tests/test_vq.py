@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from aim_jax.models import VQConfig, VQModel
-from aim_jax.models.vq import (
-    DoublingConv,
+from aim_jax.models.codebook import (
     VectorQuantizer,
     codebook_usage,
     entropy_loss,
-    init_params,
     unit,
     update_history,
 )
+from aim_jax.models.vq import DoublingConv, init_params
 from tests.conftest import TINY_VQ
 
 

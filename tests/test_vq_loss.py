@@ -18,20 +18,15 @@ from aim_jax.config import llamagen_recipe, vq_defaults
 from aim_jax.convert.files import WeightsError, save_tensors
 from aim_jax.convert.lpips import TORCHVISION, load_lpips
 from aim_jax.metrics import Moments, frechet_distance
-from aim_jax.metrics.inception import Features
-from aim_jax.metrics.lpips import lpips
 from aim_jax.models import VQConfig
+from aim_jax.models.codebook import HISTORY_LENGTH, restart_dead_codes
+from aim_jax.models.inception import Features
+from aim_jax.models.lpips import lpips
 from aim_jax.models.patchgan import PatchGAN
-from aim_jax.models.vq import (
-    HISTORY_LENGTH,
-    VQModel,
-    encoder_params,
-    init_params,
-    restart_dead_codes,
-)
+from aim_jax.models.vq import VQModel, encoder_params, init_params
 from aim_jax.optim import make_optimizer
+from aim_jax.pictures import to_uint8
 from aim_jax.pretrained import Pretrained, flatten, load_pretrained, save_model
-from aim_jax.sampling import to_uint8
 from aim_jax.sharding import make_mesh
 from aim_jax.train_vq import Recipe
 from aim_jax.vq_loss import LossConfig, gradients, judge, reconstruction_loss

@@ -5,8 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from aim_jax.models.config import AiMConfig
-from aim_jax.models.vq import VQConfig
+from aim_jax.models.config import AiMConfig, VQConfig
 
 # Options of the official configurations: ours by name; those with a single value that this library
 # has; and those without effect on converted weights (initialisation, choice of kernels, dropout

@@ -18,10 +18,10 @@ import aim_jax
 from aim_jax.convert import configs, files, rules
 from aim_jax.convert.files import LazyTensor, WeightsError
 from aim_jax.data.imagenet import imagenet_classes
+from aim_jax.logs import say
 from aim_jax.models.adapt import rearrange_adaln
-from aim_jax.models.config import AiMConfig
-from aim_jax.models.vq import HISTORY_LENGTH, VQConfig
-from aim_jax.monitor import say
+from aim_jax.models.codebook import HISTORY_LENGTH
+from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 # Official tensors that are no weights, kept beside them so that the way back gives the same file.

@@ -9,7 +9,7 @@ import numpy as np
 
 from aim_jax.convert import graphs
 from aim_jax.convert.files import WeightsError, read_tensors
-from aim_jax.metrics import inception
+from aim_jax.models import inception
 from aim_jax.pretrained import flatten
 
 EPSILON = 1e-3  # of its batch norms, which have no scale

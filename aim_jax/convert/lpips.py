@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from aim_jax.convert.files import WeightsError, read_tensors
-from aim_jax.metrics import lpips
+from aim_jax.models import lpips
 from aim_jax.pretrained import flatten
 
 EXPECTED = (

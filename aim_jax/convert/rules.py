@@ -19,8 +19,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aim_jax.models import aim, vq
-from aim_jax.models.config import AiMConfig
-from aim_jax.models.vq import VQConfig
+from aim_jax.models.config import AiMConfig, VQConfig
 
 AIM_PREFIX, VQ_PREFIX = "mamba.", "vqvae."
 TOKEN_EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"

@@ -17,13 +17,8 @@ from aim_jax.data.images import (
     check_labels,
     decode_image,
 )
-from aim_jax.data.pipeline import (
-    ImageSpec,
-    check_images,
-    image_batches,
-    index_batches,
-    preprocess,
-)
+from aim_jax.data.pipeline import check_images, image_batches, index_batches
+from aim_jax.data.preprocessing import ImageSpec, preprocess
 from aim_jax.data.tokens import (
     TokenCache,
     check_alike,

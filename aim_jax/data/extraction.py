@@ -19,7 +19,8 @@ import numpy as np
 
 from aim_jax.atomic import replacing
 from aim_jax.data.images import ImageSource, check_labels
-from aim_jax.data.pipeline import ImageSpec, Prefetched, preprocess
+from aim_jax.data.pipeline import Prefetched
+from aim_jax.data.preprocessing import ImageSpec, preprocess
 from aim_jax.data.tokens import (
     FORMAT,
     MANIFEST,

@@ -27,7 +27,7 @@ from aim_jax.data.images import (
     images_in,
     is_image,
 )
-from aim_jax.monitor import Progress
+from aim_jax.logs import Progress
 
 NAME = "imagenet2012"
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from aim_jax.atomic import replacing
-from aim_jax.metrics import inception
+from aim_jax.logs import say
 from aim_jax.metrics.distribution import Gaussian, InceptionScore, Moments
-from aim_jax.monitor import say
+from aim_jax.models import inception
 
 
 class FeatureSet(NamedTuple):

@@ -10,11 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aim_jax.metrics import inception
+from aim_jax.logs import Progress
 from aim_jax.metrics.distribution import Moments
 from aim_jax.metrics.feature_sets import FeatureSet, FeatureSums
 from aim_jax.metrics.image_sets import ImageSet
-from aim_jax.monitor import Progress
+from aim_jax.models import inception
 from aim_jax.pictures import to_rgb
 from aim_jax.sharding import batch_sharding, make_mesh
 

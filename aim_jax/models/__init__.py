@@ -1,7 +1,7 @@
 """Flax modules: the AiM stack, its two mixers, and the VQ tokenizer."""
 
 from aim_jax.models.aim import AiM, init_cache
-from aim_jax.models.config import PRESETS, AiMConfig
-from aim_jax.models.vq import VQConfig, VQModel
+from aim_jax.models.config import PRESETS, AiMConfig, VQConfig
+from aim_jax.models.vq import VQModel
 
 __all__ = ["PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"]

@@ -1,4 +1,4 @@
-"""Shapes of AiM models, and the four published sizes (arXiv 2408.12245, table 1)."""
+"""Configurations of both models, and the four published sizes of AiM (arXiv 2408.12245, table 1)."""
 
 import dataclasses
 import math
@@ -133,3 +133,52 @@ PRESETS = {
     "XL": AiMConfig(d_model=1536, n_layer=48, adaln="group", num_groups=4),
     "1B": AiMConfig(d_model=2048, n_layer=48, adaln="group", num_groups=4),
 }
+
+
+NORM_GROUPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """Shape and loss weights of a tokenizer; the defaults are LlamaGen's VQ-f16.
+
+    Attributes:
+      in_channels, out_channels: image channels.
+      ch: base width; ch_mult: width multiplier of each resolution, one 2x downsampling between two.
+      num_res_blocks: residual blocks per resolution in the encoder (the decoder has one more).
+      z_channels: channels between encoder/decoder and the 1x1 quantizer projections.
+      embed_dim, n_embed: codebook dimension and size.
+      beta: weight of the commitment loss.
+      entropy_loss_ratio: weight of the codebook entropy loss (0 turns it off).
+      l2_norm: compare and return unit vectors.
+      dropout: dropout rate inside residual blocks while training.
+      compute_dtype: dtype of the convolutions; parameters and quantization stay float32.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    embed_dim: int = 8
+    n_embed: int = 16384
+    beta: float = 0.25
+    entropy_loss_ratio: float = 0.0
+    l2_norm: bool = True
+    dropout: float = 0.0
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
+        if not self.ch_mult or self.ch % NORM_GROUPS or narrow:
+            raise ValueError(
+                f"VQConfig: ch={self.ch} times each of ch_mult={self.ch_mult} must be a multiple "
+                f"of {NORM_GROUPS}, the number of GroupNorm groups."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side: 16 for f16."""
+        return 2 ** (len(self.ch_mult) - 1)

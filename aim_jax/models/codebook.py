@@ -1,0 +1,131 @@
+"""The codebook of the tokenizer: vector quantization, codebook usage, reset of dead codes.
+
+b batch, t tokens (row-major), v codebook entries.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from aim_jax.models.config import VQConfig
+
+
+class Quantized(NamedTuple):
+    """What the quantizer returns.
+
+    Attributes:
+      quant: (b, h, w, embed_dim) codebook vectors, with straight-through gradients.
+      indices: (b, t) int32, row-major.
+      vq_loss: () pulls codebook entries towards the encoder's vectors.
+      commit_loss: () beta times the pull of the encoder's vectors towards the codebook.
+      entropy_loss: () entropy_loss_ratio times (sample entropy - entropy of the mean).
+    """
+
+    quant: jax.Array
+    indices: jax.Array
+    vq_loss: jax.Array
+    commit_loss: jax.Array
+    entropy_loss: jax.Array
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x scaled to unit length along the last axis."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+    return x / jnp.maximum(norm, 1e-12)
+
+
+def entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
+    """Mean entropy of the code distributions minus the entropy of their mean; distances (n, v)."""
+    affinity = -distances / temperature
+    probs = jax.nn.softmax(affinity, axis=-1)
+    log_probs = jax.nn.log_softmax(affinity + 1e-5, axis=-1)
+    mean = probs.mean(axis=0)
+    sample_entropy = -jnp.mean(jnp.sum(probs * log_probs, axis=-1))
+    return sample_entropy + jnp.sum(mean * jnp.log(mean + 1e-5))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook entry of every vector, straight-through (arXiv 1711.00937)."""
+
+    config: VQConfig
+
+    def setup(self):
+        cfg = self.config
+
+        def init(key, shape):
+            codebook = jax.random.uniform(
+                key, shape, minval=-1 / cfg.n_embed, maxval=1 / cfg.n_embed
+            )
+            return unit(codebook) if cfg.l2_norm else codebook
+
+        self.embedding = self.param("embedding", init, (cfg.n_embed, cfg.embed_dim))
+
+    @property
+    def codebook(self) -> jax.Array:
+        """The entries (v, embed_dim) as they are compared and returned."""
+        return unit(self.embedding) if self.config.l2_norm else self.embedding
+
+    def __call__(self, z: jax.Array) -> Quantized:
+        """z (b, h, w, embed_dim) -> Quantized."""
+        cfg, codebook = self.config, self.codebook
+        z = z.astype(jnp.promote_types(z.dtype, codebook.dtype))
+        z = unit(z) if cfg.l2_norm else z
+        flat = z.reshape(-1, cfg.embed_dim)
+        # A single bfloat16 pass, as TPUs do it by default, would choose other codes now and then.
+        products = jnp.matmul(flat, codebook.T, precision="highest")
+        distances = (
+            jnp.sum(jnp.square(flat), axis=1, keepdims=True)
+            + jnp.sum(jnp.square(codebook), axis=1)
+            - 2 * products
+        )
+        indices = jnp.argmin(distances, axis=1)
+        quant = codebook[indices].reshape(z.shape)
+        entropy = jnp.zeros((), z.dtype)
+        if cfg.entropy_loss_ratio:
+            entropy = cfg.entropy_loss_ratio * entropy_loss(distances)
+        return Quantized(
+            quant=z + jax.lax.stop_gradient(quant - z),
+            indices=indices.reshape(z.shape[0], -1).astype(jnp.int32),
+            vq_loss=jnp.mean(jnp.square(quant - jax.lax.stop_gradient(z))),
+            commit_loss=cfg.beta * jnp.mean(jnp.square(jax.lax.stop_gradient(quant) - z)),
+            entropy_loss=entropy,
+        )
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Codebook vectors (..., embed_dim) of indices (...)."""
+        return self.codebook[indices]
+
+
+HISTORY_LENGTH = 65536
+
+
+def update_history(history: jax.Array, indices: jax.Array) -> jax.Array:
+    """Shifts the newest indices into a window of recent ones; history (65536,) int32."""
+    new = indices.reshape(-1)[-history.shape[0] :].astype(history.dtype)
+    return jnp.concatenate([history[new.shape[0] :], new])
+
+
+def codebook_usage(history: jax.Array, n_embed: int) -> jax.Array:
+    """Fraction of the codebook that occurs in the history."""
+    return jnp.mean(jnp.zeros(n_embed, jnp.float32).at[history].set(1.0))
+
+
+def restart_dead_codes(
+    codebook: jax.Array, history: jax.Array, vectors: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Puts encoded vectors, drawn at random, where entries do not occur in the history.
+
+    An entry that is nobody's nearest gets no gradient and stays so (arXiv 2005.00341, section 3.1).
+
+    Args:
+      codebook: (v, embed_dim).
+      history: codes seen last, see `update_history`.
+      vectors: (n, embed_dim), what the quantizer compares.
+      key: of the draw, without repetition as far as the vectors suffice.
+    """
+    seen = jnp.zeros(len(codebook), bool).at[history].set(True)
+    drawn = jax.random.permutation(key, vectors)
+    replacement = drawn[(jnp.cumsum(~seen) - 1) % len(drawn)]
+    return jnp.where(seen[:, None], codebook, replacement.astype(codebook.dtype))

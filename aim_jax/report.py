@@ -1,0 +1,66 @@
+"""Reports of evaluations: metrics, settings, and what they were measured with."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+from aim_jax import __version__
+from aim_jax.atomic import replacing, write_json
+
+
+def provenance() -> dict:
+    """Versions and hardware, for reports."""
+    return {
+        "aim_jax": __version__,
+        "commit": _commit(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cpus": os.cpu_count(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _commit() -> str:
+    """The commit of this checkout, with "-dirty" where files differ."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command):
+        command = ["git", "-C", str(root), *command]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie in the checkout of something else.
+        ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
+        return git("describe", "--always", "--dirty") if ours else "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_report(out: Path, report: dict) -> None:
+    """report.json and report.md."""
+    write_json(out / "report.json", report)
+    lines = [f"# {report['title']}", "", "| metric | value |", "|---|---|"]
+    for name, value in report["metrics"].items():
+        text = f"{value[0]:.5g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.5g}"
+        lines.append(f"| {name} | {text} |")
+    lines += [""] + [f"- {note}" for note in report["notes"]]
+    for section in ("settings", "environment"):
+        lines += ["", f"| {section} | |", "|---|---|"]
+        lines += [f"| {k} | {v} |" for k, v in report[section].items()]
+    with replacing(out / "report.md") as partial:
+        partial.write_text("\n".join(lines) + "\n")
+
+
+def check_out(out: Path, title: str) -> None:
+    """Raises ValueError where a directory holds the report of something else."""
+    file = out / "report.json"
+    if file.exists() and (old := json.loads(file.read_text())["title"]) != title:
+        raise ValueError(
+            f"{out} holds another report ({old}, not {title}); give another --out, or delete it."
+        )

@@ -1,0 +1,50 @@
+"""The tokenizer of a model directory: opening, encoding with it, and its fingerprint."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aim_jax.data import fingerprint
+from aim_jax.models.vq import VQModel, encoder_params
+from aim_jax.pretrained import Pretrained, load_pretrained
+from aim_jax.sharding import batch_sharding, make_mesh
+
+
+def open_tokenizer(name_or_path: str) -> Pretrained:
+    """The tokenizer of a model directory.
+
+    Raises:
+      ValueError: none was given, or the directory holds no tokenizer.
+    """
+    if not name_or_path:
+        raise ValueError(
+            "config.tokenizer is empty: give the model directory of a trained tokenizer "
+            "(--config.tokenizer=DIR, made by launch/train_vq.py), or a bundled model's name."
+        )
+    tokenizer = load_pretrained(name_or_path)
+    if tokenizer.vq_params is None:
+        raise ValueError(f"{name_or_path} holds no tokenizer.")
+    return tokenizer
+
+
+def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """A function from float32 pictures (b, S, S, C) to codes (b, t), and the number of devices.
+
+    The devices of this process share every batch, so that b is a multiple of their number.
+    """
+    mesh = make_mesh(devices=jax.local_devices())
+    params = jax.device_put(tokenizer.vq_params, NamedSharding(mesh, PartitionSpec()))
+    model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
+    apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
+    return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
+
+
+def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
+    """The `fingerprint` of what codes depend on; decoder and training may be others."""
+    config = dataclasses.asdict(tokenizer.vq_config)
+    for name in ("out_channels", "beta", "entropy_loss_ratio", "dropout"):
+        del config[name]
+    return fingerprint(config, encoder_params(tokenizer.vq_params))
