@@ -14,11 +14,11 @@ from aim_jax.engine import Engine, resolve
 from aim_jax.flops import executed_flops, forward_flops, training_flops
 from aim_jax.footprint import DoesNotFitError, Footprint, describe, footprint
 from aim_jax.hardware import peak_flops, topology
-from aim_jax.logs import say
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.sharding import batch_share
 from aim_jax.train import Setup
+from aim_jax.utils.logging import say
 
 
 def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:

@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aim_jax.atomic import write_json
 from aim_jax.data.pipeline import Prefetched
-from aim_jax.logs import say
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
+from aim_jax.utils.files import write_json
+from aim_jax.utils.logging import say
 
 RUN_FILE = "run.json"
 CHUNK_BYTES = 8 * 2**20  # read at once

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from aim_jax.atomic import replacing
 from aim_jax.distributed import wait_for_all
-from aim_jax.logs import duration, say
+from aim_jax.utils.files import replacing
+from aim_jax.utils.logging import duration, say
 
 AHEAD = 2  # steps that the host may give to the device before the first of them is done
 

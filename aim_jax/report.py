@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from aim_jax import __version__
-from aim_jax.atomic import replacing, write_json
+from aim_jax.utils.files import replacing, write_json
 
 
 def provenance() -> dict:

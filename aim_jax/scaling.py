@@ -130,7 +130,7 @@ def report(runs: list[Run]) -> str:
 
 def draw(runs: list[Run], path: Path) -> Path:
     """A log-log plot of every fit."""
-    from aim_jax.plots import new_figure, save_figure
+    from aim_jax.utils.plots import new_figure, save_figure
 
     found = fits(runs)
     figure, plots = new_figure(len(found))

@@ -11,13 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax import evaluate, hub
-from aim_jax.atomic import write_json
-from aim_jax.logs import say
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.pretrained import MODEL_FILE, SAMPLING_DEFAULTS, Pretrained, bundled_models, find_model
 from aim_jax.references import check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings
+from aim_jax.utils.files import write_json
+from aim_jax.utils.logging import say
 
 # Metrics that a sweep can look for the best of, and whether more of it is better.
 METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}
@@ -125,7 +125,7 @@ def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:
 
 def draw(rows: Sequence[Mapping], path: Path) -> Path:
     """Plots of the metrics over the setting with most values, a line per rest of the settings."""
-    from aim_jax.plots import new_figure, save_figure
+    from aim_jax.utils.plots import new_figure, save_figure
 
     names = list(rows[0]["settings"])
     axis = max(names, key=lambda name: len({row["settings"][name] for row in rows}))

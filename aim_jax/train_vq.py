@@ -20,7 +20,6 @@ from aim_jax.convert.inception import load_inception
 from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.data.preprocessing import describe_data, image_spec
-from aim_jax.logs import say
 from aim_jax.loop import Stage
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.models.adapt import VQ_SHAPE, check_same
@@ -51,6 +50,7 @@ from aim_jax.sharding import (
     shardings,
 )
 from aim_jax.state import Discriminator, TrainState
+from aim_jax.utils.logging import say
 from aim_jax.vq_held_out import HeldOut
 from aim_jax.vq_loss import LossConfig, gradients
 

@@ -11,14 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aim_jax import loop
-from aim_jax.logs import Progress
 from aim_jax.metrics import Gaussian, Moments, codebook_use, frechet_distance, psnr
 from aim_jax.metrics.features import FeatureExtractor, over_processes
 from aim_jax.models.config import VQConfig
 from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.models.lpips import lpips
 from aim_jax.models.vq import VQModel
-from aim_jax.pictures import make_grid, save_png, to_uint8
 from aim_jax.sharding import (
     batch_sharding,
     batch_share,
@@ -29,6 +27,8 @@ from aim_jax.sharding import (
     summed,
     to_host,
 )
+from aim_jax.utils.images import make_grid, save_png, to_uint8
+from aim_jax.utils.logging import Progress
 
 
 def eval_step(

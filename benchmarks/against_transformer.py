@@ -26,10 +26,8 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax import evaluate, loop, sampling
-from aim_jax.atomic import write_json
 from aim_jax.codes import open_codes
 from aim_jax.launching import errors_in_one_line
-from aim_jax.logs import Progress
 from aim_jax.metrics.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
@@ -37,6 +35,8 @@ from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.sharding import make_mesh
 from aim_jax.state import TrainState
 from aim_jax.tokenizers import open_tokenizer
+from aim_jax.utils.files import write_json
+from aim_jax.utils.logging import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 

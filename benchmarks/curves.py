@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags
 
 from aim_jax.launching import errors_in_one_line
-from aim_jax.plots import pyplot
+from aim_jax.utils.plots import pyplot
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdirs", None, "Workdirs of training runs, one row of plots each.")

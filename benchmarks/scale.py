@@ -23,7 +23,7 @@ from aim_jax import loop, train
 from aim_jax.config import aim_defaults
 from aim_jax.hlo import Program
 from aim_jax.models import AiMConfig
-from aim_jax.plots import pyplot
+from aim_jax.utils.plots import pyplot
 
 DEVICES = 8
 BASE = AiMConfig(

@@ -9,7 +9,7 @@ import numpy as np
 from aim_jax.engine import Engine
 from aim_jax.models import AiMConfig, init_cache
 from aim_jax.models.aim import init_params
-from aim_jax.plots import pyplot
+from aim_jax.utils.plots import pyplot
 
 
 def size(tree) -> int:

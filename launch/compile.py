@@ -29,7 +29,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main(_):
     from aim_jax import aot
-    from aim_jax.atomic import write_json
+    from aim_jax.utils.files import write_json
 
     f = flags.FLAGS
     with errors_in_one_line():

@@ -69,7 +69,7 @@ def main() -> None:
     args = parse()
     from aim_jax import convert
     from aim_jax.convert.files import save_tensors
-    from aim_jax.logs import say
+    from aim_jax.utils.logging import say
 
     with errors_in_one_line():
         if args.program == "inception":

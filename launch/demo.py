@@ -41,8 +41,8 @@ def write_pictures():
     from PIL import Image
 
     from aim_jax.gallery import sample_to_directory
-    from aim_jax.pictures import save_png, side_by_side
     from aim_jax.pretrained import bundled_models, class_ids, load_pretrained
+    from aim_jax.utils.images import save_png, side_by_side
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
     names = f.checkpoint or bundled_models()

@@ -22,7 +22,7 @@ flags.mark_flag_as_required("runs")
 
 def main(_):
     from aim_jax import scaling
-    from aim_jax.plots import pyplot
+    from aim_jax.utils.plots import pyplot
 
     out = Path(flags.FLAGS.out)
     with errors_in_one_line():

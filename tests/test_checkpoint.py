@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from aim_jax import checkpoint
-from aim_jax.atomic import replacing
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.models import VQConfig
 from aim_jax.pretrained import bundled_models, load_pretrained, save_model
+from aim_jax.utils.files import replacing
 
 
 def edited(model_dir, tmp_path, **changes):

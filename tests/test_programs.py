@@ -25,13 +25,13 @@ from aim_jax.gallery import (
     with_mixed_classes,
 )
 from aim_jax.launching import errors_in_one_line
-from aim_jax.logs import duration
 from aim_jax.models import AiMConfig
 from aim_jax.models.config import VQConfig
 from aim_jax.monitor import AHEAD, MetricsWriter, StepLog
-from aim_jax.pictures import make_grid, picture_path, save_png
 from aim_jax.pretrained import class_ids, save_model
 from aim_jax.sampling import generate
+from aim_jax.utils.images import make_grid, picture_path, save_png
+from aim_jax.utils.logging import duration
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))

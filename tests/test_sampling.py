@@ -16,8 +16,8 @@ from aim_jax.filters import (
     guidance_at,
 )
 from aim_jax.models import AiM
-from aim_jax.pictures import to_uint8
 from aim_jax.sampling import encode_rows, generate_tokens
+from aim_jax.utils.images import to_uint8
 
 
 def kept(logits):

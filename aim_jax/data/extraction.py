@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from aim_jax.atomic import replacing
 from aim_jax.data.images import ImageSource, check_labels
 from aim_jax.data.pipeline import Prefetched
 from aim_jax.data.preprocessing import ImageSpec, preprocess
@@ -32,6 +31,7 @@ from aim_jax.data.tokens import (
     shard_name,
     shard_ranges,
 )
+from aim_jax.utils.files import replacing
 
 VIEWS = ("centre", "centre_flip", "ten_crop")
 

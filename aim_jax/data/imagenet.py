@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from aim_jax.atomic import replacing
 from aim_jax.data.images import (
     FolderImages,
     ImageSource,
@@ -27,7 +26,8 @@ from aim_jax.data.images import (
     images_in,
     is_image,
 )
-from aim_jax.logs import Progress
+from aim_jax.utils.files import replacing
+from aim_jax.utils.logging import Progress
 
 NAME = "imagenet2012"
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}

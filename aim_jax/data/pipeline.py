@@ -26,7 +26,7 @@ from aim_jax.data.images import (
     decode_image,
 )
 from aim_jax.data.preprocessing import ImageSpec, preprocess
-from aim_jax.logs import Progress
+from aim_jax.utils.logging import Progress
 
 # Between the seeds of sets that are mixed, so that two of one size never follow the same order.
 SEED_STEP = 0x9E3779B1

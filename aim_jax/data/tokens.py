@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from aim_jax.data.pipeline import Prefetched, index_batches
-from aim_jax.logs import Progress
+from aim_jax.utils.logging import Progress
 
 FORMAT = "aim_jax token cache"
 VERSION = 2

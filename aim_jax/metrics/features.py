@@ -10,13 +10,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aim_jax.logs import Progress
 from aim_jax.metrics.distribution import Moments
 from aim_jax.metrics.feature_sets import FeatureSet, FeatureSums
 from aim_jax.metrics.image_sets import ImageSet
 from aim_jax.models import inception
-from aim_jax.pictures import to_rgb
 from aim_jax.sharding import batch_sharding, make_mesh
+from aim_jax.utils.images import to_rgb
+from aim_jax.utils.logging import Progress
 
 FORMAT = 2
 # Images whose features are summed up at once: sums of outer products (2048 x 2048, float64, on the

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from aim_jax.atomic import replacing
+from aim_jax.utils.files import replacing
 
 MARGIN = 2
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from aim_jax.atomic import replacing
+from aim_jax.utils.files import replacing
 
 
 def pyplot():

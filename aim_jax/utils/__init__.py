@@ -1,0 +1,1 @@
+"""Files that appear whole, images and plots for people, messages and progress."""
