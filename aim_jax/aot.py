@@ -16,7 +16,7 @@ from aim_jax.footprint import DoesNotFitError, Footprint, describe, footprint
 from aim_jax.hardware import peak_flops, topology
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
-from aim_jax.sharding import batch_share
+from aim_jax.parallel.sharding import batch_share
 from aim_jax.train import Setup
 from aim_jax.utils.logging import say
 

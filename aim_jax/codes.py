@@ -17,8 +17,8 @@ from aim_jax.data import (
 )
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.vq import VQModel
+from aim_jax.parallel.sharding import joined, micro_batches
 from aim_jax.pretrained import Pretrained
-from aim_jax.sharding import joined, micro_batches
 from aim_jax.tokenizers import tokenizer_fingerprint
 
 

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from aim_jax.data import fingerprint
-from aim_jax.distributed import wait_for_all
 from aim_jax.metrics import (
     codebook_use,
     density_coverage,
@@ -27,6 +26,8 @@ from aim_jax.metrics.features import FeatureExtractor, sum_over_processes
 from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.metrics.reconstruction import WINDOW
 from aim_jax.models.inception import NUM_FEATURES
+from aim_jax.parallel.processes import wait_for_all
+from aim_jax.parallel.sharding import make_mesh
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained
 from aim_jax.references import (
     Reference,
@@ -37,7 +38,6 @@ from aim_jax.references import (
 )
 from aim_jax.report import check_out, provenance, write_report
 from aim_jax.sampling import check_settings, decode_images, generate
-from aim_jax.sharding import make_mesh
 from aim_jax.tokenizers import local_encoder
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, say

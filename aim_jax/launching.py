@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 
-from aim_jax import distributed
 from aim_jax.monitor import BadStepsError
 from aim_jax.ops.native.build import BuildError, cache_directory
+from aim_jax.parallel import processes as distributed
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
 EXIT_STOPPED = 75

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from aim_jax.distributed import wait_for_all
+from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import duration, say
 

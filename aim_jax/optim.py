@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aim_jax.sharding import joined, micro_batches
+from aim_jax.parallel.sharding import joined, micro_batches
 
 # Arrays with two or more dimensions in the unstacked model. A_log is left out as its authors do.
 DECAYED = ("kernel", "embedding", "table")

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax import hub
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
-from aim_jax.sharding import to_host
+from aim_jax.parallel.sharding import to_host
 from aim_jax.utils.files import replacing
 
 MODEL_FILE = "model.json"

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from aim_jax import sharding
 from aim_jax.decode import ModuleDecoder
 from aim_jax.decode_fused import FusedDecoder
 from aim_jax.engine import Engine, resolve
@@ -24,6 +23,7 @@ from aim_jax.filters import SCHEDULES, guidance_at
 from aim_jax.models.aim import AiM, Modulation
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.vq import VQModel
+from aim_jax.parallel import sharding
 from aim_jax.pretrained import Pretrained, class_ids
 from aim_jax.utils.images import to_uint8
 

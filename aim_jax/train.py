@@ -20,8 +20,7 @@ from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
-from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
-from aim_jax.sharding import (
+from aim_jax.parallel.sharding import (
     axis_rules,
     batch_sharding,
     batch_share,
@@ -34,6 +33,7 @@ from aim_jax.sharding import (
     summed,
     to_host,
 )
+from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.state import TrainState
 from aim_jax.tokenizers import open_tokenizer
 from aim_jax.utils.images import make_grid, save_png

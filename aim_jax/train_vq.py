@@ -35,8 +35,7 @@ from aim_jax.models.lpips import MIN_SIDE
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import ENCODER, VQModel, encoder_params, init_params
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
-from aim_jax.pretrained import Pretrained, load_pretrained, save_model
-from aim_jax.sharding import (
+from aim_jax.parallel.sharding import (
     axis_rules,
     batch_share,
     check_batch,
@@ -49,6 +48,7 @@ from aim_jax.sharding import (
     sharded_jit,
     shardings,
 )
+from aim_jax.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.state import Discriminator, TrainState
 from aim_jax.utils.logging import say
 from aim_jax.vq_held_out import HeldOut

@@ -17,7 +17,7 @@ from aim_jax.models.config import VQConfig
 from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.models.lpips import lpips
 from aim_jax.models.vq import VQModel
-from aim_jax.sharding import (
+from aim_jax.parallel.sharding import (
     batch_sharding,
     batch_share,
     joined,

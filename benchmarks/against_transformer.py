@@ -32,7 +32,7 @@ from aim_jax.metrics.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
-from aim_jax.sharding import make_mesh
+from aim_jax.parallel.sharding import make_mesh
 from aim_jax.state import TrainState
 from aim_jax.tokenizers import open_tokenizer
 from aim_jax.utils.files import write_json

@@ -20,9 +20,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax import distributed
 from aim_jax.launching import cores_as_devices, errors_in_one_line, parse
 from aim_jax.ops.native.build import cache_directory
+from aim_jax.parallel import processes as distributed
 
 config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[1] / "configs" / "eval.py"), "A file of configs/."

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax import distributed
 from aim_jax.launching import errors_in_one_line, parse
+from aim_jax.parallel import processes as distributed
 
 flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
 flags.DEFINE_string("out", None, "Directory for the token caches.")

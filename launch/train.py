@@ -12,8 +12,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from aim_jax import distributed
 from aim_jax.launching import parse, start
+from aim_jax.parallel import processes as distributed
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/; see its docstring.")
 flags.DEFINE_string("workdir", None, "Directory of this run.")

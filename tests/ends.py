@@ -7,9 +7,9 @@ import time
 
 from absl import app, flags
 
-from aim_jax import distributed
 from aim_jax.launching import EXIT_STOPPED, errors_in_one_line
 from aim_jax.monitor import StopSignal
+from aim_jax.parallel import processes as distributed
 
 flags.DEFINE_enum("end", None, ["error", "late", "signal"], "How.")
 distributed.define_flags()

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from aim_jax import distributed, evaluate
+from aim_jax import evaluate
 from aim_jax.config import eval_defaults
 from aim_jax.models import inception
+from aim_jax.parallel import processes as distributed
 from aim_jax.pretrained import load_pretrained
 
 

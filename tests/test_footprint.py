@@ -16,7 +16,7 @@ from aim_jax.hardware import accelerator, peak_flops, topology
 from aim_jax.hlo import Program
 from aim_jax.models import PRESETS, AiM, AiMConfig
 from aim_jax.models.aim import init_params
-from aim_jax.sharding import make_mesh
+from aim_jax.parallel.sharding import make_mesh
 from tests.test_sharding import small_config
 
 

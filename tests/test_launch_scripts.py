@@ -435,7 +435,7 @@ def test_jobset_of_tpu_slices():
 
 
 def test_jobset_of_gpu_nodes():
-    from aim_jax.distributed import settings
+    from aim_jax.parallel.processes import settings
 
     manifest = jobset.parse(SETS["nodes"])
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]

@@ -17,8 +17,7 @@ from aim_jax.models import PRESETS
 from aim_jax.models.aim import init_params
 from aim_jax.ops import cross_entropy, linear_cross_entropy
 from aim_jax.optim import accumulated_grads
-from aim_jax.sampling import generate
-from aim_jax.sharding import (
+from aim_jax.parallel.sharding import (
     axis_rules,
     batch_share,
     check_batch,
@@ -28,6 +27,7 @@ from aim_jax.sharding import (
     replicate,
     sharded_jit,
 )
+from aim_jax.sampling import generate
 from tests.conftest import TINY_AIM
 
 # Where every kind of parameter of AiM-L lies on the mesh; with FSDP "data" takes the place of "-".

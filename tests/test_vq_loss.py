@@ -25,8 +25,8 @@ from aim_jax.models.lpips import lpips
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import VQModel, encoder_params, init_params
 from aim_jax.optim import make_optimizer
+from aim_jax.parallel.sharding import make_mesh
 from aim_jax.pretrained import Pretrained, flatten, load_pretrained, save_model
-from aim_jax.sharding import make_mesh
 from aim_jax.train_vq import Recipe
 from aim_jax.utils.images import to_uint8
 from aim_jax.vq_loss import LossConfig, gradients, judge, reconstruction_loss

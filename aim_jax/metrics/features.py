@@ -14,7 +14,7 @@ from aim_jax.metrics.distribution import Moments
 from aim_jax.metrics.feature_sets import FeatureSet, FeatureSums
 from aim_jax.metrics.image_sets import ImageSet
 from aim_jax.models import inception
-from aim_jax.sharding import batch_sharding, make_mesh
+from aim_jax.parallel.sharding import batch_sharding, make_mesh
 from aim_jax.utils.images import to_rgb
 from aim_jax.utils.logging import Progress
 

@@ -29,7 +29,7 @@ from aim_jax.models.mamba2 import (
     init_mamba2_cache,
     init_mamba2_dual_cache,
 )
-from aim_jax.sharding import constrain
+from aim_jax.parallel.sharding import constrain
 
 MODULES: dict[str, tuple] = {
     "mamba1": (Mamba1, init_mamba1_cache),

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax import ops
-from aim_jax.sharding import constrain
+from aim_jax.parallel.sharding import constrain
 
 
 def at_least_fp32(x: jax.Array) -> jax.Array:

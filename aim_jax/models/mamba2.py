@@ -14,7 +14,7 @@ from flax import linen as nn
 from aim_jax import ops
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm
-from aim_jax.sharding import constrain
+from aim_jax.parallel.sharding import constrain
 
 
 class Mamba2Cache(NamedTuple):
