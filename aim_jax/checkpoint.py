@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aim_jax.data.pipeline import Prefetched
+from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 from aim_jax.utils.files import write_json

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
-from aim_jax.data.pipeline import Prefetched
+from aim_jax.data.loader import Prefetched
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch

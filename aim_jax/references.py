@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from aim_jax.data import ImageSource, ImageSpec, open_images
 from aim_jax.data.datasets import KNOWN
-from aim_jax.data.images import FolderImages, images_in
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.data.sources import FolderImages, images_in
 from aim_jax.metrics import Gaussian
 from aim_jax.metrics.feature_sets import FeatureSet
 from aim_jax.metrics.features import FeatureExtractor

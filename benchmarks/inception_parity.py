@@ -28,7 +28,7 @@ except ImportError:
 
 from aim_jax.config import eval_defaults
 from aim_jax.convert.inception import load_inception
-from aim_jax.data.images import images_in
+from aim_jax.data.sources import images_in
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.references import open_set

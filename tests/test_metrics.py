@@ -10,7 +10,7 @@ import scipy.linalg
 from PIL import Image
 
 from aim_jax.data import ImageSpec, open_images
-from aim_jax.data.images import ArrayImages
+from aim_jax.data.sources import ArrayImages
 from aim_jax.metrics import (
     Gaussian,
     InceptionScore,

@@ -10,21 +10,10 @@ from aim_jax.data.extraction import (
     parse_part,
 )
 from aim_jax.data.imagenet import TarImages
-from aim_jax.data.images import (
-    ArrayImages,
-    FolderImages,
-    ImageSource,
-    check_labels,
-    decode_image,
-)
-from aim_jax.data.pipeline import check_images, image_batches, index_batches
+from aim_jax.data.loader import check_images, image_batches, index_batches
 from aim_jax.data.preprocessing import ImageSpec, preprocess
-from aim_jax.data.tokens import (
-    TokenCache,
-    check_alike,
-    fingerprint,
-    token_batches,
-)
+from aim_jax.data.sources import ArrayImages, FolderImages, ImageSource, check_labels, decode_image
+from aim_jax.data.token_cache import TokenCache, check_alike, fingerprint, token_batches
 
 __all__ = [
     "VIEWS",

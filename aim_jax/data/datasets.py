@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from aim_jax.data import imagenet
-from aim_jax.data.images import (
+from aim_jax.data.sources import (
     ArrayImages,
     FolderImages,
     ImageSource,

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from aim_jax.data.images import ImageSource, check_labels
-from aim_jax.data.pipeline import Prefetched
+from aim_jax.data.loader import Prefetched
 from aim_jax.data.preprocessing import ImageSpec, preprocess
-from aim_jax.data.tokens import (
+from aim_jax.data.sources import ImageSource, check_labels
+from aim_jax.data.token_cache import (
     FORMAT,
     MANIFEST,
     VERSION,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aim_jax.data.images import (
+from aim_jax.data.sources import (
     FolderImages,
     ImageSource,
     decode_image,

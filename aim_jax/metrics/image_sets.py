@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, preprocess
-from aim_jax.data.pipeline import Prefetched
+from aim_jax.data.loader import Prefetched
 from aim_jax.utils.files import replacing
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from aim_jax.data.pipeline import Prefetched, index_batches
+from aim_jax.data.loader import Prefetched, index_batches
 from aim_jax.utils.logging import Progress
 
 FORMAT = "aim_jax token cache"

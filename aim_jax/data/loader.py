@@ -17,7 +17,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from aim_jax.data.images import (
+from aim_jax.data.preprocessing import ImageSpec, preprocess
+from aim_jax.data.sources import (
     UNREADABLE,
     ArrayImages,
     FolderImages,
@@ -25,7 +26,6 @@ from aim_jax.data.images import (
     check_labels,
     decode_image,
 )
-from aim_jax.data.preprocessing import ImageSpec, preprocess
 from aim_jax.utils.logging import Progress
 
 # Between the seeds of sets that are mixed, so that two of one size never follow the same order.
