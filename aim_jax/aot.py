@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from aim_jax import sampling
 from aim_jax.engine import Engine, resolve
-from aim_jax.flops import executed_flops, forward_flops, training_flops
-from aim_jax.footprint import DoesNotFitError, Footprint, describe, footprint
-from aim_jax.hardware import peak_flops, topology
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.parallel.sharding import batch_share
+from aim_jax.perf.accelerators import peak_flops, topology
+from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
+from aim_jax.perf.footprint import DoesNotFitError, Footprint, describe, footprint
 from aim_jax.train import Setup
 from aim_jax.utils.logging import say
 

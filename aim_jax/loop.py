@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax import hardware
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.data.loader import Prefetched
 from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
+from aim_jax.perf import accelerators as hardware
 from aim_jax.pretrained import EXPORT_DTYPES
 from aim_jax.state import TrainState
 from aim_jax.utils.logging import say

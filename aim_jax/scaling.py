@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from aim_jax.flops import training_flops
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
+from aim_jax.perf.flops import training_flops
 from aim_jax.pretrained import MODEL_FILE
 
 # Of the settings of a report, what has to be the same where FIDs are compared.

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from aim_jax import loop, sampling
 from aim_jax.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.codes import CodeData, EncodedImages, open_codes
-from aim_jax.flops import training_flops
 from aim_jax.loop import Stage
 from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, init_params
@@ -33,6 +32,7 @@ from aim_jax.parallel.sharding import (
     summed,
     to_host,
 )
+from aim_jax.perf.flops import training_flops
 from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.state import TrainState
 from aim_jax.tokenizers import open_tokenizer

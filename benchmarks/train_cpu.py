@@ -159,7 +159,7 @@ def main():
             print(json.dumps(found))
         return
 
-    from aim_jax.flops import training_flops
+    from aim_jax.perf.flops import training_flops
 
     names = args.only.split(";") if args.only else [*OURS, *PEERS]
     reference = None

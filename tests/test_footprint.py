@@ -9,14 +9,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aim_jax import aot, hardware
-from aim_jax.flops import executed_flops, forward_flops, training_flops
-from aim_jax.footprint import DoesNotFitError, Footprint
-from aim_jax.hardware import accelerator, peak_flops, topology
-from aim_jax.hlo import Program
+from aim_jax import aot
 from aim_jax.models import PRESETS, AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh
+from aim_jax.perf import accelerators as hardware
+from aim_jax.perf.accelerators import accelerator, peak_flops, topology
+from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
+from aim_jax.perf.footprint import DoesNotFitError, Footprint
+from aim_jax.perf.hlo import Program
 from tests.test_sharding import small_config
 
 

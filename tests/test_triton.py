@@ -24,12 +24,12 @@ pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 from aim_jax import filters, ops, sampling
 from aim_jax.decode_fused import FusedDecoder
 from aim_jax.engine import Engine
-from aim_jax.hardware import topology
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch
+from aim_jax.perf.accelerators import topology
 from aim_jax.sampling import make_decoder
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import parity

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from aim_jax.hardware import Accelerator, accelerator
-from aim_jax.hlo import Program
+from aim_jax.perf.accelerators import Accelerator, accelerator
+from aim_jax.perf.hlo import Program
 
 # Of what arithmetic or memory allow, the share that a good program attains. The rest of the model
 # of time is written at `Footprint`.

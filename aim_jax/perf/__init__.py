@@ -1,0 +1,1 @@
+"""FLOPs, accelerators' peaks, and the analysis of compiled programs."""
