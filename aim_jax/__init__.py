@@ -16,14 +16,14 @@ _NAMES = {
     "PRESETS": "aim_jax.models",
     "AiM": "aim_jax.models",
     "AiMConfig": "aim_jax.models",
-    "Pretrained": "aim_jax.pretrained",
+    "Pretrained": "aim_jax.weights.pretrained",
     "Samples": "aim_jax.sampling",
     "VQConfig": "aim_jax.models",
     "VQModel": "aim_jax.models",
     "generate": "aim_jax.sampling",
     "init_cache": "aim_jax.models",
-    "load_pretrained": "aim_jax.pretrained",
-    "save_model": "aim_jax.pretrained",
+    "load_pretrained": "aim_jax.weights.pretrained",
+    "save_model": "aim_jax.weights.pretrained",
 }
 _ROOMS = ("data", "models", "ops", "sampling")
 
@@ -32,8 +32,8 @@ __all__ = [*_NAMES, *_ROOMS]
 if TYPE_CHECKING:
     from aim_jax import data, models, ops, sampling
     from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel, init_cache
-    from aim_jax.pretrained import Pretrained, load_pretrained, save_model
     from aim_jax.sampling import Samples, generate
+    from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 
 
 def __getattr__(name: str) -> Any:

@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
-from aim_jax.pretrained import SAMPLING_DEFAULTS, flatten
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
+from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, flatten
 
 RUN_FILE = "run.json"
 CHUNK_BYTES = 8 * 2**20  # read at once

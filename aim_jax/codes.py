@@ -18,8 +18,8 @@ from aim_jax.data import (
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel.sharding import joined, micro_batches
-from aim_jax.pretrained import Pretrained
-from aim_jax.tokenizers import tokenizer_fingerprint
+from aim_jax.weights.pretrained import Pretrained
+from aim_jax.weights.tokenizer import tokenizer_fingerprint
 
 
 def parse_codes(text: str) -> list[tuple[Path, float]]:

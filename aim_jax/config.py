@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from aim_jax.models.config import AiMConfig
-from aim_jax.pretrained import SAMPLING_DEFAULTS
+from aim_jax.weights.pretrained import SAMPLING_DEFAULTS
 
 
 def _common() -> ConfigDict:

@@ -28,7 +28,6 @@ from aim_jax.metrics.reconstruction import WINDOW
 from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained
 from aim_jax.references import (
     Reference,
     check_alike,
@@ -38,9 +37,10 @@ from aim_jax.references import (
 )
 from aim_jax.report import check_out, provenance, write_report
 from aim_jax.sampling import check_settings, decode_images, generate
-from aim_jax.tokenizers import local_encoder
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, say
+from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, Pretrained
+from aim_jax.weights.tokenizer import local_encoder
 
 # Images of a set, of which the density looks at the fifth neighbour of each.
 FEWEST = 6
@@ -272,7 +272,7 @@ def evaluate(
       model: what draws the samples, or reconstructs the reference's pictures.
       samples: what to score instead of drawing, see `open_set`; "" draws.
       reference: see `open_reference`.
-      inception_params: see `aim_jax.convert.inception.load_inception`.
+      inception_params: see `aim_jax.weights.convert.inception.load_inception`.
       config: see `aim_jax.config.eval_defaults`.
       out, cache: directories for the results, and for statistics of references.
       reconstructions: scores the tokenizer.

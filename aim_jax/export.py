@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from aim_jax.decode import ModuleDecoder
 from aim_jax.engine import Engine
 from aim_jax.models.aim import AiM
-from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import Method, Request, _generate, decode_images
 from aim_jax.utils.files import replacing, write_json
+from aim_jax.weights.pretrained import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Plain XLA of any platform; fused kernels would tie the artifact to one.

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from aim_jax import data
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.parallel.processes import wait_for_all
-from aim_jax.tokenizers import local_encoder, open_tokenizer, tokenizer_fingerprint
 from aim_jax.utils.logging import Progress, say
+from aim_jax.weights.tokenizer import local_encoder, open_tokenizer, tokenizer_fingerprint
 
 
 def extract(

@@ -14,9 +14,9 @@ from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
 from aim_jax.perf import accelerators as hardware
-from aim_jax.pretrained import EXPORT_DTYPES
 from aim_jax.state import TrainState
 from aim_jax.utils.logging import say
+from aim_jax.weights.pretrained import EXPORT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)

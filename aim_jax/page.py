@@ -13,7 +13,7 @@ from aim_jax.page_actions import (
     most_rows,
     sliders_of,
 )
-from aim_jax.pretrained import Pretrained
+from aim_jax.weights.pretrained import Pretrained
 
 QUEUE = 16  # requests that may wait
 MOST_BYTES = 4 * 2**20  # of a request, and so of an upload

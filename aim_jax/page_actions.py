@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from aim_jax import gallery
-from aim_jax.pretrained import Pretrained
 from aim_jax.sampling import generate
 from aim_jax.utils.images import make_grid, side_by_side
+from aim_jax.weights.pretrained import Pretrained
 
 MOST_IMAGES = 16
 COLUMNS = 4

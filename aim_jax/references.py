@@ -15,7 +15,7 @@ from aim_jax.metrics.feature_sets import FeatureSet
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import ImageSet, NpzImages, SourceImages
 from aim_jax.models.inception import NUM_FEATURES, NUM_SPATIAL
-from aim_jax.pretrained import Pretrained
+from aim_jax.weights.pretrained import Pretrained
 
 
 class Reference(NamedTuple):

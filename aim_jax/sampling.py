@@ -24,8 +24,8 @@ from aim_jax.models.aim import AiM, Modulation
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel import sharding
-from aim_jax.pretrained import Pretrained, class_ids
 from aim_jax.utils.images import to_uint8
+from aim_jax.weights.pretrained import Pretrained, class_ids
 
 
 class Samples(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.perf.flops import training_flops
-from aim_jax.pretrained import MODEL_FILE
+from aim_jax.weights.pretrained import MODEL_FILE
 
 # Of the settings of a report, what has to be the same where FIDs are compared.
 COMPARED = ("images", "reference", "reference images", "network")

@@ -10,14 +10,21 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax import evaluate, hub
+from aim_jax import evaluate
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
-from aim_jax.pretrained import MODEL_FILE, SAMPLING_DEFAULTS, Pretrained, bundled_models, find_model
 from aim_jax.references import check_alike, open_reference, open_set
 from aim_jax.sampling import check_settings
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
+from aim_jax.weights import hub
+from aim_jax.weights.pretrained import (
+    MODEL_FILE,
+    SAMPLING_DEFAULTS,
+    Pretrained,
+    bundled_models,
+    find_model,
+)
 
 # Metrics that a sweep can look for the best of, and whether more of it is better.
 METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}

@@ -15,7 +15,6 @@ from aim_jax import loop, sampling
 from aim_jax.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.codes import CodeData, EncodedImages, open_codes
 from aim_jax.loop import Stage
-from aim_jax.models.adapt import adapt_aim
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
@@ -33,11 +32,12 @@ from aim_jax.parallel.sharding import (
     to_host,
 )
 from aim_jax.perf.flops import training_flops
-from aim_jax.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
 from aim_jax.state import TrainState
-from aim_jax.tokenizers import open_tokenizer
 from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import say
+from aim_jax.weights.adapt import adapt_aim
+from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
+from aim_jax.weights.tokenizer import open_tokenizer
 
 
 def create_train_state(

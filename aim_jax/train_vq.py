@@ -16,13 +16,10 @@ from ml_collections import ConfigDict
 from aim_jax import loop
 from aim_jax.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.codes import check_pictures_fit
-from aim_jax.convert.inception import load_inception
-from aim_jax.convert.lpips import EXPECTED, load_lpips
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.data.preprocessing import describe_data, image_spec
 from aim_jax.loop import Stage
 from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.models.adapt import VQ_SHAPE, check_same
 from aim_jax.models.codebook import (
     HISTORY_LENGTH,
     codebook_usage,
@@ -48,11 +45,14 @@ from aim_jax.parallel.sharding import (
     sharded_jit,
     shardings,
 )
-from aim_jax.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.state import Discriminator, TrainState
 from aim_jax.utils.logging import say
 from aim_jax.vq_held_out import HeldOut
 from aim_jax.vq_loss import LossConfig, gradients
+from aim_jax.weights.adapt import VQ_SHAPE, check_same
+from aim_jax.weights.convert.inception import load_inception
+from aim_jax.weights.convert.lpips import EXPECTED, load_lpips
+from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,7 @@ def gradients(
     Args:
       params: "vq" and, with an adversarial loss, "discriminator".
       batch: "images" (b, H, W, c) in [-1, 1].
-      lpips_params: see `aim_jax.convert.lpips.load_lpips`; needed with a perceptual loss.
+      lpips_params: see `aim_jax.weights.convert.lpips.load_lpips`; needed with a perceptual loss.
       step: () optimizer steps done.
       decoder_only: gradients of the encoder and the codebook are zero, and cost nothing.
 

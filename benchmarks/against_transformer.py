@@ -34,9 +34,9 @@ from aim_jax.models.aim import init_params
 from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.state import TrainState
-from aim_jax.tokenizers import open_tokenizer
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import Progress
+from aim_jax.weights.tokenizer import open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 

@@ -23,8 +23,8 @@ from aim_jax.data import image_batches, open_images
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.gallery import generate_many
 from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
-from aim_jax.pretrained import load_pretrained
 from aim_jax.utils.logging import Progress
+from aim_jax.weights.pretrained import load_pretrained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "fashion_mnist", "Bundled model, model directory or workdir.")

@@ -20,9 +20,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from aim_jax import convert
-from aim_jax.convert.files import SAFETENSORS, write_safetensors
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
+from aim_jax.weights import convert
+from aim_jax.weights.convert.files import SAFETENSORS, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -140,9 +140,9 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from aim_jax import convert
     from aim_jax.engine import resolve
     from aim_jax.sampling import generate_tokens
+    from aim_jax.weights import convert
     from benchmarks.conversion import random_weights
     from benchmarks.traffic import bytes_per_step
 
@@ -211,8 +211,8 @@ def tokenizer(name: str) -> dict:
     if name == "vq":
         import jax
 
-        from aim_jax import convert
         from aim_jax.sampling import decode_images
+        from aim_jax.weights import convert
 
         params = jax.device_put(convert.convert_vq(weights, config))
 

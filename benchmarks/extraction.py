@@ -83,8 +83,8 @@ def measure_pictures(work: Path, pictures: int) -> dict[str, float]:
     from aim_jax.data import ImageSpec, open_images, preprocess
     from aim_jax.models import VQConfig
     from aim_jax.models.vq import init_params
-    from aim_jax.pretrained import Pretrained
-    from aim_jax.tokenizers import local_encoder
+    from aim_jax.weights.pretrained import Pretrained
+    from aim_jax.weights.tokenizer import local_encoder
 
     rng, tar = np.random.default_rng(0), work / "ILSVRC2012_img_train.tar"
     print(f"{write_tar(tar, rng) / 1000:.0f} KB per picture of {SIZE[0]}x{SIZE[1]}", flush=True)

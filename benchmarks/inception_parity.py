@@ -27,12 +27,12 @@ except ImportError:
     sys.exit("The peer is PyTorch: pip install -e '.[torch]'")
 
 from aim_jax.config import eval_defaults
-from aim_jax.convert.inception import load_inception
 from aim_jax.data.sources import images_in
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.references import open_set
 from aim_jax.utils.logging import Progress
+from aim_jax.weights.convert.inception import load_inception
 
 
 def interpolate(x, axis: int, side: int = 299):

@@ -25,13 +25,14 @@ import optax
 from flax import linen as nn
 from safetensors.numpy import load_file
 
-from aim_jax import convert, ops, sampling
+from aim_jax import ops, sampling
 from aim_jax.engine import FORMS, KERNELS, Engine
 from aim_jax.filters import apply_cfg, filter_logits, filter_top_k
 from aim_jax.models import AiM, AiMConfig, VQConfig, VQModel
 from aim_jax.models.codebook import HISTORY_LENGTH, codebook_usage, unit, update_history
 from aim_jax.models.layers import gated_rms_norm, rms_norm
 from aim_jax.sampling import make_decoder
+from aim_jax.weights import convert
 
 EPILOG = """\
 example:

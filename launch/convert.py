@@ -67,17 +67,17 @@ def parse(argv=None):
 
 def main() -> None:
     args = parse()
-    from aim_jax import convert
-    from aim_jax.convert.files import save_tensors
     from aim_jax.utils.logging import say
+    from aim_jax.weights import convert
+    from aim_jax.weights.convert.files import save_tensors
 
     with errors_in_one_line():
         if args.program == "inception":
-            from aim_jax.convert.inception import load_inception
+            from aim_jax.weights.convert.inception import load_inception
 
             out = save_tensors(load_inception(args.weights), args.out)
         elif args.program == "lpips":
-            from aim_jax.convert.lpips import load_lpips
+            from aim_jax.weights.convert.lpips import load_lpips
 
             out = save_tensors(load_lpips(args.weights, args.heads), args.out)
         elif args.program == "to-torch":

@@ -30,7 +30,7 @@ def main(_):
 
 def serve_page():
     from aim_jax.page import serve
-    from aim_jax.pretrained import bundled_models, load_pretrained
+    from aim_jax.weights.pretrained import bundled_models, load_pretrained
 
     f = flags.FLAGS
     names = f.checkpoint or bundled_models()
@@ -41,8 +41,8 @@ def write_pictures():
     from PIL import Image
 
     from aim_jax.gallery import sample_to_directory
-    from aim_jax.pretrained import bundled_models, class_ids, load_pretrained
     from aim_jax.utils.images import save_png, side_by_side
+    from aim_jax.weights.pretrained import bundled_models, class_ids, load_pretrained
 
     f, start, grids = flags.FLAGS, time.monotonic(), []
     names = f.checkpoint or bundled_models()

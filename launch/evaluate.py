@@ -44,9 +44,9 @@ distributed.define_flags()
 
 
 def main(_):
-    from aim_jax.convert.inception import EXPECTED, load_inception
     from aim_jax.evaluate import evaluate
-    from aim_jax.pretrained import load_pretrained
+    from aim_jax.weights.convert.inception import EXPECTED, load_inception
+    from aim_jax.weights.pretrained import load_pretrained
 
     f = flags.FLAGS
     cores_as_devices()

@@ -27,8 +27,8 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 def main(_):
     with errors_in_one_line():
         from aim_jax.export import save_exported
-        from aim_jax.pretrained import load_pretrained
         from aim_jax.utils.logging import say
+        from aim_jax.weights.pretrained import load_pretrained
 
         f = flags.FLAGS
         out = save_exported(load_pretrained(f.checkpoint), f.out, f.images, f.dtype)

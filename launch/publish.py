@@ -24,8 +24,8 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 
 def main(_):
     with errors_in_one_line():
-        from aim_jax.publish import publish
         from aim_jax.utils.logging import say
+        from aim_jax.weights.publish import publish
 
         f = flags.FLAGS
         report = (

@@ -63,7 +63,7 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 def main(_):
     from aim_jax.engine import Engine
     from aim_jax.gallery import sample_to_directory
-    from aim_jax.pretrained import class_ids, load_pretrained
+    from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
     settings = given_settings(f) | {"cfg_schedule": f.cfg_schedule}

@@ -39,9 +39,9 @@ flags.DEFINE_string("out", "sweep", "Directory for the results.")
 
 def main(_):
     from aim_jax import sweep
-    from aim_jax.convert.inception import EXPECTED, load_inception
-    from aim_jax.pretrained import load_pretrained
     from aim_jax.utils.plots import pyplot
+    from aim_jax.weights.convert.inception import EXPECTED, load_inception
+    from aim_jax.weights.pretrained import load_pretrained
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     cores_as_devices()

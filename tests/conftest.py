@@ -21,7 +21,7 @@ from PIL import Image
 from aim_jax.models import AiMConfig, VQConfig
 from aim_jax.models.aim import init_params as init_aim
 from aim_jax.models.vq import init_params as init_vq
-from aim_jax.pretrained import Pretrained, save_model
+from aim_jax.weights.pretrained import Pretrained, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests read configs/, launch/ and benchmarks/

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from aim_jax.convert.lpips import TORCHVISION
 from aim_jax.models import lpips
+from aim_jax.weights.convert.lpips import TORCHVISION
 
 
 def seeded_weights() -> dict[str, np.ndarray]:

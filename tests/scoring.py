@@ -15,7 +15,7 @@ from aim_jax import evaluate
 from aim_jax.config import eval_defaults
 from aim_jax.models import inception
 from aim_jax.parallel import processes as distributed
-from aim_jax.pretrained import load_pretrained
+from aim_jax.weights.pretrained import load_pretrained
 
 
 def features(params, images):

@@ -14,8 +14,8 @@ import pytest
 from aim_jax import checkpoint
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.models import VQConfig
-from aim_jax.pretrained import bundled_models, load_pretrained, save_model
 from aim_jax.utils.files import replacing
+from aim_jax.weights.pretrained import bundled_models, load_pretrained, save_model
 
 
 def edited(model_dir, tmp_path, **changes):

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
-from aim_jax import convert, sampling
-from aim_jax.convert import files
+from aim_jax import sampling
 from aim_jax.models import PRESETS, AiM, VQConfig
-from aim_jax.models.adapt import adapt_aim, rearrange_adaln
-from aim_jax.pretrained import load_pretrained
+from aim_jax.weights import convert
+from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
+from aim_jax.weights.convert import files
+from aim_jax.weights.pretrained import load_pretrained
 from benchmarks import conversion
 from tests.conftest import TINY_AIM, TINY_VQ
 
@@ -676,7 +677,7 @@ def test_a_failure_while_writing_leaves_nothing(weights, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             convert.to_torch(tmp_path / "model", tmp_path / out)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    monkeypatch.setattr("aim_jax.pretrained._save_params", fail)
+    monkeypatch.setattr("aim_jax.weights.pretrained._save_params", fail)
     with pytest.raises(OSError, match="No space left"):
         convert.to_jax(weights, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

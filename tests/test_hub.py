@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from aim_jax import load_pretrained
-from aim_jax.convert.directories import LEFTOVERS
-from aim_jax.hub import PATTERNS
-from aim_jax.publish import publish
+from aim_jax.weights.convert.directories import LEFTOVERS
+from aim_jax.weights.hub import PATTERNS
+from aim_jax.weights.publish import publish
 
 
 class LocalEntryNotFoundError(Exception):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aim_jax.convert import WeightsError, graphs
-from aim_jax.convert.files import save_tensors
-from aim_jax.convert.inception import BLOCKS, load_inception
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.metrics.image_sets import NpzImages
 from aim_jax.models import inception
-from aim_jax.pretrained import flatten
+from aim_jax.weights.convert import WeightsError, graphs
+from aim_jax.weights.convert.files import save_tensors
+from aim_jax.weights.convert.inception import BLOCKS, load_inception
+from aim_jax.weights.pretrained import flatten
 from tests.conftest import ROOT
 from tests.inception_weights import seeded_images, seeded_weights
 

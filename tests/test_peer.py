@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from aim_jax.convert import convert_aim, export_aim, official_shapes
 from aim_jax.models import AiM, AiMConfig
+from aim_jax.weights.convert import convert_aim, export_aim, official_shapes
 from benchmarks.conversion import random_tensor
 
 torch = pytest.importorskip("torch", reason="the peer is PyTorch: pip install '.[torch]'")

@@ -28,10 +28,10 @@ from aim_jax.launching import errors_in_one_line
 from aim_jax.models import AiMConfig
 from aim_jax.models.config import VQConfig
 from aim_jax.monitor import AHEAD, MetricsWriter, StepLog
-from aim_jax.pretrained import class_ids, save_model
 from aim_jax.sampling import generate
 from aim_jax.utils.images import make_grid, picture_path, save_png
 from aim_jax.utils.logging import duration
+from aim_jax.weights.pretrained import class_ids, save_model
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))

@@ -12,8 +12,8 @@ from aim_jax.metrics.distribution import Gaussian
 from aim_jax.metrics.feature_sets import FeatureSet
 from aim_jax.metrics.features import FeatureExtractor
 from aim_jax.models import PRESETS
-from aim_jax.pretrained import load_pretrained, save_model
 from aim_jax.utils.images import to_rgb
+from aim_jax.weights.pretrained import load_pretrained, save_model
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip

@@ -30,8 +30,8 @@ from aim_jax.data import (
 )
 from aim_jax.data.preprocessing import describe_data
 from aim_jax.models.vq import VQModel
-from aim_jax.pretrained import load_pretrained, save_model
-from aim_jax.tokenizers import tokenizer_fingerprint
+from aim_jax.weights.pretrained import load_pretrained, save_model
+from aim_jax.weights.tokenizer import tokenizer_fingerprint
 from tests.compilation import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]

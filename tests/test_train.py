@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from aim_jax import convert, loop, optim, train, train_vq
+from aim_jax import loop, optim, train, train_vq
 from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.codes import open_codes
 from aim_jax.config import aim_defaults, vq_defaults
@@ -23,8 +23,9 @@ from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.layers import group_to_layer
 from aim_jax.monitor import BadStepsError, Profiler
 from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
-from aim_jax.pretrained import Pretrained, load_pretrained, save_model
-from aim_jax.tokenizers import local_encoder, tokenizer_fingerprint
+from aim_jax.weights import convert
+from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
+from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
 from tests.conftest import ROOT, TINY_AIM, TINY_VQ
 
 

@@ -15,8 +15,6 @@ from PIL import Image
 
 from aim_jax import train_vq, vq_held_out
 from aim_jax.config import llamagen_recipe, vq_defaults
-from aim_jax.convert.files import WeightsError, save_tensors
-from aim_jax.convert.lpips import TORCHVISION, load_lpips
 from aim_jax.metrics import Moments, frechet_distance
 from aim_jax.models import VQConfig
 from aim_jax.models.codebook import HISTORY_LENGTH, restart_dead_codes
@@ -26,10 +24,12 @@ from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import VQModel, encoder_params, init_params
 from aim_jax.optim import make_optimizer
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.pretrained import Pretrained, flatten, load_pretrained, save_model
 from aim_jax.train_vq import Recipe
 from aim_jax.utils.images import to_uint8
 from aim_jax.vq_loss import LossConfig, gradients, judge, reconstruction_loss
+from aim_jax.weights.convert.files import WeightsError, save_tensors
+from aim_jax.weights.convert.lpips import TORCHVISION, load_lpips
+from aim_jax.weights.pretrained import Pretrained, flatten, load_pretrained, save_model
 from tests import lpips_weights
 from tests.conftest import ROOT
 from tests.test_train import assert_same_run, interrupt, records

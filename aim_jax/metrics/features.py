@@ -30,7 +30,7 @@ class FeatureExtractor:
     """The Inception network on all devices; processes divide a set of images among them.
 
     Args:
-      params: from `aim_jax.convert.inception.load_inception`.
+      params: from `aim_jax.weights.convert.inception.load_inception`.
       batch_size: images at once, over all devices; by default 64 for each, or 16 on CPU, whose
         caches they fill.
     """

@@ -145,7 +145,7 @@ class Inception(nn.Module):
     """Images as `preprocess` returns them -> `Features`.
 
     Convolutions have the names of the graph of 2015, with "_" for "/", and the batch norms folded
-    into them: `aim_jax.convert.inception` reads the files that people have.
+    into them: `aim_jax.weights.convert.inception` reads the files that people have.
 
     Attributes:
       with_logits: whether the weights have the last layer.

@@ -69,5 +69,5 @@ def shapes() -> dict:
 
 
 def lpips(params: dict, a: jax.Array, b: jax.Array, dtype: str = "float32") -> jax.Array:
-    """`LPIPS` with parameters from `aim_jax.convert.lpips.load_lpips`."""
+    """`LPIPS` with parameters from `aim_jax.weights.convert.lpips.load_lpips`."""
     return LPIPS(dtype).apply({"params": params}, a, b)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aim_jax.convert import graphs
-from aim_jax.convert.files import WeightsError, read_tensors
 from aim_jax.models import inception
-from aim_jax.pretrained import flatten
+from aim_jax.weights.convert import graphs
+from aim_jax.weights.convert.files import WeightsError, read_tensors
+from aim_jax.weights.pretrained import flatten
 
 EPSILON = 1e-3  # of its batch norms, which have no scale
 EXPECTED = (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 
-from aim_jax.convert.directories import LEFTOVERS
-from aim_jax.hub import PREFIX, prepare, upload
-from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
+from aim_jax.weights.convert.directories import LEFTOVERS
+from aim_jax.weights.hub import PREFIX, prepare, upload
+from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 
 def publish(

@@ -4,7 +4,7 @@
 `directories` turns a whole checkpoint into a model directory and back.
 """
 
-from aim_jax.convert.configs import (
+from aim_jax.weights.convert.configs import (
     aim_config_from_official,
     infer_aim_config,
     infer_vq_config,
@@ -12,9 +12,9 @@ from aim_jax.convert.configs import (
     official_vq_config,
     vq_config_from_official,
 )
-from aim_jax.convert.directories import load_official, to_jax, to_torch
-from aim_jax.convert.files import WeightsError, open_weights
-from aim_jax.convert.rules import (
+from aim_jax.weights.convert.directories import load_official, to_jax, to_torch
+from aim_jax.weights.convert.files import WeightsError, open_weights
+from aim_jax.weights.convert.rules import (
     TIED_HEAD,
     USAGE_HISTORY,
     convert_aim,

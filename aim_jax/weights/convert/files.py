@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aim_jax.pretrained import flatten
 from aim_jax.utils.files import replacing
+from aim_jax.weights.pretrained import flatten
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 CONFIG = "config.json"

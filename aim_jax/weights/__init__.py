@@ -1,0 +1,1 @@
+"""Model directories: load, save, convert, publish."""
