@@ -11,35 +11,60 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public names, by the module that defines them.
-_NAMES = {
-    "PRESETS": "aim_jax.models",
-    "AiM": "aim_jax.models",
-    "AiMConfig": "aim_jax.models",
-    "Pretrained": "aim_jax.weights.pretrained",
-    "Samples": "aim_jax.sampling",
-    "VQConfig": "aim_jax.models",
-    "VQModel": "aim_jax.models",
-    "generate": "aim_jax.sampling",
-    "init_cache": "aim_jax.models",
-    "load_pretrained": "aim_jax.weights.pretrained",
-    "save_model": "aim_jax.weights.pretrained",
-}
-_ROOMS = ("data", "models", "ops", "sampling")
-
-__all__ = [*_NAMES, *_ROOMS]
+__all__ = [
+    "PRESETS",
+    "AiM",
+    "AiMConfig",
+    "Pretrained",
+    "Samples",
+    "VQConfig",
+    "VQModel",
+    "data",
+    "evaluation",
+    "generate",
+    "init_cache",
+    "load_pretrained",
+    "models",
+    "ops",
+    "parallel",
+    "perf",
+    "sampling",
+    "save_model",
+    "training",
+    "utils",
+    "weights",
+]
 
 if TYPE_CHECKING:
-    from aim_jax import data, models, ops, sampling
+    from aim_jax import (
+        data,
+        evaluation,
+        models,
+        ops,
+        parallel,
+        perf,
+        sampling,
+        training,
+        utils,
+        weights,
+    )
     from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel, init_cache
     from aim_jax.sampling import Samples, generate
-    from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
+    from aim_jax.weights import Pretrained, load_pretrained, save_model
+
+# The room that each name is defined in; names that are not here are rooms themselves.
+_HOMES = {
+    "models": ("PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"),
+    "sampling": ("Samples", "generate"),
+    "weights": ("Pretrained", "load_pretrained", "save_model"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
-    if name in _ROOMS:
+    for room, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

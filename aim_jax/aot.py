@@ -9,15 +9,15 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from aim_jax import sampling
-from aim_jax.engine import Engine, resolve
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.parallel.sharding import batch_share
 from aim_jax.perf.accelerators import peak_flops, topology
 from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
 from aim_jax.perf.footprint import DoesNotFitError, Footprint, describe, footprint
-from aim_jax.train import Setup
+from aim_jax.sampling.engine import Engine, resolve
+from aim_jax.sampling.generate import Method, Request, device_mesh, generate_sharded
+from aim_jax.training.aim import Setup
 from aim_jax.utils.logging import say
 
 
@@ -41,7 +41,7 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     Args:
       images: per device.
     """
-    mesh = sampling.device_mesh(tuple(devices))
+    mesh = device_mesh(tuple(devices))
     whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
     params = jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
     params = jax.tree.map(lambda x: x.update(sharding=whole), params)
@@ -51,15 +51,13 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
 
     ints, floats = per_image(jnp.int32), per_image(jnp.float32)
-    request = sampling.Request(ints, ints, floats, floats, ints, floats, per_image(jnp.int32, 0))
+    request = Request(ints, ints, floats, floats, ints, floats, per_image(jnp.int32, 0))
     # Triton's kernels ask the GPU at hand what it is, so this is the program without them.
     engine = resolve(Engine(kernels="xla"), model, 2 * images, devices[0].platform)
-    method = sampling.Method(model, True, "constant", engine)
+    method = Method(model, True, "constant", engine)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
-    lowered = sampling.generate_sharded.lower(
-        params, seed, request, interval, method=method, mesh=mesh
-    )
+    lowered = generate_sharded.lower(params, seed, request, interval, method=method, mesh=mesh)
     return footprint(lowered, 2 * images * forward_flops(model), devices[0])
 
 

@@ -107,7 +107,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 def vq_defaults() -> ConfigDict:
     """Training of the VQ tokenizer on pictures, with the pixels' squared error alone."""
     from aim_jax.models.config import VQConfig
-    from aim_jax.vq_loss import LossConfig
+    from aim_jax.training.losses import LossConfig
 
     config = _common()
     config.stage = "vq"

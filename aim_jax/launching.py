@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 
-from aim_jax.monitor import BadStepsError
 from aim_jax.ops.native.build import BuildError, cache_directory
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
+from aim_jax.training.monitor import BadStepsError
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command goes on.
 EXIT_STOPPED = 75
@@ -99,7 +99,7 @@ def define_sampling_flags() -> None:
     flags.DEFINE_float("temperature", None, f"Divides the logits. {own}")
     flags.DEFINE_integer("top_k", None, f"Keep the k likeliest codes; 0 is off. {own}")
     flags.DEFINE_float("top_p", None, f"Keep the likeliest codes up to this sum; 1 is off. {own}")
-    distributed.show_in_help(*SAMPLING_FLAGS)
+    processes.show_in_help(*SAMPLING_FLAGS)
 
 
 def given_settings(values: flags.FlagValues) -> dict:
@@ -152,11 +152,11 @@ def start(train, stage: str, flags) -> None:
     Args:
       train: (config, workdir) trains.
       stage: the kind of configuration that it takes.
-      flags: parsed flags `config`, `workdir`, `data`, and those of `distributed.define_flags`.
+      flags: parsed flags `config`, `workdir`, `data`, and those of `processes.define_flags`.
     """
     config = flags.config
     with errors_in_one_line():
-        distributed.initialize_from(flags)
+        processes.initialize_from(flags)
         if config.stage != stage:
             program = {"aim": "launch/train.py", "vq": "launch/train_vq.py"}
             program["eval"] = "launch/evaluate.py"

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from PIL import Image
 
-from aim_jax import gallery
-from aim_jax.sampling import generate
+from aim_jax.sampling import grids
+from aim_jax.sampling.generate import generate
 from aim_jax.utils.images import make_grid, side_by_side
 from aim_jax.weights.pretrained import Pretrained
 
@@ -37,7 +37,7 @@ def sliders_of(model: Pretrained) -> list[tuple]:
 
 def class_names(model: Pretrained) -> list[str]:
     """A name for every class, its number where the model has none."""
-    return [gallery.class_name(model, i) for i in range(model.aim_config.num_classes)]
+    return [grids.class_name(model, i) for i in range(model.aim_config.num_classes)]
 
 
 def most_rows(model: Pretrained) -> int:
@@ -93,7 +93,7 @@ class Actions:
             raise ValueError(f"The picture has more than {MOST_PIXELS:,} pixels; make it smaller.")
         if max(picture.shape[:2]) > MOST_RATIO * min(picture.shape[:2]):
             raise ValueError(f"One side is over {MOST_RATIO} times the other; cut a part out.")
-        return gallery.complete(
+        return grids.complete(
             model, [picture[..., :3]], [label], _whole(count, 1, COLUMNS, "the completions"),
             rows=_whole(rows, 1, most_rows(model), "the rows to keep"), seed=_seed(seed),
             min_side=128, **settings,

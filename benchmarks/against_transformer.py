@@ -25,15 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from aim_jax import evaluate, loop, sampling
-from aim_jax.codes import open_codes
+from aim_jax.evaluation import evaluate
+from aim_jax.evaluation.image_sets import ImageParts
 from aim_jax.launching import errors_in_one_line
-from aim_jax.metrics.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
-from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.state import TrainState
+from aim_jax.sampling.generate import decode_images, generate_tokens
+from aim_jax.training import loop
+from aim_jax.training.inputs import open_codes
+from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
+from aim_jax.training.state import TrainState
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import Progress
 from aim_jax.weights.tokenizer import open_tokenizer
@@ -51,7 +53,7 @@ def contestants(model: AiMConfig) -> dict:
         "aim": (
             AiM(model),
             lambda key: nn.unbox(init_params(model, key)),
-            lambda params, *args: sampling.generate_tokens(params, *args, config=model),
+            lambda params, *args: generate_tokens(params, *args, config=model),
         ),
         "transformer": (
             transformer.Transformer(peer),
@@ -165,7 +167,7 @@ def main():
         def draw(labels, index, params=params, sampler=sampler):
             settings = args.cfg_scale, 1.0, 0, 1.0
             tokens = sampler(params, jnp.asarray(labels), 0, jnp.asarray(index), *settings)
-            return sampling.decode_images(tokenizer.vq_params, tokens, config=tokenizer.vq_config)
+            return decode_images(tokenizer.vq_params, tokens, config=tokenizer.vq_config)
 
         samplers[name] = draw
     sizes = [int(size) for size in args.sizes.split(",")]

@@ -7,7 +7,7 @@ Example:
 Contestants, all in float32 with the sizes of AiM-B (LlamaGen: of LlamaGen-B), guidance, top-k 600
 and top-p 0.98, for 1 and 8 images (2 and 16 rows):
 
-  ours          aim_jax.sampling.generate_tokens; --ours names the variants
+  ours          aim_jax.sampling.generate.generate_tokens; --ours names the variants
   official      the official single step in plain eager PyTorch
   tuned         the same function as fast as eager PyTorch was made to go
   huggingface   transformers' Mamba2ForCausalLM, without classes
@@ -49,8 +49,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aim_jax.engine import Engine
 from aim_jax.models import PRESETS, VQConfig
+from aim_jax.sampling.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 
@@ -140,8 +140,8 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from aim_jax.engine import resolve
-    from aim_jax.sampling import generate_tokens
+    from aim_jax.sampling.engine import resolve
+    from aim_jax.sampling.generate import generate_tokens
     from aim_jax.weights import convert
     from benchmarks.conversion import random_weights
     from benchmarks.traffic import bytes_per_step
@@ -211,7 +211,7 @@ def tokenizer(name: str) -> dict:
     if name == "vq":
         import jax
 
-        from aim_jax.sampling import decode_images
+        from aim_jax.sampling.generate import decode_images
         from aim_jax.weights import convert
 
         params = jax.device_put(convert.convert_vq(weights, config))

@@ -42,11 +42,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_jax.engine import Engine
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
 from aim_jax.models.aim import init_params
 from aim_jax.models.vq import init_params as init_vq
-from aim_jax.sampling import decode_images, generate_tokens
+from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.generate import decode_images, generate_tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 

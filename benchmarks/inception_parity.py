@@ -28,9 +28,9 @@ except ImportError:
 
 from aim_jax.config import eval_defaults
 from aim_jax.data.sources import images_in
-from aim_jax.metrics import Moments, frechet_distance
-from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.references import open_set
+from aim_jax.evaluation.distribution import Moments, frechet_distance
+from aim_jax.evaluation.features import FeatureExtractor
+from aim_jax.evaluation.references import open_set
 from aim_jax.utils.logging import Progress
 from aim_jax.weights.convert.inception import load_inception
 

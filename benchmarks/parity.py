@@ -25,13 +25,13 @@ import optax
 from flax import linen as nn
 from safetensors.numpy import load_file
 
-from aim_jax import ops, sampling
-from aim_jax.engine import FORMS, KERNELS, Engine
-from aim_jax.filters import apply_cfg, filter_logits, filter_top_k
+from aim_jax import ops
 from aim_jax.models import AiM, AiMConfig, VQConfig, VQModel
 from aim_jax.models.codebook import HISTORY_LENGTH, codebook_usage, unit, update_history
 from aim_jax.models.layers import gated_rms_norm, rms_norm
-from aim_jax.sampling import make_decoder
+from aim_jax.sampling.engine import FORMS, KERNELS, Engine
+from aim_jax.sampling.generate import generate_tokens, make_decoder
+from aim_jax.sampling.logits import apply_cfg, filter_logits, filter_top_k
 from aim_jax.weights import convert
 
 EPILOG = """\
@@ -314,9 +314,7 @@ def greedy_tokens(
     """Generation with top_k = 1: the most likely code at every step."""
     settings = {"cfg_scale": cfg_scale, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
     index = jnp.arange(labels.shape[0])
-    return sampling.generate_tokens(
-        params, labels, 0, index, **settings, config=config, engine=engine
-    )
+    return generate_tokens(params, labels, 0, index, **settings, config=config, engine=engine)
 
 
 def smallest_margin(

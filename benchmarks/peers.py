@@ -28,8 +28,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax import filters
 from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel
+from aim_jax.sampling import logits as filters
 from aim_jax.weights import convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed

@@ -18,12 +18,12 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.config import imagenet_recipe
 from aim_jax.data.loader import Prefetched
 from aim_jax.models import PRESETS
 from aim_jax.parallel.sharding import create_sharded
-from aim_jax.train import Setup
+from aim_jax.training.aim import Setup
+from aim_jax.training.checkpoint import RunCheckpoints
 
 
 def noisy(x: jax.Array) -> jax.Array:

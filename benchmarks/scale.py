@@ -19,10 +19,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax import loop, train
 from aim_jax.config import aim_defaults
 from aim_jax.models import AiMConfig
 from aim_jax.perf.hlo import Program
+from aim_jax.training import aim as train
+from aim_jax.training import loop
 from aim_jax.utils.plots import pyplot
 
 DEVICES = 8

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from aim_jax.parallel.sharding import create_sharded, shard_batch
-from aim_jax.train_vq import Setup
+from aim_jax.training.tokenizer import Setup
 from aim_jax.weights.convert.lpips import load_lpips
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed

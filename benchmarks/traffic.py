@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax.engine import Engine
 from aim_jax.models import AiMConfig, init_cache
 from aim_jax.models.aim import init_params
+from aim_jax.sampling.engine import Engine
 from aim_jax.utils.plots import pyplot
 
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_jax import filters, ops
+from aim_jax import ops
 from aim_jax.models.layers import LabelEmbedder
+from aim_jax.sampling.logits import sample
 
 THETA = 10_000.0
 
@@ -166,7 +167,7 @@ def generate_tokens(
         x, caches = carry
         logits, caches = apply("forward", x, caches, position)
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
-        token = filters.sample(logits[:, 0], uniform, *settings)
+        token = sample(logits[:, 0], uniform, *settings)
         return (apply("embed", jnp.concatenate([token, token])), caches), token
 
     _, tokens = jax.lax.scan(step, (x, caches), jnp.arange(config.num_tokens))

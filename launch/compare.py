@@ -28,7 +28,7 @@ flags.DEFINE_string("out", "comparison.png", "The grid: a file, or a directory t
 
 
 def main(_):
-    from aim_jax.gallery import compare_settings, interpolate
+    from aim_jax.sampling.grids import compare_settings, interpolate
     from aim_jax.utils.images import picture_path, save_png
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 

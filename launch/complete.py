@@ -25,7 +25,7 @@ flags.mark_flags_as_required(["images", "classes"])
 
 def main(_):
     from aim_jax.data import decode_image
-    from aim_jax.gallery import complete
+    from aim_jax.sampling.grids import complete
     from aim_jax.utils.images import picture_path, save_png
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 

@@ -40,7 +40,7 @@ def serve_page():
 def write_pictures():
     from PIL import Image
 
-    from aim_jax.gallery import sample_to_directory
+    from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.utils.images import save_png, side_by_side
     from aim_jax.weights.pretrained import bundled_models, class_ids, load_pretrained
 

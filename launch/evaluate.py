@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from aim_jax.launching import cores_as_devices, errors_in_one_line, parse
 from aim_jax.ops.native.build import cache_directory
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
 
 config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[1] / "configs" / "eval.py"), "A file of configs/."
@@ -40,18 +40,18 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("reconstruct", False, "Score the tokenizer on the reference's pictures.")
 flags.DEFINE_string("out", "evaluation", "Directory for the results.")
-distributed.define_flags()
+processes.define_flags()
 
 
 def main(_):
-    from aim_jax.evaluate import evaluate
+    from aim_jax.evaluation.evaluate import evaluate
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
     from aim_jax.weights.pretrained import load_pretrained
 
     f = flags.FLAGS
     cores_as_devices()
     with errors_in_one_line():
-        distributed.initialize_from(f)
+        processes.initialize_from(f)
         if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
             raise ValueError("give --reference, and either --checkpoint or --samples.")
         if not f.inception:

@@ -26,7 +26,7 @@ flags.mark_flags_as_required(["checkpoint", "out"])
 
 def main(_):
     with errors_in_one_line():
-        from aim_jax.export import save_exported
+        from aim_jax.sampling.export import save_exported
         from aim_jax.utils.logging import say
         from aim_jax.weights.pretrained import load_pretrained
 

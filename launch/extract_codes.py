@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from aim_jax.launching import errors_in_one_line, parse
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
 
 flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
 flags.DEFINE_string("out", None, "Directory for the token caches.")
@@ -35,7 +35,7 @@ flags.DEFINE_integer("batch_size", 128, "Pictures per step and device.", lower_b
 flags.DEFINE_integer("shard_size", 16384, "Pictures per file.", lower_bound=1)
 flags.DEFINE_integer("workers", 0, "Processes that decode pictures; 0 uses threads.", lower_bound=0)
 flags.DEFINE_string("part", "", "I/N: encode every N-th shard alone, from the I-th on.")
-distributed.define_flags()
+processes.define_flags()
 flags.mark_flags_as_required(["tokenizer", "out"])
 
 
@@ -44,7 +44,7 @@ def main(_):
 
     f = flags.FLAGS
     with errors_in_one_line():
-        distributed.initialize_from(f)
+        processes.initialize_from(f)
         extract(
             f.tokenizer, Path(f.out), data_name=f.data_name, data_dir=f.data, splits=f.split,
             views=f.views, crop_range=f.crop_range, batch_size=f.batch_size,

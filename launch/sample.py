@@ -61,8 +61,8 @@ flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, label
 
 
 def main(_):
-    from aim_jax.engine import Engine
-    from aim_jax.gallery import sample_to_directory
+    from aim_jax.sampling.engine import Engine
+    from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS

@@ -21,7 +21,7 @@ flags.mark_flag_as_required("runs")
 
 
 def main(_):
-    from aim_jax import scaling
+    from aim_jax.evaluation import scaling
     from aim_jax.utils.plots import pyplot
 
     out = Path(flags.FLAGS.out)

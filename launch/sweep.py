@@ -38,7 +38,7 @@ flags.DEFINE_string("out", "sweep", "Directory for the results.")
 
 
 def main(_):
-    from aim_jax import sweep
+    from aim_jax.evaluation import sweep
     from aim_jax.utils.plots import pyplot
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
     from aim_jax.weights.pretrained import load_pretrained

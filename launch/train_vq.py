@@ -13,17 +13,17 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from aim_jax.launching import parse, start
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/; see its docstring.")
 flags.DEFINE_string("workdir", None, "Directory of this run.")
 flags.DEFINE_string("data", "", "Directory with the pictures; short for --config.data.dir.")
-distributed.define_flags()
+processes.define_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
-    from aim_jax.train_vq import train
+    from aim_jax.training.tokenizer import train
 
     start(train, "vq", flags.FLAGS)
 

@@ -8,24 +8,24 @@ import time
 from absl import app, flags
 
 from aim_jax.launching import EXIT_STOPPED, errors_in_one_line
-from aim_jax.monitor import StopSignal
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
+from aim_jax.training.monitor import StopSignal
 
 flags.DEFINE_enum("end", None, ["error", "late", "signal"], "How.")
-distributed.define_flags()
+processes.define_flags()
 
 
 def main(_):
     import jax
 
     with errors_in_one_line():
-        distributed.initialize_from(flags.FLAGS)
+        processes.initialize_from(flags.FLAGS)
         first = jax.process_index() == 0
-        distributed.wait_for_all("the start")
+        processes.wait_for_all("the start")
         if flags.FLAGS.end == "error":
             if not first:
                 raise FileNotFoundError("not on this host")
-            distributed.wait_for_all("a step that the other one never takes")
+            processes.wait_for_all("a step that the other one never takes")
         if flags.FLAGS.end == "signal":
             if not first:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -33,7 +33,7 @@ def main(_):
             sys.exit(EXIT_STOPPED if StopSignal(3000).reached(3000) else 3)
         if first:
             time.sleep(3 * flags.FLAGS.heartbeat_seconds)  # writes something large
-        distributed.wait_for_all("the end")
+        processes.wait_for_all("the end")
 
 
 if __name__ == "__main__":

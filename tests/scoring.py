@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from aim_jax import evaluate
 from aim_jax.config import eval_defaults
+from aim_jax.evaluation import evaluate
 from aim_jax.models import inception
-from aim_jax.parallel import processes as distributed
+from aim_jax.parallel import processes
 from aim_jax.weights.pretrained import load_pretrained
 
 
@@ -37,7 +37,7 @@ def distance(a, b):
 
 
 def main(arguments):
-    distributed.initialize_from(flags.FLAGS)
+    processes.initialize_from(flags.FLAGS)
     inception.extract = jax.jit(features)
     evaluate.frechet_distance = distance
     model, pictures, out = arguments[1:]
@@ -52,5 +52,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    distributed.define_flags()
+    processes.define_flags()
     sys.exit(app.run(main))

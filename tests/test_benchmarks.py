@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax.engine import Engine
+from aim_jax.sampling.engine import Engine
 from benchmarks import decode_cpu, decode_gpu, footprints, scale, traffic
 
 RESULTS = {

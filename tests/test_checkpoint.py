@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import checkpoint
-from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.models import VQConfig
+from aim_jax.training import checkpoint
+from aim_jax.training.checkpoint import RunCheckpoints
 from aim_jax.utils.files import replacing
 from aim_jax.weights.pretrained import bundled_models, load_pretrained, save_model
 

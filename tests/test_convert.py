@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
-from aim_jax import sampling
 from aim_jax.models import PRESETS, AiM, VQConfig
+from aim_jax.sampling.generate import generate, generate_tokens
 from aim_jax.weights import convert
 from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
 from aim_jax.weights.convert import files
@@ -324,7 +324,7 @@ def test_a_model_directory_says_what_it_is(weights, tmp_path):
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    assert sampling.generate(model, [0, 2]).images.shape == (2, 4, 4, 1)
+    assert generate(model, [0, 2]).images.shape == (2, 4, 4, 1)
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         convert.to_jax(weights, tmp_path / "other", class_names=("a", "b"))
     with pytest.raises(ValueError, match="exists already"):
@@ -340,7 +340,7 @@ def test_converted_weights_sample_at_the_official_positions(tmp_path):
     expected = np.load(case / "expected.npz")
 
     def greedy(model):
-        return sampling.generate_tokens(
+        return generate_tokens(
             model.aim_params, jnp.asarray(expected["decode_labels"]), 0, jnp.arange(2),
             float(expected["cfg_scale"]), 1.0, 1, 1.0, config=model.aim_config,
         )  # fmt: skip

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from aim_jax import decode, filters, generate, sampling
-from aim_jax.engine import Engine, native_kernels, resolve
+from aim_jax import generate
 from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
+from aim_jax.sampling import decoder
+from aim_jax.sampling.engine import Engine, native_kernels, resolve
+from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens
+from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
 from benchmarks import parity
 from tests.test_golden import GOLDEN
 
@@ -32,9 +35,9 @@ MODULES = Engine("recurrent", "xla")
 @pytest.fixture(autouse=True, scope="module")
 def two_segments():
     """Every segment of a growing cache is a loop to compile; two show what four do."""
-    before, decode.SEGMENTS = decode.SEGMENTS, 2
+    before, decoder.SEGMENTS = decoder.SEGMENTS, 2
     yield
-    decode.SEGMENTS = before
+    decoder.SEGMENTS = before
 
 
 # Golden vectors. The first engine is what test_golden.py decodes with.
@@ -77,7 +80,7 @@ def tokens_of(config, params, engine, rows=3, first=0, scale=2.0, **options):
     labels = (first + jnp.arange(rows)) % 3
     index = first + jnp.arange(rows)
     return np.asarray(
-        sampling.generate_tokens(
+        generate_tokens(
             params, labels, 3, index, scale, 0.9, 20, 0.95, config=config, engine=engine, **options
         )
     )
@@ -153,7 +156,7 @@ def test_a_callback_gets_pictures(tiny_model):
 
 
 SAMPLERS = [
-    pytest.param(lambda: filters.sample, id="xla"),
+    pytest.param(lambda: sample, id="xla"),
     pytest.param(lambda: pytest.importorskip("aim_jax.ops.native").sample, id="native",
                  marks=native_only),
 ]  # fmt: skip
@@ -168,8 +171,8 @@ def test_drawn_tokens_follow_the_filtered_softmax(sampler):
     uniform = jax.random.uniform(jax.random.key(2), (n,))
     settings = [jnp.full(n, x) for x in (1.5, 0.8)] + [jnp.full(n, 8), jnp.full(n, 0.95)]
     tokens = np.asarray(jax.jit(sampler())(logits, uniform, *settings))
-    guided = filters.apply_cfg(cond, uncond, 1.5) / 0.8
-    p = np.asarray(jax.nn.softmax(filters.filter_logits(guided, 8, 0.95)[0]), np.float64)
+    guided = apply_cfg(cond, uncond, 1.5) / 0.8
+    p = np.asarray(jax.nn.softmax(filter_logits(guided, 8, 0.95)[0]), np.float64)
     counts, support = np.bincount(tokens, minlength=vocab), p > 0
     assert counts[~support].sum() == 0 and 2 <= support.sum() <= 8
     chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
@@ -197,16 +200,16 @@ def test_the_native_sampler_is_the_sampler():
         rng.choice([0.05, 0.5, 0.9, 1.0], b).astype(np.float32),
     )
     settings = [jnp.asarray(x) for x in settings]
-    expected = np.asarray(jax.jit(filters.sample)(logits, uniform, *settings))
+    expected = np.asarray(jax.jit(sample)(logits, uniform, *settings))
     found = np.asarray(jax.jit(native.sample)(logits, uniform, *settings))
     # Sums are taken in another order, so a number on the border of two tokens may fall to either;
     # at the end of the range that is the last of the tokens that are left.
     assert np.mean(found == expected) > 0.98
-    guided = filters.apply_cfg(logits[:b], logits[b:], settings[0]) / settings[1][:, None]
-    kept = np.isfinite(filters.filter_logits(guided, *settings[2:]))
+    guided = apply_cfg(logits[:b], logits[b:], settings[0]) / settings[1][:, None]
+    kept = np.isfinite(filter_logits(guided, *settings[2:]))
     assert kept[np.arange(b), found].all()
     unguided = jax.jit(native.sample)(logits[:b], uniform, *settings)
-    plain = jax.jit(filters.sample)(logits[:b], uniform, *settings)
+    plain = jax.jit(sample)(logits[:b], uniform, *settings)
     assert np.mean(np.asarray(unguided) == np.asarray(plain)) > 0.98
 
 
@@ -276,12 +279,12 @@ def test_the_compiled_loop_copies_no_cache(engine):
     params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     per_image = jax.ShapeDtypeStruct((2,), jnp.float32)
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
-    request = sampling.Request(
+    request = Request(
         ints, ints, per_image, per_image, ints, per_image, jax.ShapeDtypeStruct((2, 0), jnp.int32)
     )
-    method = sampling.Method(config, True, "constant", engine)
+    method = Method(config, True, "constant", engine)
     interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    compiled = sampling._generate.lower(params, 0, request, interval, method=method).compile(
+    compiled = _generate.lower(params, 0, request, interval, method=method).compile(
         {"xla_backend_optimization_level": 3}
     )
     text = compiled.as_text()

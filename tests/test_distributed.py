@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax import train
 from aim_jax.launching import EXIT_STOPPED
 from aim_jax.parallel.processes import settings
+from aim_jax.training import aim as train
 from tests.compilation import xla_flags
 from tests.conftest import ROOT
 from tests.test_train import aim_config, codes  # noqa: F401  (fixtures)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax import evaluate, references
 from aim_jax.config import eval_defaults
-from aim_jax.metrics.distribution import frechet_distance
-from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.metrics.image_sets import ImageParts, NpzImages
-from aim_jax.sampling import generate
+from aim_jax.evaluation import evaluate, references
+from aim_jax.evaluation.distribution import frechet_distance
+from aim_jax.evaluation.features import FeatureExtractor
+from aim_jax.evaluation.image_sets import ImageParts, NpzImages
+from aim_jax.sampling.generate import generate
 from aim_jax.weights.convert.inception import load_inception
 from tests.conftest import ROOT
 from tests.inception_weights import save_seeded_inception

@@ -13,8 +13,8 @@ from jax.interpreters import mlir
 from safetensors.numpy import load_file
 
 from aim_jax import generate
-from aim_jax.engine import Engine
-from aim_jax.export import save_exported
+from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.export import save_exported
 
 # Any import of the library fails in this process, of its own modules too.
 ALONE = """

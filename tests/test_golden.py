@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aim_jax import train
+from aim_jax.training import aim as train
 from benchmarks import parity
 
 GOLDEN = Path(__file__).parent / "golden"

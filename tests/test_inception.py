@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.metrics.image_sets import NpzImages
+from aim_jax.evaluation.features import FeatureExtractor
+from aim_jax.evaluation.image_sets import NpzImages
 from aim_jax.models import inception
 from aim_jax.weights.convert import WeightsError, graphs
 from aim_jax.weights.convert.files import save_tensors

@@ -11,22 +11,20 @@ from PIL import Image
 
 from aim_jax.data import ImageSpec, open_images
 from aim_jax.data.sources import ArrayImages
-from aim_jax.metrics import (
+from aim_jax.evaluation import features as feature_passes
+from aim_jax.evaluation.distribution import (
     Gaussian,
     InceptionScore,
     Moments,
-    codebook_use,
     density_coverage,
     frechet_distance,
     kernel_distance,
+    nearest,
     precision_recall,
-    psnr,
-    ssim,
 )
-from aim_jax.metrics import features as feature_passes
-from aim_jax.metrics.distribution import nearest
-from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.metrics.image_sets import ImageParts, NpzImages, SourceImages
+from aim_jax.evaluation.features import FeatureExtractor
+from aim_jax.evaluation.image_sets import ImageParts, NpzImages, SourceImages
+from aim_jax.evaluation.reconstruction import codebook_use, psnr, ssim
 from aim_jax.models import inception
 
 

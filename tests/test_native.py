@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import engine, ops
+from aim_jax import ops
 from aim_jax.models.layers import rms_norm
+from aim_jax.sampling.generate import engine
 
 pytestmark = pytest.mark.skipif(
     not engine.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"

@@ -8,7 +8,7 @@ import pytest
 
 from aim_jax.config import vq_defaults
 from aim_jax.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
-from aim_jax.sampling import generate
+from aim_jax.sampling.generate import generate
 
 SEED = 3
 

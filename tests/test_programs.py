@@ -16,7 +16,11 @@ from absl import logging
 from PIL import Image
 
 from aim_jax.config import aim_defaults, vq_defaults
-from aim_jax.gallery import (
+from aim_jax.launching import errors_in_one_line
+from aim_jax.models import AiMConfig
+from aim_jax.models.config import VQConfig
+from aim_jax.sampling.generate import generate
+from aim_jax.sampling.grids import (
     compare_settings,
     complete,
     fitted,
@@ -24,11 +28,7 @@ from aim_jax.gallery import (
     sample_to_directory,
     with_mixed_classes,
 )
-from aim_jax.launching import errors_in_one_line
-from aim_jax.models import AiMConfig
-from aim_jax.models.config import VQConfig
-from aim_jax.monitor import AHEAD, MetricsWriter, StepLog
-from aim_jax.sampling import generate
+from aim_jax.training.monitor import AHEAD, MetricsWriter, StepLog
 from aim_jax.utils.images import make_grid, picture_path, save_png
 from aim_jax.utils.logging import duration
 from aim_jax.weights.pretrained import class_ids, save_model
@@ -63,7 +63,7 @@ def test_benchmarks_find_each_other():
 def test_every_configuration_builds_its_model(config, picture_folder):
     from aim_jax.data.preprocessing import image_spec
     from aim_jax.models import AiMConfig, VQConfig
-    from aim_jax.optim import learning_rate
+    from aim_jax.training.optimizer import learning_rate
 
     spec = importlib.util.spec_from_file_location(config.stem, config)
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from aim_jax import generate
-from aim_jax.filters import (
+from aim_jax.models import AiM
+from aim_jax.sampling.generate import encode_rows, generate_tokens
+from aim_jax.sampling.logits import (
     _invert,
     apply_cfg,
     draw,
@@ -15,8 +17,6 @@ from aim_jax.filters import (
     filter_top_p,
     guidance_at,
 )
-from aim_jax.models import AiM
-from aim_jax.sampling import encode_rows, generate_tokens
 from aim_jax.utils.images import to_uint8
 
 

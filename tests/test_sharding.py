@@ -11,12 +11,10 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from aim_jax import loop, train
 from aim_jax.config import aim_defaults
 from aim_jax.models import PRESETS
 from aim_jax.models.aim import init_params
 from aim_jax.ops import cross_entropy, linear_cross_entropy
-from aim_jax.optim import accumulated_grads
 from aim_jax.parallel.sharding import (
     axis_rules,
     batch_share,
@@ -27,7 +25,10 @@ from aim_jax.parallel.sharding import (
     replicate,
     sharded_jit,
 )
-from aim_jax.sampling import generate
+from aim_jax.sampling.generate import generate
+from aim_jax.training import aim as train
+from aim_jax.training import loop
+from aim_jax.training.optimizer import accumulated_grads
 from tests.conftest import TINY_AIM
 
 # Where every kind of parameter of AiM-L lies on the mesh; with FSDP "data" takes the place of "-".

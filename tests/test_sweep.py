@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from aim_jax import evaluate, scaling, sweep
 from aim_jax.config import eval_defaults
-from aim_jax.metrics.distribution import Gaussian
-from aim_jax.metrics.feature_sets import FeatureSet
-from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.evaluation import evaluate, scaling, sweep
+from aim_jax.evaluation.distribution import Gaussian
+from aim_jax.evaluation.feature_sets import FeatureSet
+from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.models import PRESETS
 from aim_jax.utils.images import to_rgb
 from aim_jax.weights.pretrained import load_pretrained, save_model

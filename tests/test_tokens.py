@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from aim_jax.codes import parse_codes
 from aim_jax.config import vq_defaults
 from aim_jax.data import (
     ArrayImages,
@@ -30,6 +29,7 @@ from aim_jax.data import (
 )
 from aim_jax.data.preprocessing import describe_data
 from aim_jax.models.vq import VQModel
+from aim_jax.training.inputs import parse_codes
 from aim_jax.weights.pretrained import load_pretrained, save_model
 from aim_jax.weights.tokenizer import tokenizer_fingerprint
 from tests.compilation import xla_flags

@@ -14,15 +14,18 @@ import optax
 import pytest
 from flax import linen as nn
 
-from aim_jax import loop, optim, train, train_vq
-from aim_jax.checkpoint import RunCheckpoints
-from aim_jax.codes import open_codes
 from aim_jax.config import aim_defaults, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.layers import group_to_layer
-from aim_jax.monitor import BadStepsError, Profiler
-from aim_jax.optim import accumulated_grads, decay_mask, learning_rate, update_ema
+from aim_jax.training import aim as train
+from aim_jax.training import loop
+from aim_jax.training import optimizer as optim
+from aim_jax.training import tokenizer as train_vq
+from aim_jax.training.checkpoint import RunCheckpoints
+from aim_jax.training.inputs import open_codes
+from aim_jax.training.monitor import BadStepsError, Profiler
+from aim_jax.training.optimizer import accumulated_grads, decay_mask, learning_rate, update_ema
 from aim_jax.weights import convert
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint

@@ -21,16 +21,17 @@ from jax.extend.mlir import ir
 pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
 pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
 
-from aim_jax import filters, ops, sampling
-from aim_jax.decode_fused import FusedDecoder
-from aim_jax.engine import Engine
+from aim_jax import ops
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch
 from aim_jax.perf.accelerators import topology
-from aim_jax.sampling import make_decoder
+from aim_jax.sampling import logits as filters
+from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.fused_decoder import FusedDecoder
+from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens, make_decoder
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import parity
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
@@ -687,13 +688,13 @@ def small_model(**changes):
     ],
 )
 def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, prefix, monkeypatch):
-    monkeypatch.setattr("aim_jax.engine.TRITON_PLATFORMS", ("cpu",))
+    monkeypatch.setattr("aim_jax.sampling.engine.TRITON_PLATFORMS", ("cpu",))
     config, params = small_model(**changes)
 
     def generate(engine, prefix=None):
         settings = dict(config=config, guided=guided, prefix=prefix, engine=engine)
         return np.asarray(
-            sampling.generate_tokens(
+            generate_tokens(
                 params, jnp.array([1]), 3, jnp.arange(1), 1.5, 1.5, 150, 0.99, **settings
             )
         )
@@ -933,12 +934,12 @@ def trace_generation(config, engine, images=1, prefix=0, sharding=None):
     params = jax.tree.map(lambda x: array(*x.shape), params)
     ints, floats = array(images, dtype=jnp.int32), array(images)
     given = array(images, prefix, dtype=jnp.int32)
-    request = sampling.Request(ints, ints, floats, floats, ints, floats, given)
-    method = sampling.Method(config, True, "constant", engine)
+    request = Request(ints, ints, floats, floats, ints, floats, given)
+    method = Method(config, True, "constant", engine)
 
     # A function of its own, so that no trace for another architecture is found.
     def generate(params, request, interval):
-        return sampling._generate.__wrapped__(params, 0, request, interval, method=method)
+        return _generate.__wrapped__(params, 0, request, interval, method=method)
 
     return jax.jit(generate).trace(params, request, array(2))
 

@@ -13,20 +13,21 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from aim_jax import train_vq, vq_held_out
 from aim_jax.config import llamagen_recipe, vq_defaults
-from aim_jax.metrics import Moments, frechet_distance
+from aim_jax.evaluation.distribution import Moments, frechet_distance
 from aim_jax.models import VQConfig
 from aim_jax.models.codebook import HISTORY_LENGTH, restart_dead_codes
 from aim_jax.models.inception import Features
 from aim_jax.models.lpips import lpips
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import VQModel, encoder_params, init_params
-from aim_jax.optim import make_optimizer
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.train_vq import Recipe
+from aim_jax.training import held_out as vq_held_out
+from aim_jax.training import tokenizer as train_vq
+from aim_jax.training.losses import LossConfig, gradients, judge, reconstruction_loss
+from aim_jax.training.optimizer import make_optimizer
+from aim_jax.training.tokenizer import Recipe
 from aim_jax.utils.images import to_uint8
-from aim_jax.vq_loss import LossConfig, gradients, judge, reconstruction_loss
 from aim_jax.weights.convert.files import WeightsError, save_tensors
 from aim_jax.weights.convert.lpips import TORCHVISION, load_lpips
 from aim_jax.weights.pretrained import Pretrained, flatten, load_pretrained, save_model

@@ -1,4 +1,4 @@
-"""Configurations of both models, and the four published sizes of AiM (arXiv 2408.12245, table 1)."""
+"""Configurations of both models, and the four published sizes (arXiv 2408.12245, table 1)."""
 
 import dataclasses
 import math

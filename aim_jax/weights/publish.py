@@ -27,7 +27,7 @@ def publish(
     Args:
       checkpoint: see `find_model`.
       out: directory to make.
-      report: of `aim_jax.evaluate.evaluate`, for the card.
+      report: of `aim_jax.evaluation.evaluate.evaluate`, for the card.
       repository: "owner/name" on the hub; "" uploads nothing.
       tokenizer: what takes the place of the model's own; see `Pretrained.with_tokenizer`.
 

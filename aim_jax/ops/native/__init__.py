@@ -227,7 +227,7 @@ def add_norm_modulate(
 
 
 def sample(logits, uniform, cfg_scale, temperature, top_k, top_p):
-    """Draws one token per image, as `aim_jax.filters.sample` does, which describes it."""
+    """Draws one token per image, as `aim_jax.sampling.logits.sample` does, which describes it."""
     sizes = bind_axes(
         "sample",
         uniform=(uniform, "b"),

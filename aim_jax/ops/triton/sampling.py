@@ -92,7 +92,7 @@ def sample_kernel(
 
 
 def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, *, compute_capability=None):
-    """Draws one token per image, as `aim_jax.filters.sample` does.
+    """Draws one token per image, as `aim_jax.sampling.logits.sample` does.
 
         x     = uncond + (cond - uncond) cfg_scale
         x     = filter_logits(x / temperature, top_k, top_p)

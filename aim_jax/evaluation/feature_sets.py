@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aim_jax.metrics.distribution import Gaussian, InceptionScore, Moments
+from aim_jax.evaluation.distribution import Gaussian, InceptionScore, Moments
 from aim_jax.models import inception
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import say

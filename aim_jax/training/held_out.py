@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aim_jax import loop
-from aim_jax.metrics import Gaussian, Moments, codebook_use, frechet_distance, psnr
-from aim_jax.metrics.features import FeatureExtractor, over_processes
+from aim_jax.evaluation.distribution import Gaussian, Moments, frechet_distance
+from aim_jax.evaluation.features import FeatureExtractor, over_processes
+from aim_jax.evaluation.reconstruction import codebook_use, psnr
 from aim_jax.models.config import VQConfig
 from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.models.lpips import lpips
@@ -27,6 +27,7 @@ from aim_jax.parallel.sharding import (
     summed,
     to_host,
 )
+from aim_jax.training import loop
 from aim_jax.utils.images import make_grid, save_png, to_uint8
 from aim_jax.utils.logging import Progress
 

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax.checkpoint import RunCheckpoints
 from aim_jax.data.loader import Prefetched
-from aim_jax.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
-from aim_jax.perf import accelerators as hardware
-from aim_jax.state import TrainState
+from aim_jax.perf import accelerators
+from aim_jax.training.checkpoint import RunCheckpoints
+from aim_jax.training.monitor import MetricsWriter, Profiler, StepLog, StopSignal
+from aim_jax.training.state import TrainState
 from aim_jax.utils.logging import say
 from aim_jax.weights.pretrained import EXPORT_DTYPES
 
@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
     checkpoints = RunCheckpoints(workdir, config.keep)
     step, state = checkpoints.restore_newest(state, stage.batches)
     writer = MetricsWriter(workdir, step)
-    peak = hardware.peak_flops(mesh.devices.flat)
+    peak = accelerators.peak_flops(mesh.devices.flat)
     mfu = stage.flops and peak and config.batch_size * stage.flops / peak
     log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
     stop, metrics = StopSignal(step), None

@@ -1,6 +1,6 @@
 """Metrics of generated and reconstructed images."""
 
-from aim_jax.metrics.distribution import (
+from aim_jax.evaluation.distribution import (
     Gaussian,
     InceptionScore,
     Moments,
@@ -9,7 +9,7 @@ from aim_jax.metrics.distribution import (
     kernel_distance,
     precision_recall,
 )
-from aim_jax.metrics.reconstruction import codebook_use, psnr, ssim
+from aim_jax.evaluation.reconstruction import codebook_use, psnr, ssim
 
 __all__ = [
     "Gaussian",

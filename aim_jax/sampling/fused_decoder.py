@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from aim_jax import ops
-from aim_jax.decode import prefill
-from aim_jax.engine import Engine
 from aim_jax.models.aim import Modulation, init_cache
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
+from aim_jax.sampling.decoder import prefill
+from aim_jax.sampling.engine import Engine
 
 # Which of a modulation's parts are shift, scale and gate, of the mixer and of the MLP.
 PARTS = {3: ((0, 1, 2), None), 6: ((0, 2, 4), (1, 3, 5))}
@@ -27,7 +27,7 @@ MIXER_EPS = 1e-5  # of the gated norm
 
 @struct.dataclass
 class FusedDecoder:
-    """Decodes with the fused kernels; the same methods as `aim_jax.decode.ModuleDecoder`.
+    """Decodes with the fused kernels; the same methods as `aim_jax.sampling.decoder.ModuleDecoder`.
 
     Layers are unrolled, each with matrices of its own, because a loop over stacked matrices copies
     a slice of them per layer and step. Caches are stacked: the kernels take the whole and the
@@ -154,7 +154,7 @@ class FusedDecoder:
         return self._linear(x, self.head, jnp.float32), caches
 
     def sample(self, *args) -> jax.Array:
-        """`aim_jax.filters.sample` in one kernel."""
+        """`aim_jax.sampling.logits.sample` in one kernel."""
         return self.kernels.sample(*args)
 
     def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):

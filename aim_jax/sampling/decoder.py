@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from aim_jax import filters, ops
-from aim_jax.engine import Engine
+from aim_jax import ops
 from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_cache
 from aim_jax.models.config import AiMConfig
+from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.logits import sample
 
 # Slots of the dual cache grow in this many steps: XLA reads all there are.
 SEGMENTS = 4
@@ -95,7 +96,7 @@ class ModuleDecoder:
         logits = model.apply(variables, *carry, self.modulation.final, method="logits")
         return logits[:, 0], updated
 
-    sample = staticmethod(filters.sample)
+    sample = staticmethod(sample)
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from aim_jax.decode import ModuleDecoder
-from aim_jax.decode_fused import FusedDecoder
-from aim_jax.engine import Engine, resolve
-from aim_jax.filters import SCHEDULES, guidance_at
 from aim_jax.models.aim import AiM, Modulation
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel import sharding
+from aim_jax.sampling.decoder import ModuleDecoder
+from aim_jax.sampling.engine import Engine, resolve
+from aim_jax.sampling.fused_decoder import FusedDecoder
+from aim_jax.sampling.logits import SCHEDULES, guidance_at
 from aim_jax.utils.images import to_uint8
 from aim_jax.weights.pretrained import Pretrained, class_ids
 
@@ -391,7 +391,7 @@ def generate(
       prefix: int (b, l), codes that the images start with, to complete them; `encode_rows` makes
         them from pictures.
       first_index: number of the first image, to continue a series in batches.
-      engine: how the token loop computes; see `aim_jax.engine.Engine`.
+      engine: how the token loop computes; see `aim_jax.sampling.engine.Engine`.
       callback, every: callback(Samples) is called after each `every` tokens (default: a row of
         codes) with what is there: the tokens drawn so far, and the pictures with what is missing
         in grey. Needs the model on one device.
@@ -409,7 +409,7 @@ def generate(
     if model.aim_config is None or model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
     if not isinstance(engine, Engine):
-        raise ValueError(f"engine={engine!r}: expected an aim_jax.engine.Engine.")
+        raise ValueError(f"engine={engine!r}: expected an aim_jax.sampling.engine.Engine.")
     chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
     labels = np.asarray(labels)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from aim_jax.data import preprocess
 from aim_jax.data.preprocessing import image_spec
-from aim_jax.sampling import encode_rows, generate
+from aim_jax.sampling.generate import encode_rows, generate
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import make_grid, save_png, to_rgb, to_uint8
 from aim_jax.utils.logging import Progress

@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aim_jax.metrics.distribution import Moments
-from aim_jax.metrics.feature_sets import FeatureSet, FeatureSums
-from aim_jax.metrics.image_sets import ImageSet
+from aim_jax.evaluation.distribution import Moments
+from aim_jax.evaluation.feature_sets import FeatureSet, FeatureSums
+from aim_jax.evaluation.image_sets import ImageSet
 from aim_jax.models import inception
 from aim_jax.parallel.sharding import batch_sharding, make_mesh
 from aim_jax.utils.images import to_rgb

@@ -15,10 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from aim_jax.decode import ModuleDecoder
-from aim_jax.engine import Engine
 from aim_jax.models.aim import AiM
-from aim_jax.sampling import Method, Request, _generate, decode_images
+from aim_jax.sampling.decoder import ModuleDecoder
+from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.generate import Method, Request, _generate, decode_images
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.weights.pretrained import Pretrained
 

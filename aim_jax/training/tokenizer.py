@@ -13,13 +13,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aim_jax import loop
-from aim_jax.checkpoint import claim_workdir, has_checkpoint
-from aim_jax.codes import check_pictures_fit
 from aim_jax.data import check_images, image_batches, open_images
 from aim_jax.data.preprocessing import describe_data, image_spec
-from aim_jax.loop import Stage
-from aim_jax.metrics.features import FeatureExtractor
+from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.models.codebook import (
     HISTORY_LENGTH,
     codebook_usage,
@@ -31,7 +27,6 @@ from aim_jax.models.config import VQConfig
 from aim_jax.models.lpips import MIN_SIDE
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import ENCODER, VQModel, encoder_params, init_params
-from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.parallel.sharding import (
     axis_rules,
     batch_share,
@@ -45,10 +40,15 @@ from aim_jax.parallel.sharding import (
     sharded_jit,
     shardings,
 )
-from aim_jax.state import Discriminator, TrainState
+from aim_jax.training import loop
+from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
+from aim_jax.training.held_out import HeldOut
+from aim_jax.training.inputs import check_pictures_fit
+from aim_jax.training.loop import Stage
+from aim_jax.training.losses import LossConfig, gradients
+from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
+from aim_jax.training.state import Discriminator, TrainState
 from aim_jax.utils.logging import say
-from aim_jax.vq_held_out import HeldOut
-from aim_jax.vq_loss import LossConfig, gradients
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
 from aim_jax.weights.convert.inception import load_inception
 from aim_jax.weights.convert.lpips import EXPECTED, load_lpips

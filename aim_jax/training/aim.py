@@ -11,13 +11,8 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from aim_jax import loop, sampling
-from aim_jax.checkpoint import claim_workdir, has_checkpoint
-from aim_jax.codes import CodeData, EncodedImages, open_codes
-from aim_jax.loop import Stage
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
-from aim_jax.optim import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.parallel.sharding import (
     axis_rules,
     batch_sharding,
@@ -32,7 +27,13 @@ from aim_jax.parallel.sharding import (
     to_host,
 )
 from aim_jax.perf.flops import training_flops
-from aim_jax.state import TrainState
+from aim_jax.sampling.generate import check_settings, generate
+from aim_jax.training import loop
+from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
+from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
+from aim_jax.training.loop import Stage
+from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
+from aim_jax.training.state import TrainState
 from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import adapt_aim
@@ -160,7 +161,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     loop.check_reports(config)
     settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
-    sampling.check_settings(np.zeros(1, int), 1, **settings, schedule="constant", interval=(0, 1))
+    check_settings(np.zeros(1, int), 1, **settings, schedule="constant", interval=(0, 1))
     setup = Setup(config)
     mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
     tokenizer = open_tokenizer(config.tokenizer)
@@ -202,7 +203,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     def sample(state, path):
         classes = range(min(config.sample.classes, model_config.num_classes))
         labels = np.repeat(list(classes), config.sample.per_class)
-        images = to_host(sampling.generate(as_model(state), labels, config.seed).images)
+        images = to_host(generate(as_model(state), labels, config.seed).images)
         names = [data.class_names[i] for i in classes]
         if jax.process_index() == 0:
             save_png(make_grid(images, config.sample.per_class, names), path)

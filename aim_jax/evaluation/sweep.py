@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax import evaluate
-from aim_jax.metrics.features import FeatureExtractor
-from aim_jax.metrics.image_sets import NpzImages
-from aim_jax.references import check_alike, open_reference, open_set
-from aim_jax.sampling import check_settings
+from aim_jax.evaluation import evaluate
+from aim_jax.evaluation.features import FeatureExtractor
+from aim_jax.evaluation.image_sets import NpzImages
+from aim_jax.evaluation.references import check_alike, open_reference, open_set
+from aim_jax.sampling.generate import check_settings
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub

@@ -11,32 +11,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from aim_jax.data import fingerprint
-from aim_jax.metrics import (
-    codebook_use,
+from aim_jax.evaluation.distribution import (
+    KERNEL_SUBSET,
     density_coverage,
     frechet_distance,
     kernel_distance,
+    nearest,
     precision_recall,
-    psnr,
-    ssim,
 )
-from aim_jax.metrics.distribution import KERNEL_SUBSET, nearest
-from aim_jax.metrics.feature_sets import FeatureSet
-from aim_jax.metrics.features import FeatureExtractor, sum_over_processes
-from aim_jax.metrics.image_sets import ImageParts, ImageSet, NpzImages
-from aim_jax.metrics.reconstruction import WINDOW
-from aim_jax.models.inception import NUM_FEATURES
-from aim_jax.parallel.processes import wait_for_all
-from aim_jax.parallel.sharding import make_mesh
-from aim_jax.references import (
+from aim_jax.evaluation.feature_sets import FeatureSet
+from aim_jax.evaluation.features import FeatureExtractor, sum_over_processes
+from aim_jax.evaluation.image_sets import ImageParts, ImageSet, NpzImages
+from aim_jax.evaluation.reconstruction import WINDOW, codebook_use, psnr, ssim
+from aim_jax.evaluation.references import (
     Reference,
     check_alike,
     open_reference,
     open_set,
     stored_statistics,
 )
-from aim_jax.report import check_out, provenance, write_report
-from aim_jax.sampling import check_settings, decode_images, generate
+from aim_jax.evaluation.report import check_out, provenance, write_report
+from aim_jax.models.inception import NUM_FEATURES
+from aim_jax.parallel.processes import wait_for_all
+from aim_jax.parallel.sharding import make_mesh
+from aim_jax.sampling.generate import check_settings, decode_images, generate
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, say
 from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, Pretrained
