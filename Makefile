@@ -13,7 +13,7 @@ help:  ## list the targets
 venv: $(VENV)/.package  ## create .venv with the package (editable)
 
 demo: venv  ## sample labelled grids from the bundled models
-	@$(VENV)/bin/python launch/demo.py
+	@$(VENV)/bin/aim-jax demo
 
 test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs those this leaves out
 	@$(VENV)/bin/python -m pytest

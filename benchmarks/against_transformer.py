@@ -1,12 +1,12 @@
 """Trains AiM and a transformer of LlamaGen's shape alike, and compares loss, samples and speed.
 
 Example:
-  python benchmarks/against_transformer.py --config configs/cifar10.py --tokenizer cifar10 \\
+  python benchmarks/against_transformer.py --config cifar10 --tokenizer cifar10 \\
       --codes codes/cifar10 --work runs/against --steps 800
 
 Same codes in the same order, same optimizer, schedule, steps and dropout of classes; the numbers of
 parameters differ by at most 5 %. Each leaves its validation loss in WORK/result.json and samples in
-WORK/NAME.npz (same labels, seeds and settings), which launch/evaluate.py --samples scores. Sampling
+WORK/NAME.npz (same labels, seeds and settings), which aim-jax evaluate --samples scores. Sampling
 is timed with guidance, in one process, in turns.
 """
 
@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from aim_jax.cli.common import errors_in_one_line
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.image_sets import ImageParts
-from aim_jax.launching import errors_in_one_line
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh

@@ -19,9 +19,9 @@ from absl import app, flags
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from aim_jax.cli.common import define_sampling_flags, errors_in_one_line, given_settings
 from aim_jax.data import image_batches, open_images
 from aim_jax.data.preprocessing import image_spec
-from aim_jax.launching import define_sampling_flags, errors_in_one_line, given_settings
 from aim_jax.sampling.grids import generate_many
 from aim_jax.utils.logging import Progress
 from aim_jax.weights.pretrained import load_pretrained

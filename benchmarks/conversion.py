@@ -4,7 +4,7 @@ Example:
   python benchmarks/conversion.py --sizes B,L,XL --work /tmp/conversion
 
 Writes random weights under the official keys and shapes, with the tokenizer, as one safetensors
-file; converts them with launch/convert.py to a model directory and back; compares every tensor bit
+file; converts them with aim-jax convert to a model directory and back; compares every tensor bit
 by bit; samples one guided picture from the model directory. Each step is a process of its own,
 whose peak resident memory is given as a multiple of the file. Ends with status 1 on a difference.
 """
@@ -92,11 +92,11 @@ def run(size: str, dtype: str, work: Path, sample: bool) -> list[str]:
     total = source.stat().st_size
     print(f"AiM-{size} + VQ-f16, {dtype}: {total / 1e9:.2f} GB", flush=True)
     steps = [
-        ("to-jax", ["launch/convert.py", "to-jax", "--weights", source, "--out", model]),
-        ("to-torch", ["launch/convert.py", "to-torch", "--checkpoint", model, "--out", back]),
+        ("to-jax", ["aim-jax convert", "to-jax", "--weights", source, "--out", model]),
+        ("to-torch", ["aim-jax convert", "to-torch", "--checkpoint", model, "--out", back]),
     ]
     if sample:
-        command = ["launch/sample.py", "--checkpoint", model, "--classes", "207", "--per_class", 1]
+        command = ["aim-jax sample", "--checkpoint", model, "--classes", "207", "--per_class", 1]
         steps.append(("sample", [*command, "--out", work / "samples"]))
     for name, command in steps:
         seconds, peak = measure(*command)

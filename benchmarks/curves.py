@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from aim_jax.launching import errors_in_one_line
+from aim_jax.cli.common import errors_in_one_line
 from aim_jax.utils.plots import pyplot
 
 FLAGS = flags.FLAGS

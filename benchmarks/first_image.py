@@ -6,7 +6,7 @@ Example:
 Random weights of AiM-B and the f16 tokenizer are written once into --work: an official checkpoint,
 and converted from it a model directory. Then one guided picture of 256 x 256 pixels is made by:
 
-  cold      launch/sample.py with an empty cache of compiled code (kernels and XLA programs)
+  cold      aim-jax sample with an empty cache of compiled code (kernels and XLA programs)
   warm      the same again, with that cache
   official  a program that loads the checkpoint and runs the official step in PyTorch (peers.py)
   tuned     the same with the tuned step
@@ -40,7 +40,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
     if not model.exists():
         work.mkdir(parents=True, exist_ok=True)
         write_random_official(source, PRESETS["B"], VQConfig())
-        command = ["launch/convert.py", "to-jax", "--weights", source, "--out", model]
+        command = ["aim-jax convert", "to-jax", "--weights", source, "--out", model]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return source, model
 
@@ -99,7 +99,7 @@ def main(argv=None) -> int:
 
     print(json.dumps(around := surroundings()))
     _, model = prepare(args.work)
-    command = ["launch/sample.py", "--checkpoint", model, "--classes", "207", "--per_class", "1"]
+    command = ["aim-jax sample", "--checkpoint", model, "--classes", "207", "--per_class", "1"]
     command += ["--out", args.work / "samples"]
     results = {}
     for number in range(args.rounds):

@@ -4,7 +4,7 @@ Example:
   python benchmarks/footprints.py --out docs/footprints.json   # an hour or two on two cores
   python benchmarks/footprints.py --out docs/footprints.json --table   # the table of what is there
 
-Runs launch/compile.py --search for every model and topology, and for some choices of what is
+Runs aim-jax compile --search for every model and topology, and for some choices of what is
 recomputed and how tokens are chunked. What is in the file already is not compiled again.
 """
 
@@ -33,10 +33,10 @@ CHOICES = {
 
 
 def compile_one(config: str, topology: str, options: list[str]) -> dict:
-    """The report of launch/compile.py."""
+    """The report of aim-jax compile."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
-            sys.executable, "launch/compile.py", "--config", f"configs/{config}.py",
+            sys.executable, "aim-jax compile", "--config", f"configs/{config}.py",
             "--topology", topology, "--images", "0", "--json", file.name, *options,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

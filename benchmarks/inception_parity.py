@@ -24,9 +24,9 @@ from PIL import Image
 try:
     import torch
 except ImportError:
-    sys.exit("The peer is PyTorch: pip install -e '.[torch]'")
+    sys.exit("The peer is PyTorch: pip install 'aim_jax[torch]'")
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 from aim_jax.data.sources import images_in
 from aim_jax.evaluation.distribution import Moments, frechet_distance
 from aim_jax.evaluation.features import FeatureExtractor
@@ -80,7 +80,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torchscript", required=True)
-    parser.add_argument("--images", required=True, help="as --reference of launch/evaluate.py")
+    parser.add_argument("--images", required=True, help="as --reference of aim-jax evaluate")
     parser.add_argument("--data", default="", help="directory of the data set")
     parser.add_argument("--size", type=int, default=32, help="pictures are fitted to this side")
     parser.add_argument("--count", type=int, default=2000)

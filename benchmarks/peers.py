@@ -40,7 +40,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peers are PyTorch: pip install -e '.[torch]'")
+    sys.exit("The peers are PyTorch: pip install 'aim_jax[torch]'")
 
 TOLERANCE = 1e-4
 SIZES = PRESETS | {

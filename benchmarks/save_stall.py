@@ -18,7 +18,7 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 from aim_jax.data.loader import Prefetched
 from aim_jax.models import PRESETS
 from aim_jax.parallel.sharding import create_sharded

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aim_jax.config import aim_defaults
+from aim_jax.configs.defaults import aim_defaults
 from aim_jax.models import AiMConfig
 from aim_jax.perf.hlo import Program
 from aim_jax.training import aim as train

@@ -53,7 +53,7 @@ def our_steps(model: AiMConfig, batch: int):
     """Endless steps of ours: (loss, gradient norm) of each."""
     import jax
 
-    from aim_jax.config import aim_defaults
+    from aim_jax.configs.defaults import aim_defaults
     from aim_jax.training import aim as train
     from aim_jax.training import loop
     from aim_jax.weights import convert

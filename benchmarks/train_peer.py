@@ -10,7 +10,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peer is PyTorch: pip install -e '.[torch]'")
+    sys.exit("The peer is PyTorch: pip install 'aim_jax[torch]'")
 
 from aim_jax.models import AiMConfig
 

@@ -3,13 +3,13 @@
 350 epochs of global batch 2048, 448 million images; learning rate 1e-4 per 256 images, linear
 decay, bfloat16. Modelled time (docs/training.md): 224 hours on a v5e-16 (3578 chip hours).
 
-python launch/train.py --config configs/aim_1b.py --workdir runs/aim_1b --config.accumulate=16
+aim-jax train --config aim_1b --workdir runs/aim_1b --config.accumulate=16
 
-accumulate=16 fits there, and is what that time is modelled with; launch/compile.py
+accumulate=16 fits there, and is what that time is modelled with; aim-jax compile
 --search finds one that fits other machines.
 """
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config():

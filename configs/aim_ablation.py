@@ -8,10 +8,10 @@ The paper's FID with guidance (tables 3 and 4): adaLN-single 2.95, adaLN 2.89, a
 3.41 and 3.34, without and with positions, are of models without adaLN, which are not here:
 no_position has adaLN-Group and no published figure.
 
-python launch/train.py --config configs/aim_ablation.py:groups_8 --workdir runs/groups_8
+aim-jax train --config aim_ablation:groups_8 --workdir runs/groups_8
 """
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 
 MODEL = {
     "no_position": {"positions": False},

@@ -3,12 +3,12 @@
 A tenth of the learning rate for 20 epochs of 50,000 pictures, averaged parameters, and the
 positions that the weights were trained with. Another number of classes gets a new class table.
 
-python launch/train.py --config configs/aim_finetune.py --workdir runs/mine \
+aim-jax train --config aim_finetune --workdir runs/mine \
   --config.init=models/aim_b --config.tokenizer=models/aim_b --config.codes=codes/mine \
   --config.model.num_classes=10
 """
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config():

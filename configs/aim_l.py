@@ -3,13 +3,13 @@
 300 epochs of global batch 2048, 384 million images; learning rate 1e-4 per 256 images, linear
 decay, bfloat16. Modelled time (docs/training.md): 44 hours on a v5e-16 (707 chip hours).
 
-python launch/train.py --config configs/aim_l.py --workdir runs/aim_l --config.accumulate=8
+aim-jax train --config aim_l --workdir runs/aim_l --config.accumulate=8
 
-accumulate=8 fits there, and is what that time is modelled with; launch/compile.py
+accumulate=8 fits there, and is what that time is modelled with; aim-jax compile
 --search finds one that fits other machines.
 """
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config():

@@ -4,13 +4,13 @@
 decay, bfloat16. Modelled time (docs/training.md): 122 hours on a v5e-16 (1959 chip
 hours).
 
-python launch/train.py --config configs/aim_xl.py --workdir runs/aim_xl --config.accumulate=16
+aim-jax train --config aim_xl --workdir runs/aim_xl --config.accumulate=16
 
-accumulate=16 fits there, and is what that time is modelled with; launch/compile.py
+accumulate=16 fits there, and is what that time is modelled with; aim-jax compile
 --search finds one that fits other machines.
 """
 
-from aim_jax.config import imagenet_recipe
+from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config():

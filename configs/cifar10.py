@@ -1,9 +1,9 @@
 """AiM small on CIFAR-10: 64 tokens, 10 classes.
 
-python launch/train.py --config configs/cifar10.py --workdir runs/cifar10
+aim-jax train --config cifar10 --workdir runs/cifar10
 """
 
-from aim_jax.config import aim_defaults
+from aim_jax.configs.defaults import aim_defaults
 
 
 def get_config():

@@ -1,15 +1,15 @@
 """Tokenizer f4 for CIFAR-10: 32x32 colour, 64 tokens of 1024 codes.
 
-python launch/train_vq.py --config configs/cifar10_vq.py --workdir runs/cifar10_vq
+aim-jax train_vq --config cifar10_vq --workdir runs/cifar10_vq
 
 After a colon, which part: whole (the default), with the squared error alone; or full, which goes on
 from there with LPIPS and a discriminator:
 
-python launch/train_vq.py --config configs/cifar10_vq.py:full --workdir runs/cifar10_vq_full \
+aim-jax train_vq --config cifar10_vq:full --workdir runs/cifar10_vq_full \
   --config.lpips=lpips.safetensors
 """
 
-from aim_jax.config import vq_defaults
+from aim_jax.configs.defaults import vq_defaults
 
 PARTS = ("whole", "full")
 

@@ -1,10 +1,10 @@
 """Evaluation with 10,000 images: enough to compare models on one machine, biased against 50,000.
 
-python launch/evaluate.py --config configs/eval.py --checkpoint cifar10 \\
+aim-jax evaluate --config eval --checkpoint cifar10 \\
     --reference cifar10:train --inception FILE
 """
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 
 
 def get_config():

@@ -1,14 +1,14 @@
 """Evaluation as published for ImageNet at 256 pixels (arXiv 2408.12245, table 2): 50,000 images.
 
-python launch/evaluate.py --config configs/eval_imagenet.py --checkpoint models/aim_b \\
+aim-jax evaluate --config eval_imagenet --checkpoint models/aim_b \\
     --reference VIRTUAL_imagenet256_labeled.npz --inception FILE
 
 The reference is that of the ADM evaluator, which has the statistics of the whole training set and
-10,000 images. Published: FID 3.52 (B), 2.83 (L), 2.56 (XL), 2.21 (1B); launch/sweep.py looks for
+10,000 images. Published: FID 3.52 (B), 2.83 (L), 2.56 (XL), 2.21 (1B); aim-jax sweep looks for
 the guidance that suits a model.
 """
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 
 
 def get_config():

@@ -1,9 +1,9 @@
 """AiM small on Fashion-MNIST: 64 tokens, 10 classes.
 
-python launch/train.py --config configs/fashion_mnist.py --workdir runs/fashion_mnist
+aim-jax train --config fashion_mnist --workdir runs/fashion_mnist
 """
 
-from aim_jax.config import aim_defaults
+from aim_jax.configs.defaults import aim_defaults
 
 
 def get_config():

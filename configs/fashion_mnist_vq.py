@@ -1,9 +1,9 @@
 """Tokenizer f4 for Fashion-MNIST: 28x28 grey, padded to 32x32, 64 tokens of 512 codes.
 
-python launch/train_vq.py --config configs/fashion_mnist_vq.py --workdir runs/fashion_mnist_vq
+aim-jax train_vq --config fashion_mnist_vq --workdir runs/fashion_mnist_vq
 """
 
-from aim_jax.config import vq_defaults
+from aim_jax.configs.defaults import vq_defaults
 
 
 def get_config():

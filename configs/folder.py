@@ -3,10 +3,10 @@
 Needs the tokenizer of configs/folder_vq.py, in runs/vq or --config.tokenizer. Size and steps are
 chosen from what is in the folder, and printed.
 
-python launch/train.py --config configs/folder.py:pictures --workdir runs/aim
+aim-jax train --config folder:pictures --workdir runs/aim
 """
 
-from aim_jax.own_images import aim_config
+from aim_jax.configs.from_folder import aim_config
 
 
 def get_config(directory=""):

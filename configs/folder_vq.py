@@ -3,10 +3,10 @@
 Size, channels, codes and steps are chosen from what is in it, and printed; every field can be
 overridden as always.
 
-python launch/train_vq.py --config configs/folder_vq.py:pictures --workdir runs/vq
+aim-jax train_vq --config folder_vq:pictures --workdir runs/vq
 """
 
-from aim_jax.own_images import vq_config
+from aim_jax.configs.from_folder import vq_config
 
 
 def get_config(directory=""):

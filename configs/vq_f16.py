@@ -1,11 +1,11 @@
 """LlamaGen's VQ-f16 on ImageNet at 256 pixels (arXiv 2406.06525, table 1: rFID 2.19, PSNR 20.79).
 
-python launch/train_vq.py --config configs/vq_f16.py --workdir runs/vq_f16 --data DIR
+aim-jax train_vq --config vq_f16 --workdir runs/vq_f16 --data DIR
 
 Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
 """
 
-from aim_jax.config import llamagen_recipe
+from aim_jax.configs.defaults import llamagen_recipe
 
 
 def get_config():

@@ -1,11 +1,11 @@
 """A tokenizer f4 on ImageNet at 256 pixels, 8192 codes, in the recipe of LlamaGen's f8 and f16.
 
-python launch/train_vq.py --config configs/vq_f4.py --workdir runs/vq_f4 --data DIR
+aim-jax train_vq --config vq_f4 --workdir runs/vq_f4 --data DIR
 
 Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
 """
 
-from aim_jax.config import llamagen_recipe
+from aim_jax.configs.defaults import llamagen_recipe
 
 
 def get_config():

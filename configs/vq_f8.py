@@ -1,11 +1,11 @@
 """LlamaGen's VQ-f8 on ImageNet at 256 pixels (arXiv 2406.06525, table 1: rFID 0.59).
 
-python launch/train_vq.py --config configs/vq_f8.py --workdir runs/vq_f8 --data DIR
+aim-jax train_vq --config vq_f8 --workdir runs/vq_f8 --data DIR
 
 Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
 """
 
-from aim_jax.config import llamagen_recipe
+from aim_jax.configs.defaults import llamagen_recipe
 
 
 def get_config():

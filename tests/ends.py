@@ -7,7 +7,7 @@ import time
 
 from absl import app, flags
 
-from aim_jax.launching import EXIT_STOPPED, errors_in_one_line
+from aim_jax.cli.common import EXIT_STOPPED, errors_in_one_line
 from aim_jax.parallel import processes
 from aim_jax.training.monitor import StopSignal
 

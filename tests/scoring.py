@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 from aim_jax.evaluation import evaluate
 from aim_jax.models import inception
 from aim_jax.parallel import processes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax.launching import EXIT_STOPPED
+from aim_jax.cli.common import EXIT_STOPPED
 from aim_jax.parallel.processes import settings
 from aim_jax.training import aim as train
 from tests.compilation import xla_flags

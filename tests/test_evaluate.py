@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 from aim_jax.evaluation import evaluate, references
 from aim_jax.evaluation.distribution import frechet_distance
 from aim_jax.evaluation.features import FeatureExtractor

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aim_jax import aot
+from aim_jax.cli import compile as aot
 from aim_jax.models import PRESETS, AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh

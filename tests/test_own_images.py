@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax import own_images
+from aim_jax.configs import from_folder as own_images
+from aim_jax.configs.from_folder import Survey, aim_config, survey, vq_config
 from aim_jax.models import AiMConfig, VQConfig
-from aim_jax.own_images import Survey, aim_config, survey, vq_config
 
 
 @pytest.mark.parametrize(

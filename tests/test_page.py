@@ -19,8 +19,8 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[page]'")
 
-from aim_jax.config import vq_defaults  # noqa: E402
-from aim_jax.page import MOST_BYTES, build, launch  # noqa: E402
+from aim_jax.cli.page import MOST_BYTES, build, launch  # noqa: E402
+from aim_jax.configs.defaults import vq_defaults  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

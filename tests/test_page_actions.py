@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from aim_jax.config import vq_defaults
-from aim_jax.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
+from aim_jax.cli.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
+from aim_jax.configs.defaults import vq_defaults
 from aim_jax.sampling.generate import generate
 
 SEED = 3

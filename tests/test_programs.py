@@ -15,8 +15,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from aim_jax.config import aim_defaults, vq_defaults
-from aim_jax.launching import errors_in_one_line
+from aim_jax.cli.common import errors_in_one_line
+from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.models import AiMConfig
 from aim_jax.models.config import VQConfig
 from aim_jax.sampling.generate import generate

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from aim_jax.config import aim_defaults
+from aim_jax.configs.defaults import aim_defaults
 from aim_jax.models import PRESETS
 from aim_jax.models.aim import init_params
 from aim_jax.ops import cross_entropy, linear_cross_entropy

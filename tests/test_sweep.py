@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from aim_jax.config import eval_defaults
+from aim_jax.configs.defaults import eval_defaults
 from aim_jax.evaluation import evaluate, scaling, sweep
 from aim_jax.evaluation.distribution import Gaussian
 from aim_jax.evaluation.feature_sets import FeatureSet

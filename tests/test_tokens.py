@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from aim_jax.config import vq_defaults
+from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data import (
     ArrayImages,
     CacheWriter,

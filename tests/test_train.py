@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from aim_jax.config import aim_defaults, vq_defaults
+from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.layers import group_to_layer

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from aim_jax.config import llamagen_recipe, vq_defaults
+from aim_jax.configs.defaults import llamagen_recipe, vq_defaults
 from aim_jax.evaluation.distribution import Moments, frechet_distance
 from aim_jax.models import VQConfig
 from aim_jax.models.codebook import HISTORY_LENGTH, restart_dead_codes

@@ -169,13 +169,13 @@ class TokenCache:
             raise ValueError(
                 f"the token cache {path} was made with the tokenizer {manifest['tokenizer']}"
                 f"{name}, but the tokenizer in use is {expected_tokenizer}: use that tokenizer, "
-                "or make a cache with this one by launch/extract_codes.py"
+                "or make a cache with this one by aim-jax extract_codes"
             )
         if "shards" not in manifest:
             raise ValueError(
                 f"the token cache {path} is not finished: {len(find_shards(path))} of "
                 f"{len(shard_ranges(manifest))} shards are there. Repeat the "
-                "launch/extract_codes.py that began it"
+                "aim-jax extract_codes that began it"
             )
         files = [path / name for name in manifest["shards"]]
         check_shards(files)
@@ -196,8 +196,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} is not a token cache (it has no {MANIFEST}): make one by "
-            "launch/extract_codes.py"
+            f"{path} is not a token cache (it has no {MANIFEST}): make one by aim-jax extract_codes"
         )
     try:
         manifest = json.loads(file.read_text())
@@ -208,7 +207,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if kind != (FORMAT, VERSION):
         raise ValueError(
             f"{file} describes {kind}, expected {(FORMAT, VERSION)}: remove {path} and make it "
-            "again by launch/extract_codes.py"
+            "again by aim-jax extract_codes"
         )
     if missing:
         raise ValueError(f"{file} is damaged: it lacks {', '.join(missing)}")
@@ -240,7 +239,7 @@ def check_shards(files: Sequence[Path]) -> None:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
-                f"the shard {file} is missing: repeat the launch/extract_codes.py that made it"
+                f"the shard {file} is missing: repeat the aim-jax extract_codes that made it"
             )
     total = sum(file.stat().st_size for file in files)
     progress, done = Progress(f"checking {files[0].parent}", "MB"), 0
@@ -255,7 +254,7 @@ def check_shards(files: Sequence[Path]) -> None:
             if found not in file.name:
                 raise ValueError(
                     f"the shard {file} is damaged (its SHA-256 is not that in its name): remove it "
-                    "and repeat the launch/extract_codes.py that made it"
+                    "and repeat the aim-jax extract_codes that made it"
                 )
             done += file.stat().st_size
             if not quick:

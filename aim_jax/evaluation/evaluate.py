@@ -271,7 +271,7 @@ def evaluate(
       samples: what to score instead of drawing, see `open_set`; "" draws.
       reference: see `open_reference`.
       inception_params: see `aim_jax.weights.convert.inception.load_inception`.
-      config: see `aim_jax.config.eval_defaults`.
+      config: see `aim_jax.configs.defaults.eval_defaults`.
       out, cache: directories for the results, and for statistics of references.
       reconstructions: scores the tokenizer.
 

@@ -48,7 +48,7 @@ def parameter_count(config: AiMConfig) -> int:
 
 
 def read_run(workdir: Path) -> Run:
-    """What a workdir of launch/train.py says, and evaluation/report.json in it, if it is there.
+    """What a workdir of aim-jax train says, and evaluation/report.json in it, if it is there.
 
     Raises:
       FileNotFoundError: no such run.

@@ -163,7 +163,7 @@ def check_writable(checkpoint: str, config: ConfigDict) -> None:
     if str(checkpoint) in bundled_models() or str(checkpoint).startswith(hub.PREFIX):
         raise ValueError(
             f"--write_defaults: {checkpoint} is not yours to change; make a copy with "
-            f"launch/publish.py --checkpoint {checkpoint} --out DIR and give --checkpoint DIR."
+            f"aim-jax publish --checkpoint {checkpoint} --out DIR and give --checkpoint DIR."
         )
     if config.sample.cfg_schedule != "constant":
         raise ValueError(

@@ -1,7 +1,6 @@
 """Starts JAX on several hosts: from flags, or from what a cluster puts into the environment."""
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +22,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "heartbeat_seconds", 100, "A process silent for so long ends the whole job.", lower_bound=1
     )
-    show_in_help("coordinator", "num_processes", "process_id", "heartbeat_seconds")
-
-
-def show_in_help(*names: str) -> None:
-    """Lists flags that a library defined in --help of the program that runs."""
-    for name in names:
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def settings(

@@ -146,7 +146,7 @@ def _find(module: str) -> bool:
 def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
     if not _find("libtpu"):
         raise ValueError(
-            "the compiler for TPUs is libtpu (700 MB on disk): pip install -e '.[tpu]'."
+            "the compiler for TPUs is libtpu (700 MB on disk): pip install 'aim_jax[tpu]'."
         )
     # libtpu looks for a TPU and its metadata server otherwise.
     os.environ |= {

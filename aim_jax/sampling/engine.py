@@ -93,7 +93,7 @@ def choose_kernels(config: AiMConfig, platform: str) -> str:
             return "triton"
         logging.log_first_n(
             logging.WARNING,
-            "Decoding without fused kernels, which the cuda extra brings: pip install -e '.[cuda]'",
+            "Decoding without fused kernels; they come with pip install 'aim_jax[cuda]'",
             1,
         )
     if platform == "cpu" and config.mixer == "mamba2":

@@ -179,7 +179,7 @@ def save_exported(
       FileExistsError: out exists and is not empty.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("exporting needs flatbuffers: pip install -e '.[export]'.")
+        raise ValueError("exporting needs flatbuffers: pip install 'aim_jax[export]'.")
     out = Path(out)
     if model.aim_config is None or model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: exporting a sampler needs both an AiM and a tokenizer.")

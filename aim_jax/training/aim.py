@@ -151,7 +151,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, samples and a model.
 
     Args:
-      config: see `aim_jax.config.aim_defaults`.
+      config: see `aim_jax.configs.defaults.aim_defaults`.
       workdir: of this run alone; an interrupted run in it is continued.
 
     Raises:

@@ -63,7 +63,7 @@ class HeldOut:
     """What a tokenizer makes of held-out pictures.
 
     Args:
-      config: see `aim_jax.config.vq_defaults`. model, mesh: of the run.
+      config: see `aim_jax.configs.defaults.vq_defaults`. model, mesh: of the run.
       batches: (part) -> one pass over this part of every batch, or over this process's own.
       count: pictures in all.
       lpips_params, extract: for LPIPS and for rFID, which are left out without them.

@@ -257,7 +257,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, pictures and a model.
 
     Args:
-      config: see `aim_jax.config.vq_defaults`.
+      config: see `aim_jax.configs.defaults.vq_defaults`.
       workdir: of this run alone; an interrupted run in it is continued.
 
     Raises:

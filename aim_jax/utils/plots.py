@@ -14,7 +14,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install -e '.[eval]'.") from None
+        raise ValueError("plots need matplotlib: pip install 'aim_jax[eval]'.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

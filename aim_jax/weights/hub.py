@@ -72,5 +72,5 @@ def import_hub():
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise ValueError("the hub needs huggingface_hub: pip install -e '.[hub]'.") from None
+        raise ValueError("the hub needs huggingface_hub: pip install 'aim_jax[hub]'.") from None
     return huggingface_hub

@@ -22,7 +22,7 @@ def open_tokenizer(name_or_path: str) -> Pretrained:
     if not name_or_path:
         raise ValueError(
             "config.tokenizer is empty: give the model directory of a trained tokenizer "
-            "(--config.tokenizer=DIR, made by launch/train_vq.py), or a bundled model's name."
+            "(--config.tokenizer=DIR, made by aim-jax train_vq), or a bundled model's name."
         )
     tokenizer = load_pretrained(name_or_path)
     if tokenizer.vq_params is None:

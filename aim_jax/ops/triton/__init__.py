@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "aim_jax.ops.triton needs Triton and jax-triton, which the cuda extra brings: "
-        "pip install -e '.[cuda]'"
+        "pip install 'aim_jax[cuda]'"
     ) from error
 
 from aim_jax.ops.triton.dual import dual_step

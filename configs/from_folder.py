@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from aim_jax.config import aim_defaults, vq_defaults
+from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.data import open_images
 
 LOOKED_AT = 64  # pictures
@@ -61,7 +61,7 @@ def survey(directory: str) -> Survey:
     if not directory:
         raise ValueError(
             "this configuration needs the folder of your class folders after a colon: "
-            "--config configs/folder_vq.py:DIR, or configs/folder.py:DIR"
+            "--config folder_vq:DIR, or configs/folder.py:DIR"
         )
     source = open_images("folder", "train", directory)
     some = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)

@@ -1,35 +1,36 @@
 """Samples a labelled grid from every bundled model, or serves a page to sample in a browser.
 
 Example:
-  python launch/demo.py --out demo                  # what `make demo` runs
-  python launch/demo.py --page                      # needs pip install -e '.[page]'
-  python launch/demo.py --page --checkpoint runs/aim --port 8000
+  aim-jax demo --out demo                  # what `make demo` runs
+  aim-jax demo --page                      # needs pip install 'aim_jax[page]'
+  aim-jax demo --page --checkpoint runs/aim --port 8000
 """
 
 import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
-
-from aim_jax.launching import errors_in_one_line, parse
-
-flags.DEFINE_string("out", "demo", "Directory for the pictures.")
-flags.DEFINE_integer("per_class", 10, "Images per class.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
-flags.DEFINE_bool("page", False, "Serve a page instead of writing pictures.")
-flags.DEFINE_list("checkpoint", [], "Models to show; the bundled ones by default.")
-flags.DEFINE_string("host", "127.0.0.1", "Address of the page; 0.0.0.0 is all of this machine's.")
-flags.DEFINE_integer("port", 7860, "Port of the page.", lower_bound=1)
+from absl import flags
 
 
-def main(_):
-    with errors_in_one_line():
-        serve_page() if flags.FLAGS.page else write_pictures()
+def define_flags() -> None:
+    flags.DEFINE_string("out", "demo", "Directory for the pictures.")
+    flags.DEFINE_integer("per_class", 10, "Images per class.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
+    flags.DEFINE_bool("page", False, "Serve a page instead of writing pictures.")
+    flags.DEFINE_list("checkpoint", [], "Models to show; the bundled ones by default.")
+    flags.DEFINE_string(
+        "host", "127.0.0.1", "Address of the page; 0.0.0.0 is all of this machine's."
+    )
+    flags.DEFINE_integer("port", 7860, "Port of the page.", lower_bound=1)
+
+
+def main() -> None:
+    serve_page() if flags.FLAGS.page else write_pictures()
 
 
 def serve_page():
-    from aim_jax.page import serve
+    from aim_jax.cli.page import serve
     from aim_jax.weights.pretrained import bundled_models, load_pretrained
 
     f = flags.FLAGS
@@ -62,10 +63,6 @@ def write_pictures():
         print(f"  {path.resolve()}")
     print(
         "\nNext:\n"
-        "  .venv/bin/python launch/sample.py --checkpoint cifar10 --classes ship --cfg_scale 3\n"
-        "  .venv/bin/python launch/train.py --help     # train your own; README.md shows the way\n"
+        "  .venv/bin/aim-jax sample --checkpoint cifar10 --classes ship --cfg_scale 3\n"
+        "  .venv/bin/aim-jax train --help     # train your own; README.md shows the way\n"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(app.run(main, flags_parser=parse))

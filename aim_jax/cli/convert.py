@@ -1,28 +1,29 @@
 """Converts official PyTorch weights into a model directory, and back.
 
 Examples:
-  python launch/convert.py to-jax --weights aim-large --out models/aim_l
-  python launch/convert.py to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
-  python launch/convert.py to-torch --checkpoint models/aim_l --out aim_l.safetensors
-  python launch/convert.py inception --weights inception-2015-12-05.pt --out inception.safetensors
-  python launch/convert.py lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
+  aim-jax convert to-jax --weights aim-large --out models/aim_l
+  aim-jax convert to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
+  aim-jax convert to-torch --checkpoint models/aim_l --out aim_l.safetensors
+  aim-jax convert inception --weights inception-2015-12-05.pt --out inception.safetensors
+  aim-jax convert lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
 Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
-directory with one of them. Pickles need `pip install -e '.[torch]'`. docs/released_weights.md
+directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
 tells more.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-
-from aim_jax.launching import errors_in_one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parse(argv=None):
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="aim-jax convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     programs = parser.add_subparsers(dest="program", required=True)
     jax = programs.add_parser("to-jax", help="official weights -> model directory")
@@ -62,37 +63,32 @@ def parse(argv=None):
     lpips.add_argument("--out", required=True, help="*.safetensors")
     for program in (jax, torch):
         program.add_argument("--dtype", choices=DTYPES, help="by default that of the source")
-    return parser.parse_args(argv)  # fmt: skip
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Sequence[str]) -> None:
+    args = parse(arguments)
     from aim_jax.utils.logging import say
     from aim_jax.weights import convert
     from aim_jax.weights.convert.files import save_tensors
 
-    with errors_in_one_line():
-        if args.program == "inception":
-            from aim_jax.weights.convert.inception import load_inception
+    if args.program == "inception":
+        from aim_jax.weights.convert.inception import load_inception
 
-            out = save_tensors(load_inception(args.weights), args.out)
-        elif args.program == "lpips":
-            from aim_jax.weights.convert.lpips import load_lpips
+        out = save_tensors(load_inception(args.weights), args.out)
+    elif args.program == "lpips":
+        from aim_jax.weights.convert.lpips import load_lpips
 
-            out = save_tensors(load_lpips(args.weights, args.heads), args.out)
-        elif args.program == "to-torch":
-            out = convert.to_torch(args.checkpoint, args.out, args.dtype)
-        else:
-            names = args.class_names and tuple(Path(args.class_names).read_text().splitlines())
-            adaln = "group" if args.adaln == "single" else args.adaln
-            out = convert.to_jax(
-                args.weights, args.out, vq=args.vq, config=args.config, dtype=args.dtype,
-                position_offset=args.position_offset, adaln=adaln,
-                num_groups=1 if args.adaln == "single" else args.num_groups,
-                approximate=args.approximate, class_names=names,
-            )  # fmt: skip
-        say(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    main()
+        out = save_tensors(load_lpips(args.weights, args.heads), args.out)
+    elif args.program == "to-torch":
+        out = convert.to_torch(args.checkpoint, args.out, args.dtype)
+    else:
+        names = args.class_names and tuple(Path(args.class_names).read_text().splitlines())
+        adaln = "group" if args.adaln == "single" else args.adaln
+        out = convert.to_jax(
+            args.weights, args.out, vq=args.vq, config=args.config, dtype=args.dtype,
+            position_offset=args.position_offset, adaln=adaln,
+            num_groups=1 if args.adaln == "single" else args.num_groups,
+            approximate=args.approximate, class_names=names,
+        )  # fmt: skip
+    say(f"wrote {out}")

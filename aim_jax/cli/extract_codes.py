@@ -1,17 +1,63 @@
-"""Encodes a data set once, with its tokenizer, into token caches on the disk."""
+"""Encodes a data set once, so that training of AiM reads codes instead of pictures.
+
+Example:
+  aim-jax extract_codes --tokenizer runs/cifar10_vq_full --out codes/cifar10
+  aim-jax train --config cifar10 --workdir runs/cifar10 \\
+    --config.tokenizer=runs/cifar10_vq_full --config.codes=codes/cifar10
+
+Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those
+that the tokenizer was trained on unless flags say otherwise. The same command continues an
+interrupted run. Machines that share OUT divide the work, as connected processes (--coordinator) or
+each by itself (--part 1/N to N/N). docs/imagenet.md has an example at full size.
+"""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from aim_jax import data
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.parallel import processes
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.logging import Progress, say
 from aim_jax.weights.tokenizer import local_encoder, open_tokenizer, tokenizer_fingerprint
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
+    flags.DEFINE_string("out", None, "Directory for the token caches.")
+    flags.DEFINE_string("data_name", "", "Data set; see aim_jax.data.open_images.")
+    flags.DEFINE_string("data", "", "Directory with the pictures.")
+    flags.DEFINE_list("split", ["train", "validation"], "Splits to encode.")
+    flags.DEFINE_enum(
+        "views", "centre_flip", ["centre", "centre_flip", "ten_crop"],
+        "What to store of every picture of the train split: the centre crop, it and its mirror "
+        "image, or the centre and four corners of a larger square and their mirror images. Of "
+        "other splits it is the centre crop.",
+    )  # fmt: skip
+    flags.DEFINE_float("crop_range", 1.1, "Side of the larger square of ten_crop, in image sizes.")
+    flags.DEFINE_integer("batch_size", 128, "Pictures per step and device.", lower_bound=1)
+    flags.DEFINE_integer("shard_size", 16384, "Pictures per file.", lower_bound=1)
+    flags.DEFINE_integer(
+        "workers", 0, "Processes that decode pictures; 0 uses threads.", lower_bound=0
+    )
+    flags.DEFINE_string("part", "", "I/N: encode every N-th shard alone, from the I-th on.")
+    processes.define_flags()
+    flags.mark_flags_as_required(["tokenizer", "out"])
+
+
+def main() -> None:
+    f = flags.FLAGS
+    processes.initialize_from(f)
+    extract(
+        f.tokenizer, Path(f.out), data_name=f.data_name, data_dir=f.data, splits=f.split,
+        views=f.views, crop_range=f.crop_range, batch_size=f.batch_size,
+        shard_size=f.shard_size, workers=f.workers, part=f.part,
+    )  # fmt: skip
 
 
 def extract(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from aim_jax.page_actions import (
+from aim_jax.cli.page_actions import (
     COLUMNS,
     MOST_IMAGES,
     MOST_PIXELS,
@@ -180,5 +180,5 @@ def _import_gradio():
     try:
         import gradio
     except ImportError:
-        raise ValueError("the page needs Gradio: pip install -e '.[page]'.") from None
+        raise ValueError("the page needs Gradio: pip install 'aim_jax[page]'.") from None
     return gradio

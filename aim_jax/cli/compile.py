@@ -1,14 +1,25 @@
-"""Training and generation compiled ahead of time for a named topology; see launch/compile.py."""
+"""Compiles a training step, and generation, for devices that are not here: does it fit, how fast?
+
+Examples:
+  aim-jax compile --config aim_xl --topology v5e:16x16
+  aim-jax compile --config aim_l --topology 8xA100-80G --search
+
+Needs the compiler of the devices, not the devices: the extra `tpu`, or the packages
+jax-cuda13-plugin and jax-cuda13-pjrt. Ends with 1 where something does not fit.
+"""
 
 import dataclasses
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from aim_jax.cli.common import define_config
 from aim_jax.models.aim import init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.parallel.sharding import batch_share
@@ -18,7 +29,26 @@ from aim_jax.perf.footprint import DoesNotFitError, Footprint, describe, footpri
 from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.generate import Method, Request, device_mesh, generate_sharded
 from aim_jax.training.aim import Setup
+from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
+
+
+def define_flags() -> None:
+    define_config("A recipe for AiM: its name or a file.")
+    flags.DEFINE_string("topology", None, "Such as v5e:16x16, v5p-32, 8xA100-80G or 8xH100.")
+    flags.DEFINE_integer("images", 8, "Images that each device generates; 0: no generation.", 0)
+    flags.DEFINE_bool("search", False, "Double config.accumulate until the training step fits.")
+    flags.DEFINE_string("json", "", "File for the figures.")
+    flags.mark_flags_as_required(["config", "topology"])
+
+
+def main() -> int:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; devices that are here stay free
+    f = flags.FLAGS
+    figures = report(f.config, f.topology, f.images, f.search)
+    if f.json:
+        write_json(Path(f.json), figures)
+    return 0 if figures["fits"] else 1
 
 
 def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:

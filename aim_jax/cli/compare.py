@@ -1,0 +1,50 @@
+"""Compares samples that differ in one setting, or goes from one class to another.
+
+Examples:
+  aim-jax compare --checkpoint cifar10 --cfg_scale 1,1.5,2,3,4,6 --out guidance.png
+  aim-jax compare --checkpoint cifar10 --temperature 0.6,0.8,1,1.2 --classes ship,horse
+  aim-jax compare --checkpoint cifar10 --between automobile,ship --out interpolation.png
+
+A row of the grid is a value, or a mixture of the two classes; a column has the same randomness.
+"""
+
+from absl import flags
+
+from aim_jax.cli.common import SAMPLING_FLAGS, numbers
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", "cifar10", "Bundled model, model directory or workdir.")
+    flags.DEFINE_list("classes", [], "Class of each column; all classes (at most 20) by default.")
+    flags.DEFINE_list("cfg_scale", [], "Values of the guidance; 1 is none.")
+    flags.DEFINE_list("temperature", [], "Values of the temperature.")
+    flags.DEFINE_list("top_k", [], "Values of k; 0 is off.")
+    flags.DEFINE_list("top_p", [], "Values of p; 1 is off.")
+    flags.DEFINE_list("between", [], "Two classes to go from and to.")
+    flags.DEFINE_integer("steps", 7, "Rows of --between.", lower_bound=2)
+    flags.DEFINE_integer("count", 10, "Columns of --between.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
+    flags.DEFINE_string("out", "comparison.png", "The grid: a file, or a directory that is there.")
+
+
+def main() -> None:
+    from aim_jax.sampling.grids import compare_settings, interpolate
+    from aim_jax.utils.images import picture_path, save_png
+    from aim_jax.weights.pretrained import class_ids, load_pretrained
+
+    f = flags.FLAGS
+    given = [name for name in (*SAMPLING_FLAGS, "between") if f[name].value]
+    if len(given) != 1:
+        raise ValueError(
+            "expected one of --cfg_scale, --temperature, --top_k, --top_p and --between, "
+            f"not {', '.join(given) or 'none'}."
+        )
+    if f.between and (len(f.between) != 2 or f.classes):
+        raise ValueError("--between takes two classes, such as cat,dog, and no --classes.")
+    values = numbers(*given, f[given[0]].value) if not f.between else []
+    model = load_pretrained(f.checkpoint)
+    if f.between:
+        grid = interpolate(model, *class_ids(model, f.between), f.steps, f.count, f.seed)
+    else:
+        grid = compare_settings(model, class_ids(model, f.classes), *given, values, f.seed)
+    print(save_png(grid, picture_path(f.out, "comparison.png")))

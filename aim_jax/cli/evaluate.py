@@ -1,0 +1,69 @@
+"""Scores a model, or images: FID, sFID, Inception Score, KID, precision, recall, density, coverage.
+
+Examples:
+  aim-jax evaluate --checkpoint cifar10 --reference cifar10:train --inception FILE
+  aim-jax evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+      --inception FILE
+  aim-jax evaluate --checkpoint cifar10 --reconstruct --reference cifar10:test \\
+      --inception FILE   # the tokenizer: rFID, PSNR, SSIM, use of the codebook
+
+Samples are balanced over the classes, and an interrupted run goes on. --out gets samples.npz
+(arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and neighbours.png with
+the nearest images of the reference. --inception is the network of 2015 in any form that people
+have; docs/evaluation.md tells more.
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from aim_jax.cli.common import cores_as_devices, define_config
+from aim_jax.ops.native.build import cache_directory
+from aim_jax.parallel import processes
+
+
+def define_flags() -> None:
+    define_config("A recipe's name or a file.", default="eval")
+    flags.DEFINE_string("checkpoint", "", "Bundled model, model directory or workdir.")
+    flags.DEFINE_string(
+        "samples",
+        "",
+        "Images to score instead of sampling: npz, folder, or NAME:SPLIT of a data set.",
+    )
+    flags.DEFINE_string(
+        "reference", "", "npz of images, ADM reference npz, folder, or NAME:SPLIT of a data set."
+    )
+    flags.DEFINE_string("data", "", "Directory with the data set; short for --config.data.dir.")
+    flags.DEFINE_string(
+        "inception",
+        os.environ.get("AIM_JAX_INCEPTION", ""),
+        "Weights; $AIM_JAX_INCEPTION by default.",
+    )
+    flags.DEFINE_bool("reconstruct", False, "Score the tokenizer on the reference's pictures.")
+    flags.DEFINE_string("out", "evaluation", "Directory for the results.")
+    processes.define_flags()
+
+
+def main() -> None:
+    from aim_jax.evaluation.evaluate import evaluate
+    from aim_jax.weights.convert.inception import EXPECTED, load_inception
+    from aim_jax.weights.pretrained import load_pretrained
+
+    f = flags.FLAGS
+    cores_as_devices()
+    processes.initialize_from(f)
+    if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
+        raise ValueError("give --reference, and either --checkpoint or --samples.")
+    if not f.inception:
+        raise ValueError(
+            f"--inception is missing: {EXPECTED}. docs/evaluation.md says where to get one."
+        )
+    f.config.data.dir = f.data or f.config.data.dir
+    model = load_pretrained(f.checkpoint) if f.checkpoint else None
+    report = evaluate(
+        model, f.samples, f.reference, load_inception(f.inception), f.config, Path(f.out),
+        cache_directory() / "references", reconstructions=f.reconstruct,
+    )  # fmt: skip
+    if report:
+        print((Path(f.out) / "report.md").read_text())

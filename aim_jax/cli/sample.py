@@ -1,0 +1,86 @@
+"""Samples images from a trained model into a labelled PNG grid.
+
+Examples:
+  aim-jax sample --checkpoint fashion_mnist --out samples
+  aim-jax sample --checkpoint cifar10 --classes cat,ship,3 --per_class 16 --cfg_scale 3
+  aim-jax sample --checkpoint cifar10 --progressive  # look at samples/grid.png
+
+--checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from aim_jax.cli.common import define_sampling_flags, given_settings
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
+    flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
+    flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed; image i of a seed is the same in any batch, but for rounding.",
+        lower_bound=0,
+    )
+    define_sampling_flags()
+    flags.DEFINE_enum(
+        "cfg_schedule",
+        "constant",
+        ["constant", "linear", "cosine"],
+        "How guidance grows over an image.",
+    )
+    flags.DEFINE_list("cfg_interval", ["0", "1"], "Part of the image's tokens that is guided.")
+    flags.DEFINE_enum(
+        "position_offset",
+        None,
+        ["0", "1"],
+        "Code j is at position row j + this. Converted weights: 1 as their sampler, 0 as trained.",
+    )
+    flags.DEFINE_bool("progressive", False, "Write the grid after every row of codes.")
+    flags.DEFINE_enum(
+        "compute_dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of matrix products and convolutions. The model's own if not given.",
+    )
+    flags.DEFINE_enum(
+        "form", "auto", ["auto", "recurrent", "dual"], "What decoding carries: states, or tokens."
+    )
+    flags.DEFINE_enum(
+        "kernels",
+        "auto",
+        ["auto", "xla", "native", "triton"],
+        "Fused kernels, for a CPU or an NVIDIA GPU.",
+    )
+    flags.DEFINE_enum(
+        "cache_dtype", "float32", ["float32", "bfloat16"], "Of the states or tokens carried."
+    )
+    flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
+    flags.DEFINE_string("out", "samples", "Directory for the results.")
+    flags.DEFINE_bool("pngs", False, "Also write one PNG per image.")
+    flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, labels int32.")
+
+
+def main() -> None:
+    from aim_jax.sampling.engine import Engine
+    from aim_jax.sampling.grids import sample_to_directory
+    from aim_jax.weights.pretrained import class_ids, load_pretrained
+
+    f = flags.FLAGS
+    settings = given_settings(f) | {"cfg_schedule": f.cfg_schedule}
+    settings["cfg_interval"] = tuple(float(x) for x in f.cfg_interval)
+    model = load_pretrained(f.checkpoint)
+    if f.position_offset is not None:
+        model = model.with_position_offset(int(f.position_offset))
+    if f.compute_dtype:
+        model = model.with_compute_dtype(f.compute_dtype)
+    classes = class_ids(model, f.classes)
+    engine = Engine(f.form, f.kernels, f.cache_dtype)
+    for path in sample_to_directory(
+        model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
+        pngs=f.pngs, npz=f.npz, progressive=f.progressive, engine=engine, **settings,
+    ):  # fmt: skip
+        print(path)
