@@ -50,8 +50,9 @@ from aim_jax.sampling.generate import decode_images, generate_tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
 
-from benchmarks import parity, traffic
+from benchmarks import traffic
 from benchmarks.decode_cpu import SETTINGS, seconds, surroundings
+from tests import parity
 
 ENGINES = {
     "recurrent": Engine("recurrent", "triton"),

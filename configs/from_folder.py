@@ -61,7 +61,7 @@ def survey(directory: str) -> Survey:
     if not directory:
         raise ValueError(
             "this configuration needs the folder of your class folders after a colon: "
-            "--config folder_vq:DIR, or configs/folder.py:DIR"
+            "--config folder_vq:DIR, or folder:DIR"
         )
     source = open_images("folder", "train", directory)
     some = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)

@@ -2,7 +2,7 @@
 
 Example:
   python launch/jobset.py --name aim-xl --accelerator v5e-64 --slices 2 --image IMAGE \\
-    --claim CLAIM -- --config configs/aim_xl.py --workdir /data/runs/aim_xl --config.accumulate=2 \\
+    --claim CLAIM -- --config aim_xl --workdir /data/runs/aim_xl --config.accumulate=2 \\
     --config.codes=/data/codes/imagenet --config.tokenizer=/data/runs/vq_f16 | kubectl apply -f -
 
 The manifest goes to the standard output (as JSON, which kubectl takes); nothing is started, and no
@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--image", required=True, help="container image; launch/Dockerfile builds one")
     add("--claim", required=True, help="PersistentVolumeClaim (ReadWriteMany) of all pods")
     add("--mount", default="/data", help="where the pods see it (/data)")
-    add("--program", default="launch/train.py", help="what runs (launch/train.py)")
+    add("--program", default="train", help="what runs (train)")
     add("--max_restarts", type=int, default=20, help="how often the set may start again (20)")
     add("--node_selector", action="append", default=[], metavar="LABEL=VALUE", help="repeatable")
     add("training", nargs="*", metavar="-- OPTIONS", help="options of the training")
@@ -78,14 +78,14 @@ def jobset(args) -> dict:
     for option, least in (("slices", 1), ("nodes", 1), ("max_restarts", 0)):
         if getattr(args, option) < least:
             raise ValueError(f"--{option} {getattr(args, option)}: at least {least}.")
-    trains = PurePosixPath(args.program).name.startswith("train")
+    trains = args.program.startswith("train")
     results = "--workdir" if trains else "--out"
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--config")
     options.add_argument(results, dest="results")
     given, _ = options.parse_known_args(args.training)
     if (trains and not given.config) or not given.results:
-        needed = "--config FILE and --workdir DIR" if trains else "--out DIR"
+        needed = "--config NAME and --workdir DIR" if trains else "--out DIR"
         raise ValueError(f"{args.program} needs {needed} after `--`.")
     if not PurePosixPath(given.results).is_relative_to(args.mount):
         raise ValueError(
@@ -131,7 +131,7 @@ def jobset(args) -> dict:
             {
                 "name": "training",
                 "image": args.image,
-                "command": ["python", args.program, *training],
+                "command": ["python", "-m", "aim_jax", args.program, *training],
                 "env": [{"name": key, "value": value} for key, value in environment.items()],
                 "resources": {"limits": limits},
                 "volumeMounts": [

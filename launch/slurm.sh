@@ -19,12 +19,12 @@ Trains on the GPU nodes of a Slurm cluster; submitted from the checkout with sba
 
 Example:
   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh -- \
-    --config configs/aim_xl.py --workdir /shared/runs/aim_xl --config.accumulate=8 \
+    --config aim_xl --workdir /shared/runs/aim_xl --config.accumulate=8 \
     --config.codes=/shared/codes/imagenet --config.tokenizer=/shared/runs/vq_f16
 
 Usage: sbatch [OPTIONS OF SBATCH] launch/slurm.sh [OPTIONS] -- OPTIONS OF THE TRAINING
 
-  --program FILE      what runs (launch/train.py); launch/extract_codes.py takes its own options
+  --program NAME      what runs (train); extract_codes takes its own options
   --python FILE       its interpreter, on storage that the nodes share (.venv/bin/python)
   --max_restarts N    how often the job may be requeued (20)
   --dry_run           print the commands and run nothing; without Slurm:
@@ -41,7 +41,7 @@ fail() {
   exit 1
 }
 
-program=launch/train.py python=.venv/bin/python max_restarts=20 dry_run=false
+program=train python=.venv/bin/python max_restarts=20 dry_run=false
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
     --help) usage; exit 0 ;;
@@ -55,15 +55,16 @@ while [[ $# -gt 0 && $1 != -- ]]; do
   esac
 done
 [[ ${1-} == -- ]] && shift
-[[ $program != launch/train*.py || " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
-  fail "the training needs --config FILE and --workdir DIR after '--'; see bash launch/slurm.sh --help"
+[[ $program != train* || " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
+  fail "the training needs --config NAME and --workdir DIR after '--'; see bash launch/slurm.sh --help"
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts takes a whole number, not '$max_restarts'."
 [[ ${SLURM_GPUS_ON_NODE-} =~ ^[1-9][0-9]*$ ]] ||
   fail "no GPUs (SLURM_GPUS_ON_NODE is not set). Submit with sbatch --gpus-per-node=N; see bash launch/slurm.sh --help"
 
 # Slurm runs a copy of this script, so the checkout is where sbatch was called.
 cd "${SLURM_SUBMIT_DIR:-.}"
-[[ -f $program ]] || fail "$PWD has no $program. Call sbatch in the checkout."
+[[ $dry_run == true || $python != .venv/bin/python || -x $python ]] ||
+  fail "$PWD has no $python. Call sbatch in the checkout, or name another --python."
 $dry_run || [[ -x $python ]] || fail "$PWD has no $python. Install with make venv, or name another with --python."
 
 # By itself JAX gives every Slurm task a single GPU; this names them all.
@@ -76,7 +77,7 @@ export JAX_LOCAL_DEVICE_IDS
 met_error=$PWD/slurm-${SLURM_JOB_ID-}.error
 # shellcheck disable=SC2016  # expanded by the inner shell
 task='trap : TERM; "$@"; status=$?; case $status in 1 | 2) touch "$0" ;; esac; exit $status'
-command=(srun --kill-on-bad-exit=0 --cpu-bind=none bash -c "$task" "$met_error" "$python" "$program" "$@")
+command=(srun --kill-on-bad-exit=0 --cpu-bind=none bash -c "$task" "$met_error" "$python" -m aim_jax "$program" "$@")
 
 if $dry_run; then
   printf 'export JAX_LOCAL_DEVICE_IDS=%q\n' "$JAX_LOCAL_DEVICE_IDS"

@@ -7,7 +7,7 @@ Trains on Cloud TPU: one slice, or several, as a queued resource.
 
 Example:
   launch/tpu_pod.sh all --name aim-xl --zone us-west4-a --accelerator_type v5litepod-64 --spot \
-    --nfs 10.0.0.2:/share -- --config configs/aim_xl.py --workdir /mnt/aim/runs/aim_xl --config.accumulate=4 \
+    --nfs 10.0.0.2:/share -- --config aim_xl --workdir /mnt/aim/runs/aim_xl --config.accumulate=4 \
     --config.codes=/mnt/aim/codes/imagenet --config.tokenizer=/mnt/aim/runs/vq_f16
 
 Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
@@ -30,7 +30,7 @@ Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
                             --create_flag=--network=NAME; repeatable
   --nfs HOST:/SHARE         mounted at /mnt/aim on all hosts, for data and workdir
   --ref REF                 commit that is copied (HEAD)
-  --program FILE            what runs (launch/train.py); launch/extract_codes.py has its own options
+  --program NAME            what runs (train); extract_codes has its own options
   --wait_minutes N          how long to wait for the TPUs (240)
   --max_restarts N          how often `all` may start again (20)
   --poll_seconds N          between two looks at the state (30)
@@ -156,7 +156,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 final=3  # an exit code that means: repeating will not mend it
 
 name='' zone='' project='' accelerator_type='' slices=1 runtime_version='' tier='' nfs='' ref=HEAD
-program=launch/train.py wait_minutes=240 max_restarts=20 poll_seconds=30
+program=train wait_minutes=240 max_restarts=20 poll_seconds=30
 delete_at_end=false dry_run=false create_flags=()
 help='see launch/tpu_pod.sh --help'
 command=${1-}
@@ -206,7 +206,7 @@ case $command in
 esac
 case $command in
   train | all)
-    if [[ $program == launch/train*.py ]]; then
+    if [[ $program == train* ]]; then
       [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
         fail "the training needs --config FILE and --workdir DIR after '--'; $help"
       # Data parallel over the slices, whose network is slow; the rest inside a slice.

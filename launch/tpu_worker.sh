@@ -46,7 +46,7 @@ case ${1-} in
       status=0
       wait $! || status=$?
       echo $status > "$run/status"
-    ' - "$run" .venv/bin/python "$@" < /dev/null > "$run/log" 2>&1 &
+    ' - "$run" .venv/bin/python -m aim_jax "$@" < /dev/null > "$run/log" 2>&1 &
     echo "$HOSTNAME: started"
     ;;
   wait)

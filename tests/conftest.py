@@ -24,7 +24,7 @@ from aim_jax.models.vq import init_params as init_vq
 from aim_jax.weights.pretrained import Pretrained, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests read configs/, launch/ and benchmarks/
+sys.path.insert(0, str(ROOT))  # the tests read launch/ and benchmarks/
 
 # Every program and test compiles its own functions; equal ones are compiled once per test run.
 _cache = tempfile.TemporaryDirectory()

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aim_jax.training import aim as train
-from benchmarks import parity
+from tests import parity
 
 GOLDEN = Path(__file__).parent / "golden"
 AIM_CASES = (

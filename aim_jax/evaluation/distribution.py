@@ -69,7 +69,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2),
     which is symmetric; so there are no complex numbers, and singular covariances need no offset.
-    It agrees with scipy.linalg.sqrtm to 1e-6 of the traces (`tests/test_metrics.py`).
+    It agrees with scipy.linalg.sqrtm to 1e-6 of the traces (`tests/evaluation/test_metrics.py`).
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

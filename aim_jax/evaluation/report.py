@@ -28,7 +28,7 @@ def provenance() -> dict:
 
 def _commit() -> str:
     """The commit of this checkout, with "-dirty" where files differ."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*command):
         command = ["git", "-C", str(root), *command]

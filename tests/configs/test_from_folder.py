@@ -60,7 +60,7 @@ def test_both_stages_fit_the_folder_and_each_other(folder, capsys, monkeypatch):
 
 
 def test_a_missing_folder_is_said():
-    with pytest.raises(ValueError, match=r"configs/folder_vq.py:DIR"):
+    with pytest.raises(ValueError, match=r"--config folder_vq:DIR"):
         vq_config("")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         aim_config("/nowhere")

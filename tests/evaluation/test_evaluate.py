@@ -266,7 +266,15 @@ def test_pictures_smaller_than_the_samples_are_not_enlarged_unasked(config, tmp_
 
 def test_program_says_what_is_missing(inception_file, tmp_path):
     def run(*options):
-        command = [sys.executable, "launch/evaluate.py", "--out", str(tmp_path / "out"), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "aim_jax",
+            "evaluate",
+            "--out",
+            str(tmp_path / "out"),
+            *options,
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         return done.stderr.strip().splitlines()[-1]

@@ -34,7 +34,7 @@ from aim_jax.weights.pretrained import load_pretrained, save_model
 from aim_jax.weights.tokenizer import tokenizer_fingerprint
 from tests.compilation import xla_flags
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 OURS, OTHER = "a" * 64, "b" * 64
 

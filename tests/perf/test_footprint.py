@@ -18,7 +18,7 @@ from aim_jax.perf.accelerators import accelerator, peak_flops, topology
 from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
 from aim_jax.perf.footprint import DoesNotFitError, Footprint
 from aim_jax.perf.hlo import Program
-from tests.test_sharding import small_config
+from tests.parallel.test_sharding import small_config
 
 
 def compiled(fn, *args):

@@ -1,7 +1,7 @@
 """Compares the library with golden vectors of the official implementation, array by array.
 
 Example:
-  python benchmarks/parity.py tests/golden
+  python tests/parity.py tests/golden
 
 The vectors come in folders: `config.json` and weights beside an `expected.npz` (an AiM or a
 tokenizer), an `expected.npz` alone (both chained, with the weights of sibling folders), or bare
@@ -36,8 +36,8 @@ from aim_jax.weights import convert
 
 EPILOG = """\
 example:
-  python benchmarks/parity.py tests/golden
-  python benchmarks/parity.py tests/golden/aim_tiny_mlp --form dual --kernels native
+  python tests/parity.py tests/golden
+  python tests/parity.py tests/golden/aim_tiny_mlp --form dual --kernels native
 
 Models run in float32 with the highest matmul precision, operators in float64. One line is printed
 per array, or per group of gradients: name, largest error, allowed error, ok or MISS. Errors are

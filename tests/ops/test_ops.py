@@ -23,7 +23,7 @@ from aim_jax.ops import (
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 conv = jit(causal_conv1d, static_argnames="activation")
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "ops"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ops"
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 

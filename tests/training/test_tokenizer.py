@@ -33,7 +33,7 @@ from aim_jax.weights.convert.lpips import TORCHVISION, load_lpips
 from aim_jax.weights.pretrained import Pretrained, flatten, load_pretrained, save_model
 from tests import lpips_weights
 from tests.conftest import ROOT
-from tests.test_train import assert_same_run, interrupt, records
+from tests.training.test_aim import assert_same_run, interrupt, records
 
 GOLDEN = ROOT / "tests" / "golden"
 SMALL = VQConfig(

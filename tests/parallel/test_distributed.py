@@ -16,8 +16,8 @@ from aim_jax.parallel.processes import settings
 from aim_jax.training import aim as train
 from tests.compilation import xla_flags
 from tests.conftest import ROOT
-from tests.test_train import aim_config, codes  # noqa: F401  (fixtures)
-from tests.test_vq_loss import config as vq_config  # noqa: F401  (fixture)
+from tests.training.test_aim import aim_config, codes  # noqa: F401  (fixtures)
+from tests.training.test_tokenizer import config as vq_config  # noqa: F401  (fixture)
 
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
 
@@ -76,7 +76,7 @@ def finish(jobs, limit=300):
 
 
 def training(config, workdir, *options):
-    return ["launch/train.py", "--config", config, "--workdir", workdir, *options]
+    return ["-m", "aim_jax", "train", "--config", config, "--workdir", workdir, *options]
 
 
 def run(command, processes):
@@ -133,7 +133,7 @@ def test_processes_train_a_split_tokenizer(vq_config, tmp_path):  # noqa: F811
     """Losses, means of uneven shares and pictures of two processes with FSDP are those of one."""
     vq_config.eval_every = vq_config.save_every = vq_config.sample_every = vq_config.steps
     vq_config.optimizer.lr = 1e-5  # at large ones Adam makes steps of rounding errors
-    command = ["launch/train_vq.py", "--config", as_file(vq_config, tmp_path), "--workdir"]
+    command = ["-m", "aim_jax", "train_vq", "--config", as_file(vq_config, tmp_path), "--workdir"]
     alone, together = tmp_path / "alone", tmp_path / "together"
     run([*command, alone], 1)
     run([*command, together, "--config.mesh.fsdp=True"], 2)

@@ -17,7 +17,7 @@ from aim_jax.sampling import decoder
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
-from benchmarks import parity
+from tests import parity
 from tests.test_golden import GOLDEN
 
 native_only = pytest.mark.skipif(

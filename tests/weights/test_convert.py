@@ -30,7 +30,7 @@ from aim_jax.weights.pretrained import load_pretrained
 from benchmarks import conversion
 from tests.conftest import TINY_AIM, TINY_VQ
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"
 AIM_CASES = (
     "aim_tiny_adaln",

@@ -1,6 +1,6 @@
 """The page over HTTP, and in a real browser: it draws, completes an upload, refuses the rest.
 
-  pip install -e '.[dev,page]' && python -m pytest tests/test_page.py
+  pip install -e '.[dev,page]' && python -m pytest tests/cli/test_page.py
 
 with Chromium or Chrome on the PATH, or without one for what needs no browser.
 """

@@ -17,8 +17,8 @@ from launch import jobset
 from tests.conftest import ROOT
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-TRAINING = ["--config", "configs/aim_xl.py", "--workdir", "/mnt/aim/two words", "--config.x=it's"]
-ENCODING = ["--program", "launch/extract_codes.py"]
+TRAINING = ["--config", "aim_xl", "--workdir", "/mnt/aim/two words", "--config.x=it's"]
+ENCODING = ["--program", "extract_codes"]
 CODES = ["--", "--tokenizer", "models/aim_l", "--out"]
 TPU = ["--name", "a", "--zone", "z", "--accelerator_type", "v5litepod-64"]
 
@@ -61,21 +61,21 @@ def test_help_has_an_example(script):
 def test_launchers_run_other_programs_with_their_own_options():
     out = bash("slurm.sh", "--dry_run", *ENCODING, *CODES, "codes", SLURM_GPUS_ON_NODE="4")
     assert out.returncode == 0
-    assert "launch/extract_codes.py --tokenizer models/aim_l --out codes" in out.stdout
+    assert "aim_jax extract_codes --tokenizer models/aim_l --out codes" in out.stdout
     out = bash(
         "tpu_pod.sh", "train", *TPU, "--slices", "2", "--dry_run", *ENCODING, *CODES, "codes"
     )
-    assert out.returncode == 0 and "extract_codes.py" in out.stdout and "mesh" not in out.stdout
+    assert out.returncode == 0 and "extract_codes" in out.stdout and "mesh" not in out.stdout
     manifest = jobset.parse(
         [*SET, "--accelerator", "v5e-64", "--slices", "2", *ENCODING, *CODES, "/data/codes"]
     )
-    assert "extract_codes.py" in json.dumps(manifest) and "mesh" not in json.dumps(manifest)
+    assert "extract_codes" in json.dumps(manifest) and "mesh" not in json.dumps(manifest)
 
 
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
-        ("slurm.sh", ["--", "--config", "c"], "needs --config FILE and --workdir DIR"),
+        ("slurm.sh", ["--", "--config", "c"], "needs --config NAME and --workdir DIR"),
         ("slurm.sh", ["--config", "c"], "come after '--'"),
         ("slurm.sh", ["--", *TRAINING], "sbatch --gpus-per-node=N"),
         ("slurm.sh", ["--max_restarts", "x", "--", *TRAINING], "whole number, not 'x'"),
@@ -107,7 +107,7 @@ def test_slurm_prints_its_commands():
     export, srun, requeue = commands(done.stdout)
     assert export == ["export", "JAX_LOCAL_DEVICE_IDS=0,1,2,3"]
     assert srun[:2] == ["srun", "--kill-on-bad-exit=0"]
-    assert srun[-7:] == ["py", "launch/train.py", *TRAINING]
+    assert srun[-9:] == ["py", "-m", "aim_jax", "train", *TRAINING]
     assert requeue == ["scontrol", "requeue", "$SLURM_JOB_ID"]
 
 
@@ -124,8 +124,6 @@ def test_slurm_requeues(codes, ends, tmp_path):
     executable(tmp_path / "srun", 'read -r code < codes; sed -i 1d codes; exit "$code"')
     executable(tmp_path / "scontrol", 'echo "$@" >> requeued')
     executable(tmp_path / ".venv" / "bin" / "python", "exit 99")
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.py").touch()
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     slurm = {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
     found, starts = [], 0
@@ -151,8 +149,6 @@ def test_slurm_does_not_repeat_what_one_process_found_wrong(codes, ends, tmp_pat
     )
     executable(tmp_path / "scontrol", "touch requeued")
     executable(tmp_path / ".venv" / "bin" / "python", 'exit "$CODE"')
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.py").touch()
     done = bash(
         "slurm.sh", "--", *TRAINING, PATH=f"{tmp_path}:{os.environ['PATH']}",
         SLURM_GPUS_ON_NODE="8", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path),
@@ -166,15 +162,16 @@ def test_a_slurm_process_has_all_gpus_of_its_node(tmp_path):
     """JAX takes the SLURM task's own number for its only GPU unless told otherwise."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import jax\nfrom aim_jax import distributed\n"
-        "jax.distributed.initialize(**distributed.settings({'SLURM_STEP_NODELIST': 'localhost',"
+        "import jax\nfrom aim_jax.parallel import processes\n"
+        "jax.distributed.initialize(**processes.settings({'SLURM_STEP_NODELIST': 'localhost',"
         " 'SLURM_NTASKS': '2'}))\nprint(jax.config.read('jax_cuda_visible_devices'))\n"
     )
+    executable(tmp_path / "python", f"exec {sys.executable} {program}")  # not the training
     executable(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; "$@"')
     step = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0}
     step["LOCALID"] = 0
     done = bash(
-        "slurm.sh", "--python", sys.executable, "--program", program, "--", *TRAINING,
+        "slurm.sh", "--python", tmp_path / "python", "--", *TRAINING,
         PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
         SLURM_GPUS_ON_NODE="4", **{f"SLURM_{name}": str(value) for name, value in step.items()},
     )  # fmt: skip
@@ -205,7 +202,7 @@ def test_tpu_pod_prints_its_commands():
         assert remote is None or command[-1].endswith(f"tpu_worker.sh {remote}")
     remote = shlex.split(start[-1].removeprefix("--command="))
     assert remote[:3] == ["bash", "aim_jax/launch/tpu_worker.sh", "start"]
-    assert remote[3:5] == ["launch/train.py", "--coordinator=auto"]
+    assert remote[3:5] == ["train", "--coordinator=auto"]
     assert remote[5:] == [*TRAINING, "--config.mesh.slices=2"]
     assert delete == [*queued, "delete", "a", *where, "--force", "--quiet"]
 
@@ -290,7 +287,7 @@ def test_tpu_pod_trains_until_it_is_complete(codes, end, created, trained, tpu_h
     assert (calls.count("create"), calls.count("ssh")) == (created, 3 * trained)
     assert calls.count("delete") == created - 1 and "still there, and costs" in done.stderr
     arguments = (tmp_path / "arguments").read_text().splitlines()
-    assert arguments == ["launch/train.py", "--coordinator=auto", *TRAINING]
+    assert arguments == ["-m", "aim_jax", "train", "--coordinator=auto", *TRAINING]
     assert "WAITING_FOR_RESOURCES, 0 of at most 240 minutes" in done.stderr
 
 
@@ -318,7 +315,7 @@ def test_delete_lets_the_training_save(tpu_host, tmp_path):
     assert bash("tpu_pod.sh", "setup", *TPU, **tpu_host).returncode == 0
     worker = ["bash", str(tmp_path / "aim_jax" / "launch" / "tpu_worker.sh")]
     for answer in ("started", "training already"):  # a second start must not train twice
-        start = [*worker, "start", "launch/train.py"]
+        start = [*worker, "start", "train"]
         done = subprocess.run(start, env=os.environ | tpu_host, capture_output=True, text=True)
         assert done.returncode == 0 and answer in done.stdout
     waited = time.monotonic()
@@ -360,7 +357,7 @@ def violations(value, schema, path="manifest"):
 
 SCHEMA = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
 SET = ["--name", "aim-xl", "--image", "repository/image:tag", "--claim", "claim"]
-IN_POD = ["--", "--config", "configs/aim_xl.py", "--workdir", "/data/two words"]
+IN_POD = ["--", "--config", "aim_xl", "--workdir", "/data/two words"]
 SETS = {
     "a slice": [*SET, "--accelerator", "v5e-64", *IN_POD],
     "slices": [*SET, "--accelerator", "v5p-128", "--slices", "2", *IN_POD],
@@ -427,7 +424,9 @@ def test_jobset_of_tpu_slices():
     }
     assert container["command"] == [
         "python",
-        "launch/train.py",
+        "-m",
+        "aim_jax",
+        "train",
         *IN_POD[1:],
         "--config.mesh.slices=2",
     ]
@@ -480,7 +479,7 @@ def test_sizes_of_tpu_slices():
         ([*SET, "--accelerator", "gpu-8", "--nodes", "0", *IN_POD], "at least 1"),
         ([*SET, "--accelerator", "gpu-8", "--mount", "/other", *IN_POD], "is not on the volume"),
         ([*SET, "--accelerator", "gpu-8", "--node_selector", "a", *IN_POD], "LABEL=VALUE"),
-        ([*SET, "--accelerator", "gpu-8"], "needs --config FILE and --workdir DIR"),
+        ([*SET, "--accelerator", "gpu-8"], "needs --config NAME and --workdir DIR"),
         ([*SET, "--accelerator", "gpu-8", *ENCODING, *CODES, "/codes"], "--out /codes is not on"),
         (["--name", "Aim", *SET[2:], "--accelerator", "gpu-8", *IN_POD], "--name 'Aim'"),
     ],

@@ -209,7 +209,7 @@ def test_full_disk_ends_the_run_and_keeps_the_last_save(aim_config, finished_run
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n    return ConfigDict(json.loads({aim_config.to_json()!r}))\n"
     )
-    command = f"{sys.executable} launch/train.py --config {tmp_path}/config.py"
+    command = f"{sys.executable} -m aim_jax train --config {tmp_path}/config.py"
     ended = subprocess.run(
         ["bash", "-c", f"ulimit -f 20; exec {command} --workdir {tmp_path}/run"],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

@@ -33,11 +33,13 @@ from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens, make_decoder
 from benchmarks import kernels as kernel_benchmark
-from benchmarks import parity
-from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
-from tests.test_ops import assert_close
+from tests import (
+    parity,
+    triton_on_cpu,  # noqa: F401  (lets the kernels run here)
+)
+from tests.ops.test_ops import assert_close
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def normal(rng, *shape, dtype=np.float32):

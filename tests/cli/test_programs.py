@@ -1,4 +1,4 @@
-"""The programs in launch/ as a user meets them, and the pictures and texts they share."""
+"""The programs as a user meets them, and the images and texts they share."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from aim_jax.cli.common import errors_in_one_line
+from aim_jax.cli import PROGRAMS
+from aim_jax.cli.common import errors_in_one_line, recipes
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.models import AiMConfig
 from aim_jax.models.config import VQConfig
@@ -34,9 +35,9 @@ from aim_jax.utils.logging import duration
 from aim_jax.weights.pretrained import class_ids, save_model
 from tests.conftest import ROOT
 
-FILES = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
-PROGRAMS = [path for path in FILES if "__main__" in path.read_text()]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+FILES = [ROOT / "launch" / "jobset.py", *sorted((ROOT / "benchmarks").glob("*.py"))]
+SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]
+CONFIGS = list(recipes().values())
 
 
 def run(*command):
@@ -45,17 +46,27 @@ def run(*command):
     )
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_every_program_shows_an_example(program):
-    source = program.read_text()
-    docstring = source.split('"""')[1]
-    assert "Example" in docstring and f"python {program.relative_to(ROOT)} " in docstring
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_shows_an_example(script):
+    docstring = script.read_text().split('"""')[1]
+    assert "Example" in docstring and f"python {script.relative_to(ROOT)} " in docstring
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_shows_an_example(name):
+    docstring = (ROOT / "aim_jax" / "cli" / f"{name}.py").read_text().split('"""')[1]
+    assert "Example" in docstring and f"aim-jax {name} " in docstring
+
+
+def test_every_program_is_listed():
+    files = {path.stem for path in (ROOT / "aim_jax" / "cli").glob("*.py")}
+    assert files - {"__init__", "common", "page", "page_actions"} == set(PROGRAMS)
 
 
 def test_benchmarks_find_each_other():
     """The installed package does not bring them; the directory of the program is all there is."""
-    for program in (path for path in PROGRAMS if path.parent.name == "benchmarks"):
-        head, imports, _ = program.read_text().partition("from benchmarks")
+    for script in (path for path in SCRIPTS if path.parent.name == "benchmarks"):
+        head, imports, _ = script.read_text().partition("from benchmarks")
         assert not imports or "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))" in head
 
 
@@ -83,7 +94,7 @@ def test_every_configuration_builds_its_model(config, picture_folder):
         with pytest.raises(ValueError, match="expected one of"):
             module.get_config("none")
     where = "--checkpoint" if built.stage == "eval" else r"--workdir runs/\w+"
-    command = rf"--config configs/{config.name}(:\w+)? {where}"
+    command = rf"--config {config.stem}(:\w+)? {where}"
     assert re.search(command, module.__doc__)
 
 
@@ -97,26 +108,26 @@ def test_programs_warn_but_not_for_orbax(caplog):
 
 
 def test_help_and_one_line_errors(tmp_path):
-    shown = run("launch/sample.py", "--help")
-    assert "python launch/sample.py --checkpoint" in shown.stdout and "--cfg_scale" in shown.stdout
-    assert "--coordinator" in run("launch/train.py", "--help").stdout
-    wrong = run("launch/sample.py", "--checkpoint", tmp_path, "--out", tmp_path / "out")
+    shown = run("-m", "aim_jax", "sample", "--help")
+    assert "aim-jax sample --checkpoint" in shown.stdout and "--cfg_scale" in shown.stdout
+    assert "--coordinator" in run("-m", "aim_jax", "train", "--help").stdout
+    wrong = run("-m", "aim_jax", "sample", "--checkpoint", tmp_path, "--out", tmp_path / "out")
     assert wrong.returncode == 1 and not (tmp_path / "out").exists()
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: no model")
     assert "Traceback" not in wrong.stderr
-    wrong = run("launch/train.py", "--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w")
-    assert wrong.returncode == 1 and "launch/train_vq.py runs it" in wrong.stderr
-    given = ("--config", "configs/cifar10_vq.py", "--workdir", tmp_path / "w", "--config.stepps=4")
-    wrong = run("launch/train_vq.py", *given)
+    wrong = run("-m", "aim_jax", "train", "--config", "cifar10_vq", "--workdir", tmp_path / "w")
+    assert wrong.returncode == 1 and "aim-jax train_vq runs it" in wrong.stderr
+    given = ("--config", "cifar10_vq", "--workdir", tmp_path / "w", "--config.stepps=4")
+    wrong = run("-m", "aim_jax", "train_vq", *given)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert 'error: --config has no such setting: stepps. Did you mean "steps"' in wrong.stderr
-    wrong = run("launch/compare.py", "--cfg_scale", "1,2", "--between", "cat,dog")
+    wrong = run("-m", "aim_jax", "compare", "--cfg_scale", "1,2", "--between", "cat,dog")
     assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
-    wrong = run("launch/sample.py", "--classes", "cat", "ship")
+    wrong = run("-m", "aim_jax", "sample", "--classes", "cat", "ship")
     assert wrong.returncode == 1 and "error: unexpected 'ship'; lists have commas" in wrong.stderr
-    wrong = run("launch/train.py", "--config", "configs/aim_ablation.py:foo", "--workdir", "w")
+    wrong = run("-m", "aim_jax", "train", "--config", "aim_ablation:foo", "--workdir", "w")
     assert wrong.stderr.strip().startswith("error: variant 'foo'; expected one of no_position")
-    wrong = run("launch/compare.py", "--top_k", "10,2.5")
+    wrong = run("-m", "aim_jax", "compare", "--top_k", "10,2.5")
     assert wrong.returncode == 1 and "--top_k=10,2.5: expected whole numbers" in wrong.stderr
     assert not (tmp_path / "w").exists()
 
@@ -124,8 +135,8 @@ def test_help_and_one_line_errors(tmp_path):
 def test_the_package_lists_and_runs_the_programs():
     shown = run("-m", "aim_jax", "--help")
     assert shown.returncode == 0
-    for program in (ROOT / "launch").glob("*.py"):
-        assert f"  {program.stem} " in shown.stdout
+    for program in PROGRAMS:
+        assert f"  {program} " in shown.stdout
     inner = run("-m", "aim_jax", "convert", "to-jax", "--help")
     assert inner.returncode == 0 and "--position_offset" in inner.stdout
     wrong = run("-m", "aim_jax", "paint")
