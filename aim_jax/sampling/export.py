@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from aim_jax.models.aim import AiM
 from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import Method, Request, _generate, decode_images
+from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.weights.pretrained import Pretrained
 
@@ -61,7 +61,7 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
         nothing = jnp.zeros((labels.shape[0], 0), jnp.int32)
         request = Request(labels, index, cfg_scale, temperature, top_k, top_p, nothing)
         interval = jnp.array([0.0, 1.0])
-        tokens = _generate(params["aim"], seed, request, interval, method=method)
+        tokens = generate_on_device(params["aim"], seed, request, interval, method=method)
         return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
 
     (b,) = jax.export.symbolic_shape("b")

@@ -130,7 +130,7 @@ def generate_tokens(
     engine = resolve(engine, config, rows, devices[0].platform)
     method, part = Method(config, guided, schedule, engine), jnp.asarray(interval, jnp.float32)
     if callback is None and len(devices) == 1:
-        return _generate(params, seed, request, part, method=method)
+        return generate_on_device(params, seed, request, part, method=method)
     if callback is None:
         return _generate_on(tuple(devices), params, seed, request, part, method=method)
     if len(devices) > 1:
@@ -148,7 +148,7 @@ def make_decoder(params: dict, modulation: Modulation, config: AiMConfig, engine
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _generate(params, seed, request: Request, interval, *, method: Method) -> jax.Array:
+def generate_on_device(params, seed, request: Request, interval, *, method: Method) -> jax.Array:
     """The codes (b, t) of the images asked for, on one device."""
     first = request.prefix.shape[1]
     decoder, loop = _begin(params, seed, request, method)
@@ -226,7 +226,7 @@ def _generate_on(devices, params, seed, request: Request, interval, *, method: M
 def generate_sharded(params, seed, request, interval, *, method, mesh):
     """What `generate_tokens` runs on several devices: codes (b, t), b a multiple of them."""
     share = jax.shard_map(
-        functools.partial(_generate, method=method),
+        functools.partial(generate_on_device, method=method),
         mesh=mesh,
         in_specs=(P(), P(), P("data"), P()),
         out_specs=P("data"),

@@ -9,7 +9,7 @@ import pytest
 
 from aim_jax import ops
 from aim_jax.models.layers import rms_norm
-from aim_jax.sampling.generate import engine
+from aim_jax.sampling import engine
 
 pytestmark = pytest.mark.skipif(
     not engine.native_kernels(), reason="needs a C++ compiler (CXX, c++, g++ or clang++)"

@@ -31,7 +31,13 @@ from aim_jax.perf.accelerators import topology
 from aim_jax.sampling import logits as filters
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.fused_decoder import FusedDecoder
-from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens, make_decoder
+from aim_jax.sampling.generate import (
+    Method,
+    Request,
+    generate_on_device,
+    generate_tokens,
+    make_decoder,
+)
 from benchmarks import kernels as kernel_benchmark
 from tests import (
     parity,
@@ -941,7 +947,7 @@ def trace_generation(config, engine, images=1, prefix=0, sharding=None):
 
     # A function of its own, so that no trace for another architecture is found.
     def generate(params, request, interval):
-        return _generate.__wrapped__(params, 0, request, interval, method=method)
+        return generate_on_device.__wrapped__(params, 0, request, interval, method=method)
 
     return jax.jit(generate).trace(params, request, array(2))
 

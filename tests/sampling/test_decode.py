@@ -15,7 +15,7 @@ from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.sampling import decoder
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
-from aim_jax.sampling.generate import Method, Request, _generate, generate_tokens
+from aim_jax.sampling.generate import Method, Request, generate_on_device, generate_tokens
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
 from tests import parity
 from tests.test_golden import GOLDEN
@@ -284,7 +284,7 @@ def test_the_compiled_loop_copies_no_cache(engine):
     )
     method = Method(config, True, "constant", engine)
     interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    compiled = _generate.lower(params, 0, request, interval, method=method).compile(
+    compiled = generate_on_device.lower(params, 0, request, interval, method=method).compile(
         {"xla_backend_optimization_level": 3}
     )
     text = compiled.as_text()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-import aim_jax
+from aim_jax import __version__
 from aim_jax.data.imagenet import imagenet_classes
 from aim_jax.models.codebook import HISTORY_LENGTH
 from aim_jax.models.config import AiMConfig, VQConfig
@@ -184,7 +184,7 @@ def to_jax(
                 {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
                 for path, digest in zip(sources, hashes, strict=True)
             ],
-            "converter": f"aim_jax {aim_jax.__version__}",
+            "converter": f"aim_jax {__version__}",
         }
     model = dataclasses.replace(model, **changes)
     info = {"data": _describe_data(model), "provenance": provenance}
