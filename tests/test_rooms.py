@@ -20,7 +20,7 @@ MODULES = sorted((ROOT / "aim_jax").rglob("*.py")) + sorted((ROOT / "configs").g
 
 def room_of(module: str) -> str:
     """The room of a dotted module name; "" for the package's face."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports_of(path: Path) -> list[tuple[str, str]]:
