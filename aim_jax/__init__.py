@@ -17,6 +17,7 @@ __all__ = [
     "AiMConfig",
     "Pretrained",
     "Samples",
+    "SamplingConfig",
     "VQConfig",
     "VQModel",
     "data",
@@ -49,13 +50,13 @@ if TYPE_CHECKING:
         weights,
     )
     from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel, init_cache
-    from aim_jax.sampling import Samples, generate
+    from aim_jax.sampling import Samples, SamplingConfig, generate
     from aim_jax.weights import Pretrained, load_pretrained, save_model
 
 # The room that each name is defined in; names that are not here are rooms themselves.
 _HOMES = {
     "models": ("PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"),
-    "sampling": ("Samples", "generate"),
+    "sampling": ("SamplingConfig", "Samples", "generate"),
     "weights": ("Pretrained", "load_pretrained", "save_model"),
 }
 

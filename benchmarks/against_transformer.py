@@ -31,6 +31,7 @@ from aim_jax.evaluation.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.generate import decode_images, generate_tokens
 from aim_jax.training import loop
 from aim_jax.training.inputs import open_codes
@@ -165,8 +166,8 @@ def main():
         results[name]["config"] = str(network.config)
 
         def draw(labels, index, params=params, sampler=sampler):
-            settings = args.cfg_scale, 1.0, 0, 1.0
-            tokens = sampler(params, jnp.asarray(labels), 0, jnp.asarray(index), *settings)
+            sampling = SamplingConfig(args.cfg_scale)
+            tokens = sampler(params, jnp.asarray(labels), 0, jnp.asarray(index), sampling)
             return decode_images(tokenizer.vq_params, tokens, config=tokenizer.vq_config)
 
         samplers[name] = draw

@@ -50,6 +50,7 @@ from pathlib import Path
 import numpy as np
 
 from aim_jax.models import PRESETS, VQConfig
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
@@ -79,8 +80,8 @@ OURS = {
     "default": Variant(whole=True),
     "recurrent": Variant(options={"engine": Engine(form="recurrent")}),
     "dual": Variant(options={"engine": Engine(form="dual")}, whole=True),
-    "xla": Variant(options={"engine": Engine(form="recurrent", kernels="xla")}),
-    "xla_dual": Variant(options={"engine": Engine(form="dual", kernels="xla")}, whole=True),
+    "xla": Variant(options={"engine": Engine(form="recurrent", implementation="xla")}),
+    "xla_dual": Variant(options={"engine": Engine(form="dual", implementation="xla")}, whole=True),
     "bfloat16": Variant(
         config={"compute_dtype": "bfloat16"}, options={"engine": Engine(cache_dtype="bfloat16")}
     ),
@@ -157,8 +158,7 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
         return generate_tokens(
             params | {"position_embedding": {"embedding": table}},
             jnp.arange(images), 0, jnp.arange(images),
-            jnp.float32(SETTINGS["scale"]), jnp.float32(1.0),
-            jnp.int32(SETTINGS["top_k"]), jnp.float32(SETTINGS["top_p"]),
+            SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
             config=cut, **variant.options,
         ).block_until_ready()  # fmt: skip
 

@@ -45,6 +45,7 @@ from flax import linen as nn
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
 from aim_jax.models.aim import init_params
 from aim_jax.models.vq import init_params as init_vq
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import decode_images, generate_tokens
 
@@ -114,7 +115,8 @@ def draw(params: dict, config: AiMConfig, images: int, engine: Engine) -> jax.Ar
     index = jnp.arange(images)
     labels, seed = index % config.num_classes, 0
     return generate_tokens(
-        params, labels, seed, index, SETTINGS["scale"], 1.0, SETTINGS["top_k"], SETTINGS["top_p"],
+        params, labels, seed, index,
+        SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
         config=config, engine=engine,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from aim_jax import ops
 from aim_jax.models.layers import LabelEmbedder
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.logits import sample
 
 THETA = 10_000.0
@@ -147,11 +148,16 @@ class Transformer(nn.Module):
         return self.token_embedding(tokens)[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def generate_tokens(
-    params, labels, seed, index, cfg_scale, temperature, top_k, top_p, *, config
+    params, labels, seed, index, sampling: SamplingConfig, *, config: TransformerConfig
 ) -> jax.Array:
-    """Codes (b, t) with guidance from cached keys and values; see `sampling.generate_tokens`."""
+    """Tokens (b, t) with guidance from cached keys and values; see `sampling.generate`."""
+    settings = {name: jnp.asarray(x) for name, x in sampling.arrays(len(labels)).items()}
+    return _generate(params, labels, seed, index, settings, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _generate(params, labels, seed, index, settings, *, config) -> jax.Array:
     b, p = len(labels), config.d_model // config.n_head
 
     def apply(name, *args):
@@ -161,13 +167,12 @@ def generate_tokens(
     empty = jnp.zeros((2 * b, config.num_tokens, config.n_head, p), x.dtype)
     caches = [(empty, empty)] * config.n_layer
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-    settings = [jnp.broadcast_to(s, (b,)) for s in (cfg_scale, temperature, top_k, top_p)]
 
     def step(carry, position):
         x, caches = carry
         logits, caches = apply("forward", x, caches, position)
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
-        token = sample(logits[:, 0], uniform, *settings)
+        token = sample(logits[:, 0], uniform, **settings)
         return (apply("embed", jnp.concatenate([token, token])), caches), token
 
     _, tokens = jax.lax.scan(step, (x, caches), jnp.arange(config.num_tokens))

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from aim_jax.models.config import AiMConfig
-from aim_jax.weights.pretrained import SAMPLING_DEFAULTS
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 
 
 def _common() -> ConfigDict:
@@ -70,7 +70,7 @@ def aim_defaults() -> ConfigDict:
     # draws pictures of b half as often as those of a. "": encode pictures on the way.
     config.codes = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
-    config.sample = ConfigDict(SAMPLING_DEFAULTS | {"per_class": 8, "classes": 10})
+    config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
     return config
 
 
@@ -135,11 +135,9 @@ def eval_defaults() -> ConfigDict:
     config.seed = 0
     config.neighbour_images = 10_000  # of either set, for precision, recall, KID and neighbours
     config.sample = ConfigDict()
-    config.sample.cfg_scale = placeholder(float)
+    for name, setting in SETTINGS.items():
+        config.sample[name] = placeholder(setting.kind)
     config.sample.cfg_schedule = "constant"
-    config.sample.temperature = placeholder(float)
-    config.sample.top_k = placeholder(int)
-    config.sample.top_p = placeholder(float)
     # How the pictures of a reference are fitted where the model does not say.
     config.data = _common().data
     config.data.image_size = 0

@@ -29,7 +29,8 @@ from aim_jax import ops
 from aim_jax.models import AiM, AiMConfig, VQConfig, VQModel
 from aim_jax.models.codebook import HISTORY_LENGTH, codebook_usage, unit, update_history
 from aim_jax.models.layers import gated_rms_norm, rms_norm
-from aim_jax.sampling.engine import FORMS, KERNELS, Engine
+from aim_jax.sampling.config import SamplingConfig
+from aim_jax.sampling.engine import DECODERS, FORMS, Engine
 from aim_jax.sampling.generate import generate_tokens, make_decoder
 from aim_jax.sampling.logits import apply_cfg, filter_logits, filter_top_k
 from aim_jax.weights import convert
@@ -37,7 +38,7 @@ from aim_jax.weights import convert
 EPILOG = """\
 example:
   python tests/parity.py tests/golden
-  python tests/parity.py tests/golden/aim_tiny_mlp --form dual --kernels native
+  python tests/parity.py tests/golden/aim_tiny_mlp --form dual --implementation native
 
 Models run in float32 with the highest matmul precision, operators in float64. One line is printed
 per array, or per group of gradients: name, largest error, allowed error, ok or MISS. Errors are
@@ -69,7 +70,7 @@ FLOAT64 = 1e-10
 POSITION_MODES = {"trainpos": 0, "official": 1}
 WEIGHTS_NPZ = "weights_quantized.npz"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-MODULES = Engine(form="recurrent", kernels="xla")
+MODULES = Engine(form="recurrent", implementation="xla")
 
 
 class Golden(Mapping):
@@ -275,7 +276,9 @@ def teacher_forced_decode(
     caches = decoder.grow(decoder.start(params, start[:, :0], 1), t)
     (before, after), logits = jax.lax.scan(step, (caches, caches), (inputs, jnp.arange(t)))
     guided, cond, uncond = (x.swapaxes(0, 1) for x in logits)
-    states = module_states(before, after) if engine.kernels == "xla" else fused_states(after, t)
+    states = (
+        module_states(before, after) if engine.implementation == "xla" else fused_states(after, t)
+    )
     return {"guided": guided, "cond": cond, "uncond": uncond, **states}
 
 
@@ -312,9 +315,8 @@ def greedy_tokens(
     params, labels, cfg_scale, config: AiMConfig, engine: Engine = MODULES
 ) -> jax.Array:
     """Generation with top_k = 1: the most likely code at every step."""
-    settings = {"cfg_scale": cfg_scale, "temperature": 1.0, "top_k": 1, "top_p": 1.0}
-    index = jnp.arange(labels.shape[0])
-    return generate_tokens(params, labels, 0, index, **settings, config=config, engine=engine)
+    sampling, index = SamplingConfig(float(cfg_scale), top_k=1), jnp.arange(labels.shape[0])
+    return generate_tokens(params, labels, 0, index, sampling, config=config, engine=engine)
 
 
 def smallest_margin(
@@ -1021,13 +1023,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "folder", type=Path, help="golden vectors, or folders of them, at any depth"
     )
-    parser.add_argument("--form", choices=FORMS[1:], default="recurrent", help="of the decodes")
-    parser.add_argument("--kernels", choices=KERNELS[1:], default="xla", help="of the decodes")
+    parser.add_argument("--form", choices=FORMS, default="recurrent", help="of the decodes")
+    parser.add_argument("--implementation", choices=DECODERS, default="xla", help="of the decodes")
     args = parser.parse_args(arguments)
     root = args.folder
     if not root.exists():
         parser.error(f"{root}: no such file or folder")
-    report = run(root.resolve(), engine=Engine(args.form, args.kernels))
+    report = run(root.resolve(), engine=Engine(args.form, args.implementation))
     print(f"{report.checks} comparisons, {len(report.misses)} misses")
     if not report.checks:
         print(f"{root}: nothing was compared; expected folders with an expected.npz, or .npz files")

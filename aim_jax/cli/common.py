@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from aim_jax.ops.native.build import BuildError, cache_directory
 from aim_jax.parallel import processes
+from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command resumes.
@@ -30,8 +31,6 @@ EXIT_LOST = 69
 EXIT_INTERRUPTED = 130
 # Seconds between an error of one of several processes and its end.
 GRACE = 5.0
-
-SAMPLING_FLAGS = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
 def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
@@ -203,16 +202,14 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 def define_sampling_flags() -> None:
     """Flags of the settings that a model has values of its own for; see `given_settings`."""
-    own = "The model's own if not given."
-    flags.DEFINE_float("cfg_scale", None, f"Guidance; 1 is none. {own}")
-    flags.DEFINE_float("temperature", None, f"Divides the logits. {own}")
-    flags.DEFINE_integer("top_k", None, f"Keep the k likeliest codes; 0 is off. {own}")
-    flags.DEFINE_float("top_p", None, f"Keep the likeliest codes up to this sum; 1 is off. {own}")
+    for name, setting in SETTINGS.items():
+        define = flags.DEFINE_integer if setting.kind is int else flags.DEFINE_float
+        define(name, None, f"{setting.help} The model's own if not given.")
 
 
 def given_settings(values: flags.FlagValues) -> dict:
     """Arguments of `generate` of the flags of `define_sampling_flags`; None where not given."""
-    return {name: values[name].value for name in SAMPLING_FLAGS}
+    return {name: values[name].value for name in SETTINGS}
 
 
 def cores_as_devices() -> None:
@@ -244,7 +241,7 @@ def numbers(name: str, texts: Sequence[str]) -> list[float]:
     Raises:
       ValueError: one of them is no number, or none of the kind that the setting has.
     """
-    kind = int if name == "top_k" else float
+    kind = SETTINGS[name].kind
     try:
         return [kind(text) for text in texts]
     except ValueError:

@@ -10,16 +10,15 @@ A row of the grid is a value, or a mixture of the two classes; a column has the 
 
 from absl import flags
 
-from aim_jax.cli.common import SAMPLING_FLAGS, numbers
+from aim_jax.cli.common import numbers
+from aim_jax.sampling.config import SETTINGS
 
 
 def define_flags() -> None:
     flags.DEFINE_string("checkpoint", "cifar10", "Bundled model, model directory or workdir.")
     flags.DEFINE_list("classes", [], "Class of each column; all classes (at most 20) by default.")
-    flags.DEFINE_list("cfg_scale", [], "Values of the guidance; 1 is none.")
-    flags.DEFINE_list("temperature", [], "Values of the temperature.")
-    flags.DEFINE_list("top_k", [], "Values of k; 0 is off.")
-    flags.DEFINE_list("top_p", [], "Values of p; 1 is off.")
+    for name, setting in SETTINGS.items():
+        flags.DEFINE_list(name, [], f"Values to compare. {setting.help}")
     flags.DEFINE_list("between", [], "Two classes to go from and to.")
     flags.DEFINE_integer("steps", 7, "Rows of --between.", lower_bound=2)
     flags.DEFINE_integer("count", 10, "Columns of --between.", lower_bound=1)
@@ -33,10 +32,10 @@ def main() -> None:
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
-    given = [name for name in (*SAMPLING_FLAGS, "between") if f[name].value]
+    given = [name for name in (*SETTINGS, "between") if f[name].value]
     if len(given) != 1:
         raise ValueError(
-            "expected one of --cfg_scale, --temperature, --top_k, --top_p and --between, "
+            f"expected one of {', '.join(f'--{name}' for name in SETTINGS)} and --between, "
             f"not {', '.join(given) or 'none'}."
         )
     if f.between and (len(f.between) != 2 or f.classes):

@@ -26,6 +26,7 @@ from aim_jax.parallel.sharding import batch_share
 from aim_jax.perf.accelerators import peak_flops, topology
 from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
 from aim_jax.perf.footprint import DoesNotFitError, Footprint, describe, footprint
+from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.generate import Method, Request, device_mesh, generate_sharded
 from aim_jax.training.aim import Setup
@@ -80,14 +81,15 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     def per_image(dtype, *shape):
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
 
-    ints, floats = per_image(jnp.int32), per_image(jnp.float32)
-    request = Request(ints, ints, floats, floats, ints, floats, per_image(jnp.int32, 0))
+    ints = per_image(jnp.int32)
+    settings = {name: per_image(setting.dtype) for name, setting in SETTINGS.items()}
+    request = Request(ints, ints, settings, per_image(jnp.int32, 0))
     # Triton's kernels ask the GPU at hand what it is, so this is the program without them.
-    engine = resolve(Engine(kernels="xla"), model, 2 * images, devices[0].platform)
+    engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
     method = Method(model, True, "constant", engine)
-    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    random = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
     interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
-    lowered = generate_sharded.lower(params, seed, request, interval, method=method, mesh=mesh)
+    lowered = generate_sharded.lower(params, random, request, interval, method=method, mesh=mesh)
     return footprint(lowered, 2 * images * forward_flops(model), devices[0])
 
 

@@ -13,6 +13,7 @@ from aim_jax.cli.page_actions import (
     most_rows,
     sliders_of,
 )
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.weights.pretrained import Pretrained
 
 QUEUE = 16  # requests that may wait
@@ -123,8 +124,9 @@ def _seed_box(gr):
 
 
 def _sliders(gr, model: Pretrained) -> list:
+    own = SamplingConfig(**model.sampling).numbers()
     return [
-        gr.Slider(least, most, model.sampling[key], step=step, label=label, elem_id=key)
+        gr.Slider(least, most, own[key], step=step, label=label, elem_id=key)
         for key, least, most, step, label in sliders_of(model)
     ]
 

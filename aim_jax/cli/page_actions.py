@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from aim_jax.sampling import grids
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import generate
 from aim_jax.utils.images import make_grid, side_by_side
 from aim_jax.weights.pretrained import Pretrained
@@ -17,22 +18,19 @@ MOST_IMAGES = 16
 COLUMNS = 4
 MOST_PIXELS = 4096 * 4096
 MOST_RATIO = 16  # of the sides: the shorter one is what a picture is scaled by
-# (name, least, most, step, label) of the sliders. The most of top_k is the model's vocabulary.
-SLIDERS = (
-    ("cfg_scale", 1.0, 8.0, 0.25, "guidance (cfg_scale)"),
-    ("temperature", 0.1, 2.0, 0.05, "temperature"),
-    ("top_k", 0, None, 1, "top_k (0: off)"),
-    ("top_p", 0.05, 1.0, 0.05, "top_p (1: off)"),
-)
 
 
 def sliders_of(model: Pretrained) -> list[tuple]:
-    """`SLIDERS` as the model has them, wide enough for its own values."""
-    vocabulary, own = model.aim_config.vocab_size, model.sampling
-    return [
-        (key, min(low, own[key]), max(high or vocabulary, own[key]), step, label)
-        for key, low, high, step, label in SLIDERS
-    ]
+    """(name, least, most, step, label) of a slider per setting, wide enough for the model's own."""
+    vocabulary = model.aim_config.vocab_size
+    own = SamplingConfig(**model.sampling).numbers()
+    sliders = []
+    for name, setting in SETTINGS.items():
+        least, most, step = setting.slider
+        most = vocabulary if most is None else most
+        label = f"{name}: {setting.help}"
+        sliders.append((name, min(least, own[name]), max(most, own[name]), step, label))
+    return sliders
 
 
 def class_names(model: Pretrained) -> list[str]:
@@ -103,10 +101,10 @@ class Actions:
         if name not in self.models:
             raise ValueError(f"There is no model {name!r}.")
         model, settings = self.models[name], {}
-        for (key, least, most, step, _), value in zip(sliders_of(model), values, strict=True):
+        for (key, least, most, *_), value in zip(sliders_of(model), values, strict=True):
             if value is None or not least <= value <= most:
                 raise ValueError(f"{key} must be from {least} to {most}.")
-            settings[key] = int(value) if step == 1 else float(value)
+            settings[key] = SETTINGS[key].kind(value)
         if chosen not in class_names(model):
             raise ValueError(f"{name} knows no class {chosen!r}.")
         return model, class_names(model).index(chosen), settings

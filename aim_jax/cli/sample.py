@@ -47,13 +47,17 @@ def define_flags() -> None:
         "Of matrix products and convolutions. The model's own if not given.",
     )
     flags.DEFINE_enum(
-        "form", "auto", ["auto", "recurrent", "dual"], "What decoding carries: states, or tokens."
+        "implementation",
+        None,
+        ["xla", "native", "triton"],
+        "Who computes the token loop: XLA, or fused kernels for a CPU or an NVIDIA GPU. The "
+        "fastest for the device if not given.",
     )
     flags.DEFINE_enum(
-        "kernels",
-        "auto",
-        ["auto", "xla", "native", "triton"],
-        "Fused kernels, for a CPU or an NVIDIA GPU.",
+        "form",
+        None,
+        ["recurrent", "dual"],
+        "What decoding carries: states, or tokens. The faster one if not given.",
     )
     flags.DEFINE_enum(
         "cache_dtype", "float32", ["float32", "bfloat16"], "Of the states or tokens carried."
@@ -65,7 +69,6 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    from aim_jax.sampling.engine import Engine
     from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
@@ -78,9 +81,9 @@ def main() -> None:
     if f.compute_dtype:
         model = model.with_compute_dtype(f.compute_dtype)
     classes = class_ids(model, f.classes)
-    engine = Engine(f.form, f.kernels, f.cache_dtype)
     for path in sample_to_directory(
         model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
-        pngs=f.pngs, npz=f.npz, progressive=f.progressive, engine=engine, **settings,
+        pngs=f.pngs, npz=f.npz, progressive=f.progressive,
+        implementation=f.implementation, form=f.form, cache_dtype=f.cache_dtype, **settings,
     ):  # fmt: skip
         print(path)

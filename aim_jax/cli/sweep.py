@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from aim_jax.cli.common import SAMPLING_FLAGS, cores_as_devices, define_config, numbers
+from aim_jax.cli.common import cores_as_devices, define_config, numbers
 from aim_jax.ops.native.build import cache_directory
+from aim_jax.sampling.config import SETTINGS
 
 
 def define_flags() -> None:
@@ -30,8 +31,8 @@ def define_flags() -> None:
         "Weights; $AIM_JAX_INCEPTION by default.",
     )
     flags.DEFINE_integer("num_samples", 2000, "For every combination, not config.num_samples.", 10)
-    for _name in SAMPLING_FLAGS:
-        flags.DEFINE_list(_name, [], "Values to try; the model's own by default.")
+    for name in SETTINGS:
+        flags.DEFINE_list(name, [], "Values to try; the model's own by default.")
     flags.DEFINE_enum("metric", "fid", ["fid", "sfid", "kid", "inception_score"], "To choose by.")
     flags.DEFINE_bool("write_defaults", False, "Make the best setting the model's own.")
     flags.DEFINE_string("out", "sweep", "Directory for the results.")
@@ -45,7 +46,7 @@ def main() -> None:
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     cores_as_devices()
-    grid = {name: numbers(name, f[name].value) for name in SAMPLING_FLAGS if f[name].value}
+    grid = {name: numbers(name, f[name].value) for name in SETTINGS if f[name].value}
     if not (f.checkpoint and f.reference and grid):
         raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
     if not f.inception:

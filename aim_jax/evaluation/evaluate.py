@@ -34,10 +34,11 @@ from aim_jax.evaluation.report import check_out, provenance, write_report
 from aim_jax.models.inception import NUM_FEATURES
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.sampling.generate import check_settings, decode_images, generate
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
+from aim_jax.sampling.generate import decode_images, generate
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, say
-from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, Pretrained
+from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import local_encoder
 
 # Images of a set, of which the density looks at the fifth neighbour of each.
@@ -60,10 +61,15 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
-    """The settings of a series of samples; the model's own where the configuration has none."""
-    settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
-    settings = {k: model.sampling[k] if v is None else v for k, v in settings.items()}
-    return settings | {"cfg_schedule": config.sample.cfg_schedule}
+    """The settings of a series of samples; the model's own where the configuration has none.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+    names = (*SETTINGS, "cfg_schedule")
+    given = {name: config.sample[name] for name in names}
+    sampling = SamplingConfig(**model.sampling).updated(given)
+    return {name: getattr(sampling, name) for name in names}
 
 
 def size_of_samples(model: Pretrained) -> tuple[int, int]:
@@ -94,11 +100,6 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     """
     settings, size = sampling_settings(model, config), config.batch_size
     labels = balanced_labels(config.num_samples, model.aim_config.num_classes)
-    given = {k: settings[k] for k in SAMPLING_DEFAULTS}
-    check_settings(
-        labels, model.aim_config.num_classes, **given,
-        schedule=settings["cfg_schedule"], interval=(0, 1),
-    )  # fmt: skip
     identity = settings | {
         "model": identity_of(model),
         "num_samples": config.num_samples,

@@ -7,20 +7,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import NpzImages
 from aim_jax.evaluation.references import check_alike, open_reference, open_set
-from aim_jax.sampling.generate import check_settings
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub
 from aim_jax.weights.pretrained import (
     MODEL_FILE,
-    SAMPLING_DEFAULTS,
     Pretrained,
     bundled_models,
     find_model,
@@ -61,7 +59,7 @@ def sweep(
     """Scores every combination of settings; a sweep that was interrupted goes on.
 
     Args:
-      grid: values of cfg_scale, temperature, top_k, top_p, by name.
+      grid: values of numeric fields of `SamplingConfig`, by name.
       reference, inception_params, config, out, cache: see `evaluate.evaluate`.
 
     Returns:
@@ -72,8 +70,7 @@ def sweep(
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that a sweep needs.")
     for name, values in grid.items():  # before any long work starts
         for value in values:
-            tried = {k: model.sampling[k] for k in SAMPLING_DEFAULTS} | {name: value}
-            check_settings(np.zeros(1, int), 1, **tried, schedule="constant", interval=(0, 1))
+            SamplingConfig(**{name: value})
     target = open_set(reference, model, config)
     check_alike(model.name, evaluate.size_of_samples(model), target)
     extract = FeatureExtractor(inception_params)
@@ -179,6 +176,6 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     """
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
-    content["sampling"] |= {name: settings[name] for name in SAMPLING_DEFAULTS}
+    content["sampling"] |= {name: settings[name] for name in SETTINGS}
     write_json(file, content)
     return file

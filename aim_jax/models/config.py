@@ -6,7 +6,7 @@ import math
 MIXERS = ("mamba1", "mamba2")
 REMAT = ("none", "full", "dots")
 # Fields that change speed and memory, not results (beyond rounding).
-HOW_COMPUTED = ("chunk_size", "ssm_scan", "remat", "logits_chunk", "scan_unroll")
+HOW_COMPUTED = ("chunk_size", "scan_implementation", "remat", "logits_chunk", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,9 @@ class AiMConfig:
       d_state, d_conv, expand: SSM state size, convolution width, inner width / d_model.
       headdim, ngroups: Mamba-2 only: channels per head, groups that share B and C.
       chunk_size: tokens per chunk of the training scan; changes speed, not results.
-      ssm_scan: what scans whole sequences: "xla", or "triton", kernels for NVIDIA GPUs that have no
-        derivative; changes speed, not results.
+      scan_implementation: what scans whole sequences, see `aim_jax.ops.implementation`: None is the
+        rule, "xla", or "triton", kernels for NVIDIA GPUs that have no derivative; changes speed,
+        not results.
       d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 is
         none.
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
@@ -51,7 +52,7 @@ class AiMConfig:
     headdim: int = 64
     ngroups: int = 1
     chunk_size: int = 64
-    ssm_scan: str = "xla"
+    scan_implementation: str | None = None
     d_intermediate: int = 0
     adaln: str = "layer"
     num_groups: int = 1
@@ -74,8 +75,8 @@ class AiMConfig:
             value = getattr(self, name)
             require(value in known, f"{name}={value!r}; expected one of {', '.join(known)}.")
         require(
-            self.ssm_scan in ("xla", "triton"),
-            f"ssm_scan={self.ssm_scan!r}; expected 'xla' or 'triton'.",
+            self.scan_implementation in (None, "xla", "triton"),
+            f"scan_implementation={self.scan_implementation!r}; expected None, 'xla' or 'triton'.",
         )
         require(
             self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."

@@ -3,7 +3,6 @@
 b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolution width.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -83,22 +82,14 @@ class Mamba1(nn.Module):
             )  # fmt: skip
             y = y[:, None]
         else:
-            y, ssm_state = selective_scan_of(cfg)(
-                xs, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial_state=start.ssm_state
-            )
+            y, ssm_state = ops.selective_scan(
+                xs, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial_state=start.ssm_state,
+                chunk_size=cfg.chunk_size, implementation=cfg.scan_implementation,
+            )  # fmt: skip
         y = Dense(d, ("inner", "embed"), dtype, cfg.residual_scale, name="out_proj")(
             y.astype(dtype)
         )
         return y, cache and Mamba1Cache(conv_x, ssm_state)
-
-
-def selective_scan_of(config):
-    """`ops.selective_scan` as `config.ssm_scan` has it."""
-    if config.ssm_scan == "triton":
-        from aim_jax.ops import triton  # needs the cuda extra
-
-        return triton.selective_scan_prefill
-    return functools.partial(ops.selective_scan, chunk_size=config.chunk_size)
 
 
 def init_mamba1_cache(config, batch: int) -> Mamba1Cache:

@@ -3,7 +3,6 @@
 b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g SSM groups, w width.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,24 +95,16 @@ class Mamba2(nn.Module):
                 cache.ssm_state, xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=D, dt_bias=dt_bias
             )
         else:
-            y, ssm_state = ssd_scan_of(cfg)(
+            y, ssm_state = ops.ssd_scan(
                 xs, dt, A, B, C, D=D, dt_bias=dt_bias,
                 initial_state=None if dual else start.ssm_state,
+                chunk_size=cfg.chunk_size, implementation=cfg.scan_implementation,
             )  # fmt: skip
             if isinstance(start.ssm_state, ops.DualCache):
                 ssm_state = ops.ssd_dual_extend(start.ssm_state, xs, dt, A, B, dt_bias=dt_bias)
         y = GatedRMSNorm(e // g, name="norm")(y.reshape(b, l, e), z).astype(dtype)
         y = Dense(d, ("inner", "embed"), dtype, cfg.residual_scale, name="out_proj")(y)
         return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
-
-
-def ssd_scan_of(config):
-    """`ops.ssd_scan` as `config.ssm_scan` has it."""
-    if config.ssm_scan == "triton":
-        from aim_jax.ops import triton  # needs the cuda extra
-
-        return triton.ssd_prefill
-    return functools.partial(ops.ssd_scan, chunk_size=config.chunk_size)
 
 
 def a_log_init(key, shape) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from aim_jax.ops.implementation import implementation_of
 from aim_jax.ops.reference import bind_axes, compute_dtype
 
 
@@ -13,6 +14,7 @@ def causal_conv1d(
     *,
     initial_state: jax.Array | None = None,
     activation: str | None = "silu",
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Convolves every channel with its own causal filter, carrying the last inputs along.
 
@@ -26,6 +28,7 @@ def causal_conv1d(
       bias: optional bias (c,).
       initial_state: the w - 1 inputs before x (b, w - 1, c); zeros when None.
       activation: "silu" or None.
+      implementation: "xla", the only one.
 
     Returns:
       y like x, and the last w - 1 inputs (b, w - 1, c) in at least float32, which is the
@@ -34,6 +37,7 @@ def causal_conv1d(
     Raises:
       ValueError: the shapes do not fit together, or the activation is unknown.
     """
+    implementation_of("causal_conv1d", implementation, ("xla",))
     if activation not in ("silu", None):
         raise ValueError(f'causal_conv1d: activation is {activation!r}, expected "silu" or None')
     sizes = bind_axes("causal_conv1d", x=(x, "blc"), weight=(weight, "wc"), bias=(bias, "c"))

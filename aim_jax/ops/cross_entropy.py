@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from aim_jax.ops.implementation import implementation_of
 from aim_jax.ops.reference import split_length
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
     """-log softmax(logits)[labels], by reductions over the vocabulary alone.
 
     A label's logit is summed out of a masked row instead of looked up, so that where the vocabulary
@@ -15,10 +18,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Args:
       logits: (..., v).
       labels: int (...), in [0, v).
+      implementation: "xla", the only one.
 
     Returns:
       Nats (...), of the dtype of the logits.
     """
+    implementation_of("cross_entropy", implementation, ("xla",))
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     is_label = labels[..., None] == jnp.arange(logits.shape[-1])
     label_logit = jnp.sum(jnp.where(is_label, shifted, 0), axis=-1)
@@ -26,7 +31,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def linear_cross_entropy(
-    x: jax.Array, table: jax.Array, labels: jax.Array, chunk_size: int = 0
+    x: jax.Array,
+    table: jax.Array,
+    labels: jax.Array,
+    chunk_size: int = 0,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`cross_entropy` of logits x table^T, of which a part is in memory at a time.
 
@@ -37,10 +47,13 @@ def linear_cross_entropy(
       table: one row per code (v, d).
       labels: int (b, l).
       chunk_size: positions per chunk; 0 takes all of them at once and keeps their logits.
+      implementation: "xla", the only one.
 
     Returns:
       Nats (b, l), float32 at least.
     """
+
+    implementation_of("linear_cross_entropy", implementation, ("xla",))
 
     def nats(x, labels):
         dtype = jnp.promote_types(x.dtype, jnp.float32)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aim_jax.ops.implementation import implementation_of
 from aim_jax.ops.reference import bind_axes, compute_dtype, skip_and_gate, step_sizes
 
 
@@ -59,6 +60,7 @@ def ssd_dual_extend(
     *,
     dt_bias: jax.Array | None = None,
     dt_softplus: bool = True,
+    implementation: str | None = None,
 ) -> DualCache:
     """Appends l positions to the cache.
 
@@ -70,10 +72,12 @@ def ssd_dual_extend(
       B: input projections (b, l, g, n).
       dt_bias: optional bias of dt (h,).
       dt_softplus: whether softplus is applied to dt.
+      implementation: "xla", the only one.
 
     Raises:
       ValueError: the shapes do not fit together.
     """
+    implementation_of("ssd_dual_extend", implementation, ("xla",))
     bind_axes(
         "ssd_dual_extend",
         x=(x, "blhp"),
@@ -115,6 +119,7 @@ def ssd_dual_step(
     z: jax.Array | None = None,
     dt_bias: jax.Array | None = None,
     dt_softplus: bool = True,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, DualCache]:
     """Advances the recurrence of `ssd_scan` by one position, from a cache of its inputs.
 
@@ -129,6 +134,7 @@ def ssd_dual_step(
       cache: of the positions before, with room for one more.
       x: input (b, h, p). dt: (b, h). A: (h,). B, C: (b, g, n). D: (h,). z: like x. dt_bias: (h,).
         See `ssd_step`.
+      implementation: "xla", the only one.
 
     Returns:
       y like x, and the cache with this position.
@@ -136,6 +142,7 @@ def ssd_dual_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
+    implementation_of("ssd_dual_step", implementation, ("xla",))
     sizes = bind_axes("ssd_dual_step", x=(x, "bhp"), C=(C, "bgn"), D=(D, "h"), z=(z, "bhp"))
     h, g = sizes["h"], sizes["g"]
     cache = ssd_dual_extend(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from aim_jax.ops.implementation import implementation_of, kernels_of
 from aim_jax.ops.reference import (
     bind_axes,
     compose,
@@ -69,6 +70,7 @@ def selective_scan(
     dt_softplus: bool = True,
     initial_state: jax.Array | None = None,
     chunk_size: int = 64,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the Mamba-1 recurrence in parallel within chunks and sequentially across them.
 
@@ -93,6 +95,7 @@ def selective_scan(
       dt_softplus: whether softplus is applied to dt.
       initial_state: optional state before the first position (b, e, n); zeros when None.
       chunk_size: largest number of positions scanned at once; bounds memory, not the result.
+      implementation: "xla", or "triton": one kernel for NVIDIA GPUs, without a derivative.
 
     Returns:
       y like x, and the state after the last position (b, e, n). States and decays are float32,
@@ -101,6 +104,12 @@ def selective_scan(
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
     """
+    chosen = implementation_of("selective_scan", implementation, ("xla", "triton"))
+    if chosen != "xla":
+        return kernels_of(chosen).selective_scan_prefill(
+            x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+            initial_state=initial_state,
+        )  # fmt: skip
     sizes = bind_selective_scan("selective_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, e, n = (sizes[axis] for axis in "blen")
     num_chunks, chunk = split_length(l, chunk_size)
@@ -139,6 +148,7 @@ def selective_scan_step(
     z: jax.Array | None = None,
     dt_bias: jax.Array | None = None,
     dt_softplus: bool = True,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Advances the Mamba-1 recurrence of `selective_scan` by one position.
 
@@ -153,6 +163,7 @@ def selective_scan_step(
       z: optional gate, like x.
       dt_bias: optional bias of dt (e,).
       dt_softplus: whether softplus is applied to dt.
+      implementation: "xla", the only one.
 
     Returns:
       y like x, and the new state (b, e, n).
@@ -160,6 +171,7 @@ def selective_scan_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
+    implementation_of("selective_scan_step", implementation, ("xla",))
     bind_axes(
         "selective_scan_step",
         x=(x, "be"),

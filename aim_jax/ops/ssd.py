@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from aim_jax.ops.implementation import implementation_of, kernels_of
 from aim_jax.ops.reference import (
     bind_axes,
     bind_ssd,
@@ -28,6 +29,7 @@ def ssd_scan(
     dt_softplus: bool = True,
     initial_state: jax.Array | None = None,
     chunk_size: int = 64,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the Mamba-2 recurrence as matrix products within chunks and a scan between them.
 
@@ -54,7 +56,9 @@ def ssd_scan(
       dt_bias: optional bias of dt (h,).
       dt_softplus: whether softplus is applied to dt.
       initial_state: optional state before the first position (b, h, p, n); zeros when None.
-      chunk_size: largest chunk length; chunks are made equal, so little is padded.
+      chunk_size: largest chunk length; chunks are made equal, so little is padded. "triton" has
+        chunks of at most 32.
+      implementation: "xla", or "triton": one kernel for NVIDIA GPUs, without a derivative.
 
     Returns:
       y like x, and the state after the last position (b, h, p, n). Everything is computed in
@@ -63,6 +67,12 @@ def ssd_scan(
     Raises:
       ValueError: the shapes do not fit together, or chunk_size is not positive.
     """
+    chosen = implementation_of("ssd_scan", implementation, ("xla", "triton"))
+    if chosen != "xla":
+        return kernels_of(chosen).ssd_prefill(
+            x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+            initial_state=initial_state, chunk_size=min(chunk_size, 32),
+        )  # fmt: skip
     sizes = bind_ssd("ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     c, q = split_length(l, chunk_size)
@@ -132,6 +142,7 @@ def ssd_step(
     z: jax.Array | None = None,
     dt_bias: jax.Array | None = None,
     dt_softplus: bool = True,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Advances the Mamba-2 recurrence of `ssd_scan` by one position.
 
@@ -146,6 +157,7 @@ def ssd_step(
       z: optional gate, like x.
       dt_bias: optional bias of dt (h,).
       dt_softplus: whether softplus is applied to dt.
+      implementation: "xla", the only one.
 
     Returns:
       y like x, and the new state (b, h, p, n).
@@ -153,6 +165,7 @@ def ssd_step(
     Raises:
       ValueError: the shapes do not fit together.
     """
+    implementation_of("ssd_step", implementation, ("xla",))
     sizes = bind_axes(
         "ssd_step",
         x=(x, "bhp"),

@@ -1,4 +1,7 @@
-"""The decoding step of AiM as its Flax modules compute it, laid out for a loop over tokens."""
+"""Decoders: what the token loop asks of one, and the one that computes with the Flax modules."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +25,36 @@ def prefill(
     return AiM(config).apply({"params": params}, x, modulation, cache, method="forward")[1]
 
 
+class Decoder(Protocol):
+    """What the token loop asks of a decoder; its caches are trees of arrays of its own kind.
+
+    Attributes:
+      params: AiM parameters without the layers', for the embedding of tokens.
+    """
+
+    params: dict
+
+    def segments(self, first: int) -> list[int]:
+        """Positions after `first` at which the loop is cut, the end included: caches grow there."""
+
+    def start(self, params: dict, x: jax.Array, tokens: int) -> Any:
+        """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+
+    def grow(self, caches: Any, tokens: int) -> Any:
+        """The caches with room for `tokens` positions."""
+
+    def step(self, x: jax.Array, caches: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+        """x (b, 1, d) at `position` -> (float32 logits (b, v), the caches after x)."""
+
+    def sample(
+        self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """One token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
+
+
 @struct.dataclass
 class ModuleDecoder:
-    """Decodes with the Flax modules, one layer after the other.
+    """A `Decoder` of the Flax modules, one layer after the other.
 
     A loop over stacked parameters copies the slice of each layer in each step, and casts it; here
     every layer's matrices are taken out once, in the compute dtype and as (out, in): products of
@@ -96,7 +126,11 @@ class ModuleDecoder:
         logits = model.apply(variables, *carry, self.modulation.final, method="logits")
         return logits[:, 0], updated
 
-    sample = staticmethod(sample)
+    def sample(
+        self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """See `Decoder`."""
+        return sample(logits, uniform, **settings)
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

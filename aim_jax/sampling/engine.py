@@ -1,9 +1,10 @@
-"""How the token loop of AiM computes: which form of the recurrence, by which kernels.
+"""How the token loop of AiM computes: which form of the recurrence, by which implementation.
 
 Two forms of the Mamba-2 recurrence, from Dao and Gu 2024 (arXiv 2405.21060): "recurrent" carries
-the state, "dual" a cache of the tokens so far. Three sets of kernels: "xla" is the Flax modules
-themselves (`decode`), on any device; "native" and "triton" are fused kernels for CPUs and NVIDIA
-GPUs (`decode_fused`). `Engine` names one of each, or lets `resolve` choose.
+the state, "dual" a cache of the tokens so far. Implementations are those of
+`aim_jax.ops.implementation`: "xla" is the Flax modules themselves (`decoder`), on any device;
+"native" and "triton" are fused kernels for CPUs and NVIDIA GPUs (`fused_decoder`). `Engine` names
+one of each, or lets `resolve` choose.
 """
 
 import dataclasses
@@ -15,77 +16,81 @@ from absl import logging
 
 from aim_jax.models.config import AiMConfig
 
-FORMS = ("auto", "recurrent", "dual")
-KERNELS = ("auto", "xla", "native", "triton")
+FORMS = ("recurrent", "dual")
+DECODERS = ("xla", "native", "triton")  # implementations of the token loop
 TRITON_PLATFORMS = ("gpu", "cuda")  # what JAX calls NVIDIA GPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How the decode loop computes. It changes speed and rounding, not what is computed.
+    """How the token loop computes. It changes speed and rounding, not what is computed.
 
     Attributes:
-      form: "recurrent", "dual" or "auto"; see `choose_form`.
-      kernels: "xla", "native" (CPU), "triton" (NVIDIA GPU) or "auto": the fused kernels of the
-        device where they exist and the model has a mixer that they know, else "xla".
+      form: "recurrent" or "dual"; None is the faster one, see `choose_form`.
+      implementation: "xla", "native" (CPU) or "triton" (NVIDIA GPU); None is the fused kernels of
+        the device where they exist and the model has a mixer that they know, else "xla".
       cache_dtype: of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
         "bfloat16". The modules keep float32 states.
+
+    Raises:
+      ValueError: an unknown name.
     """
 
-    form: str = "auto"
-    kernels: str = "auto"
+    form: str | None = None
+    implementation: str | None = None
     cache_dtype: str = "float32"
 
     def __post_init__(self):
         for name, known in (
-            ("form", FORMS),
-            ("kernels", KERNELS),
+            ("form", (None, *FORMS)),
+            ("implementation", (None, *DECODERS)),
             ("cache_dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"Engine: {name}={getattr(self, name)!r}; expected one of {', '.join(known)}."
+                    f"{name}={getattr(self, name)!r}; expected one of {', '.join(map(str, known))}."
                 )
 
 
 def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engine:
-    """The engine without "auto".
+    """The engine with a form and an implementation in the place of None.
 
     Args:
       rows: sequences per device, with guidance two per image.
       platform: "cpu", "gpu", "cuda" or "tpu".
 
     Raises:
-      ValueError: the model or the device does not have what was asked for by name.
+      ValueError: the model or the device does not have what is named.
     """
-    kernels = engine.kernels
-    if kernels == "auto":
-        kernels = choose_kernels(config, platform)
-    elif kernels == "native" and (platform != "cpu" or config.mixer != "mamba2"):
+    implementation = engine.implementation
+    if implementation is None:
+        implementation = choose_implementation(config, platform)
+    elif implementation == "native" and (platform != "cpu" or config.mixer != "mamba2"):
         raise ValueError(
-            f"kernels='native' decodes Mamba-2 on CPUs; this is {config.mixer} on {platform}."
+            f"implementation='native' decodes Mamba-2 on CPUs; this is {config.mixer} on "
+            f"{platform}."
         )
-    elif kernels == "triton" and platform not in TRITON_PLATFORMS:
-        raise ValueError(f"kernels='triton' decodes on NVIDIA GPUs; this is {platform}.")
+    elif implementation == "triton" and platform not in TRITON_PLATFORMS:
+        raise ValueError(f"implementation='triton' decodes on NVIDIA GPUs; this is {platform}.")
     form = engine.form
-    if form == "auto":
-        form = choose_form(config, rows, kernels, platform)
+    if form is None:
+        form = choose_form(config, rows, implementation, platform)
     elif form == "dual" and config.mixer != "mamba2":
         raise ValueError(f"form='dual' is there for Mamba-2; this model has {config.mixer}.")
-    engine = dataclasses.replace(engine, form=form, kernels=kernels)
-    if engine.cache_dtype == "bfloat16" and (kernels, form) == ("xla", "recurrent"):
+    engine = dataclasses.replace(engine, form=form, implementation=implementation)
+    if engine.cache_dtype == "bfloat16" and (implementation, form) == ("xla", "recurrent"):
         raise ValueError("cache_dtype='bfloat16' needs form='dual' or fused kernels.")
     return engine
 
 
-def choose_kernels(config: AiMConfig, platform: str) -> str:
+def choose_implementation(config: AiMConfig, platform: str) -> str:
     """The fused kernels of the platform if they can be had, else "xla", saying why."""
     if platform in TRITON_PLATFORMS:
         if newer_than_assembler():
             logging.log_first_n(
                 logging.WARNING,
                 "Decoding without fused kernels: for GPUs from Blackwell on Triton writes PTX that "
-                "the assembler of the cuda extra does not read. kernels='triton' tries it.",
+                "the assembler of the cuda extra does not read. implementation='triton' tries it.",
                 1,
             )
             return "xla"
@@ -120,7 +125,7 @@ def native_kernels() -> bool:
     return True
 
 
-def choose_form(config: AiMConfig, rows: int, kernels: str, platform: str) -> str:
+def choose_form(config: AiMConfig, rows: int, implementation: str, platform: str) -> str:
     """The form that takes less time per step, on average over an image.
 
     Per row and layer the recurrent form reads and writes a state of e n values; the dual form reads
@@ -133,10 +138,10 @@ def choose_form(config: AiMConfig, rows: int, kernels: str, platform: str) -> st
       not fill a GPU; the state can be split further.
     - "xla": on CPU the modules' dual step is slower than its bytes; measured, never ahead.
     """
-    if config.mixer != "mamba2" or (kernels == "xla" and platform == "cpu"):
+    if config.mixer != "mamba2" or (implementation == "xla" and platform == "cpu"):
         return "recurrent"
     e, g, n, h = config.d_inner, config.ngroups, config.d_state, config.n_heads
-    if kernels == "triton" and rows * h < 512:
+    if implementation == "triton" and rows * h < 512:
         return "recurrent"
     recurrent, dual = 2 * e * n, config.num_tokens / 2 * (e + g * n + h)
-    return "dual" if dual * (1.4 if kernels == "native" else 1) < recurrent else "recurrent"
+    return "dual" if dual * (1.4 if implementation == "native" else 1) < recurrent else "recurrent"

@@ -16,15 +16,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from aim_jax.models.aim import AiM
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
+from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device, random_key
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.weights.pretrained import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Plain XLA of any platform; fused kernels would tie the artifact to one.
-ENGINE = Engine(form="recurrent", kernels="xla")
+ENGINE = Engine(form="recurrent", implementation="xla")
 
 RUNNER = Path(__file__).with_name("export_runner.py")
 
@@ -50,24 +51,26 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
 
     Returns:
       `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
-      cfg_scale (b,) float32, temperature (b,) float32, top_k (b,) int32, top_p (b,) float32) ->
-      (tokens (b, t) int32, images (b, H, W, c) uint8). Settings are not checked.
+      settings) -> (tokens (b, t) int32, images (b, H, W, c) uint8). `settings` holds the numbers of
+      `SamplingConfig` by name, (b,) float32 or int32; they are not checked.
     """
     assert model.aim_config is not None and model.vq_config is not None
     method = Method(model.aim_config, guided=True, schedule="constant", engine=ENGINE)
 
-    def sample(weights, labels, seed, index, cfg_scale, temperature, top_k, top_p):
+    def sample(weights, labels, seed, index, settings):
         params = _unflatten(weights)
         nothing = jnp.zeros((labels.shape[0], 0), jnp.int32)
-        request = Request(labels, index, cfg_scale, temperature, top_k, top_p, nothing)
-        interval = jnp.array([0.0, 1.0])
-        tokens = generate_on_device(params["aim"], seed, request, interval, method=method)
+        request = Request(labels, index, settings, nothing)
+        interval = jnp.array([0.0, 1.0], jnp.float32)
+        random = jax.random.key_data(random_key(seed))
+        tokens = generate_on_device(params["aim"], random, request, interval, method=method)
         return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
 
     (b,) = jax.export.symbolic_shape("b")
-    whole, real = jax.ShapeDtypeStruct((b,), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.float32)
+    whole = jax.ShapeDtypeStruct((b,), jnp.int32)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    arguments = (whole, seed, whole, real, real, whole, real)
+    settings = {k: jax.ShapeDtypeStruct((b,), v.dtype) for k, v in SETTINGS.items()}
+    arguments = (whole, seed, whole, settings)
     weights = _shapes(flat_weights(model, dtype))
     return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
@@ -196,7 +199,9 @@ def save_exported(
         for name, exported in programs.items():
             (partial / f"{name}.jax").write_bytes(exported.serialize())
         save_file(flat_weights(model, dtype), partial / "weights.safetensors")
-        settings = model.sampling | {"num_classes": model.aim_config.num_classes}
-        write_json(partial / "settings.json", settings)
+        numbers = SamplingConfig(**model.sampling).numbers()
+        dtypes = {name: np.dtype(setting.dtype).name for name, setting in SETTINGS.items()}
+        content = {"num_classes": model.aim_config.num_classes, "settings": numbers}
+        write_json(partial / "settings.json", content | {"dtypes": dtypes})
         shutil.copyfile(RUNNER, partial / "sample.py")
     return out

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {"cfg_scale": "float32", "temperature": "float32", "top_k": "int32", "top_p": "float32"}
 
 
 def sample(labels, seed=0, **settings):
@@ -22,13 +21,18 @@ def sample(labels, seed=0, **settings):
 
     Args:
       seed: with the image's number it decides the randomness of the image.
-      settings: cfg_scale, temperature, top_k, top_p; by default those of settings.json.
+      settings: cfg_scale, temperature, top_k, top_p, min_p; by default those of settings.json.
 
     Raises:
       ValueError: labels, seed or settings out of range.
+      TypeError: no such setting.
     """
-    settings = json.loads((HERE / "settings.json").read_text()) | settings
-    classes = settings["num_classes"]
+    stored = json.loads((HERE / "settings.json").read_text())
+    unknown = sorted(settings.keys() - stored["settings"].keys())
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: no such setting")
+    settings = stored["settings"] | settings
+    classes = stored["num_classes"]
     checks = {
         f"labels: expected class ids from 0 to {classes - 1} ({classes} is no class)": len(labels)
         and all(0 <= label <= classes for label in labels),
@@ -36,16 +40,20 @@ def sample(labels, seed=0, **settings):
         "temperature: expected a positive number": settings["temperature"] > 0,
         "top_k: expected 0 (off) or more": settings["top_k"] >= 0,
         "top_p: expected a number in (0, 1]": 0 < settings["top_p"] <= 1,
+        "min_p: expected a number in [0, 1]": 0 <= settings["min_p"] <= 1,
     }
     for text, ok in checks.items():
         if not ok:
             raise ValueError(text)
     program = export.deserialize((HERE / "sampler.jax").read_bytes())
     labels = np.asarray(labels, np.int32)
-    each = [np.full(len(labels), settings[name], dtype) for name, dtype in DTYPES.items()]
     index = np.arange(len(labels), dtype=np.int32)
+    each = {
+        name: np.full(len(labels), settings[name], dtype)
+        for name, dtype in stored["dtypes"].items()
+    }
     weights = load_file(HERE / "weights.safetensors")
-    return program.call(weights, labels, np.uint32(seed), index, *each)
+    return program.call(weights, labels, np.uint32(seed), index, each)
 
 
 if __name__ == "__main__":

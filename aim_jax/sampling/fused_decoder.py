@@ -2,12 +2,12 @@
 
 Per layer: add + norm + modulate; the input projection; everything of the mixer up to the gate; the
 output projection, whose result carries the division of the gated norm into the next layer's add.
-The kernels are those of `aim_jax.ops.native` (CPU) or `aim_jax.ops.triton` (NVIDIA GPU).
+Each is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the engine's implementation.
 """
 
 import dataclasses
 import functools
-import importlib
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
 from aim_jax.sampling.decoder import prefill
 from aim_jax.sampling.engine import Engine
+from aim_jax.sampling.logits import sample
 
 # Which of a modulation's parts are shift, scale and gate, of the mixer and of the MLP.
 PARTS = {3: ((0, 1, 2), None), 6: ((0, 2, 4), (1, 3, 5))}
@@ -27,7 +28,7 @@ MIXER_EPS = 1e-5  # of the gated norm
 
 @struct.dataclass
 class FusedDecoder:
-    """Decodes with the fused kernels; the same methods as `aim_jax.sampling.decoder.ModuleDecoder`.
+    """A `aim_jax.sampling.decoder.Decoder` of fused kernels.
 
     Layers are unrolled, each with matrices of its own, because a loop over stacked matrices copies
     a slice of them per layer and step. Caches are stacked: the kernels take the whole and the
@@ -75,8 +76,10 @@ class FusedDecoder:
         )
 
     @property
-    def kernels(self):
-        return importlib.import_module(f"aim_jax.ops.{self.engine.kernels}")
+    def implementation(self) -> str:
+        """Who computes the ops; see `aim_jax.ops.implementation`."""
+        assert self.engine.implementation is not None
+        return self.engine.implementation
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -84,11 +87,11 @@ class FusedDecoder:
 
     def _linear(self, x: jax.Array, matrix: jax.Array, dtype=None) -> jax.Array:
         """x (b, in), matrix (out, in) -> (b, out) in `dtype`, by default the kernels' own."""
-        x = x.astype(matrix.dtype)
-        if self.engine.kernels == "native":
-            return self.kernels.linear(x, matrix)
-        contract = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, matrix, contract, preferred_element_type=dtype or self.dtype)
+        native = self.implementation == "native"
+        return ops.linear(
+            x.astype(matrix.dtype), matrix, dtype=dtype or self.dtype,
+            implementation="native" if native else "xla",
+        )  # fmt: skip
 
     def segments(self, first: int) -> list[int]:
         """One: the kernels read what the caches hold, whatever their size."""
@@ -103,12 +106,12 @@ class FusedDecoder:
         dual = cfg.num_tokens if self.engine.form == "dual" else None
         cache = init_cache(cfg, len(x), dual=dual)
         if position:
-            scan = "triton" if self.engine.kernels == "triton" else cfg.ssm_scan
-            prefix_config = dataclasses.replace(cfg, ssm_scan=scan)
+            scan = "triton" if self.implementation == "triton" else cfg.scan_implementation
+            prefix_config = dataclasses.replace(cfg, scan_implementation=scan)
             cache = prefill(params, x, self.modulation, prefix_config, cache)
         windows = [getattr(cache, f"conv_{k}") for k in ("xBC" if cfg.mixer == "mamba2" else "x")]
         # The native kernels keep float32 inputs of the convolution, in which they compute.
-        kept = jnp.float32 if self.engine.kernels == "native" else self.dtype
+        kept = jnp.float32 if self.implementation == "native" else self.dtype
         ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(kept), position)
         rounded = functools.partial(jnp.asarray, dtype=self.engine.cache_dtype)
         if dual:
@@ -153,19 +156,20 @@ class FusedDecoder:
         x = modulate(x[:, None], shift, scale)[:, 0]
         return self._linear(x, self.head, jnp.float32), caches
 
-    def sample(self, *args) -> jax.Array:
-        """`aim_jax.sampling.logits.sample` in one kernel."""
-        return self.kernels.sample(*args)
+    def sample(
+        self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """See `Decoder`; one kernel."""
+        return sample(logits, uniform, **settings, implementation=self.implementation)
 
     def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):
         """Adds what the branch before has left, and prepares the input of the next."""
         shift, scale = shift_scale
-        options = {} if self.engine.kernels == "native" else {"dtype": self.dtype}
-        return self.kernels.add_norm_modulate(
+        return ops.add_norm_modulate(
             hidden, residual, norm, self.modulation.layers, layer,
             sum_squares=sum_squares, inner=self.config.d_inner, shift=shift, scale=scale,
             gate=gate, gate_offset=gate_offset, eps=self.config.norm_eps, mixer_eps=MIXER_EPS,
-            **options,
+            dtype=self.dtype, implementation=self.implementation,
         )  # fmt: skip
 
     def _divisor(self, sum_squares: jax.Array | None) -> jax.Array | float:
@@ -178,15 +182,18 @@ class FusedDecoder:
         """(b, d) -> (the mixer's output before its division, sum_squares or None, caches)."""
         cfg, matrices = self.config, {name: of[layer] for name, of in self.matrices.items()}
         projected = self._linear(u, matrices["in"])
+        who = {"implementation": self.implementation}
         if cfg.mixer == "mamba1":
             ring, state = caches
-            x, ring = self.kernels.conv_step(projected, ring, layer, position, **self.conv)
+            x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **who)
             dt_BC = self._linear(x, matrices["x"])
             dt = self._linear(dt_BC[:, : cfg.dt_rank], matrices["dt"])
-            y, state = self.kernels.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm)
+            y, state = ops.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm, **who)
             return self._linear(y, matrices["out"]), None, (ring, state)
-        step = self.kernels.dual_step if self.engine.form == "dual" else self.kernels.mamba2_step
-        y, sum_squares, *caches = step(projected, *caches, layer, position, **self.conv, **self.ssm)
+        step: Callable = ops.dual_step if self.engine.form == "dual" else ops.mamba2_step
+        y, sum_squares, *caches = step(
+            projected, *caches, layer, position, **self.conv, **self.ssm, **who
+        )
         if cfg.ngroups > 1:  # then the division does not commute with the output projection
             groups = sum_squares.reshape(len(y), cfg.ngroups, -1).sum(axis=-1, keepdims=True)
             rstd = jax.lax.rsqrt(groups / (cfg.d_inner / cfg.ngroups) + MIXER_EPS)

@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,16 @@ from aim_jax.models.aim import AiM, Modulation
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel import sharding
-from aim_jax.sampling.decoder import ModuleDecoder
+from aim_jax.sampling.config import SamplingConfig
+from aim_jax.sampling.decoder import Decoder, ModuleDecoder
 from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.fused_decoder import FusedDecoder
-from aim_jax.sampling.logits import SCHEDULES, guidance_at
+from aim_jax.sampling.logits import guidance_at
 from aim_jax.utils.images import to_uint8
 from aim_jax.weights.pretrained import Pretrained, class_ids
+
+# Named, so that an image of a seed does not change with JAX's default.
+GENERATOR = "threefry2x32"
 
 
 class Samples(NamedTuple):
@@ -36,27 +40,32 @@ class Samples(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked for, one entry per image: labels and index int (b,), settings (b,).
+    """The images to generate, one entry per image.
 
-    `prefix` (b, l) holds the first codes of the images, l may be 0.
+    Attributes:
+      labels, index: int (b,), class and number of each image.
+      settings: (b,) by name; see `SamplingConfig.arrays`.
+      prefix: int (b, l), the first tokens of the images, l may be 0.
     """
 
     labels: jax.Array
     index: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
-    cfg_scale: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    settings: dict[str, jax.Array]
     prefix: jax.Array
 
 
 class Method(NamedTuple):
-    """What is compiled into the loop: see `generate_tokens`."""
+    """What is compiled into the loop: see `generate_tokens`.
+
+    Attributes:
+      generator: of the random numbers, as JAX names it.
+    """
 
     config: AiMConfig
     guided: bool
     schedule: str
     engine: Engine
+    generator: str = GENERATOR
 
     def rows(self, x: jax.Array) -> jax.Array:
         """One row per image -> one per sequence: with guidance each image has two."""
@@ -74,36 +83,32 @@ class Loop(NamedTuple):
 def generate_tokens(
     params: dict,
     labels: ArrayLike,
-    seed: ArrayLike,
+    seed: int | jax.Array,
     index: ArrayLike,
-    cfg_scale: ArrayLike,
-    temperature: ArrayLike,
-    top_k: ArrayLike,
-    top_p: ArrayLike,
+    sampling: SamplingConfig,
     *,
     config: AiMConfig,
-    guided: bool = True,
-    schedule: str = "constant",
-    interval: tuple[float, float] = (0.0, 1.0),
+    guided: bool | None = None,
     prefix: jax.Array | None = None,
     engine: Engine = Engine(),  # noqa: B008
     callback: Callable[[jax.Array], None] | None = None,
     every: int = 1,
 ) -> jax.Array:
-    """Draws the codes of a batch of images, one after the other, in one compiled loop.
+    """Samples the tokens of a batch of images, one after the other, in one compiled loop.
 
-    With guidance every image has two rows, conditional and null class; one token is drawn per
+    With guidance every image has two rows, conditional and null class; one token is sampled per
     image and fed to both. Randomness is a function of (seed, index, position) alone, so an image
     does not depend on the batch it is in, nor on the devices: where the parameters are on several,
-    each draws its share of the images by itself, with all parameters.
+    each generates its share of the images by itself, with all parameters.
 
     Args:
-      params: AiM parameters. labels: int (b,). seed: int (). index: int (b,), number of each image.
-      cfg_scale, temperature, top_k, top_p: () or (b,); see `apply_cfg` and the filters.
+      params: AiM parameters. labels: int (b,). seed: int, or a JAX key. index: int (b,), number of
+        each image.
+      sampling: guidance, temperature and filters.
       config: shape of the model.
-      guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost.
-      schedule, interval: how guidance changes over an image; see `guidance_at`.
-      prefix: int (b, l), the first codes of every image, 0 < l < num_tokens; the rest is drawn.
+      guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost; None
+        does so where no image has guidance.
+      prefix: int (b, l), the first tokens of every image, 0 < l < num_tokens.
       engine: how the loop computes.
       callback, every: callback(tokens (b, n)) is called after each `every` tokens, and at the end,
         with all that are there; on one device only. Without it the loop runs in one piece.
@@ -116,42 +121,59 @@ def generate_tokens(
     """
     b = np.shape(labels)[0]
     given = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
-
-    def each(value, dtype):
-        return jnp.broadcast_to(jnp.asarray(value, dtype), (b,))
-
-    request = Request(
-        jnp.asarray(labels, jnp.int32), jnp.asarray(index, jnp.int32),
-        each(cfg_scale, jnp.float32), each(temperature, jnp.float32),
-        each(top_k, jnp.int32), each(top_p, jnp.float32), given,
-    )  # fmt: skip
+    settings = {name: jnp.asarray(x) for name, x in sampling.arrays(b).items()}
+    labels, index = jnp.asarray(labels, jnp.int32), jnp.asarray(index, jnp.int32)
+    request = Request(labels, index, settings, given)
+    guided = sampling.guided if guided is None else guided
     devices = sharding.devices_of(params)
     rows = -(-b // len(devices)) * (2 if guided else 1)
     engine = resolve(engine, config, rows, devices[0].platform)
-    method, part = Method(config, guided, schedule, engine), jnp.asarray(interval, jnp.float32)
+    key = random_key(seed)
+    method = Method(config, guided, sampling.cfg_schedule, engine, str(jax.random.key_impl(key)))
+    random, interval = jax.random.key_data(key), jnp.asarray(sampling.cfg_interval, jnp.float32)
     if callback is None and len(devices) == 1:
-        return generate_on_device(params, seed, request, part, method=method)
+        return generate_on_device(params, random, request, interval, method=method)
     if callback is None:
-        return _generate_on(tuple(devices), params, seed, request, part, method=method)
+        return _generate_on(tuple(devices), params, random, request, interval, method=method)
     if len(devices) > 1:
         raise ValueError(
             f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
         )
-    return _generate_watched(params, seed, request, part, method, callback, every)
+    return _generate_watched(params, random, request, interval, method, callback, every)
 
 
-def make_decoder(params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
-    """The decoder of a resolved engine: a `ModuleDecoder`, or one with the same methods."""
-    if engine.kernels == "xla":
+def random_key(seed: int | jax.Array) -> jax.Array:
+    """A seed as a typed key of `GENERATOR`, whatever JAX's default is; a typed key as it is."""
+    return seed if _is_key(seed) else jax.random.key(seed, impl=GENERATOR)
+
+
+def _is_key(seed: Any) -> bool:
+    """Whether this is one typed key."""
+    typed = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    return typed and seed.ndim == 0
+
+
+def make_decoder(
+    params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
+) -> Decoder:
+    """The decoder of a resolved engine."""
+    if engine.implementation == "xla":
         return ModuleDecoder.of(params, modulation, config, engine)
     return FusedDecoder.of(params, modulation, config, engine)
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def generate_on_device(params, seed, request: Request, interval, *, method: Method) -> jax.Array:
-    """The codes (b, t) of the images asked for, on one device."""
+def generate_on_device(
+    params: dict, random: jax.Array, request: Request, interval: jax.Array, *, method: Method
+) -> jax.Array:
+    """The tokens (b, t) of the images of a request, on one device.
+
+    Args:
+      params: AiM parameters. random: data of a key of `method.generator`.
+      interval: (2,) float32; see `guidance_at`.
+    """
     first = request.prefix.shape[1]
-    decoder, loop = _begin(params, seed, request, method)
+    decoder, loop = _begin(params, random, request, method)
     ends, drawn = decoder.segments(first), []
     for start, end in zip([first, *ends], ends, strict=False):
         loop = loop._replace(caches=decoder.grow(loop.caches, end))
@@ -160,8 +182,8 @@ def generate_on_device(params, seed, request: Request, interval, *, method: Meth
     return jnp.concatenate([request.prefix, *drawn], axis=1)
 
 
-def _begin(params, seed, request: Request, method: Method):
-    """The decoder of these images, and the loop before the first token that is drawn."""
+def _begin(params, random, request: Request, method: Method) -> tuple[Decoder, Loop]:
+    """The decoder of these images, and the loop before the first token that is sampled."""
     config = method.config
 
     def apply(name, *args):
@@ -175,7 +197,7 @@ def _begin(params, seed, request: Request, method: Method):
     x = jnp.concatenate([start, codes], axis=1)
     decoder = make_decoder(params, modulation, config, method.engine)
     caches = decoder.start(params, x[:, :-1], decoder.segments(first)[0])
-    base = jax.random.key(seed)
+    base = jax.random.wrap_key_data(random, impl=method.generator)
     keys = jax.vmap(functools.partial(jax.random.fold_in, base))(request.index)
     return decoder, Loop(x[:, -1:], caches, keys)
 
@@ -187,14 +209,12 @@ def _advance(decoder, loop: Loop, request: Request, interval, first, count: int,
     def step(loop, position):
         logits, caches = decoder.step(loop.x, loop.caches, position)
         scale = guidance_at(
-            position, config.num_tokens, request.cfg_scale, method.schedule, interval
+            position, config.num_tokens, request.settings["cfg_scale"], method.schedule, interval
         )
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(
             loop.keys
         )
-        token = decoder.sample(
-            logits, uniform, scale, request.temperature, request.top_k, request.top_p
-        )
+        token = decoder.sample(logits, uniform, request.settings | {"cfg_scale": scale})
         x = AiM(config).apply(
             {"params": decoder.params}, token[:, None], position[None], method="embed_codes"
         )
@@ -210,21 +230,29 @@ def device_mesh(devices: tuple[jax.Device, ...]) -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def _generate_on(devices, params, seed, request: Request, interval, *, method: Method):
+def _generate_on(devices, params, random, request: Request, interval, *, method: Method):
     """The codes of the images asked for; every device draws its share."""
     mesh, b = device_mesh(devices), len(request.labels)
     # Images repeat the first one until there are equally many for every device.
     order = np.arange(-(-b // len(devices)) * len(devices))
     order = np.where(order < b, order, 0)
     # As NumPy, because arrays of one process's devices may not meet those of all.
-    request, interval = jax.tree.map(np.asarray, (request, interval))
+    random, request, interval = jax.tree.map(np.asarray, (random, request, interval))
     request = jax.tree.map(lambda x: x[order], request)
-    return generate_sharded(params, seed, request, interval, method=method, mesh=mesh)[:b]
+    return generate_sharded(params, random, request, interval, method=method, mesh=mesh)[:b]
 
 
 @functools.partial(jax.jit, static_argnames=("method", "mesh"))
-def generate_sharded(params, seed, request, interval, *, method, mesh):
-    """What `generate_tokens` runs on several devices: codes (b, t), b a multiple of them."""
+def generate_sharded(
+    params: dict,
+    random: jax.Array,
+    request: Request,
+    interval: jax.Array,
+    *,
+    method: Method,
+    mesh: Mesh,
+) -> jax.Array:
+    """`generate_on_device` on several devices: tokens (b, t), b a multiple of their number."""
     share = jax.shard_map(
         functools.partial(generate_on_device, method=method),
         mesh=mesh,
@@ -232,17 +260,17 @@ def generate_sharded(params, seed, request, interval, *, method, mesh):
         out_specs=P("data"),
         check_vma=False,
     )
-    return share(params, seed, request, interval)
+    return share(params, random, request, interval)
 
 
 _begin_jit = jax.jit(_begin, static_argnums=3)
 _advance_jit = jax.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
 
 
-def _generate_watched(params, seed, request, interval, method: Method, callback, every):
+def _generate_watched(params, random, request, interval, method: Method, callback, every):
     """The codes of the images asked for, in pieces, on one device."""
     first, last = request.prefix.shape[1], method.config.num_tokens
-    decoder, loop = _begin_jit(params, seed, request, method)
+    decoder, loop = _begin_jit(params, random, request, method)
     # Caches of their final size, so that all pieces are one program.
     loop = loop._replace(caches=decoder.grow(loop.caches, last))
     tokens = request.prefix
@@ -285,11 +313,8 @@ def whole_number(name: str, value) -> int:
     return number
 
 
-def check_settings(
-    labels: np.ndarray, num_classes: int, cfg_scale, temperature, top_k, top_p, schedule, interval
-) -> None:
-    """Raises ValueError for labels or sampling settings outside their range."""
-    labels = np.asarray(labels)
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for labels that are not class ids."""
     if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels: expected a non-empty list of class ids, got {labels.dtype} of shape "
@@ -300,24 +325,6 @@ def check_settings(
         raise ValueError(
             f"labels: {wrong} out of range; classes are 0..{num_classes - 1} and {num_classes} is "
             "the null class (no class)."
-        )
-    for name, value, ok, expected in (
-        ("cfg_scale", cfg_scale, lambda x: math.isfinite(x), "a finite number"),
-        ("temperature", temperature, lambda x: 0 < x < math.inf, "a positive number"),
-        ("top_k", top_k, lambda x: 0 <= x < 2**31 and x == int(x), "an integer >= 0 (0 is off)"),
-        ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1] (1 is off)"),
-    ):
-        bad = [x for x in np.ravel(value).tolist() if not ok(x)]
-        if bad:
-            raise ValueError(f"{name}={bad[0]}: expected {expected}.")
-        if np.ndim(value) and np.shape(value) != labels.shape:
-            raise ValueError(f"{name}: expected one value, or one per label ({labels.size}).")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"cfg_schedule={schedule!r}: expected one of {sorted(SCHEDULES)}.")
-    if np.shape(interval) != (2,) or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(
-            f"cfg_interval={interval!r}: expected two fractions of the image, start < end, in "
-            "[0, 1]."
         )
 
 
@@ -363,19 +370,17 @@ def encode_rows(model: Pretrained, images: np.ndarray, rows: int) -> np.ndarray:
 def generate(
     model: Pretrained,
     labels: ArrayLike | Sequence[int] | Sequence[str],
-    seed: int = 0,
+    seed: int | jax.Array = 0,
+    config: SamplingConfig | None = None,
     *,
-    cfg_scale: ArrayLike | None = None,
-    temperature: ArrayLike | None = None,
-    top_k: ArrayLike | None = None,
-    top_p: ArrayLike | None = None,
-    cfg_schedule: str = "constant",
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
     prefix: np.ndarray | None = None,
     first_index: int = 0,
-    engine: Engine = Engine(),  # noqa: B008
+    implementation: str | None = None,
+    form: str | None = None,
+    cache_dtype: str = "float32",
     callback: Callable[[Samples], None] | None = None,
     every: int | None = None,
+    **settings: Any,
 ) -> Samples:
     """Generates one image per label.
 
@@ -383,24 +388,25 @@ def generate(
       model: a `Pretrained` with both parts, from `load_pretrained`.
       labels: class ids (b,), `num_classes` is the null class; or class names, as the model has them
         in `class_names`.
-      seed: with the image's number it decides the randomness of the image.
-      cfg_scale: guidance; 1 is none. temperature: > 0. top_k: 0 is off; 1 is greedy. top_p: in
-        (0, 1]. Each may be one value or one per image; None takes the model's default.
-      cfg_schedule, cfg_interval: "constant", "linear" or "cosine" growth of the guidance over an
-        image, and the part of the image that has any; see `guidance_at`.
-      prefix: int (b, l), codes that the images start with, to complete them; `encode_rows` makes
-        them from pictures.
+      seed: an integer or a JAX key; with the image's number it decides the randomness of the image.
+      config: guidance, temperature and filters; the model's own by default.
+      prefix: int (b, l), tokens that the images start with, to complete them; `encode_rows` makes
+        them from images.
       first_index: number of the first image, to continue a series in batches.
-      engine: how the token loop computes; see `aim_jax.sampling.engine.Engine`.
+      implementation, form, cache_dtype: how the token loop computes; see
+        `aim_jax.sampling.engine.Engine`.
       callback, every: callback(Samples) is called after each `every` tokens (default: a row of
-        codes) with what is there: the tokens drawn so far, and the pictures with what is missing
+        tokens) with what is there: the tokens sampled so far, and the images with what is missing
         in grey. Needs the model on one device.
+      **settings: single fields of `SamplingConfig`, which take the place of those in `config`, such
+        as `cfg_scale=3`; None leaves them. Numbers may be one for all images or one per image.
 
     Returns:
       Samples: tokens (b, t) int32 and images (b, H, W, c) uint8.
 
     Raises:
       ValueError: a label, seed or setting out of range, or a model without one of the parts.
+      TypeError: a setting that does not exist, or is not a number.
     """
     if not isinstance(model, Pretrained):
         raise ValueError(
@@ -408,34 +414,27 @@ def generate(
         )
     if model.aim_config is None or model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
-    if not isinstance(engine, Engine):
-        raise ValueError(f"engine={engine!r}: expected an aim_jax.sampling.engine.Engine.")
-    chosen = dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    settings = {k: model.sampling[k] if v is None else v for k, v in chosen.items()}
+    assert model.vq_config is not None
+    if config is not None and not isinstance(config, SamplingConfig):
+        raise TypeError(f"config: expected a SamplingConfig, got {type(config).__name__}.")
+    sampling = (config or SamplingConfig(**model.sampling)).updated(settings)
+    engine = Engine(form, implementation, cache_dtype)
     labels = np.asarray(labels)
     if labels.dtype.kind == "U" and labels.ndim == 1:
         labels = np.asarray(class_ids(model, labels.tolist()))
-    seed = whole_number("seed", seed)
+    check_labels(labels, model.aim_config.num_classes)
+    if not _is_key(seed):
+        seed = whole_number("seed", seed)
     first_index = whole_number("first_index", first_index)
     if every is not None and whole_number("every", every) < 1:
         raise ValueError("every=0: expected 1 or more tokens.")
-    check_settings(
-        labels,
-        model.aim_config.num_classes,
-        **settings,
-        schedule=cfg_schedule,
-        interval=cfg_interval,
-    )
     tokens = generate_tokens(
         model.aim_params,
         labels,
         seed,
         first_index + jnp.arange(labels.size),
-        **settings,
+        sampling,
         config=model.aim_config,
-        guided=bool(np.any(np.asarray(settings["cfg_scale"]) != 1)),
-        schedule=cfg_schedule,
-        interval=cfg_interval,
         prefix=None if prefix is None else check_prefix(prefix, labels.size, model.aim_config),
         engine=engine,
         callback=callback and (lambda tokens: callback(unfinished(model, tokens))),

@@ -1,6 +1,8 @@
 """From logits to tokens: classifier-free guidance, the filters, and the draw.
 
-b images, v vocabulary. The order of operations is guidance, temperature, top-k, top-p, draw.
+b images, v vocabulary. The order of operations is guidance, temperature, top-k, top-p, min-p, draw.
+A new filter is a field of `aim_jax.sampling.config.SamplingConfig`, a case here, and one in the
+kernels that sample.
 """
 
 import math
@@ -8,7 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-# How far guidance has grown when the fraction r of an image is drawn.
+from aim_jax.ops.implementation import implementation_of, kernels_of
+
+# Guidance ramps, as functions of the fraction of tokens sampled so far.
 SCHEDULES = {
     "constant": lambda r: jnp.ones_like(r),
     "linear": lambda r: r,
@@ -68,12 +72,24 @@ def filter_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     return _filter(logits, None, p)
 
 
-def filter_logits(logits: jax.Array, k: jax.Array, p: jax.Array) -> jax.Array:
-    """`filter_top_k`, then `filter_top_p` on the renormalised rest."""
-    return _filter(logits, k, p)
+def filter_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Drops tokens that are less than `min_p` times as likely as the most likely one.
+
+    Args:
+      logits: (b, v), already filtered ones at -inf.
+      min_p: () or (b,) in [0, 1]; 0 keeps everything.
+    """
+    return jnp.where(_weights(logits) >= jnp.reshape(min_p, (-1, 1)), logits, -jnp.inf)
 
 
-def _filter(logits, k, p):
+def filter_logits(
+    logits: jax.Array, k: jax.Array, p: jax.Array, min_p: jax.Array | float = 0.0
+) -> jax.Array:
+    """`filter_top_k`, `filter_top_p` on what remains, renormalised, and `filter_min_p`."""
+    return filter_min_p(_filter(logits, k, p), jnp.asarray(min_p, logits.dtype))
+
+
+def _filter(logits: jax.Array, k: jax.Array | None, p: jax.Array | None) -> jax.Array:
     """Keeps the logits from a threshold on, which a search by halves finds without a sort.
 
     Both filters keep the tokens above some logit, and how many tokens, or how much probability, lie
@@ -169,19 +185,34 @@ def sample(
     temperature: jax.Array,
     top_k: jax.Array,
     top_p: jax.Array,
+    min_p: jax.Array,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """One token per image: guidance, temperature, filters and draw.
+    """Samples one token per image: guidance, temperature, filters and draw.
 
     Args:
       logits: (2 b, v), all conditional rows before all null-class rows; or (b, v), which leaves
         guidance out.
-      uniform: (b,), uniform in [0, 1): the randomness of this token of every image.
-      cfg_scale, temperature, top_k (int), top_p: (b,); see `apply_cfg` and the filters.
+      uniform: (b,), uniform in [0, 1): the randomness of this token of every image. It is an
+        argument so that its maker sees to it that an image's randomness is a function of its seed,
+        index and position alone.
+      cfg_scale, temperature, top_k (int), top_p, min_p: (b,); see `apply_cfg` and the filters.
+      implementation: "xla", or one kernel: "native" (CPU), "triton" (NVIDIA GPU); None is "xla".
+        See `aim_jax.ops.implementation`.
 
     Returns:
       int32 (b,).
+
+    Raises:
+      ValueError: the shapes do not fit together, or there is no such implementation.
     """
+    settings = (cfg_scale, temperature, top_k, top_p, min_p)
+    chosen = implementation_of("sample", implementation, ("xla", "native", "triton"))
+    if chosen != "xla":
+        return kernels_of(chosen).sample(logits, uniform, *settings)
     b = uniform.shape[0]
     if logits.shape[0] != b:
         logits = apply_cfg(logits[:b], logits[b:], cfg_scale)
-    return draw(filter_logits(logits / temperature[:, None], top_k, top_p), uniform)
+    filtered = filter_logits(logits / temperature[:, None], top_k, top_p, min_p)
+    return draw(filtered, uniform)

@@ -27,7 +27,8 @@ from aim_jax.parallel.sharding import (
     to_host,
 )
 from aim_jax.perf.flops import training_flops
-from aim_jax.sampling.generate import check_settings, generate
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
+from aim_jax.sampling.generate import generate
 from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
@@ -37,7 +38,7 @@ from aim_jax.training.state import TrainState
 from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import adapt_aim
-from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, Pretrained, load_pretrained, save_model
+from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import open_tokenizer
 
 
@@ -160,8 +161,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     workdir = Path(workdir)
     loop.check_reports(config)
-    settings = {name: config.sample[name] for name in SAMPLING_DEFAULTS}
-    check_settings(np.zeros(1, int), 1, **settings, schedule="constant", interval=(0, 1))
+    settings = SamplingConfig(**{name: config.sample[name] for name in SETTINGS})
     setup = Setup(config)
     mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
     tokenizer = open_tokenizer(config.tokenizer)
@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             vq_config=tokenizer.vq_config,
             vq_params=tokenizer.vq_params,
             class_names=data.class_names,
-            sampling=settings,
+            sampling=settings.numbers(),
             info={**tokenizer.info, "aim_steps": int(state.step), "seed": config.seed},
         )
 

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
+from aim_jax.sampling.config import SETTINGS
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
-from aim_jax.weights.pretrained import SAMPLING_DEFAULTS, flatten
+from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
 CHUNK_BYTES = 8 * 2**20  # read at once
@@ -35,7 +36,7 @@ RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
     "profile", "codes", "data.dir", "data.workers", "inception", "lpips", "init", "export_dtype",
     "sample.images", "sample.per_class", "sample.classes",
-    *(f"sample.{name}" for name in SAMPLING_DEFAULTS),
+    *(f"sample.{name}" for name in SETTINGS),
     "optimizer.skip_limit", "optimizer.lr", "optimizer.clip_norm", "accumulate",
     *(f"model.{name}" for name in HOW_COMPUTED),
     "mesh.slices", "mesh.data", "mesh.model", "mesh.fsdp",

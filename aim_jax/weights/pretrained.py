@@ -32,7 +32,6 @@ MODEL_FILE = "model.json"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20  # written at once
 LARGE_BYTES = 64 * 2**20  # read alone
-SAMPLING_DEFAULTS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # what parameters are stored in
 MOST_CLASSES = 20  # of a model with many, those that programs draw and name unasked
 
@@ -51,7 +50,7 @@ class Pretrained:
       aim_config, aim_params: the autoregressive model; float32 unless loaded as stored.
       vq_config, vq_params: the tokenizer; float32 unless loaded as stored.
       class_names: one per class, or empty.
-      sampling: defaults of cfg_scale, temperature, top_k, top_p.
+      sampling: its own values of fields of `aim_jax.sampling.SamplingConfig`.
       info: everything else that the directory says of itself (data set, image size, provenance).
     """
 
@@ -61,7 +60,7 @@ class Pretrained:
     vq_config: VQConfig | None = None
     vq_params: dict | None = None
     class_names: tuple[str, ...] = ()
-    sampling: dict = dataclasses.field(default_factory=lambda: dict(SAMPLING_DEFAULTS))
+    sampling: dict = dataclasses.field(default_factory=dict)
     info: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -251,7 +250,7 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         aim_config = content["aim"] and AiMConfig(**content["aim"])
         vq_config = content["vq"] and VQConfig(**content["vq"])
         class_names, info = tuple(content["class_names"]), content["info"]
-        sampling = SAMPLING_DEFAULTS | content["sampling"]
+        sampling = dict(content["sampling"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
     load = functools.partial(_load_params, as_stored=as_stored)

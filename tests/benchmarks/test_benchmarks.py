@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 from benchmarks import decode_cpu, decode_gpu, footprints, scale, traffic
 
@@ -218,7 +219,7 @@ def test_peer_transformer_is_causal_and_decodes_from_its_cache():
     expected = -np.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], -1)[..., 0]
     np.testing.assert_allclose(nats, expected, rtol=1e-4)
     drawn = transformer.generate_tokens(
-        params, labels, 0, jnp.arange(2), 3.0, 1.0, 1, 1.0, config=config
+        params, labels, 0, jnp.arange(2), SamplingConfig(3.0, top_k=1), config=config
     )
     null = model.apply({"params": params}, drawn, jnp.full((2,), 3))
     guided = null + 3.0 * (model.apply({"params": params}, drawn, labels) - null)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import pathlib
 import re
-import types
 import zlib
 from typing import NamedTuple
 
@@ -26,17 +25,18 @@ from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
-from aim_jax.ops.triton import launch
+from aim_jax.ops.triton import launch, mamba2
 from aim_jax.perf.accelerators import topology
 from aim_jax.sampling import logits as filters
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.generate import (
     Method,
     Request,
     generate_on_device,
     generate_tokens,
     make_decoder,
+    random_key,
 )
 from benchmarks import kernels as kernel_benchmark
 from tests import (
@@ -573,10 +573,10 @@ def test_add_norm_matches_golden():
 BELOW_1 = np.nextafter(np.float32(1), np.float32(0))
 
 
-def kept(logits, temperature, top_k, top_p):
+def kept(logits, temperature, top_k, top_p, min_p=0.0):
     """The mask: in rows that grow, uniform = 0 draws the smallest logit that the filters leave."""
     rows = np.sort(logits)
-    token = sample(rows, np.zeros(len(rows), np.float32), 1.0, temperature, top_k, top_p)
+    token = sample(rows, np.zeros(len(rows), np.float32), 1.0, temperature, top_k, top_p, min_p)
     return logits >= np.take_along_axis(rows, np.asarray(token)[:, None], axis=1)
 
 
@@ -604,6 +604,7 @@ def sampler_inputs(b=12, v=37):
         "temperature": rng.uniform(0.5, 2, b).astype(np.float32),
         "top_k": np.resize([0, 1, 5, 37, 99], b).astype(np.int32),
         "top_p": np.resize([1.0, 0.3, 0.999999, 1e-9], b).astype(np.float32),
+        "min_p": np.resize([0.0, 0.0, 0.2, 0.9, 1.0], b).astype(np.float32),
     }
 
 
@@ -626,7 +627,7 @@ def test_sample_at_the_ends_of_uniform():
     """The first token that the filters leave, and the last, up to rounding of the sum."""
     a = sampler_inputs()
     x = filters.apply_cfg(a["logits"][:12], a["logits"][12:], a["cfg_scale"])
-    x = filters.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"])
+    x = filters.filter_logits(x / a["temperature"][:, None], a["top_k"], a["top_p"], a["min_p"])
     weights = np.asarray(jax.nn.softmax(x))
     first = sample(**a | {"uniform": np.zeros(12, np.float32)})
     np.testing.assert_array_equal(first, np.argmax(weights > 0, axis=1))
@@ -643,7 +644,7 @@ def test_sample_draws_no_token_without_weight():
     logits[range(5), one] = [9.0, 200.0, 200.0, 200.0, 9.0]
     top_k = np.array([1, 0, 0, 0, 1])
     for uniform in (0.0, 0.5, BELOW_1, 1.0):  # 1 is out of range, and harmless
-        tokens = sample(logits, np.full(5, uniform, np.float32), 1.0, 1.0, top_k, 1.0)
+        tokens = sample(logits, np.full(5, uniform, np.float32), 1.0, 1.0, top_k, 1.0, 0.0)
         np.testing.assert_array_equal(tokens, one)
 
 
@@ -652,7 +653,7 @@ def test_sampled_tokens_follow_the_filtered_softmax():
     n, v = 64, 12
     logits = 1.5 * normal(np.random.default_rng(1), 1, v)
     uniform = (np.arange(n, dtype=np.float32) + 0.5) / n
-    tokens = sample(np.repeat(logits, n, axis=0), uniform, 1.0, 0.8, 8, 0.95)
+    tokens = sample(np.repeat(logits, n, axis=0), uniform, 1.0, 0.8, 8, 0.95, 0.0)
     p = jax.nn.softmax(filters.filter_logits(logits / 0.8, 8, 0.95)[0])
     p = np.asarray(p, np.float64)
     counts = np.bincount(tokens, minlength=v)
@@ -663,11 +664,11 @@ def test_sampled_tokens_follow_the_filtered_softmax():
 def test_sample_without_guidance():
     logits = normal(np.random.default_rng(0), 3, 50)
     uniform = np.array([0.1, 0.5, 0.9], np.float32)
-    tokens = sample(logits, uniform, 7.0, 1.0, 20, 0.9)
+    tokens = sample(logits, uniform, 7.0, 1.0, 20, 0.9, 0.0)
     np.testing.assert_array_equal(
         tokens, filters.draw(filters.filter_logits(logits, 20, 0.9), uniform)
     )
-    assert np.any(tokens != sample(logits, uniform, 7.0, 1.0, 1, 1.0))
+    assert np.any(tokens != sample(logits, uniform, 7.0, 1.0, 1, 1.0, 0.0))
 
 
 # Whole models
@@ -703,7 +704,12 @@ def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, pr
         settings = dict(config=config, guided=guided, prefix=prefix, engine=engine)
         return np.asarray(
             generate_tokens(
-                params, jnp.array([1]), 3, jnp.arange(1), 1.5, 1.5, 150, 0.99, **settings
+                params,
+                jnp.array([1]),
+                3,
+                jnp.arange(1),
+                SamplingConfig(1.5, 1.5, 150, 0.99),
+                **settings,
             )
         )
 
@@ -940,14 +946,17 @@ def trace_generation(config, engine, images=1, prefix=0, sharding=None):
 
     params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     params = jax.tree.map(lambda x: array(*x.shape), params)
-    ints, floats = array(images, dtype=jnp.int32), array(images)
+    ints = array(images, dtype=jnp.int32)
     given = array(images, prefix, dtype=jnp.int32)
-    request = Request(ints, ints, floats, floats, ints, floats, given)
+    settings = {name: array(images, dtype=setting.dtype) for name, setting in SETTINGS.items()}
+    request = Request(ints, ints, settings, given)
     method = Method(config, True, "constant", engine)
 
     # A function of its own, so that no trace for another architecture is found.
     def generate(params, request, interval):
-        return generate_on_device.__wrapped__(params, 0, request, interval, method=method)
+        return generate_on_device.__wrapped__(
+            params, jax.random.key_data(random_key(0)), request, interval, method=method
+        )
 
     return jax.jit(generate).trace(params, request, array(2))
 
@@ -969,7 +978,7 @@ def test_generation_lowers_for_cuda(form, capability, monkeypatch):
 
 def reads_what_it_updated(projected, conv_cache, state, *args, **options):
     """`mamba2_step`, then a use of the state before it: that state has to be copied."""
-    y, *rest = kernels.mamba2_step(projected, conv_cache, state, *args, **options)
+    y, *rest = mamba2.mamba2_step(projected, conv_cache, state, *args, **options)
     return y + jnp.sum(jnp.sin(state + y[0, 0])), *rest
 
 
@@ -986,9 +995,8 @@ def test_the_compiled_loop_copies_no_cache(form, step, monkeypatch):
         vocab_size=24, num_classes=3, num_tokens=8, d_model=64, n_layer=2, d_state=32, headdim=16
     )
     if step:
-        # `FusedDecoder` finds its kernels in a module.
-        stand_in = types.SimpleNamespace(**vars(kernels) | {"mamba2_step": step})
-        monkeypatch.setattr(FusedDecoder, "kernels", stand_in)
+        # The op finds the kernel in the package of all of them.
+        monkeypatch.setattr(kernels, "mamba2_step", step)
     traced = trace_generation(config, Engine(form, "triton"), images=3, sharding=sharding)
     text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 

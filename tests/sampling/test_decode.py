@@ -14,6 +14,7 @@ from aim_jax import generate
 from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.sampling import decoder
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.generate import Method, Request, generate_on_device, generate_tokens
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
@@ -81,7 +82,14 @@ def tokens_of(config, params, engine, rows=3, first=0, scale=2.0, **options):
     index = first + jnp.arange(rows)
     return np.asarray(
         generate_tokens(
-            params, labels, 3, index, scale, 0.9, 20, 0.95, config=config, engine=engine, **options
+            params,
+            labels,
+            3,
+            index,
+            SamplingConfig(scale, 0.9, 20, 0.95),
+            config=config,
+            engine=engine,
+            **options,
         )
     )
 
@@ -169,10 +177,14 @@ def test_drawn_tokens_follow_the_filtered_softmax(sampler):
     cond, uncond = jax.random.normal(jax.random.key(1), (2, 1, vocab))
     logits = jnp.repeat(jnp.stack([cond, uncond]), n, axis=1).reshape(2 * n, vocab)
     uniform = jax.random.uniform(jax.random.key(2), (n,))
-    settings = [jnp.full(n, x) for x in (1.5, 0.8)] + [jnp.full(n, 8), jnp.full(n, 0.95)]
+    settings = [jnp.full(n, x) for x in (1.5, 0.8)] + [
+        jnp.full(n, 8),
+        jnp.full(n, 0.95),
+        jnp.full(n, 0.02),
+    ]
     tokens = np.asarray(jax.jit(sampler())(logits, uniform, *settings))
     guided = apply_cfg(cond, uncond, 1.5) / 0.8
-    p = np.asarray(jax.nn.softmax(filter_logits(guided, 8, 0.95)[0]), np.float64)
+    p = np.asarray(jax.nn.softmax(filter_logits(guided, 8, 0.95, 0.02)[0]), np.float64)
     counts, support = np.bincount(tokens, minlength=vocab), p > 0
     assert counts[~support].sum() == 0 and 2 <= support.sum() <= 8
     chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
@@ -198,6 +210,7 @@ def test_the_native_sampler_is_the_sampler():
         rng.uniform(0.5, 2, b).astype(np.float32),
         rng.integers(0, 220, b),
         rng.choice([0.05, 0.5, 0.9, 1.0], b).astype(np.float32),
+        rng.choice([0.0, 0.0, 0.03, 0.5, 1.0], b).astype(np.float32),
     )
     settings = [jnp.asarray(x) for x in settings]
     expected = np.asarray(jax.jit(sample)(logits, uniform, *settings))
@@ -219,30 +232,32 @@ def test_the_native_sampler_is_the_sampler():
 def test_the_choice_of_an_engine():
     B, mamba1 = PRESETS["B"], dataclasses.replace(PRESETS["B"], mixer="mamba1")
     tpu = resolve(Engine(), B, 16, "tpu")
-    assert (tpu.kernels, tpu.form) == ("xla", "dual")
+    assert (tpu.implementation, tpu.form) == ("xla", "dual")
     long = dataclasses.replace(B, num_tokens=1024)
     assert resolve(Engine(), long, 16, "tpu").form == "recurrent"
-    assert resolve(Engine(kernels="xla"), B, 16, "cpu").form == "recurrent"
-    assert resolve(Engine(kernels="triton"), B, 16, "cuda").form == "recurrent"  # 384 programs
-    assert resolve(Engine(kernels="triton"), B, 32, "cuda").form == "dual"
+    assert resolve(Engine(implementation="xla"), B, 16, "cpu").form == "recurrent"
+    assert (
+        resolve(Engine(implementation="triton"), B, 16, "cuda").form == "recurrent"
+    )  # 384 programs
+    assert resolve(Engine(implementation="triton"), B, 32, "cuda").form == "dual"
     assert resolve(Engine(), mamba1, 16, "tpu").form == "recurrent"
     assert resolve(Engine("recurrent", "xla"), B, 2, "tpu") == Engine("recurrent", "xla")
     for engine, config, platform, message in (
         (
-            Engine(kernels="native"),
+            Engine(implementation="native"),
             B,
             "cuda",
             "native.* decodes Mamba-2 on CPUs; this is mamba2 on",
         ),
-        (Engine(kernels="native"), mamba1, "cpu", "this is mamba1"),
-        (Engine(kernels="triton"), B, "cpu", "NVIDIA GPUs; this is cpu"),
+        (Engine(implementation="native"), mamba1, "cpu", "this is mamba1"),
+        (Engine(implementation="triton"), B, "cpu", "NVIDIA GPUs; this is cpu"),
         (Engine(form="dual"), mamba1, "cpu", "form='dual' is there for Mamba-2"),
         (Engine("recurrent", "xla", "bfloat16"), B, "cpu", "needs form='dual' or fused kernels"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve(engine, config, 2, platform)
-    with pytest.raises(ValueError, match="kernels='cuda'; expected one of auto, xla"):
-        Engine(kernels="cuda")
+    with pytest.raises(ValueError, match="implementation='cuda'; expected one of None, xla"):
+        Engine(implementation="cuda")
 
 
 def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
@@ -254,7 +269,7 @@ def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     try:
-        assert resolve(Engine(), PRESETS["B"], 2, "cpu").kernels == "xla"
+        assert resolve(Engine(), PRESETS["B"], 2, "cpu").implementation == "xla"
         assert "no C++ compiler found" in caplog.text
         broken = tmp_path / "c++"
         broken.write_text("#!/bin/sh\necho 'error: no such processor' >&2\nexit 1\n")

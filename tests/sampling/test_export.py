@@ -13,7 +13,6 @@ from jax.interpreters import mlir
 from safetensors.numpy import load_file
 
 from aim_jax import generate
-from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.export import save_exported
 
 # Any import of the library fails in this process, of its own modules too.
@@ -37,7 +36,13 @@ def test_sampler_draws_the_same_images_without_the_library(tiny_model, exported,
     subprocess.run([sys.executable, "-c", ALONE, exported, file], check=True)
     drawn = np.load(file)
     expected = generate(
-        tiny_model, [2, 0, 1, 2, 3], 7, temperature=0.9, top_k=9, engine=Engine("recurrent", "xla")
+        tiny_model,
+        [2, 0, 1, 2, 3],
+        7,
+        temperature=0.9,
+        top_k=9,
+        form="recurrent",
+        implementation="xla",
     )
     np.testing.assert_array_equal(drawn["tokens"], expected.tokens)
     difference = np.abs(drawn["images"].astype(int) - np.asarray(expected.images, int))

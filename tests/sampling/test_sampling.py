@@ -1,5 +1,10 @@
 """Guidance, filters, the draw, and whole generated images."""
 
+import dataclasses
+import json
+from unittest import mock
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +12,14 @@ import pytest
 
 from aim_jax import generate
 from aim_jax.models import AiM
-from aim_jax.sampling.generate import encode_rows, generate_tokens
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
+from aim_jax.sampling.generate import encode_rows, generate_on_device, generate_tokens
 from aim_jax.sampling.logits import (
     _invert,
     apply_cfg,
     draw,
     filter_logits,
+    filter_min_p,
     filter_top_k,
     filter_top_p,
     guidance_at,
@@ -44,6 +51,39 @@ def test_top_p_drops_the_small_tail():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     for p, expected in ((0.4, 1), (0.6, 2), (0.9, 3), (0.97, 4), (1.0, 4), (1e-6, 1)):
         assert kept(filter_top_p(logits, p)).sum() == expected, p
+
+
+def test_min_p_drops_what_is_far_below_the_most_likely():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    for p, expected in ((0.0, 4), (0.05, 4), (0.2, 3), (0.5, 2), (0.7, 1), (1.0, 1)):
+        assert kept(filter_min_p(logits, p)).sum() == expected, p
+    ties = filter_min_p(jnp.array([[2.0, 2.0, 1.0]]), jnp.array([1.0]))
+    np.testing.assert_array_equal(kept(ties), [[1, 1, 0]])
+    off = jnp.array([[3.0, -jnp.inf, -80.0, 0.0]])
+    np.testing.assert_array_equal(filter_min_p(off, 0.0), off)
+
+
+def test_min_p_acts_after_temperature_and_the_other_filters():
+    logits = jax.random.normal(jax.random.key(0), (3, 40)) * 2
+    k, p, min_p = jnp.array([5, 0, 17]), jnp.array([0.7, 0.5, 1.0]), jnp.array([0.3, 0.0, 0.1])
+    together = filter_logits(logits, k, p, min_p)
+    one_by_one = filter_min_p(filter_top_p(filter_top_k(logits, k), p), min_p)
+    np.testing.assert_array_equal(kept(together), kept(one_by_one))
+    probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+    expected = kept(filter_logits(logits, k, p)) & (
+        probs >= np.asarray(min_p)[:, None] * probs.max(-1, keepdims=True)
+    )
+    np.testing.assert_array_equal(kept(together), expected)
+
+
+def test_min_p_of_one_is_greedy(tiny_model):
+    labels = [0, 1, 2, 1]
+    greedy = generate(tiny_model, labels, 3, top_k=1).tokens
+    for implementation in ("xla", None):  # None: the fused kernels where there is a compiler
+        found = generate(tiny_model, labels, 3, min_p=1.0, implementation=implementation).tokens
+        np.testing.assert_array_equal(found, greedy)
+    free = generate(tiny_model, labels, 3).tokens
+    np.testing.assert_array_equal(generate(tiny_model, labels, 3, min_p=0.0).tokens, free)
 
 
 def test_filters_compose_and_take_one_setting_per_image():
@@ -121,10 +161,10 @@ def test_the_draw_never_leaves_the_filter():
 def tokens_of(model, labels, first=0, cfg_scale=2.0, k=0, guided=True, seed=3):
     labels = jnp.asarray(labels, jnp.int32)
     index = first + jnp.arange(len(labels))
-    settings = (jnp.float32(cfg_scale), jnp.float32(1.0), jnp.int32(k), jnp.float32(1.0))
+    sampling = SamplingConfig(cfg_scale, top_k=k)
     return np.asarray(
         generate_tokens(
-            model.aim_params, labels, seed, index, *settings, config=model.aim_config, guided=guided
+            model.aim_params, labels, seed, index, sampling, config=model.aim_config, guided=guided
         )
     )
 
@@ -244,7 +284,11 @@ def test_generate_returns_pictures_and_is_deterministic(tiny_model):
         ([0], {"first_index": -1}, "first_index=-1"),
         ([0], {"every": 0}, "every=0"),
         ([0], {"top_k": float("inf")}, "top_k=inf"),
-        ([0], {"engine": "xla"}, r"engine='xla': expected an aim_jax\.engine\.Engine"),
+        ([0], {"implementation": "cuda"}, r"implementation='cuda'; expected one of None, xla"),
+        ([0], {"form": "square"}, r"form='square'; expected one of None, recurrent"),
+        ([0], {"min_p": 1.5}, r"min_p=1.5: expected in \[0, 1\]"),
+        ([0], {"cfg_scale": 1e39}, "cfg_scale=1e\\+39: expected a finite number"),
+        ([0], {"temperature": 1e-46}, "temperature=1e-46: expected a positive number"),
         (["castle"], {}, "unknown class 'castle'; tiny knows boat, house, old tree"),
     ],
 )
@@ -260,6 +304,77 @@ def test_classes_go_by_name_and_seeds_by_any_integer(tiny_model):
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match=r"what aim_jax\.load_pretrained returns, got str"):
         generate("cifar10", [0])
+
+
+def test_a_configuration_and_keywords_mean_the_same(tiny_model):
+    labels = [0, 1, 2, 1]
+    config = SamplingConfig(cfg_scale=3.0, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01)
+    expected = generate(tiny_model, labels, 5, config).tokens
+    by_name = generate(
+        tiny_model, labels, 5, cfg_scale=3.0, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01
+    )
+    np.testing.assert_array_equal(by_name.tokens, expected)
+    # Keywords take the place of single fields, and None leaves them.
+    other = dataclasses.replace(config, temperature=1.5)
+    mixed = generate(tiny_model, labels, 5, other, temperature=0.7, top_k=None)
+    np.testing.assert_array_equal(mixed.tokens, expected)
+    own = dataclasses.replace(tiny_model, sampling=config.numbers())
+    np.testing.assert_array_equal(generate(own, labels, 5).tokens, expected)
+    with pytest.raises(TypeError, match="top_q: no such sampling setting; there are cfg_scale, "):
+        generate(tiny_model, labels, top_q=0.5)
+    with pytest.raises(TypeError, match="config: expected a SamplingConfig, got dict"):
+        generate(tiny_model, labels, 0, {"top_p": 0.5})
+
+
+def test_a_configuration_checks_itself_and_is_a_plain_value():
+    config = SamplingConfig(np.float32(3), top_k=np.int64(4), top_p=jnp.float32(1))
+    assert config == SamplingConfig(3.0, top_k=4) and hash(config) == hash(
+        SamplingConfig(3.0, top_k=4)
+    )
+    assert type(config.top_k) is int and type(config.cfg_scale) is float
+    assert json.loads(json.dumps(config.numbers())) == config.numbers()
+    per_image = SamplingConfig(np.array([1.0, 3.0]))
+    assert per_image.cfg_scale == (1.0, 3.0) and per_image.guided
+    assert not SamplingConfig(1.0).guided
+    arrays = per_image.arrays(2)
+    assert set(arrays) == set(SETTINGS) and arrays["top_k"].dtype == np.int32
+    np.testing.assert_array_equal(arrays["cfg_scale"], np.float32([1, 3]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 3
+    for wrong in ("3", None, [[1.0]], [], [1.0, [2.0]], True, 1j):
+        with pytest.raises(TypeError, match=r"temperature=.*: expected a positive number"):
+            SamplingConfig(temperature=wrong)
+
+
+def test_seeds_are_integers_or_keys_of_a_named_generator(tiny_model):
+    labels = [0, 1, 2, 1]
+    expected = generate(tiny_model, labels, 5).tokens
+    key = jax.random.key(5, impl="threefry2x32")
+    np.testing.assert_array_equal(generate(tiny_model, labels, key).tokens, expected)
+    other = jax.random.key(5, impl="rbg")
+    assert (np.asarray(generate(tiny_model, labels, other).tokens) != expected).any()
+    with jax.default_prng_impl("rbg"):  # another default changes no image
+        np.testing.assert_array_equal(generate(tiny_model, labels, 5).tokens, expected)
+    with pytest.raises(ValueError, match=r"seed=.*: expected a whole number"):
+        generate(tiny_model, labels, jax.random.split(key, 2))
+
+
+def test_seeds_and_settings_retrace_nothing(tiny_model):
+    """One program serves all seeds, labels and numeric settings."""
+    traced = chex.assert_max_traces(generate_on_device.__wrapped__, n=1)
+    compiled = jax.jit(traced, static_argnames="method")
+    with mock.patch("aim_jax.sampling.generate.generate_on_device", compiled):
+        chex.clear_trace_counter()
+        for seed, settings in enumerate(
+            (
+                {},
+                {"cfg_scale": 3.0},
+                {"temperature": 0.5},
+                {"top_k": 3},
+                {"top_p": 0.5, "min_p": 0.1},
+            )
+        ):
+            generate(tiny_model, [seed % 3, 1], seed, **settings)
 
 
 def test_to_uint8_clips_and_rounds():

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
 from aim_jax.models import PRESETS, AiM, VQConfig
+from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.generate import generate, generate_tokens
 from aim_jax.weights import convert
 from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
@@ -342,7 +343,7 @@ def test_converted_weights_sample_at_the_official_positions(tmp_path):
     def greedy(model):
         return generate_tokens(
             model.aim_params, jnp.asarray(expected["decode_labels"]), 0, jnp.arange(2),
-            float(expected["cfg_scale"]), 1.0, 1, 1.0, config=model.aim_config,
+            SamplingConfig(float(expected["cfg_scale"]), top_k=1), config=model.aim_config,
         )  # fmt: skip
 
     np.testing.assert_array_equal(greedy(model), expected["greedy_tokens_official"])

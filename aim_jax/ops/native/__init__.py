@@ -90,10 +90,9 @@ def mamba2_step(
     D,
     norm_scale,
 ):
-    """Advances one Mamba-2 layer by one token, as `aim_jax.ops.triton.mamba2_step` does.
+    """`aim_jax.ops.mamba2_step`, which describes it, as one kernel.
 
-    Args and results are described there. All arrays are float32, but for `state`, which may be
-    bfloat16.
+    All arrays are float32, but for `state`, which may be bfloat16.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -129,10 +128,9 @@ def dual_step(
     D,
     norm_scale,
 ):
-    """Advances one Mamba-2 layer by one token without a state: `aim_jax.ops.triton.dual_step`.
+    """`aim_jax.ops.dual_step`, which describes it, as one kernel.
 
-    Args and results are described there. All arrays are float32, but for `inputs` and `B_cache`,
-    which may both be bfloat16.
+    All arrays are float32, but for `inputs` and `B_cache`, which may both be bfloat16.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -181,10 +179,7 @@ def add_norm_modulate(
     eps=1e-5,
     mixer_eps=1e-5,
 ):
-    """Adds a branch to the stream and prepares the next: `aim_jax.ops.triton.add_norm_modulate`.
-
-    Args and results are described there. All arrays are float32.
-    """
+    """`aim_jax.ops.add_norm_modulate`, which describes it, as one kernel; all is float32."""
     sizes = bind_axes(
         "add_norm_modulate",
         hidden=(hidden, "bd"),
@@ -226,8 +221,8 @@ def add_norm_modulate(
     return x, residual
 
 
-def sample(logits, uniform, cfg_scale, temperature, top_k, top_p):
-    """Draws one token per image, as `aim_jax.sampling.logits.sample` does, which describes it."""
+def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, min_p):
+    """`aim_jax.sampling.logits.sample`, which describes it, as one kernel."""
     sizes = bind_axes(
         "sample",
         uniform=(uniform, "b"),
@@ -236,6 +231,7 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p):
         temperature=(temperature, "b"),
         top_k=(top_k, "b"),
         top_p=(top_p, "b"),
+        min_p=(min_p, "b"),
     )
     b, r, v = (sizes[axis] for axis in "brv")
     require(r in (b, 2 * b), f"sample: {r} rows of logits for {b} images, expected {b} or {2 * b}")
@@ -247,6 +243,6 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p):
             jax.ShapeDtypeStruct(room, jnp.int32),
             _float32(*room),
         ),
-        (logits, uniform, cfg_scale, temperature, top_k, top_p),
+        (logits, uniform, cfg_scale, temperature, top_k, top_p, min_p),
     )
     return token

@@ -43,7 +43,7 @@ def compiler() -> str:
     if not found:
         raise BuildError(
             "no C++ compiler found (CXX, c++, g++, clang++). Install one, or decode without it: "
-            "kernels='xla'."
+            "implementation='xla'."
         )
     return found[0]
 
@@ -97,8 +97,8 @@ def _run(command: list[str]) -> None:
         errors = [line for line in done.stderr.splitlines() if "error" in line]
         raise BuildError(
             f"{command[0]} could not compile the kernels for this processor: "
-            f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; kernels='xla' "
-            "decodes without them."
+            f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; "
+            "implementation='xla' decodes without them."
         )
 
 

@@ -1,4 +1,4 @@
-// One token per image from the logits: guidance, temperature, top-k, top-p and the draw.
+// One token per image from the logits: guidance, temperature, top-k, top-p, min-p and the draw.
 #include <cmath>
 #include <limits>
 
@@ -30,7 +30,7 @@ int32_t largest(int32_t low, int32_t high, const F& holds) {
 
 struct Row {
   const float *cond, *uncond;  // uncond may be null: no guidance
-  float scale, temperature, top_p, uniform;
+  float scale, temperature, top_p, min_p, uniform;
   int32_t top_k;
 };
 
@@ -93,6 +93,15 @@ int32_t sample_row(const Row& in, int64_t v, int32_t* order, float* weights) {
       store(weights + i, w);
     }
   }
+  if (in.min_p > 0) {  // the most likely token has weight 1
+    total = V{};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const V w = load(weights + i);
+      const V kept = w >= splat(in.min_p) ? w : splat(0.f);
+      total += kept;
+      store(weights + i, kept);
+    }
+  }
   // The draw: the first token at which the running sum exceeds the target, by blocks and then
   // within one. Rounding may leave the target at the end of the sums; then it is the last token of
   // positive weight that was passed.
@@ -114,7 +123,7 @@ int32_t sample_row(const Row& in, int64_t v, int32_t* order, float* weights) {
 }
 
 ffi::Error sample_impl(ffi::ThreadPool pool, F32 logits, F32 uniform, F32 cfg_scale,
-                       F32 temperature, I32 top_k, F32 top_p, ffi::ResultBuffer<ffi::S32> token,
+                       F32 temperature, I32 top_k, F32 top_p, F32 min_p, ffi::ResultBuffer<ffi::S32> token,
                        ffi::ResultBuffer<ffi::S32> order, ffi::ResultBuffer<ffi::F32> weights) {
   const int64_t b = uniform.dimensions()[0], v = logits.dimensions()[1];
   const int64_t padded = order->dimensions()[1];
@@ -123,7 +132,8 @@ ffi::Error sample_impl(ffi::ThreadPool pool, F32 logits, F32 uniform, F32 cfg_sc
     const float* cond = logits.typed_data() + i * v;
     token->typed_data()[i] = sample_row(
         {cond, guided ? cond + b * v : nullptr, cfg_scale.typed_data()[i],
-         temperature.typed_data()[i], top_p.typed_data()[i], uniform.typed_data()[i],
+         temperature.typed_data()[i], top_p.typed_data()[i], min_p.typed_data()[i],
+         uniform.typed_data()[i],
          top_k.typed_data()[i]},
         v, order->typed_data() + i * padded, weights->typed_data() + i * padded);
   });
@@ -140,6 +150,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(aim_sample, sample_impl,
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<I32>()
+                                  .Arg<F32>()
                                   .Arg<F32>()
                                   .Ret<I32>()
                                   .Ret<I32>()

@@ -108,38 +108,11 @@ def dual_step(
     heads_per_program=None,
     compute_capability=None,
 ):
-    """Advances one Mamba-2 layer by one token without a state, from what its tokens left behind.
+    """`aim_jax.ops.dual_step` as one kernel, which updates caches in place.
 
-    With a_t the sum of dt A over positions 0 to t, unrolling the recurrence of `mamba2_step` from a
-    zero state gives
-
-        u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
-
-    (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
-    rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
-    reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
-    over the first 2 n tokens. Sums of decays are float32: where they become large, differences of
-    them are rounded by eps times their size.
-
-    Args:
-      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
-      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c), updated in place.
-      inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16, updated in place.
-      B_cache: B of every token (L, b, T, g, n), float32 or bfloat16, updated in place.
-      log_decay: a of every token (L, b, T, h), float32, updated in place.
-      layer: int32 (), which of the L layers this is.
-      position: int32 (), which token this is, below T; the same in every row. The caches need no
-        initial values: rows from `position` on are not read.
-      conv_weight, conv_bias, dt_bias, A, D, norm_scale: as in `mamba2_step`.
-      heads_per_program: a power of two that divides h / g. Heads in one program share the products
-        C . B, fewer of them make more programs. None chooses by the number of rows.
-      compute_capability: see the package.
-
-    Returns:
-      y (b, e) and sum_squares (b, parts) as `mamba2_step`; conv_cache; inputs; B_cache; log_decay.
-
-    Raises:
-      ValueError: the shapes do not fit together.
+    Args, results and errors are described there. `heads_per_program` is a power of two that divides
+    h / g: heads in one program share the products C . B, fewer of them make more programs; None
+    chooses by the number of rows. `compute_capability`: see the package.
     """
     sizes = bind_mamba2_step(
         "dual_step",

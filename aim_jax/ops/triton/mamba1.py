@@ -29,22 +29,9 @@ def conv_step_kernel(
 def conv_step(
     projected, conv_cache, layer, position, *, conv_weight, conv_bias, compute_capability=None
 ):
-    """Advances the causal convolution of one layer by one token.
+    """`aim_jax.ops.conv_step` as one kernel.
 
-        y = silu(bias + sum_k weight_k x_{t - (w - 1) + k})
-
-    Args:
-      projected: inputs in the first c columns (b, at least c), such as in_proj's x and z.
-      conv_cache: rings of the last w inputs (L, b, w, c), updated in place.
-      layer, position: int32 (), which layer and which token this is.
-      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
-      compute_capability: see the package.
-
-    Returns:
-      y (b, c) like `projected`; conv_cache.
-
-    Raises:
-      ValueError: the shapes do not fit together.
+    Args, results and errors are described there; `compute_capability` in the package.
     """
     sizes = bind_axes(
         "conv_step",
@@ -101,29 +88,9 @@ def mamba1_step_kernel(
 
 
 def mamba1_step(x, dt, BC, projected, state, layer, *, dt_bias, A, D, compute_capability=None):
-    """Advances the state of one Mamba-1 layer by one token: between dt_proj and out_proj.
+    """`aim_jax.ops.mamba1_step` as one kernel.
 
-        dt = softplus(dt + dt_bias)
-        h  = exp(dt A) h + dt B x          for every channel and state
-        y  = (C . h + D x) silu(z)
-
-    (Gu and Dao 2023, alg. 2.)
-
-    Args:
-      x: output of `conv_step` (b, e).
-      dt: output of dt_proj (b, e).
-      BC: output of x_proj, whose last 2 n columns are B and C (b, at least 2 n).
-      projected: output of in_proj, whose last e columns are z (b, at least e).
-      state: SSM states (L, b, e, n), float32 or bfloat16, updated in place.
-      layer: int32 (), which of the L layers this is.
-      dt_bias, D: (L, e) float32. A: (L, e, n) float32, negative.
-      compute_capability: see the package.
-
-    Returns:
-      y (b, e) like x; state.
-
-    Raises:
-      ValueError: the shapes do not fit together.
+    Args, results and errors are described there; `compute_capability` in the package.
     """
     sizes = bind_axes(
         "mamba1_step",

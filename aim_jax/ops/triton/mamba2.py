@@ -84,35 +84,9 @@ def mamba2_step(
     norm_scale,
     compute_capability=None,
 ):
-    """Advances one Mamba-2 layer by one token: everything between in_proj and out_proj.
+    """`aim_jax.ops.mamba2_step` as one kernel, which updates caches in place.
 
-        x, B, C = silu(conv(x, B, C))
-        dt      = softplus(dt + dt_bias)
-        h       = exp(dt A) h + dt x B^T
-        u       = (h C + D x) silu(z)
-        y       = u norm_scale,   sum_squares = sums of u^2 over blocks of channels
-
-    (Dao and Gu 2024, eq. 1 and sec. 7.) The gated norm is RMSNorm(u) = y / sqrt(mean(u^2) + eps),
-    and with one group the division is a factor per row: it commutes with out_proj, and
-    `add_norm_modulate` applies it to out_proj's result. With g groups divide y before out_proj, the
-    mean squares of the groups being `sum_squares.reshape(b, g, -1).sum(-1) / (e / g)`.
-
-    Args:
-      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
-      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c), updated in place.
-      state: SSM states (L, b, h, p, n), float32 or bfloat16, updated in place.
-      layer: int32 (), which of the L layers this is.
-      position: int32 (), which token this is; the same in every row.
-      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
-      dt_bias, A, D: (L, h) float32; A is negative.
-      norm_scale: scale of the gated norm (L, e) float32.
-      compute_capability: see the package.
-
-    Returns:
-      y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; state.
-
-    Raises:
-      ValueError: the shapes do not fit together.
+    Args, results and errors are described there; `compute_capability` in the package.
     """
     sizes = bind_mamba2_step(
         "mamba2_step",

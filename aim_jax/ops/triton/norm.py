@@ -64,35 +64,9 @@ def add_norm_modulate(
     dtype=None,
     compute_capability=None,
 ):
-    """Adds a branch to the residual stream and prepares the input of the next one.
+    """`aim_jax.ops.add_norm_modulate` as one kernel, which updates the residual in place.
 
-        residual = residual + gate * hidden / sqrt(mean(u^2) + mixer_eps)
-        x        = RMSNorm(residual) * norm_scale * (1 + scale) + shift
-
-    The gate and the gated norm's divisor belong to the branch that made `hidden`: to layer
-    `layer + gate_offset`. There is no such layer before the first one. There `hidden` is the input
-    of the stack, which starts the stream: residual = hidden, whatever `residual` holds.
-
-    Args:
-      hidden: output of the last branch, before its gate (b, d).
-      residual: the stream (b, d) float32, updated in place.
-      norm_scale: scales of the norms (L, d).
-      modulation: every layer's parts (L, b, m, d): `Modulation.layers`, made once per image.
-      layer: int32 (), the layer that x is for.
-      sum_squares: partial sums of u^2 of that branch's gated norm (b, parts), from `mamba2_step`
-        or `dual_step`; None if `hidden` needs no division.
-      inner: number of channels behind `sum_squares`, e.
-      shift, scale, gate: which of the m parts these are. gate None: hidden is added as it is.
-      gate_offset: -1 between layers; 0 inside one, between the mixer and an MLP.
-      eps, mixer_eps: added to the mean squares of this norm and of the gated one.
-      dtype: of x, that of the matrix product that follows; None is hidden's.
-      compute_capability: see the package.
-
-    Returns:
-      x (b, d) in `dtype`; residual.
-
-    Raises:
-      ValueError: the arguments do not fit together.
+    Args, results and errors are described there; `compute_capability` in the package.
     """
     sizes = bind_axes(
         "add_norm_modulate",

@@ -33,7 +33,7 @@ def between(low, high):
 
 @triton.jit
 def sample_kernel(
-    logits, uniform, cfg_scale, temperature, top_k, top_p, token,
+    logits, uniform, cfg_scale, temperature, top_k, top_p, min_p, token,
     v: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """A program is an image."""
@@ -74,7 +74,8 @@ def sample_kernel(
         low = tl.where(reached, low, middle)
         high = tl.where(reached, middle, high)
     threshold = tl.where(p < 1, float_of(high), threshold)
-    weight = tl.where(x >= threshold, weight, 0.0)
+    # Min-p: the largest logit stays, so the weight of the most likely token is 1.
+    weight = tl.where((x >= threshold) & (weight >= tl.load(min_p + row)), weight, 0.0)
 
     # The draw: the first token up to which the weights sum to more than the target. All such sums
     # run over the whole row in one order, with later weights as zeros; so they never fall as the
@@ -91,11 +92,13 @@ def sample_kernel(
     tl.store(token + row, high)
 
 
-def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, *, compute_capability=None):
+def sample(
+    logits, uniform, cfg_scale, temperature, top_k, top_p, min_p, *, compute_capability=None
+):
     """Draws one token per image, as `aim_jax.sampling.logits.sample` does.
 
         x     = uncond + (cond - uncond) cfg_scale
-        x     = filter_logits(x / temperature, top_k, top_p)
+        x     = filter_logits(x / temperature, top_k, top_p, min_p)
         token = the first i with sum_{j <= i} exp(x_j) > uniform sum_j exp(x_j)
 
     Neither the filters need a sort nor the draw a running sum: thresholds and token are found by
@@ -109,8 +112,8 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, *, compute_cap
       uniform: (b,) float32, uniform in [0, 1): the randomness of this token of every image. It is
         an argument so that its maker sees to it that an image's randomness is a function of its
         seed, index and position alone.
-      cfg_scale, temperature, top_k, top_p: () or (b,). top_k: int, 0 keeps all. top_p: in (0, 1], 1
-        keeps all.
+      cfg_scale, temperature, top_k, top_p, min_p: () or (b,). top_k: int, 0 keeps all. top_p: in
+        (0, 1], 1 keeps all. min_p: in [0, 1], 0 keeps all.
       compute_capability: see the package.
 
     Returns:
@@ -128,6 +131,7 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, *, compute_cap
         ("temperature", temperature, jnp.float32),
         ("top_k", top_k, jnp.int32),
         ("top_p", top_p, jnp.float32),
+        ("min_p", min_p, jnp.float32),
     ):
         value = jnp.asarray(value, dtype)
         require(

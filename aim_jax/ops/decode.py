@@ -1,0 +1,434 @@
+"""Fused operations of one decode step: what lies between the matrix products of a layer.
+
+Shared conventions. L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n
+state, g groups, w convolution width, T tokens, d model.
+
+- Parameters and caches lead with the layer axis L and are passed whole, with the layer as an
+  int32 scalar: a slice taken by XLA would be a copy.
+- Kernels update caches in place: use the returned array, donate the given one. Only the current
+  layer's part of it is read or written.
+- Arithmetic is float32. "xla" and "triton" take float32 or bfloat16 arrays, except where a
+  docstring says more; "native" takes float32, and bfloat16 for states and cached inputs.
+- The convolution's cache is a ring of the last w inputs: the input of position t is in slot t mod
+  w. Zeros start a sequence; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from aim_jax.ops.dual import DualCache, ssd_dual_step
+from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
+from aim_jax.ops.selective_scan import selective_scan_step
+from aim_jax.ops.ssd import ssd_step
+
+
+def linear(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x weight^T for few rows of x.
+
+    Args:
+      x: (b, k). weight: (m, k), of the same dtype.
+      dtype: of the result, and of the accumulation.
+      implementation: "xla", or "native", which reads weights at twice the rate on CPUs and returns
+        float32 whatever `dtype` says.
+
+    Returns:
+      (b, m).
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together.
+    """
+    chosen = implementation_of("linear", implementation, ("xla", "native"))
+    if chosen == "native":
+        return kernels_of(chosen).linear(x, weight)
+    bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"))
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=dtype)
+
+
+def add_norm_modulate(
+    hidden: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    modulation: jax.Array,
+    layer: ArrayLike,
+    *,
+    sum_squares: jax.Array | None = None,
+    inner: int | None = None,
+    shift: int = 0,
+    scale: int = 1,
+    gate: int | None = 2,
+    gate_offset: int = -1,
+    eps: float = 1e-5,
+    mixer_eps: float = 1e-5,
+    dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds a branch to the residual stream and prepares the input of the next one.
+
+        residual = residual + gate * hidden / sqrt(mean(u^2) + mixer_eps)
+        x        = RMSNorm(residual) * norm_scale * (1 + scale) + shift
+
+    The gate and the gated norm's divisor belong to the branch that made `hidden`: to layer
+    `layer + gate_offset`. There is no such layer before the first one. There `hidden` is the input
+    of the stack, which starts the stream: residual = hidden, whatever `residual` holds.
+
+    Args:
+      hidden: output of the last branch, before its gate (b, d).
+      residual: the stream (b, d) float32.
+      norm_scale: scales of the norms (L, d).
+      modulation: every layer's parts (L, b, m, d): `Modulation.layers`, made once per image.
+      layer: int32 (), the layer that x is for.
+      sum_squares: partial sums of u^2 of that branch's gated norm (b, parts), from `mamba2_step`
+        or `dual_step`; None if `hidden` needs no division.
+      inner: number of channels behind `sum_squares`, e.
+      shift, scale, gate: which of the m parts these are. gate None: hidden is added as it is.
+      gate_offset: -1 between layers; 0 inside one, between the mixer and an MLP.
+      eps, mixer_eps: added to the mean squares of this norm and of the gated one.
+      dtype: of x, that of the matrix product that follows; None is hidden's. "native" has float32.
+      implementation: "xla", "native" or "triton".
+
+    Returns:
+      x (b, d) in `dtype`; residual.
+
+    Raises:
+      ValueError: the arguments do not fit together.
+    """
+    chosen = implementation_of("add_norm_modulate", implementation, ("xla", "native", "triton"))
+    options = dict(
+        sum_squares=sum_squares, inner=inner, shift=shift, scale=scale, gate=gate,
+        gate_offset=gate_offset, eps=eps, mixer_eps=mixer_eps,
+    )  # fmt: skip
+    if chosen == "triton":
+        options["dtype"] = dtype
+    if chosen != "xla":
+        function = kernels_of(chosen).add_norm_modulate
+        return function(hidden, residual, norm_scale, modulation, layer, **options)
+    sizes = bind_axes(
+        "add_norm_modulate",
+        hidden=(hidden, "bd"),
+        residual=(residual, "bd"),
+        norm_scale=(norm_scale, "Ld"),
+        modulation=(modulation, "Lbmd"),
+        sum_squares=(sum_squares, "bs"),
+    )
+    for name, part in (("shift", shift), ("scale", scale), ("gate", 0 if gate is None else gate)):
+        require(
+            0 <= part < sizes["m"],
+            f"add_norm_modulate: {name}={part}, but modulation has {sizes['m']} parts",
+        )
+    require(
+        sum_squares is None or bool(inner and gate is not None),
+        "add_norm_modulate: sum_squares needs `inner`, the number of channels, and a gate",
+    )
+    update = hidden.astype(jnp.float32)
+    new = residual + update
+    if gate is not None:
+        source = jnp.asarray(layer) + gate_offset
+        factor = modulation[jnp.maximum(source, 0), :, gate].astype(jnp.float32)
+        if sum_squares is not None:
+            mean = jnp.sum(sum_squares, axis=1, keepdims=True) / inner
+            factor = factor * jax.lax.rsqrt(mean + mixer_eps)
+        new = jnp.where(source >= 0, residual + factor * update, update)
+    mean = jnp.mean(new * new, axis=-1, keepdims=True)
+    normed = new * jax.lax.rsqrt(mean + eps) * norm_scale[layer].astype(jnp.float32)
+    parts = modulation[layer].astype(jnp.float32)
+    x = normed * (1 + parts[:, scale]) + parts[:, shift]
+    return x.astype(dtype or hidden.dtype), new
+
+
+def conv_step(
+    projected: jax.Array,
+    conv_cache: jax.Array,
+    layer: ArrayLike,
+    position: ArrayLike,
+    *,
+    conv_weight: jax.Array,
+    conv_bias: jax.Array,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Advances the causal convolution of one layer by one token.
+
+        y = silu(bias + sum_k weight_k x_{t - (w - 1) + k})
+
+    Args:
+      projected: inputs in the first c columns (b, at least c), such as in_proj's x and z.
+      conv_cache: rings of the last w inputs (L, b, w, c).
+      layer, position: int32 (), which layer and which token this is.
+      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
+      implementation: "xla" or "triton".
+
+    Returns:
+      y (b, c) like `projected`; conv_cache.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    chosen = implementation_of("conv_step", implementation, ("xla", "triton"))
+    if chosen != "xla":
+        return kernels_of(chosen).conv_step(
+            projected, conv_cache, layer, position, conv_weight=conv_weight, conv_bias=conv_bias
+        )
+    sizes = bind_axes(
+        "conv_step",
+        conv_weight=(conv_weight, "Lwc"),
+        conv_bias=(conv_bias, "Lc"),
+        conv_cache=(conv_cache, "Lbwc"),
+        projected=(projected, "bq"),
+    )
+    c = sizes["c"]
+    require(sizes["q"] >= c, f"conv_step: projected has {sizes['q']} columns, expected c = {c}")
+    y, conv_cache = _convolve(projected[:, :c], conv_cache, layer, position, conv_weight, conv_bias)
+    return y.astype(projected.dtype), conv_cache
+
+
+def mamba1_step(
+    x: jax.Array,
+    dt: jax.Array,
+    BC: jax.Array,
+    projected: jax.Array,
+    state: jax.Array,
+    layer: ArrayLike,
+    *,
+    dt_bias: jax.Array,
+    A: jax.Array,
+    D: jax.Array,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Advances the state of one Mamba-1 layer by one token: between dt_proj and out_proj.
+
+        dt = softplus(dt + dt_bias)
+        h  = exp(dt A) h + dt B x          for every channel and state
+        y  = (C . h + D x) silu(z)
+
+    (Gu and Dao 2023, alg. 2.)
+
+    Args:
+      x: output of `conv_step` (b, e).
+      dt: output of dt_proj (b, e).
+      BC: output of x_proj, whose last 2 n columns are B and C (b, at least 2 n).
+      projected: output of in_proj, whose last e columns are z (b, at least e).
+      state: SSM states (L, b, e, n), float32 or bfloat16.
+      layer: int32 (), which of the L layers this is.
+      dt_bias, D: (L, e) float32. A: (L, e, n) float32, negative.
+      implementation: "xla" or "triton".
+
+    Returns:
+      y (b, e) like x; state.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    chosen = implementation_of("mamba1_step", implementation, ("xla", "triton"))
+    if chosen != "xla":
+        return kernels_of(chosen).mamba1_step(
+            x, dt, BC, projected, state, layer, dt_bias=dt_bias, A=A, D=D
+        )
+    sizes = bind_axes(
+        "mamba1_step",
+        state=(state, "Lben"),
+        x=(x, "be"),
+        dt=(dt, "be"),
+        BC=(BC, "bk"),
+        projected=(projected, "bq"),
+        dt_bias=(dt_bias, "Le"),
+        A=(A, "Len"),
+        D=(D, "Le"),
+    )
+    e, n = sizes["e"], sizes["n"]
+    require(sizes["k"] >= 2 * n, f"mamba1_step: BC has {sizes['k']} columns, expected {2 * n}")
+    require(sizes["q"] >= e, f"mamba1_step: projected has {sizes['q']} columns, expected {e}")
+    y, new = selective_scan_step(
+        state[layer], x.astype(jnp.float32), dt, A[layer], BC[:, -2 * n : -n], BC[:, -n:],
+        D=D[layer], z=projected[:, -e:], dt_bias=dt_bias[layer],
+    )  # fmt: skip
+    return y.astype(x.dtype), _put(state, new, layer)
+
+
+def mamba2_step(
+    projected: jax.Array,
+    conv_cache: jax.Array,
+    state: jax.Array,
+    layer: ArrayLike,
+    position: ArrayLike,
+    *,
+    conv_weight: jax.Array,
+    conv_bias: jax.Array,
+    dt_bias: jax.Array,
+    A: jax.Array,
+    D: jax.Array,
+    norm_scale: jax.Array,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Advances one Mamba-2 layer by one token: everything between in_proj and out_proj.
+
+        x, B, C = silu(conv(x, B, C))
+        dt      = softplus(dt + dt_bias)
+        h       = exp(dt A) h + dt x B^T
+        u       = (h C + D x) silu(z)
+        y       = u norm_scale,   sum_squares = sums of u^2 over blocks of channels
+
+    (Dao and Gu 2024, eq. 1 and sec. 7.) The gated norm is RMSNorm(u) = y / sqrt(mean(u^2) + eps),
+    and with one group the division is a factor per row: it commutes with out_proj, and
+    `add_norm_modulate` applies it to out_proj's result. With g groups divide y before out_proj, the
+    mean squares of the groups being `sum_squares.reshape(b, g, -1).sum(-1) / (e / g)`.
+
+    Args:
+      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
+      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c).
+      state: SSM states (L, b, h, p, n), float32 or bfloat16.
+      layer: int32 (), which of the L layers this is.
+      position: int32 (), which token this is; the same in every row.
+      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
+      dt_bias, A, D: (L, h) float32; A is negative.
+      norm_scale: scale of the gated norm (L, e) float32.
+      implementation: "xla", "native" or "triton".
+
+    Returns:
+      y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; state.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    parameters = dict(
+        conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
+        norm_scale=norm_scale,
+    )  # fmt: skip
+    chosen = implementation_of("mamba2_step", implementation, ("xla", "native", "triton"))
+    if chosen != "xla":
+        function = kernels_of(chosen).mamba2_step
+        return function(projected, conv_cache, state, layer, position, **parameters)
+    sizes = bind_mamba2_step(
+        "mamba2_step", projected, conv_cache, {"state": (state, "Lbhpn")}, **parameters
+    )
+    (x, B, C, z, dt), conv_cache = _mixer_inputs(
+        projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
+    )
+    u, new = ssd_step(state[layer], x, dt, A[layer], B, C, D=D[layer], z=z, dt_bias=dt_bias[layer])
+    y, sum_squares = _scaled_with_squares(u, norm_scale[layer])
+    return y.astype(projected.dtype), sum_squares, conv_cache, _put(state, new, layer)
+
+
+def dual_step(
+    projected: jax.Array,
+    conv_cache: jax.Array,
+    inputs: jax.Array,
+    B_cache: jax.Array,
+    log_decay: jax.Array,
+    layer: ArrayLike,
+    position: ArrayLike,
+    *,
+    conv_weight: jax.Array,
+    conv_bias: jax.Array,
+    dt_bias: jax.Array,
+    A: jax.Array,
+    D: jax.Array,
+    norm_scale: jax.Array,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Advances one Mamba-2 layer by one token without a state, from what its tokens left behind.
+
+    With a_t the sum of dt A over positions 0 to t, unrolling the recurrence of `mamba2_step` from a
+    zero state gives
+
+        u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
+
+    (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
+    rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
+    reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
+    over the first 2 n tokens. Sums of decays are float32: where they become large, differences of
+    them are rounded by eps times their size.
+
+    Args:
+      projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
+      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c).
+      inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16.
+      B_cache: B of every token (L, b, T, g, n), of the dtype of `inputs`.
+      log_decay: a of every token (L, b, T, h) float32. Rows that no token has reached may hold
+        anything.
+      layer, position: int32 (), which layer and which token this is; position < T.
+      conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `mamba2_step`.
+      implementation: "xla", "native" or "triton".
+
+    Returns:
+      y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; inputs; B_cache;
+      log_decay.
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    parameters = dict(
+        conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
+        norm_scale=norm_scale,
+    )  # fmt: skip
+    caches = (inputs, B_cache, log_decay)
+    chosen = implementation_of("dual_step", implementation, ("xla", "native", "triton"))
+    if chosen != "xla":
+        function = kernels_of(chosen).dual_step
+        return function(projected, conv_cache, *caches, layer, position, **parameters)
+    shapes = {
+        "inputs": (inputs, "LbThp"),
+        "B_cache": (B_cache, "LbTgn"),
+        "log_decay": (log_decay, "LbTh"),
+    }
+    sizes = bind_mamba2_step("dual_step", projected, conv_cache, shapes, **parameters)
+    (x, B, C, z, dt), conv_cache = _mixer_inputs(
+        projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
+    )
+    position = jnp.asarray(position, jnp.int32)
+    reached = jnp.arange(inputs.shape[2]) < position
+
+    def past(cache):
+        rows = cache[layer]
+        return jnp.where(reached.reshape(-1, *(1,) * (rows.ndim - 2)), rows, 0)
+
+    decays = past(log_decay)
+    last = jnp.take(decays, jnp.maximum(position - 1, 0), axis=1)
+    cache = DualCache(past(inputs), past(B_cache), decays, last, position)
+    u, cache = ssd_dual_step(cache, x, dt, A[layer], B, C, D=D[layer], z=z, dt_bias=dt_bias[layer])
+    y, sum_squares = _scaled_with_squares(u, norm_scale[layer])
+    rows = (cache.inputs, cache.B, cache.log_decay)
+
+    def put_row(old, new):
+        """Writes the position's row alone: rows that no token has reached stay as they are."""
+        row = jax.lax.dynamic_index_in_dim(new, position, axis=1, keepdims=False)
+        return old.at[layer, :, position].set(row.astype(old.dtype))
+
+    caches = tuple(map(put_row, caches, rows))
+    return y.astype(projected.dtype), sum_squares, conv_cache, *caches
+
+
+def _put(stacked: jax.Array, new: jax.Array, layer: ArrayLike) -> jax.Array:
+    return stacked.at[layer].set(new.astype(stacked.dtype))
+
+
+def _convolve(inputs, conv_cache, layer, position, weight, bias):
+    """silu of the causal convolution (b, c) float32, and the cache with these inputs."""
+    width = weight.shape[1]
+    ring = conv_cache[layer].at[:, position % width].set(inputs.astype(conv_cache.dtype))
+    window = jnp.roll(ring, -(position + 1), axis=1).astype(jnp.float32)
+    y = jnp.einsum("bwc,wc->bc", window, weight[layer].astype(jnp.float32), precision="highest")
+    return jax.nn.silu(y + bias[layer].astype(jnp.float32)), _put(conv_cache, ring, layer)
+
+
+def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias, sizes):
+    """x (b, h, p), B, C (b, g, n), z (b, h, p), dt (b, h) in float32; and the cache after them."""
+    b, h, p, g, n, e, c = (sizes[axis] for axis in "bhpgnec")
+    z, inputs, dt = jnp.split(projected.astype(jnp.float32), [e, e + c], axis=-1)
+    xBC, conv_cache = _convolve(inputs, conv_cache, layer, position, conv_weight, conv_bias)
+    x, B, C = jnp.split(xBC, [e, e + g * n], axis=-1)
+    heads = (b, h, p)
+    parts = (x.reshape(heads), B.reshape(b, g, n), C.reshape(b, g, n), z.reshape(heads), dt)
+    return parts, conv_cache
+
+
+def _scaled_with_squares(u: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """u (b, h, p) times the norm's scale (b, e), and the sums of u^2 of every head (b, h)."""
+    return u.reshape(len(u), -1) * scale, jnp.sum(u * u, axis=-1)
