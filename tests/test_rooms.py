@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_the_top_level_of_the_package_is_the_rooms():
     rest = {"__init__.py", "__main__.py", "py.typed", "bundled"}
     assert entries == {*ROOMS, *rest} - {"configs"}
     assert len(entries) <= 15
+
+
+def test_the_table_of_rooms_is_what_the_code_is():
+    """In docs/design.md, in the order that imports follow."""
+    table = (ROOT / "docs" / "design.md").read_text().partition("## Rooms")[2].partition("## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.M)) == ROOMS
 
 
 def test_every_package_is_installed():
