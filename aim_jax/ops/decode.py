@@ -13,6 +13,8 @@ state, g groups, w convolution width, T tokens, d model.
   w. Zeros start a sequence; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
@@ -102,7 +104,7 @@ def add_norm_modulate(
       ValueError: the arguments do not fit together.
     """
     chosen = implementation_of("add_norm_modulate", implementation, ("xla", "native", "triton"))
-    options = dict(
+    options: dict[str, Any] = dict(
         sum_squares=sum_squares, inner=inner, shift=shift, scale=scale, gate=gate,
         gate_offset=gate_offset, eps=eps, mixer_eps=mixer_eps,
     )  # fmt: skip
@@ -133,7 +135,7 @@ def add_norm_modulate(
     if gate is not None:
         source = jnp.asarray(layer) + gate_offset
         factor = modulation[jnp.maximum(source, 0), :, gate].astype(jnp.float32)
-        if sum_squares is not None:
+        if sum_squares is not None and inner is not None:
             mean = jnp.sum(sum_squares, axis=1, keepdims=True) / inner
             factor = factor * jax.lax.rsqrt(mean + mixer_eps)
         new = jnp.where(source >= 0, residual + factor * update, update)

@@ -130,7 +130,7 @@ class ModuleDecoder:
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
     ) -> jax.Array:
         """See `Decoder`."""
-        return sample(logits, uniform, **settings)
+        return sample(logits, uniform, **settings)  # type: ignore[arg-type]  # names of arrays
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

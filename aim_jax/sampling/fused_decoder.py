@@ -8,6 +8,7 @@ Each is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the engin
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class FusedDecoder:
             ssm["norm_scale"] = mixer["norm"]["scale"]
         head = place(params["token_embedding"]["embedding"].T)
         norms = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
-        return cls(
+        return cls(  # type: ignore[call-arg]
             params | {"layers": norms}, modulation, matrices, head, conv, ssm, config, engine
         )
 
@@ -114,7 +115,7 @@ class FusedDecoder:
         kept = jnp.float32 if self.implementation == "native" else self.dtype
         ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(kept), position)
         rounded = functools.partial(jnp.asarray, dtype=self.engine.cache_dtype)
-        if dual:
+        if isinstance(cache.ssm_state, ops.DualCache):
             past = cache.ssm_state
             return ring, rounded(past.inputs), rounded(past.B), past.log_decay
         return ring, rounded(cache.ssm_state)
@@ -182,7 +183,7 @@ class FusedDecoder:
         """(b, d) -> (the mixer's output before its division, sum_squares or None, caches)."""
         cfg, matrices = self.config, {name: of[layer] for name, of in self.matrices.items()}
         projected = self._linear(u, matrices["in"])
-        who = {"implementation": self.implementation}
+        who: dict[str, Any] = {"implementation": self.implementation}
         if cfg.mixer == "mamba1":
             ring, state = caches
             x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **who)

@@ -142,7 +142,7 @@ def generate_tokens(
     return _generate_watched(params, random, request, interval, method, callback, every)
 
 
-def random_key(seed: int | jax.Array) -> jax.Array:
+def random_key(seed: Any) -> jax.Array:
     """A seed as a typed key of `GENERATOR`, whatever JAX's default is; a typed key as it is."""
     return seed if _is_key(seed) else jax.random.key(seed, impl=GENERATOR)
 

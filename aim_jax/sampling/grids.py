@@ -63,7 +63,7 @@ class _GrowingGrid:
 
     def __init__(self, count: int, columns: int, names: Sequence[str], path: Path):
         self._count, self._columns, self._names, self._path = count, columns, names, path
-        self._images = None
+        self._images: np.ndarray | None = None
 
     def __call__(self, start: int, images: np.ndarray) -> None:
         if self._images is None:

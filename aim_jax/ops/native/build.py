@@ -36,10 +36,8 @@ def cache_directory() -> Path:
 
 def compiler() -> str:
     """The C++ compiler: $CXX, or the first of c++, g++ and clang++ that is there."""
-    found = [
-        shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
-    ]
-    found = [path for path in found if path]
+    names = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+    found = [path for path in map(shutil.which, names) if path]
     if not found:
         raise BuildError(
             "no C++ compiler found (CXX, c++, g++, clang++). Install one, or decode without it: "
