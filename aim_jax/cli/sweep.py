@@ -45,7 +45,7 @@ def main() -> None:
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     cores_as_devices()
-    grid = {name: numbers(name, f[name].value) for name in SAMPLING_FLAGS if f[name].value}
+    grid = {name: numbers(name, getattr(f, name)) for name in SAMPLING_FLAGS if getattr(f, name)}
     if not (f.checkpoint and f.reference and grid):
         raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
     if not f.inception:
