@@ -11,6 +11,8 @@ no_position has adaLN-Group and no published figure.
 aim-jax train --config aim_ablation:groups_8 --workdir runs/groups_8
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import imagenet_recipe
 
 MODEL = {
@@ -26,7 +28,7 @@ MODEL = {
 }
 
 
-def get_config(variant="groups_4"):
+def get_config(variant: str = "groups_4") -> ConfigDict:
     if variant not in MODEL:
         raise ValueError(f"variant {variant!r}; expected one of {', '.join(MODEL)}.")
     config = imagenet_recipe("L", epochs=300)

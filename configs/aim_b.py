@@ -9,8 +9,10 @@ accumulate=4 fits there, and is what that time is modelled with; aim-jax compile
 --search finds one that fits other machines.
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import imagenet_recipe
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return imagenet_recipe("B", epochs=300)

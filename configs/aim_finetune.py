@@ -8,10 +8,12 @@ aim-jax train --config aim_finetune --workdir runs/mine \
   --config.model.num_classes=10
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import imagenet_recipe
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = imagenet_recipe("B", epochs=300)
     config.init = config.tokenizer = "models/aim_b"
     config.codes = "codes/mine"

@@ -10,8 +10,10 @@ accumulate=16 fits there, and is what that time is modelled with; aim-jax compil
 --search finds one that fits other machines.
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import imagenet_recipe
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return imagenet_recipe("XL", epochs=350)

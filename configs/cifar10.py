@@ -3,10 +3,12 @@
 aim-jax train --config cifar10 --workdir runs/cifar10
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import aim_defaults
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = aim_defaults()
     config.tokenizer = "runs/cifar10_vq_full"
     config.codes = "codes/cifar10"

@@ -9,12 +9,14 @@ aim-jax train_vq --config cifar10_vq:full --workdir runs/cifar10_vq_full \
   --config.lpips=lpips.safetensors
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import vq_defaults
 
 PARTS = ("whole", "full")
 
 
-def get_config(part="whole"):
+def get_config(part: str = "whole") -> ConfigDict:
     if part not in PARTS:
         raise ValueError(f"part {part!r}; expected one of {', '.join(PARTS)}.")
     full = part == "full"

@@ -4,8 +4,10 @@ aim-jax evaluate --config eval --checkpoint cifar10 \\
     --reference cifar10:train --inception FILE
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import eval_defaults
 
 
-def get_config():
+def get_config() -> ConfigDict:
     return eval_defaults()

@@ -8,10 +8,12 @@ The reference is that of the ADM evaluator, which has the statistics of the whol
 the guidance that suits a model.
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import eval_defaults
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = eval_defaults()
     config.num_samples = 50_000
     config.neighbour_images = 50_000

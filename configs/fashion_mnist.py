@@ -3,10 +3,12 @@
 aim-jax train --config fashion_mnist --workdir runs/fashion_mnist
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import aim_defaults
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = aim_defaults()
     config.tokenizer = "runs/fashion_mnist_vq"
     config.codes = "codes/fashion_mnist"

@@ -3,10 +3,12 @@
 aim-jax train_vq --config fashion_mnist_vq --workdir runs/fashion_mnist_vq
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import vq_defaults
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = vq_defaults()
     config.batch_size = 32
     config.steps = 1000

@@ -6,8 +6,10 @@ chosen from what is in the folder, and printed.
 aim-jax train --config folder:pictures --workdir runs/aim
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.from_folder import aim_config
 
 
-def get_config(directory=""):
+def get_config(directory: str = "") -> ConfigDict:
     return aim_config(directory)

@@ -6,8 +6,10 @@ overridden as always.
 aim-jax train_vq --config folder_vq:pictures --workdir runs/vq
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.from_folder import vq_config
 
 
-def get_config(directory=""):
+def get_config(directory: str = "") -> ConfigDict:
     return vq_config(directory)

@@ -5,10 +5,12 @@ aim-jax train_vq --config vq_f8 --workdir runs/vq_f8 --data DIR
 Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
 """
 
+from ml_collections import ConfigDict
+
 from aim_jax.configs.defaults import llamagen_recipe
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = llamagen_recipe()
     config.model.update(ch=128, ch_mult=(1, 2, 2, 4))
     return config

@@ -40,10 +40,12 @@ def main() -> None:
         )
     if f.between and (len(f.between) != 2 or f.classes):
         raise ValueError("--between takes two classes, such as cat,dog, and no --classes.")
-    values = numbers(*given, f[given[0]].value) if not f.between else []
+    (setting,) = given
+    values = [] if f.between else numbers(setting, getattr(f, setting))
     model = load_pretrained(f.checkpoint)
     if f.between:
-        grid = interpolate(model, *class_ids(model, f.between), f.steps, f.count, f.seed)
+        first, second = class_ids(model, f.between)
+        grid = interpolate(model, first, second, f.steps, f.count, f.seed)
     else:
-        grid = compare_settings(model, class_ids(model, f.classes), *given, values, f.seed)
+        grid = compare_settings(model, class_ids(model, f.classes), setting, values, f.seed)
     print(save_png(grid, picture_path(f.out, "comparison.png")))

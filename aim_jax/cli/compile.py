@@ -10,13 +10,16 @@ jax-cuda13-plugin and jax-cuda13-pjrt. Ends with 1 where something does not fit.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from aim_jax.cli.common import define_config
@@ -78,7 +81,7 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     params = jax.tree.map(lambda x: x.update(sharding=whole), params)
     count = images * len(devices)
 
-    def per_image(dtype, *shape):
+    def per_image(dtype: DTypeLike, *shape: int) -> Any:  # takes the place of an array
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
 
     ints = per_image(jnp.int32)
@@ -123,7 +126,7 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
         config.accumulate = more
         say(f"again with config.accumulate={more}")
     results["training"] = _plain(found) | {"accumulate": config.accumulate}
-    if fits:
+    if isinstance(found, Footprint) and found.fits:
         rate = config.batch_size / found.seconds
         mfu = rate * training_flops(model) / peak_flops(devices)
         hours = config.steps * found.seconds / 3600
@@ -143,7 +146,7 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
     return results | {"fits": fits}
 
 
-def _tried(what: str, make) -> Footprint | str:
+def _tried(what: str, make: Callable[[], Footprint]) -> Footprint | str:
     start = time.perf_counter()
     try:
         found = make()

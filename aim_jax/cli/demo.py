@@ -29,7 +29,7 @@ def main() -> None:
     serve_page() if flags.FLAGS.page else write_pictures()
 
 
-def serve_page():
+def serve_page() -> None:
     from aim_jax.cli.page import serve
     from aim_jax.weights.pretrained import bundled_models, load_pretrained
 
@@ -38,7 +38,7 @@ def serve_page():
     serve({name: load_pretrained(name) for name in names}, f.host, f.port)
 
 
-def write_pictures():
+def write_pictures() -> None:
     from PIL import Image
 
     from aim_jax.sampling.grids import sample_to_directory

@@ -102,13 +102,14 @@ def extract(
         for split in splits
     }
     sources = {split: data.open_images(name, split, data_dir or None) for split in splits}
-    side = spec.image_size // model.vq_config.downsampling
+    vq_config, _ = model.vq()
+    side = spec.image_size // vq_config.downsampling
     writers = {
         split: data.CacheWriter(
             out / split,
             tokenizer=tokenizer_fingerprint(model),
             tokenizer_name=model.name,
-            vocab_size=model.vq_config.n_embed,
+            vocab_size=vq_config.n_embed,
             grid=(side, side),
             class_names=source.class_names,
             views=stored[split].names,

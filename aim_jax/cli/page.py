@@ -1,6 +1,9 @@
 """A page to sample in a browser; Gradio comes with the extra `page`."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -21,7 +24,7 @@ MOST_BYTES = 4 * 2**20  # of a request, and so of an upload
 KEPT_SECONDS = 3600  # pictures that were shown or uploaded
 
 
-def build(models: Mapping[str, Pretrained]):
+def build(models: Mapping[str, Pretrained]) -> Any:
     """The page as `gradio.Blocks`, with its queue; `launch` serves it.
 
     Args:
@@ -53,7 +56,9 @@ def build(models: Mapping[str, Pretrained]):
     return page.queue(max_size=QUEUE, default_concurrency_limit=1)
 
 
-def _sample_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tuple]:
+def _sample_tab(
+    gr: ModuleType, actions: Actions, model_name: Any, model: Pretrained
+) -> list[tuple]:
     with gr.Tab("Sample"), gr.Row():
         with gr.Column():
             name, count = _class_choice(gr, model), _image_count(gr)
@@ -65,7 +70,9 @@ def _sample_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tup
     return _followers(gr, name, settings)
 
 
-def _compare_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tuple]:
+def _compare_tab(
+    gr: ModuleType, actions: Actions, model_name: Any, model: Pretrained
+) -> list[tuple]:
     with gr.Tab("Compare"):
         name, count = _class_choice(gr, model), _image_count(gr)
         inputs = [model_name, name, count, _seed_box(gr)]
@@ -81,7 +88,9 @@ def _compare_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tu
     return _followers(gr, name, left, right)
 
 
-def _complete_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[tuple]:
+def _complete_tab(
+    gr: ModuleType, actions: Actions, model_name: Any, model: Pretrained
+) -> list[tuple]:
     with gr.Tab("Complete"):
         with gr.Row():
             uploaded = gr.Image(label="picture", sources=["upload"], type="numpy", elem_id="upload")
@@ -104,26 +113,26 @@ def _complete_tab(gr, actions: Actions, model_name, model: Pretrained) -> list[t
     return [*_followers(gr, name, settings), ([rows], lambda model: [gr.Slider(**_rows(model))])]
 
 
-def _grid(gr, caption: str, name: str):
+def _grid(gr: ModuleType, caption: str, name: str) -> Any:
     with gr.Column():
         gr.Markdown(caption)  # the label of a picture would lie on its first corner
         return gr.Image(label=caption, show_label=False, elem_id=name, interactive=False)
 
 
-def _class_choice(gr, model: Pretrained):
+def _class_choice(gr: ModuleType, model: Pretrained) -> Any:
     names = class_names(model)
     return gr.Dropdown(names, value=names[0], label="class", elem_id="class")
 
 
-def _image_count(gr):
+def _image_count(gr: ModuleType) -> Any:
     return gr.Slider(1, MOST_IMAGES, 8, step=1, label="images")
 
 
-def _seed_box(gr):
+def _seed_box(gr: ModuleType) -> Any:
     return gr.Number(0, label="seed", precision=0, minimum=0)
 
 
-def _sliders(gr, model: Pretrained) -> list:
+def _sliders(gr: ModuleType, model: Pretrained) -> list:
     own = SamplingConfig(**model.sampling).numbers()
     return [
         gr.Slider(least, most, own[key], step=step, label=label, elem_id=key)
@@ -136,7 +145,7 @@ def _rows(model: Pretrained) -> dict[str, int]:
     return {"maximum": max(most, 2), "value": most // 2 + 1}
 
 
-def _followers(gr, name, *settings: list) -> list[tuple]:
+def _followers(gr: ModuleType, name: Any, *settings: list) -> list[tuple]:
     """What of a tab changes with the model: its classes, and any number of rows of sliders."""
     return [
         ([name], lambda model: [_class_choice(gr, model)]),
@@ -149,7 +158,7 @@ def serve(models: Mapping[str, Pretrained], host: str = "127.0.0.1", port: int =
     launch(build(models), server_name=host, server_port=port)
 
 
-def launch(page, **options):
+def launch(page: Any, **options: Any) -> Any:
     """`page.launch`, with its limits: it reads nothing but uploads, of `MOST_BYTES` at most.
 
     Pillow refuses, in the whole process, to decode files of more than `MOST_PIXELS`.
@@ -166,11 +175,11 @@ def launch(page, **options):
     )  # fmt: skip
 
 
-def _read_no_addresses(component) -> None:
+def _read_no_addresses(component: Any) -> None:
     """A request may name an address instead of an upload, which Gradio would download."""
     keep = component.async_move_resource_to_block_cache
 
-    async def keep_uploads(path):
+    async def keep_uploads(path: str | Path) -> Any:
         if str(path).lower().startswith(("http:", "https:")):
             raise ValueError("Upload the picture; addresses are not read.")
         return await keep(path)
@@ -178,7 +187,7 @@ def _read_no_addresses(component) -> None:
     component.async_move_resource_to_block_cache = keep_uploads
 
 
-def _import_gradio():
+def _import_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError:

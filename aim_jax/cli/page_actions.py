@@ -4,15 +4,18 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from aim_jax.sampling import grids
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
-from aim_jax.sampling.generate import generate
+from aim_jax.sampling.generate import Samples, generate
 from aim_jax.utils.images import make_grid, side_by_side
 from aim_jax.weights.pretrained import Pretrained
+
+Number = float | None  # of a slider or a box, which may be empty
 
 MOST_IMAGES = 16
 COLUMNS = 4
@@ -22,7 +25,7 @@ MOST_RATIO = 16  # of the sides: the shorter one is what a picture is scaled by
 
 def sliders_of(model: Pretrained) -> list[tuple]:
     """(name, least, most, step, label) of a slider per setting, wide enough for the model's own."""
-    vocabulary = model.aim_config.vocab_size
+    vocabulary = model.aim()[0].vocab_size
     own = SamplingConfig(**model.sampling).numbers()
     sliders = []
     for name, setting in SETTINGS.items():
@@ -35,12 +38,12 @@ def sliders_of(model: Pretrained) -> list[tuple]:
 
 def class_names(model: Pretrained) -> list[str]:
     """A name for every class, its number where the model has none."""
-    return [grids.class_name(model, i) for i in range(model.aim_config.num_classes)]
+    return [grids.class_name(model, i) for i in range(model.aim()[0].num_classes)]
 
 
 def most_rows(model: Pretrained) -> int:
     """The most rows of codes that a completion may keep."""
-    return round(model.aim_config.num_tokens**0.5) - 1
+    return round(model.aim()[0].num_tokens ** 0.5) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,24 +59,40 @@ class Actions:
 
     models: Mapping[str, Pretrained]
 
-    def draw(self, name, chosen, count, seed, *values) -> Iterator[Image.Image]:
+    def draw(
+        self, name: str, chosen: str, count: Number, seed: Number, *values: Number
+    ) -> Iterator[Image.Image]:
         """A grid after every row of codes."""
         model, label, settings = self._asked(name, chosen, *values)
         count = _whole(count, 1, MOST_IMAGES, "the number of images")
         for images in drawn(model, np.full(count, label), _seed(seed), **settings):
             yield make_grid(images, min(count, COLUMNS), min_side=128)
 
-    def compare(self, name, chosen, count, seed, *values) -> Image.Image:
+    def compare(
+        self, name: str, chosen: str, count: Number, seed: Number, *values: Number
+    ) -> Image.Image:
         """Two grids of the same seeds; values are those of the left one, then of the right one."""
-        half, count = len(values) // 2, _whole(count, 1, MOST_IMAGES, "the number of images")
-        seed, grids = _seed(seed), []
+        half = len(values) // 2
+        count = _whole(count, 1, MOST_IMAGES, "the number of images")
+        seed = _seed(seed)
+        grids = []
         asked = [self._asked(name, chosen, *part) for part in (values[:half], values[half:])]
         for model, label, settings in asked:
             images = generate(model, np.full(count, label), seed, **settings).images
             grids.append(make_grid(np.asarray(images), min(count, COLUMNS), min_side=96))
         return side_by_side(grids)
 
-    def complete(self, name, chosen, uploaded, sketched, rows, count, seed, *values) -> Image.Image:
+    def complete(
+        self,
+        name: str,
+        chosen: str,
+        uploaded: np.ndarray | None,
+        sketched: dict | None,
+        rows: Number,
+        count: Number,
+        seed: Number,
+        *values: Number,
+    ) -> Image.Image:
         """A picture, what is kept of it, and completions.
 
         Args:
@@ -97,7 +116,7 @@ class Actions:
             min_side=128, **settings,
         )  # fmt: skip
 
-    def _asked(self, name, chosen, *values) -> tuple[Pretrained, int, dict]:
+    def _asked(self, name: str, chosen: str, *values: Number) -> tuple[Pretrained, int, dict]:
         if name not in self.models:
             raise ValueError(f"There is no model {name!r}.")
         model, settings = self.models[name], {}
@@ -110,7 +129,9 @@ class Actions:
         return model, class_names(model).index(chosen), settings
 
 
-def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Iterator[np.ndarray]:
+def drawn(
+    model: Pretrained, labels: np.ndarray, seed: int, **settings: Any
+) -> Iterator[np.ndarray]:
     """The images uint8 (b, H, W, c) after every row of codes, and at last the finished ones.
 
     Where the reader leaves before the end, drawing ends with the row at hand.
@@ -118,12 +139,12 @@ def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Itera
     done: queue.Queue = queue.Queue()
     left = threading.Event()
 
-    def watch(samples):
+    def watch(samples: Samples) -> None:
         if left.is_set():
             raise InterruptedError
         done.put(np.asarray(samples.images))
 
-    def work():
+    def work() -> None:
         try:
             images = generate(model, labels, seed, callback=watch, **settings).images
             done.put(np.asarray(images))
@@ -144,11 +165,11 @@ def drawn(model: Pretrained, labels: np.ndarray, seed: int, **settings) -> Itera
         worker.join()
 
 
-def _whole(value, least: int, most: int, what: str) -> int:
+def _whole(value: Number, least: int, most: int, what: str) -> int:
     if value is None or not least <= value <= most or value != int(value):
         raise ValueError(f"{what} must be a whole number from {least} to {most}.")
     return int(value)
 
 
-def _seed(value) -> int:
+def _seed(value: Number) -> int:
     return _whole(value, 0, 2**31 - 1, "the seed")

@@ -46,7 +46,7 @@ def main() -> None:
 
     f, out = flags.FLAGS, Path(flags.FLAGS.out)
     cores_as_devices()
-    grid = {name: numbers(name, f[name].value) for name in SETTINGS if f[name].value}
+    grid = {name: numbers(name, getattr(f, name)) for name in SETTINGS if getattr(f, name)}
     if not (f.checkpoint and f.reference and grid):
         raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
     if not f.inception:

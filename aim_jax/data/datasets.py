@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -174,7 +175,9 @@ def _require(files: list[Path], root: Path) -> None:
         raise FileNotFoundError(f"{root} lacks {', '.join(missing)}")
 
 
-def _tail_split(name, split, class_names, images, labels) -> ImageSource:
+def _tail_split(
+    name: str, split: str, class_names: tuple[str, ...], images: np.ndarray, labels: np.ndarray
+) -> ImageSource:
     check_labels(labels, len(class_names), name)
     keep = slice(None)
     if split != "test":
@@ -242,7 +245,7 @@ def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
     return [path for path in paths if (path in held_out) == (split == "validation")]
 
 
-def _tfds_builder(name: str, root: Path | None):
+def _tfds_builder(name: str, root: Path | None) -> Any:
     """A tfds builder whose data set lies on disk as array_record."""
     import tensorflow_datasets as tfds
 
@@ -271,7 +274,7 @@ def _tfds_builder(name: str, root: Path | None):
     return builder
 
 
-def _prepare(name: str, builder) -> None:
+def _prepare(name: str, builder: Any) -> None:
     """Downloads and prepares a tfds data set unless that is done."""
     # For these two tfds itself would unpack, read and encode the pictures by TensorFlow.
     if name == "fashion_mnist":
@@ -289,8 +292,8 @@ def _prepare(name: str, builder) -> None:
         ) from error
 
 
-def _fashion_mnist_examples(builder, dl_manager) -> dict[str, Iterator]:
-    def examples(images, labels):
+def _fashion_mnist_examples(builder: Any, dl_manager: Any) -> dict[str, Iterator]:
+    def examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield index, {"image": Image.fromarray(image), "label": int(label)}
 
@@ -305,8 +308,8 @@ def _fashion_mnist_examples(builder, dl_manager) -> dict[str, Iterator]:
     }
 
 
-def _cifar10_examples(builder, dl_manager) -> dict[str, Iterator]:
-    def examples(split, images, labels):
+def _cifar10_examples(builder: Any, dl_manager: Any) -> dict[str, Iterator]:
+    def examples(split: str, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             record_id = f"{split}_{index:05d}"
             yield index, {"id": record_id, "image": Image.fromarray(image), "label": int(label)}
@@ -314,9 +317,9 @@ def _cifar10_examples(builder, dl_manager) -> dict[str, Iterator]:
     builder.info.features["label"].names = list(CIFAR10_CLASSES)
     with tarfile.open(dl_manager.download(builder._cifar_info.url)) as archive:
         batches = {
-            Path(member.name).name: np.frombuffer(archive.extractfile(member).read(), np.uint8)
+            Path(member.name).name: np.frombuffer(file.read(), np.uint8)
             for member in archive
-            if member.name.endswith(".bin")
+            if member.name.endswith(".bin") and (file := archive.extractfile(member))
         }
     return {
         split: examples(split, *_parse_cifar10([batches[file] for file in _cifar10_files(split)]))
@@ -324,7 +327,7 @@ def _cifar10_examples(builder, dl_manager) -> dict[str, Iterator]:
     }
 
 
-def _open_tfds(name: str, split: str, builder) -> ImageSource:
+def _open_tfds(name: str, split: str, builder: Any) -> ImageSource:
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, builder.info.splits

@@ -171,7 +171,7 @@ class CacheWriter:
         if num_examples < 1:
             raise ValueError(f"no examples to write into the token cache {out_dir}")
         self.path = Path(out_dir)
-        self.manifest = {
+        self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": tokenizer,
@@ -261,7 +261,9 @@ class CacheWriter:
         if differ:
             self._put(MANIFEST, _json(self.manifest))
 
-    def _check(self, codes, labels, shape, start) -> None:
+    def _check(
+        self, codes: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], start: int
+    ) -> None:
         if codes.shape != shape or labels.shape != shape[:1]:
             raise ValueError(
                 f"codes have shape {codes.shape} and labels {labels.shape}, expected {shape} and "
@@ -337,7 +339,14 @@ def extract_codes(
         writer.write(shard, np.concatenate(codes), np.concatenate(labels))
 
 
-def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int) -> Iterator:
+def _encode(
+    encode_fn: Callable[[np.ndarray], Any],
+    source: ImageSource,
+    views: Views,
+    batch_size: int,
+    pieces: Sequence[tuple[int, range]],
+    workers: int,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Shard, codes (n, views, t) and labels (n,) of every piece; one piece ahead on the device."""
     side, channels = views.square.image_size, views.square.channels
 
@@ -351,12 +360,12 @@ def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int
             labels[row] = example["label"]
         return {"squares": squares, "labels": labels}
 
-    def fetch(shard, codes, labels):
+    def fetch(shard: int, codes: list, labels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         return shard, np.stack([np.asarray(c) for c in codes], axis=1)[: len(labels)], labels
 
     if not pieces:
         return
-    ahead = None
+    ahead: tuple[int, list, np.ndarray] | None = None
     numbers = grain.MapDataset.range(len(pieces))
     loaded = Prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
     for (shard, _), batch in zip(pieces, loaded, strict=True):
@@ -364,5 +373,6 @@ def _encode(encode_fn, source, views, batch_size, pieces: Sequence, workers: int
         if ahead is not None:
             yield fetch(*ahead)
         ahead = shard, codes, np.array(batch["labels"])
-    yield fetch(*ahead)
+    if ahead is not None:
+        yield fetch(*ahead)
     loaded.close()

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,21 @@ class TarImages(ImageSource):
     `offsets` and `sizes`, int64 (N,), say where in the file they are; `labels` is int32 (N,).
     """
 
-    def __init__(self, name, split, class_names, path: Path, offsets, sizes, labels):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: tuple[str, ...],
+        path: Path,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        labels: np.ndarray,
+    ):
         super().__init__(name, split, class_names)
-        self.path, self.offsets, self.sizes, self.labels = path, offsets, sizes, labels
+        self.path = path
+        self.offsets = offsets
+        self.sizes = sizes
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -119,7 +131,7 @@ def _in_folder(folder: Path, split: str) -> tuple[list[str], np.ndarray]:
     return [path for _, path in found], _grouped_labels([group for group, _ in found], folder)
 
 
-def _grouped_labels(groups: list[str], where: Path) -> np.ndarray:
+def _grouped_labels(groups: Sequence[str], where: Path) -> np.ndarray:
     """Labels of the WordNet ids of the groups that the pictures lie in."""
     label_of = {wordnet_id: label for label, wordnet_id in enumerate(wordnet_ids())}
     for problem, odd in (
@@ -135,7 +147,7 @@ def _grouped_labels(groups: list[str], where: Path) -> np.ndarray:
     return np.array([label_of[group] for group in groups], np.int32)
 
 
-def _numbered_labels(names: list[str], where: Path) -> np.ndarray:
+def _numbered_labels(names: Sequence[str], where: Path) -> np.ndarray:
     """Labels of validation pictures from the numbers in their names."""
     label_of = {wordnet_id: label for label, wordnet_id in enumerate(wordnet_ids())}
     labels = [label_of[wordnet_id] for wordnet_id in validation_ids()]
@@ -163,9 +175,10 @@ def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}): remove it") from error
     index = _make_tar_index(tar, split, status.st_size)
+    arrays: dict[str, Any] = {"stamp": stamp, **index}
     try:
         with replacing(file) as partial, partial.open("wb") as out:
-            np.savez(out, stamp=stamp, **index)
+            np.savez(out, **arrays)
     except OSError as error:
         raise OSError(
             f"cannot write the index {file}: {error.strerror}. Link the tar file (ln -s) into a "

@@ -117,9 +117,10 @@ class Prefetched(Iterator):
 
     def __init__(self, dataset: grain.MapDataset, threads: int, workers: int = 0):
         self._dataset, self._threads, self._workers = dataset, threads, workers
-        self._next, self._elements = 0, None
+        self._next = 0
+        self._elements: grain.DatasetIterator | None = None
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self._elements is None:
             self._elements = self._start()
         element = next(self._elements)
@@ -141,7 +142,7 @@ class Prefetched(Iterator):
             self._elements.close()
         self._elements = None
 
-    def _start(self):
+    def _start(self) -> grain.DatasetIterator:
         ahead = self._dataset[self._next :].to_iter_dataset(
             grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads + 1)
         )
@@ -268,7 +269,7 @@ def index_batches(
     share = batch_size // shard_count
     rows = slice(shard_index * share, (shard_index + 1) * share)
 
-    def draw(batch: np.ndarray, rng: np.random.Generator):
+    def draw(batch: np.ndarray, rng: np.random.Generator) -> Any:
         # Drawn for the whole batch, so that it does not matter how many processes share it.
         return gather(batch[rows], rng.integers(2**63, size=len(batch))[rows])
 

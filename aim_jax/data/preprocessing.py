@@ -33,7 +33,7 @@ class ImageSpec:
     random_crop: bool = False
     random_flip: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
         if self.channels not in (1, 3):
@@ -140,10 +140,8 @@ def describe_data(data: ConfigDict) -> dict:
     return {k: v for k, v in data.to_dict().items() if k != "dir"}
 
 
-def image_spec(data: ConfigDict):
+def image_spec(data: ConfigDict) -> ImageSpec:
     """The `ImageSpec` that a data section describes."""
-    from aim_jax.data import ImageSpec
-
     return ImageSpec(
         image_size=data.image_size,
         channels=data.channels,

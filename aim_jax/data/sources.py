@@ -5,7 +5,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,7 +60,14 @@ class ImageSource(abc.ABC):
 class ArrayImages(ImageSource):
     """Pictures held in memory: `images` uint8 (N, H, W, C) and `labels` (N,)."""
 
-    def __init__(self, name, split, class_names, images: np.ndarray, labels: np.ndarray):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: tuple[str, ...],
+        images: np.ndarray,
+        labels: np.ndarray,
+    ):
         super().__init__(name, split, class_names)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
@@ -85,9 +92,18 @@ class FolderImages(ImageSource):
     `as_stored`: see `decode_image`.
     """
 
-    def __init__(self, name, split, class_names, paths: list[str], labels, as_stored=False):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: tuple[str, ...],
+        paths: list[str],
+        labels: Sequence[int] | np.ndarray,
+        as_stored: bool = False,
+    ):
         super().__init__(name, split, class_names)
-        self.paths, self._as_stored = paths, as_stored
+        self.paths = paths
+        self._as_stored = as_stored
         self.labels = np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
@@ -106,13 +122,21 @@ class TfdsImages(ImageSource):
     them again would cost more than keeping them.
     """
 
-    def __init__(self, name, split, class_names, data_source, shape: tuple[int | None, ...]):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        class_names: tuple[str, ...],
+        data_source: Sequence[Mapping[str, Any]],
+        shape: tuple[int | None, ...],
+    ):
         super().__init__(name, split, class_names)
         self._data_source = data_source
         self._labels = np.full(len(data_source), -1, np.int32)
-        self._images = None
-        if None not in shape and len(data_source) * math.prod(shape) <= KEEP_BYTES:
-            self._images = np.empty((len(data_source), *shape), np.uint8)
+        self._images: np.ndarray | None = None
+        sizes = [size for size in shape if size is not None]
+        if len(sizes) == len(shape) and len(data_source) * math.prod(sizes) <= KEEP_BYTES:
+            self._images = np.empty((len(data_source), *sizes), np.uint8)
 
     def __len__(self) -> int:
         return len(self._data_source)
@@ -148,7 +172,8 @@ def decode_image(
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its mode {image.mode} is not 8 bits per channel")
-            mode, shown = "L" if image.mode in ("1", "L", "LA") else "RGB", image
+            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            shown: Image.Image = image
             if not as_stored:
                 # Pillow writes the notes anew when it turns a picture, and fails where they are
                 # damaged; only one of them matters.

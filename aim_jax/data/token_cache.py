@@ -52,7 +52,7 @@ def fingerprint(config: Any, params: Mapping[str, Any]) -> str:
       Hexadecimal SHA-256 over the sorted configuration and the path, type, shape and bytes of each
       array in order of its path.
     """
-    if dataclasses.is_dataclass(config):
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode())
     for path, array in sorted(flatten_dict(params, sep="/").items()):

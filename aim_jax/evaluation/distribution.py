@@ -145,7 +145,7 @@ def kernel_distance(
     if size < 2:
         raise ValueError(f"KID needs at least two images on either side, got {size}.")
 
-    def kernel(x, y):
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
     found = []
@@ -168,7 +168,7 @@ class Manifold(NamedTuple):
 
 
 @jax.jit
-def _squared_distances(x, y):
+def _squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     """(a, d) and (n, d) -> (a, n)."""
     with jax.default_matmul_precision("highest"):
         products = x @ y.T
@@ -180,7 +180,7 @@ def _blocks(x: np.ndarray, most: int = 1000) -> Iterator[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _radii(x, y, k):
+def _radii(x: jax.Array, y: jax.Array, k: int) -> jax.Array:
     return -jax.lax.top_k(-_squared_distances(x, y), k + 1)[0][:, k]
 
 
@@ -211,7 +211,7 @@ class Overlap(NamedTuple):
 
 
 @jax.jit
-def _membership(x, features, radii):
+def _membership(x: jax.Array, features: jax.Array, radii: jax.Array) -> jax.Array:
     return _squared_distances(x, features) <= radii
 
 

@@ -24,7 +24,6 @@ from aim_jax.evaluation.features import FeatureExtractor, sum_over_processes
 from aim_jax.evaluation.image_sets import ImageParts, ImageSet, NpzImages
 from aim_jax.evaluation.reconstruction import WINDOW, codebook_use, psnr, ssim
 from aim_jax.evaluation.references import (
-    Reference,
     check_alike,
     open_reference,
     open_set,
@@ -43,6 +42,7 @@ from aim_jax.weights.tokenizer import local_encoder
 
 # Images of a set, of which the density looks at the fifth neighbour of each.
 FEWEST = 6
+NOTHING_TO_SCORE = "there is nothing to score: give a model, or samples."
 
 
 def on_local_devices(model: Pretrained) -> Pretrained:
@@ -74,16 +74,15 @@ def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
 
 def size_of_samples(model: Pretrained) -> tuple[int, int]:
     """Height and width of what a model draws."""
-    side = math.isqrt(model.aim_config.num_tokens) * model.vq_config.downsampling
+    aim_config, _ = model.aim()
+    vq_config, _ = model.vq()
+    side = math.isqrt(aim_config.num_tokens) * vq_config.downsampling
     return side, side
 
 
 def identity_of(model: Pretrained) -> list[str]:
     """Changes when a model's configuration or weights do."""
-    return [
-        fingerprint(model.aim_config, model.aim_params),
-        fingerprint(model.vq_config, model.vq_params),
-    ]
+    return [fingerprint(*model.aim()), fingerprint(*model.vq())]
 
 
 def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
@@ -99,7 +98,7 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
       ValueError: the directory holds a series of other settings, or a setting is out of range.
     """
     settings, size = sampling_settings(model, config), config.batch_size
-    labels = balanced_labels(config.num_samples, model.aim_config.num_classes)
+    labels = balanced_labels(config.num_samples, model.aim()[0].num_classes)
     identity = settings | {
         "model": identity_of(model),
         "num_samples": config.num_samples,
@@ -164,7 +163,7 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
     """
     found: dict = {"fid": frechet_distance(made.pool, reference.pool)}
     notes = notes_on_covariances(made, reference)
-    if reference.spatial is not None:
+    if made.spatial is not None and reference.spatial is not None:
         found["sfid"] = frechet_distance(made.spatial, reference.spatial)
     if made.inception_score is not None:
         found["inception_score"] = list(made.inception_score)
@@ -192,13 +191,15 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
     return found, notes
 
 
-def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Path):
+def reconstruct(
+    model: Pretrained, images: ImageSet, config: ConfigDict, out: Path
+) -> tuple[Path, dict[str, float]]:
     """Encodes and decodes a set of pictures with the tokenizer.
 
     Returns:
       A file with the reconstructions (arr_0), and psnr, ssim, usage and perplexity.
     """
-    vq_config = model.vq_config
+    vq_config, _ = model.vq()
     _, height, width, channels = images.shape
     if height != width or height % vq_config.downsampling or channels != vq_config.in_channels:
         raise ValueError(
@@ -207,9 +208,10 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
             "channel(s)."
         )
     model = on_local_devices(dataclasses.replace(model, aim_params=None))
+    _, vq_params = model.vq()
     encode, devices = local_encoder(model)
     size = -(-config.batch_size // devices) * devices
-    identity = {"tokenizer": fingerprint(vq_config, model.vq_params), "of": images.identity}
+    identity = {"tokenizer": fingerprint(vq_config, vq_params), "of": images.identity}
     file, counts = out / "reconstructions.npz", np.zeros(vq_config.n_embed, np.int64)
     parts = ImageParts(out / "reconstruction_parts", file, identity)
     measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
@@ -219,7 +221,7 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     for i, batch in zip(numbers, images.batches(size, rank, processes), strict=True):
         filled = np.resize(batch, (size, *batch.shape[1:]))
         tokens = encode(filled.astype(np.float32) / 127.5 - 1)
-        back = np.asarray(decode_images(model.vq_params, tokens, config=vq_config))
+        back = np.asarray(decode_images(vq_params, tokens, config=vq_config))
         back = back[: len(batch)]
         parts.add(i, back)
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))
@@ -235,12 +237,18 @@ def reconstruct(model: Pretrained, images: ImageSet, config: ConfigDict, out: Pa
     return file, found | codebook_use(counts)
 
 
-def neighbours_picture(made: ImageSet, features: FeatureSet, reference: Reference, path: Path):
+def neighbours_picture(
+    made: ImageSet,
+    features: FeatureSet,
+    reference: ImageSet,
+    reference_features: FeatureSet,
+    path: Path,
+) -> Path:
     """Writes generated images, each beside its nearest reference images in feature space."""
-    count, k = min(12, len(made)), min(5, len(reference.features.features))
+    count, k = min(12, len(made)), min(5, len(reference_features.features))
     index = np.linspace(0, len(features.features) - 1, count).astype(int)
-    near = nearest(features.features[index], reference.features.features, k)
-    pictures = to_rgb(reference.images.take(reference.features.indices[near].ravel()))
+    near = nearest(features.features[index], reference_features.features, k)
+    pictures = to_rgb(reference.take(reference_features.indices[near].ravel()))
     pictures = pictures.reshape(count, k, *pictures.shape[1:])
     shown = to_rgb(made.take(features.indices[index]))
     rows = np.concatenate([shown[:, None], pictures], axis=1)
@@ -253,6 +261,25 @@ def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:
     for what, count in (counts | {"config.neighbour_images": config.neighbour_images}).items():
         if count < FEWEST:
             raise ValueError(f"{what}: {count} images; expected {FEWEST} or more.")
+
+
+def _images_to_score(
+    given: ImageSet | None,
+    model: Pretrained | None,
+    target: ImageSet,
+    config: ConfigDict,
+    out: Path,
+    reconstructions: bool,
+) -> tuple[ImageSet, dict[str, float]]:
+    """The images that are scored, and what else was measured while they were made."""
+    if given is not None:
+        return given, {}
+    if model is None:
+        raise ValueError(NOTHING_TO_SCORE)
+    if reconstructions:
+        file, measured = reconstruct(model, target, config, out)
+        return NpzImages(file), measured
+    return NpzImages(sample_npz(model, config, out)), {}
 
 
 def evaluate(
@@ -287,29 +314,28 @@ def evaluate(
     if samples and reconstructions:
         raise ValueError("reconstructions are made of the reference, not scored from samples.")
     needed = ["vq_params"] if reconstructions else [] if samples else ["aim_params", "vq_params"]
-    if any(getattr(model, part) is None for part in needed):
+    if model is not None and any(getattr(model, part) is None for part in needed):
         raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
-    extract, extra = FeatureExtractor(inception_params), {}
+    extract = FeatureExtractor(inception_params)
     given = open_set(samples, None, config) if samples else None
     target = open_set(reference, model, config, given)
-    scored = given.name if given is not None else model.name
+    source = model if given is None else given
+    if source is None:
+        raise ValueError(NOTHING_TO_SCORE)
+    scored = source.name
     title = f"{'Reconstructions by' if reconstructions else 'Evaluation of'} {scored}"
     check_out(out, title)
     notes_on_given = notes_on_labels(given) if isinstance(given, NpzImages) else []
     if not reconstructions:
         stored_statistics(reference)
-        size = given.shape[1:3] if given is not None else size_of_samples(model)
+        size = size_of_samples(source) if isinstance(source, Pretrained) else source.shape[1:3]
         check_alike(scored, size, target)
         check_enough(config, {
             "samples": config.num_samples if given is None else len(given),
             "the reference": len(target),
         })  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    if reconstructions:
-        file, extra = reconstruct(model, target, config, out)
-    else:
-        file = None if samples else sample_npz(model, config, out)
-    made = NpzImages(file) if given is None else given
+    made, extra = _images_to_score(given, model, target, config, out, reconstructions)
     check_alike(made.name, made.shape[1:3], target)
     # Reconstructions are compared with what was reconstructed: the images, not whole data sets.
     ref = open_reference(
@@ -318,9 +344,10 @@ def evaluate(
     # What is made is scored once; its features are kept until the report is written.
     kept = out / ".features" if isinstance(made, NpzImages) else cache
     features = extract.of_cached(made, config.neighbour_images, kept)
-    if jax.process_index():
+    if features is None or ref.features is None:  # on all processes but the first
         # A process that ends before the others is taken for lost.
-        return wait_for_all("the report")
+        wait_for_all("the report")
+        return None
     if not reconstructions:
         metrics, notes = score(features, ref.features)
     else:
@@ -349,7 +376,7 @@ def evaluate(
     shown = made.take(np.arange(min(100, len(made))))
     save_png(make_grid(shown, 10), out / "images.png")
     if not reconstructions:
-        neighbours_picture(made, features, ref, out / "neighbours.png")
+        neighbours_picture(made, features, ref.images, ref.features, out / "neighbours.png")
     shutil.rmtree(out / ".features", ignore_errors=True)
     for note in report["notes"]:
         say(f"note: {note}")

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import grain
 import numpy as np
@@ -48,7 +49,7 @@ class ImageSet(abc.ABC):
         Of these batches it is those with the numbers first, first + step, ... that come.
         """
 
-    def take(self, indices: Sequence[int]) -> np.ndarray:
+    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images of some indices, in one pass."""
         found, wanted, start = {}, set(map(int, indices)), 0
         for batch in self.batches(256):
@@ -93,7 +94,7 @@ class SourceImages(ImageSet):
         batches = starts.map(lambda start: self.take(range(start, min(start + size, len(self)))))
         return Prefetched(batches, threads=min(8, os.cpu_count() or 1))
 
-    def take(self, indices: Sequence[int]) -> np.ndarray:
+    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images of some indices, uint8 (b, H, W, c)."""
         return np.stack([self._image(int(i)) for i in indices])
 
@@ -128,17 +129,18 @@ class NpzImages(ImageSet):
         self.name = self._path.name
         stat = self._path.stat()
         self.identity = f"{self._path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        with self._opened() as (_, self.shape, dtype):
+        with self._opened() as (_, shape, dtype):
             pass
         if dtype != np.uint8:
             hint = "values in [-1, 1] become pictures by round((x + 1) * 127.5)"
             raise ValueError(f"{path}: {self.KEY} is {dtype}, expected uint8 in [0, 255]; {hint}.")
-        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not self.shape[0]:
+        if len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
             raise ValueError(
-                f"{path}: {self.KEY} has the shape {self.shape}, expected (n, H, W, 3) or "
+                f"{path}: {self.KEY} has the shape {shape}, expected (n, H, W, 3) or "
                 "(n, H, W, 1) with n > 0: channels last."
             )
-
+        count, height, width, channels = shape
+        self.shape = (count, height, width, channels)
         if next(self.batches(64)).max() <= 1:
             raise ValueError(
                 f"{path}: the first images have no value above 1; expected pixels in [0, 255]. "
@@ -163,7 +165,7 @@ class NpzImages(ImageSet):
         return labels
 
     @contextlib.contextmanager
-    def _opened(self):
+    def _opened(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
         """The array as a stream of bytes after its header, its shape and its dtype."""
         try:
             with zipfile.ZipFile(self._path) as file, file.open(f"{self.KEY}.npy") as stream:

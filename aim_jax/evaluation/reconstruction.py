@@ -29,7 +29,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     x, y = (t.astype(jnp.float32) - 127.5 for t in (a, b))  # smaller numbers, the same variances
 
-    def window_mean(t):
+    def window_mean(t: jax.Array) -> jax.Array:
         return nn.avg_pool(t, (WINDOW, WINDOW))
 
     mean_x, mean_y = window_mean(x), window_mean(y)

@@ -150,7 +150,7 @@ def stored_statistics(name: str) -> dict[str, np.ndarray]:
     if not statistics:
         return {}
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
-    expected = {f"mu{s}": (n,) for s, n in sizes.items()}
+    expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
     wrong = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
     if wrong or not {"mu", "sigma"} <= set(statistics):

@@ -30,8 +30,8 @@ def _commit() -> str:
     """The commit of this checkout, with "-dirty" where files differ."""
     root = Path(__file__).resolve().parents[2]
 
-    def git(*command):
-        command = ["git", "-C", str(root), *command]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

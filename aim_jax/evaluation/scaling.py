@@ -1,6 +1,7 @@
 """How quality follows size and compute over several runs (arXiv 2408.12245)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,17 +74,18 @@ def read_run(workdir: Path) -> Run:
     return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid, compared)
 
 
-def fit(x, y) -> Fit:
+def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     """The line through the logarithms.
 
     Raises:
       ValueError: fewer than two different x.
     """
-    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
-    if len(np.unique(x)) < 2:
+    log_x = np.log(np.asarray(x, float))
+    log_y = np.log(np.asarray(y, float))
+    if len(np.unique(log_x)) < 2:
         raise ValueError("a fit needs at least two runs of different size.")
-    slope, offset = np.polyfit(x, y, 1)
-    correlation = float(np.corrcoef(x, y)[0, 1])
+    slope, offset = np.polyfit(log_x, log_y, 1)
+    correlation = float(np.corrcoef(log_x, log_y)[0, 1])
     return Fit(float(slope), float(offset), correlation)
 
 

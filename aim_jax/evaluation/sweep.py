@@ -75,6 +75,8 @@ def sweep(
     check_alike(model.name, evaluate.size_of_samples(model), target)
     extract = FeatureExtractor(inception_params)
     ref = open_reference(reference, extract, model, config, cache)
+    if ref.features is None:
+        raise ValueError("a sweep runs in one process; this is one of several.")
     counts = {"samples": config.num_samples, "the reference": len(ref.features.features)}
     evaluate.check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)

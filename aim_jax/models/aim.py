@@ -40,6 +40,7 @@ POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 Cache = Mamba1Cache | Mamba2Cache
+Carry = tuple[jax.Array, jax.Array]  # (hidden, residual), each (b, l, d)
 
 
 class Modulation(NamedTuple):
@@ -65,8 +66,10 @@ class Block(nn.Module):
     config: AiMConfig
 
     @nn.compact
-    def __call__(self, carry, modulation: jax.Array, cache: Cache | None):
-        """carry = (hidden, residual), each (b, l, d); modulation (b, parts, d)."""
+    def __call__(
+        self, carry: Carry, modulation: jax.Array, cache: Cache | None
+    ) -> tuple[Carry, Cache | None]:
+        """carry = (hidden, residual); modulation (b, parts, d)."""
         cfg = self.config
         hidden, residual = carry
         parts = jnp.split(modulation, cfg.modulation_parts, axis=1)
@@ -101,7 +104,7 @@ class AiM(nn.Module):
 
     config: AiMConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         self.token_embedding = embedding(cfg.vocab_size, cfg.d_model, "vocab")
         if cfg.positions:
@@ -185,7 +188,9 @@ class AiM(nn.Module):
         hidden, residual = carry
         return self.logits(hidden, residual, modulation.final), cache
 
-    def stack(self, x: jax.Array, modulation: Modulation, cache: Cache | None = None):
+    def stack(
+        self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
+    ) -> tuple[Carry, Cache | None]:
         """Inputs (b, l, d) -> ((hidden, residual) after the last block, the cache)."""
         x = constrain(x, "batch", "length", None)
         return self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)

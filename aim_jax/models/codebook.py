@@ -51,10 +51,10 @@ class VectorQuantizer(nn.Module):
 
     config: VQConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
 
-        def init(key, shape):
+        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             codebook = jax.random.uniform(
                 key, shape, minval=-1 / cfg.n_embed, maxval=1 / cfg.n_embed
             )

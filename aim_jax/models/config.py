@@ -66,8 +66,8 @@ class AiMConfig:
     logits_chunk: int = 0
     scan_unroll: int = 1
 
-    def __post_init__(self):
-        def require(ok, message):
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
             if not ok:
                 raise ValueError(f"AiMConfig: {message}")
 
@@ -82,9 +82,11 @@ class AiMConfig:
             self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."
         )
         require(self.position_offset in (0, 1), "position_offset must be 0 or 1.")
-        sizes = ("vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state")
-        sizes += ("d_conv", "expand", "headdim", "ngroups", "chunk_size", "num_groups")
-        for name in (*sizes, "scan_unroll"):
+        sizes = (
+            "vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state", "d_conv",
+            "expand", "headdim", "ngroups", "chunk_size", "num_groups", "scan_unroll",
+        )  # fmt: skip
+        for name in sizes:
             value = getattr(self, name)
             is_size = isinstance(value, int) and 1 <= value < 2**31  # JAX counts in int32
             require(is_size, f"{name}={value!r}; expected an integer from 1 to {2**31 - 1}.")
@@ -170,7 +172,7 @@ class VQConfig:
     dropout: float = 0.0
     compute_dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
         if not self.ch_mult or self.ch % NORM_GROUPS or narrow:

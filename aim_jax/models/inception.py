@@ -7,7 +7,7 @@ mean, the last block pools by maximum, and there are 1008 classes (arXiv 1512.00
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,9 +252,9 @@ def _interpolate(x: jax.Array, axis: int) -> jax.Array:
 
 def shapes(with_logits: bool) -> dict:
     """Shapes and types of the parameters, layers in the order in which they are applied."""
-    order = []
+    order: list[str] = []
 
-    def note(call, args, kwargs, context):
+    def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, Convolution | nn.Dense):
             order.append(context.module.name)
         return call(*args, **kwargs)

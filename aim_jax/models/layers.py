@@ -1,11 +1,13 @@
 """Layers of the AiM stack: norms, causal convolution, label embedding, the adaLN family."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from aim_jax import ops
 from aim_jax.parallel.sharding import constrain
@@ -110,11 +112,11 @@ class CausalConv1D(nn.Module):
         return y, state.astype(self.dtype)
 
 
-def uniform_init(fan_in: int, scale: float = 1.0):
+def uniform_init(fan_in: int, scale: float = 1.0) -> Callable[..., jax.Array]:
     """U(-s, s) with s = scale / sqrt(fan_in): the default of the linear layers being matched."""
     bound = scale * fan_in**-0.5
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
@@ -184,7 +186,7 @@ class LabelEmbedder(nn.Module):
     features: int
     dropout: float
 
-    def setup(self):
+    def setup(self) -> None:
         self.table = embedding(self.num_classes + 1, self.features, "class")
 
     def __call__(self, labels: jax.Array, train: bool = False) -> jax.Array:

@@ -27,7 +27,7 @@ class Mamba1Cache(NamedTuple):
     ssm_state: jax.Array
 
 
-def a_log_init(key, shape) -> jax.Array:
+def a_log_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A_log = log(1 .. n) in every channel: the real S4D initialisation."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
@@ -92,7 +92,7 @@ class Mamba1(nn.Module):
         return y, cache and Mamba1Cache(conv_x, ssm_state)
 
 
-def init_mamba1_cache(config, batch: int) -> Mamba1Cache:
+def init_mamba1_cache(config: AiMConfig, batch: int) -> Mamba1Cache:
     """The zero cache of `batch` sequences for one layer."""
     conv = jnp.zeros((batch, config.d_conv - 1, config.d_inner), jnp.dtype(config.compute_dtype))
     return Mamba1Cache(conv, jnp.zeros((batch, config.d_inner, config.d_state), jnp.float32))

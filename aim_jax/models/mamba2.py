@@ -31,7 +31,9 @@ class Mamba2Cache(NamedTuple):
     ssm_state: jax.Array | ops.DualCache
 
 
-def inverse_softplus_of_log_uniform(key, shape, low: float = 1e-3, high: float = 0.1) -> jax.Array:
+def inverse_softplus_of_log_uniform(
+    key: jax.Array, shape: tuple[int, ...], low: float = 1e-3, high: float = 0.1
+) -> jax.Array:
     """dt_bias with softplus(dt_bias) log-uniform in [low, high] (arXiv 2312.00752, section 3.6)."""
     log_dt = jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high))
     dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
@@ -107,24 +109,26 @@ class Mamba2(nn.Module):
         return y, cache and Mamba2Cache(conv_x, conv_B, conv_C, ssm_state)
 
 
-def a_log_init(key, shape) -> jax.Array:
+def a_log_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A_log with -A uniform in [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
 
 
-def init_mamba2_cache(config, batch: int) -> Mamba2Cache:
+def init_mamba2_cache(config: AiMConfig, batch: int) -> Mamba2Cache:
     """The zero cache of `batch` sequences for one layer."""
     h, p, n = config.n_heads, config.headdim, config.d_state
     return _with_windows(config, batch, jnp.zeros((batch, h, p, n), jnp.float32))
 
 
-def init_mamba2_dual_cache(config, batch: int, tokens: int, dtype: str) -> Mamba2Cache:
+def init_mamba2_dual_cache(config: AiMConfig, batch: int, tokens: int, dtype: str) -> Mamba2Cache:
     """The empty cache of the dual form for one layer, of `batch` sequences and `tokens` tokens."""
     h, p, g, n = config.n_heads, config.headdim, config.ngroups, config.d_state
     return _with_windows(config, batch, ops.init_dual_cache(batch, tokens, h, p, g, n, dtype))
 
 
-def _with_windows(config, batch, ssm_state):
+def _with_windows(
+    config: AiMConfig, batch: int, ssm_state: jax.Array | ops.DualCache
+) -> Mamba2Cache:
     w, gn = config.d_conv - 1, config.ngroups * config.d_state
     x, B, C = (
         jnp.zeros((batch, w, width), jnp.dtype(config.compute_dtype))

@@ -1,5 +1,7 @@
 """The discriminator of tokenizer training: real or decoded, patch by patch (arXiv 1611.07004)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -41,7 +43,7 @@ class PatchGAN(nn.Module):
         """The two last convolutions take a pixel each."""
         return 3 * 2**self.depth
 
-    def _conv(self, features: int, stride: int, name: str, **options) -> nn.Conv:
+    def _conv(self, features: int, stride: int, name: str, **options: Any) -> nn.Conv:
         return nn.Conv(
             features, (4, 4), stride, padding=1, kernel_init=_normal, name=name,
             conv_general_dilated=conv_general_dilated, **options,

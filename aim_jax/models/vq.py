@@ -9,13 +9,14 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from aim_jax.models.codebook import Quantized, VectorQuantizer
 from aim_jax.models.config import NORM_GROUPS, VQConfig
 from aim_jax.ops.conv2d import conv_general_dilated
 
 
-def group_norm(dtype, name: str) -> nn.GroupNorm:
+def group_norm(dtype: DTypeLike, name: str) -> nn.GroupNorm:
     """GroupNorm of LlamaGen's tokenizer."""
     # The fast variance E[x^2] - E[x]^2 loses digits that exact parity with released weights needs.
     return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
@@ -30,7 +31,7 @@ def encoder_params(params: dict) -> dict:
     return {name: params[name] for name in ENCODER}
 
 
-def conv3x3(features: int, dtype, name: str) -> nn.Conv:
+def conv3x3(features: int, dtype: DTypeLike, name: str) -> nn.Conv:
     """3 x 3 convolution that keeps height and width."""
     return nn.Conv(
         features, (3, 3), padding=1, dtype=dtype, name=name,
@@ -106,7 +107,7 @@ class DoublingConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c))
         bias = self.param("bias", nn.initializers.zeros, (c,))
 
-        def halves(k):
+        def halves(k: jax.Array) -> jax.Array:
             """Rows (3, ...) -> those of even and odd outputs (2, 2, ...)."""
             return jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
 
@@ -188,7 +189,7 @@ class VQModel(nn.Module):
 
     config: VQConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         self.encoder = Encoder(cfg)
         self.quant_conv = nn.Dense(cfg.embed_dim)

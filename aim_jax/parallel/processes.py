@@ -44,22 +44,24 @@ def settings(
     if (coordinator, num_processes, process_id) == ("auto", None, None):
         return {}
     source = "--coordinator, --num_processes and --process_id"
+    given: tuple[str | None, str | int | None, str | int | None]
     given = (coordinator, num_processes, process_id)
     if all(x is None for x in given) and "JAX_COORDINATOR_ADDRESS" in environment:
         source = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        number = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX"))
         given = (
             environment["JAX_COORDINATOR_ADDRESS"],
             environment.get("JAX_NUM_PROCESSES"),
-            number,
+            environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX")),
         )
     if any(x is not None for x in given):
-        if any(x is None for x in given):
+        address, count, number = given
+        if address is None or count is None or number is None:
             raise ValueError(f"{source} belong together, but only some of them are given.")
-        count, number = int(given[1]), int(given[2])
+        count = int(count)
+        number = int(number)
         if not 0 <= number < count:
             raise ValueError(f"process {number} of {count}: they are numbered from 0.")
-        return {"coordinator_address": given[0], "num_processes": count, "process_id": number}
+        return {"coordinator_address": address, "num_processes": count, "process_id": number}
     # Before SLURM: inside an allocation mpirun starts its remote ranks by a step of its own.
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return {"cluster_detection_method": "ompi"}
@@ -80,17 +82,23 @@ def wait_for_all(what: str) -> None:
 def initialize_from(given: flags.FlagValues) -> None:
     """`initialize` with the flags of `define_flags`."""
     names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
-    initialize(**{name: given[name].value for name in names})
+    values: dict[str, Any] = {name: given[name].value for name in names}
+    initialize(**values)
 
 
-def initialize(heartbeat_seconds: int = 100, **given) -> None:
+def initialize(
+    heartbeat_seconds: int = 100,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
     """Connects this process to the others, if there are any; before anything else of JAX.
 
     Args:
       heartbeat_seconds: after which a process that stopped answering ends all of them.
-      **given: coordinator, num_processes, process_id; see `settings`.
+      coordinator, num_processes, process_id: see `settings`.
     """
-    found = settings(os.environ, **given)
+    found = settings(os.environ, coordinator, num_processes, process_id)
     if found is not None:
         jax.distributed.initialize(
             **found,

@@ -6,7 +6,8 @@ splits heads, inner channels and vocabulary over "model". The sequence stays who
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,8 @@ from flax.linen.spmd import RulesFallback
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axes.
-RULES = {
+Rules = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes
+RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data"),
     "length": (),
     "vocab": ("model",),
@@ -44,7 +45,12 @@ def axis_rules(mesh: Mesh, fsdp: bool = False) -> dict[str, tuple[str, ...]]:
     return {name: tuple(a for a in axes if a in mesh.shape) for name, axes in rules.items()}
 
 
-def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    model: int = 1,
+    slices: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """Mesh ('data', 'model') over all devices, or ('slice', 'data', 'model') over several slices.
 
     Neighbours along "model" are devices of one process, which share the fastest links. JAX numbers
@@ -82,7 +88,7 @@ def make_mesh(data: int = -1, model: int = 1, slices: int = 1, devices=None) -> 
     return Mesh(grid, (*axes,), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def partition_specs(boxed, rules):
+def partition_specs(boxed: Any, rules: Rules) -> Any:
     """PartitionSpec of every leaf of a tree boxed with logical axes; unboxed leaves replicate.
 
     Args:
@@ -92,15 +98,17 @@ def partition_specs(boxed, rules):
       ValueError: a logical axis that the table does not name (it would replicate silently).
     """
 
-    def mesh_axis(axis, path):
-        if axis is not None and axis not in rules:
+    def mesh_axis(axis: str | None, path: tuple) -> str | tuple[str, ...] | None:
+        if axis is None:
+            return None
+        if axis not in rules:
             raise ValueError(
                 f"sharding: {jax.tree_util.keystr(path)} has the logical axis {axis!r}, for which "
                 f"the rules have no entry; known are {sorted(rules)}."
             )
-        return _entry(rules.get(axis, ()))
+        return _entry(rules[axis])
 
-    def spec(path, leaf):
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return PartitionSpec()
         return PartitionSpec(*(mesh_axis(axis, path) for axis in leaf.names))
@@ -109,12 +117,12 @@ def partition_specs(boxed, rules):
     return jax.tree_util.tree_map_with_path(spec, boxed, is_leaf=is_box)
 
 
-def _entry(axes: tuple[str, ...]):
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     """Mesh axes as an entry of a PartitionSpec."""
     return axes[0] if len(axes) == 1 else axes or None
 
 
-def shardings(boxed, mesh: Mesh, rules):
+def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedSharding of every leaf of a (possibly abstract) boxed tree."""
     specs = partition_specs(boxed, rules)
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
@@ -130,29 +138,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes, fallback=RulesFallback.RAISE_ERROR)
 
 
-def sharded_jit(fn, mesh: Mesh, rules, **options):
-    """`jax.jit` whose traces know the mesh and the rules, so that `constrain` acts."""
-    table = tuple((name, _entry(axes)) for name, axes in rules.items())
-    jitted = jax.jit(fn, **options)
+class ShardedFunction:
+    """A jitted function whose traces know the mesh and the rules; see `sharded_jit`."""
+
+    def __init__(self, jitted: Any, mesh: Mesh, rules: Rules):
+        self._jitted = jitted
+        self._mesh = mesh
+        self._table = tuple((name, _entry(axes)) for name, axes in rules.items())
 
     @contextlib.contextmanager
-    def known():
-        with jax.set_mesh(mesh), nn.logical_axis_rules(table):
+    def _known(self) -> Iterator[None]:
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(self._table):
             yield
 
-    def call(*args):
-        with known():
-            return jitted(*args)
+    def __call__(self, *args: Any) -> Any:
+        """Runs the function."""
+        with self._known():
+            return self._jitted(*args)
 
-    def lower(*args):
-        with known():
-            return jitted.lower(*args)
-
-    call.lower = lower
-    return call
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the function for arguments that may be abstract."""
+        with self._known():
+            return self._jitted.lower(*args)
 
 
-def create_sharded(make, mesh: Mesh, rules):
+def sharded_jit(fn: Callable, mesh: Mesh, rules: Rules, **options: Any) -> ShardedFunction:
+    """`jax.jit` whose traces know the mesh and the rules, so that `constrain` acts."""
+    return ShardedFunction(jax.jit(fn, **options), mesh, rules)
+
+
+def create_sharded(make: Callable[[], Any], mesh: Mesh, rules: Rules) -> Any:
     """Runs `make()` under jit so that every array is born sharded, and unboxes the result.
 
     Args:
@@ -162,7 +177,7 @@ def create_sharded(make, mesh: Mesh, rules):
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
 
 
-def devices_of(tree) -> list[jax.Device]:
+def devices_of(tree: Any) -> list[jax.Device]:
     """The devices that hold the arrays of a tree, in their order; while tracing, the default one.
 
     The order is the mesh's: a program over the same devices in another order is an error of JAX.
@@ -175,23 +190,23 @@ def devices_of(tree) -> list[jax.Device]:
     return sorted(leaf.sharding.device_set, key=lambda device: device.id)
 
 
-def replicate(tree, mesh: Mesh):
+def replicate(tree: Any, mesh: Mesh) -> Any:
     """A whole copy of every array on every device of the mesh; every process gives the same."""
     sharding = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def place(x):
+    def place(x: Any) -> jax.Array:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree)
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Every array whole, as NumPy, on every process; all of them must call this."""
 
-    def fetch(x):
+    def fetch(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return np.asarray(x)
         if x.is_fully_replicated:
@@ -253,7 +268,7 @@ def shard_batch(batch: dict, mesh: Mesh) -> dict:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def micro_batches(batch, parts: int):
+def micro_batches(batch: Any, parts: int) -> Any:
     """Arrays (b, ...) -> (parts, b / parts, ...), each part with examples of all devices.
 
     Part i is examples i, i + parts, ...
@@ -261,12 +276,12 @@ def micro_batches(batch, parts: int):
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def joined(outputs):
+def joined(outputs: Any) -> Any:
     """What was computed for `micro_batches` -> arrays (b, ...) in the order of the batch."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
 
 
-def summed(sums: Callable, batch, parts: int):
+def summed(sums: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
     found = jax.lax.map(sums, micro_batches(batch, parts))
     return jax.tree.map(lambda x: x.sum(axis=0), found)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -54,10 +55,23 @@ def accelerator(kind: str) -> Accelerator | None:
     return ACCELERATORS[max(names, key=len)] if names else None
 
 
-def peak_flops(devices: Iterable) -> float | None:
+def known_accelerator(kind: str) -> Accelerator:
+    """The entry for a `device_kind`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    chip = accelerator(kind)
+    if chip is None:
+        raise ValueError(f"the figures of {kind!r} are not known.")
+    return chip
+
+
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
     """Operations per second of all devices together, or None where one of them is unknown."""
     chips = [accelerator(device.device_kind) for device in devices]
-    return None if None in chips else sum(chip.flops for chip in chips)
+    known = [chip.flops for chip in chips if chip is not None]
+    return sum(known) if len(known) == len(chips) else None
 
 
 # Shapes of TPU slices by the number of chips.
@@ -73,7 +87,7 @@ SHAPES = {
 }
 SHAPES |= {"v5p": SHAPES["v4"], "v6e": SHAPES["v5e"]}
 CORES_COUNTED = ("v4", "v5p")  # names of slices count TensorCores there, two per chip
-TPU_OPTIONS = {
+TPU_OPTIONS: dict[str, dict[str, Any]] = {
     "v4": {"chip_config_name": "megacore"},
     "1x1": {"chips_per_host_bounds": (1, 1, 1)},
 }
@@ -170,7 +184,7 @@ def _gpus(count: int, kind: str) -> list[jax.Device]:
             "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of the version of jax."
         )
     jax.devices()  # JAX looks for plugins when it first looks for devices
-    memory = math.floor(accelerator(GPUS[kind][0]).memory)
+    memory = math.floor(known_accelerator(GPUS[kind][0]).memory)
     target = GPU_TARGET.format(*GPUS[kind], memory)
     return topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{count}", target_config=target

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from aim_jax.perf.accelerators import Accelerator, accelerator
+from aim_jax.perf.accelerators import Accelerator, known_accelerator
 from aim_jax.perf.hlo import Program
 
 # Of what arithmetic or memory allow, the share that a good program attains. The rest of the model
@@ -70,9 +70,7 @@ def footprint(lowered: jax.stages.Lowered, flops: float, device: jax.Device) -> 
       DoesNotFitError: the compiler ran out of the device's memory.
       ValueError: a device whose figures are not known.
     """
-    chip = accelerator(device.device_kind)
-    if chip is None:
-        raise ValueError(f"the figures of {device.device_kind!r} are not known.")
+    chip = known_accelerator(device.device_kind)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -84,7 +82,11 @@ def footprint(lowered: jax.stages.Lowered, flops: float, device: jax.Device) -> 
 
 def read(compiled: jax.stages.Compiled, flops: float, chip: Accelerator, gpu: bool) -> Footprint:
     """The `Footprint` of a program that is compiled."""
-    program, stats = Program(compiled.as_text()), compiled.memory_analysis()
+    text = compiled.as_text()
+    stats = compiled.memory_analysis()
+    if text is None or stats is None:
+        raise ValueError("the compiler tells neither the program's text nor its memory.")
+    program = Program(text)
     collectives = program.collectives()
     return Footprint(
         arguments=stats.argument_size_in_bytes,

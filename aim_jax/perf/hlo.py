@@ -42,6 +42,17 @@ class Instruction:
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match and match[1]
 
+    def computation(self, name: str) -> str:
+        """The name of a computation that the instruction runs, as `attribute`.
+
+        Raises:
+          ValueError: the instruction lacks it.
+        """
+        value = self.attribute(name)
+        if value is None:
+            raise ValueError(f"the instruction {self.name} has no {name}=.")
+        return value
+
 
 def size(shape: str, *, memory: bool = False) -> int:
     """Bytes of a shape, or of all parts of a tuple.
@@ -56,7 +67,7 @@ def _sizes(shape: str, memory: bool) -> list[int]:
     """Bytes of every array of a shape."""
     sizes = []
     for kind, dimensions, layout in _SHAPE.findall(shape):
-        bits = BITS[kind] if kind in BITS else int(re.search(r"\d+", kind)[0])
+        bits = BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
         count = math.prod(map(int, filter(None, dimensions.split(","))))
         sizes.append(0 if memory and "S(1)" in layout else count * bits // 8)
     return sizes
@@ -83,8 +94,8 @@ class Program:
         self.runs[name] = self.runs.get(name, 0) + times
         for instruction in self.computations[name].values():
             if instruction.op == "while":
-                rounds = self._trip_count(instruction.attribute("condition"))
-                self._count(instruction.attribute("body"), times * rounds)
+                rounds = self._trip_count(instruction.computation("condition"))
+                self._count(instruction.computation("body"), times * rounds)
             elif instruction.op == "conditional":
                 branches = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)
                 names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
@@ -111,7 +122,7 @@ class Program:
             if instruction.op == "constant" and re.match(r"[su]\d+\[\]", instruction.shape):
                 found.add(int(instruction.rest.split(")")[0]))
             if instruction.op == "fusion":
-                found |= self._constants(instruction.attribute("calls"))
+                found |= self._constants(instruction.computation("calls"))
         return found
 
     def collectives(self) -> dict[str, tuple[int, int]]:
@@ -120,7 +131,7 @@ class Program:
         A ring is assumed: of n devices each sends (n - 1) / n of a gathered or scattered array,
         twice that of an all-reduced one.
         """
-        seen: dict[tuple, tuple[str, int, int]] = {}
+        seen: dict[tuple[str, str], tuple[str, int, int]] = {}
         for owner, times, instruction in self._everywhere():
             kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -141,8 +152,9 @@ class Program:
             }[kind]
             # An asynchronous collective may be written in several fusions; its channel is one.
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            unique = channel and kind != "collective-permute"
-            key = (kind, channel[1]) if unique else (owner, instruction.name)
+            key = (owner, instruction.name)
+            if channel and kind != "collective-permute":
+                key = (kind, channel[1])
             if key not in seen or seen[key][1] < times:
                 seen[key] = (kind, times, round(sent))
         totals: dict[str, tuple[int, int]] = {}
@@ -156,11 +168,13 @@ class Program:
         for name, times in self.runs.items():
             for instruction in self.computations[name].values():
                 yield name, times, instruction
-                inner = instruction.op == "fusion" and instruction.attribute("calls")
-                for fused in self._nested(inner):
-                    yield fused[0], times, fused[1]
+                if instruction.op == "fusion":
+                    for inner, fused in self._nested(instruction.attribute("calls")):
+                        yield inner, times, fused
 
     def _nested(self, name: str | None) -> Iterator[tuple[str, Instruction]]:
+        if name is None:
+            return
         for instruction in self.computations.get(name, {}).values():
             yield name, instruction
             if instruction.op == "fusion":
@@ -204,15 +218,15 @@ class Program:
                 parts = sum(self._part_read(x, reader, inner) for reader in readers)
                 sizes[number] = min(sizes[number], parts)
         (root,) = (x for x in inner.values() if x.root)
-        made = _sizes(instruction.shape, memory=True)
+        written = _sizes(instruction.shape, memory=True)
         results = [inner.get(name) for name in root.operands] if root.op == "tuple" else [root]
-        if len(made) == len(results):
-            for i, x in enumerate(results):
-                while x is not None and x.op == "bitcast":
-                    x = inner.get(x.operands[0])
-                if x is not None and x.op == "dynamic-update-slice":
-                    made[i] = min(made[i], size(inner[x.operands[1]].shape))
-        return sum(made) + sum(sizes)
+        if len(written) == len(results):
+            for i, result in enumerate(results):
+                while result is not None and result.op == "bitcast":
+                    result = inner.get(result.operands[0])
+                if result is not None and result.op == "dynamic-update-slice":
+                    written[i] = min(written[i], size(inner[result.operands[1]].shape))
+        return sum(written) + sum(sizes)
 
     def _part_read(self, x: Instruction, reader: Instruction, inner: dict[str, Instruction]) -> int:
         """Bytes of x that an instruction of the same fusion needs."""

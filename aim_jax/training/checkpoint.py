@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class RunCheckpoints:
         """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state, iterator: Prefetched) -> None:
+    def save(self, step: int, state: Any, iterator: Prefetched) -> None:
         """Saves in the background; a checkpoint counts only once all of it is written.
 
         Raises:
@@ -98,7 +99,7 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         self._join_lister()
 
-    def restore_newest(self, state, iterator: Prefetched) -> tuple[int, Any]:
+    def restore_newest(self, state: Any, iterator: Prefetched) -> tuple[int, Any]:
         """Step and state of the newest whole checkpoint; step 0 and `state` where there is none.
 
         Sets the iterator to where it was. Damaged checkpoints are reported and moved to `damaged/`
@@ -201,7 +202,7 @@ class RunCheckpoints:
         self._manager.reload()
 
     @contextlib.contextmanager
-    def _save_errors(self):
+    def _save_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds

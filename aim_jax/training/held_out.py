@@ -1,8 +1,9 @@
 """What a tokenizer makes of held-out pictures: means, rFID, pairs of pictures."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from aim_jax.utils.logging import Progress
 
 
 def eval_step(
-    params, batch: dict, lpips_params: dict | None, *, config: VQConfig, accumulate: int = 1
+    params: dict, batch: dict, lpips_params: dict | None, *, config: VQConfig, accumulate: int = 1
 ) -> dict:
     """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
 
@@ -42,7 +43,7 @@ def eval_step(
     return summed(lambda part: _sums(params, part, lpips_params, config), batch, accumulate)
 
 
-def _sums(params, batch: dict, lpips_params: dict | None, config: VQConfig) -> dict:
+def _sums(params: dict, batch: dict, lpips_params: dict | None, config: VQConfig) -> dict:
     recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
     weights = batch["weights"]
     l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
@@ -74,7 +75,7 @@ class HeldOut:
         config: ConfigDict,
         model: VQConfig,
         mesh: Mesh,
-        batches: Callable,
+        batches: Callable[..., Iterable[dict[str, Any]]],
         count: int,
         lpips_params: dict | None,
         extract: FeatureExtractor | None,
@@ -85,10 +86,10 @@ class HeldOut:
         accumulate = config.accumulate
         self._sums = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
 
-        def decoded(params, images):
+        def decoded(params: dict, images: jax.Array) -> jax.Array:
             return to_uint8(VQModel(model).apply({"params": params}, images)[0])
 
-        def decoded_in_parts(params, images):
+        def decoded_in_parts(params: dict, images: jax.Array) -> jax.Array:
             parts = micro_batches(images, accumulate)
             return joined(jax.lax.map(functools.partial(decoded, params), parts))
 
@@ -98,20 +99,21 @@ class HeldOut:
         self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
         self._real: Gaussian | None = None
 
-    def measure(self, params) -> dict[str, float]:
+    def measure(self, params: dict) -> dict[str, float]:
         """Means of `eval_step`, use of the codebook, and val_rfid."""
         one = lambda batch: self._sums(params, batch, self._lpips)  # noqa: E731
         means = loop.weighted_means(one, self._batches(), self._size, self._mesh)
         use = codebook_use(means.pop("codes"))
         means |= {f"val_{name}": value for name, value in use.items()}
         if self._extract is not None:
-            made = self._gaussian(self._reconstructions(params))
+            made = self._gaussian(self._extract, self._reconstructions(params))
             if self._real is None:
-                self._real = self._gaussian(to_uint8(b["images"]) for b in self._batches())
+                pictures = (to_uint8(batch["images"]) for batch in self._batches())
+                self._real = self._gaussian(self._extract, pictures)
             means["val_rfid"] = frechet_distance(self._real, made)
         return means
 
-    def draw(self, params, path: Path) -> None:
+    def draw(self, params: dict, path: Path) -> None:
         """Writes pairs of pictures and reconstructions."""
         shown = self._shown
         decoded = to_host(self._decoded(params, shown))
@@ -119,14 +121,16 @@ class HeldOut:
             pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
             save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
 
-    def _reconstructions(self, params):
+    def _reconstructions(self, params: dict) -> Iterator[np.ndarray]:
         for batch in self._batches():
             images = shard_batch(loop.pad_batch(batch, self._size), self._mesh)["images"]
             yield local_rows(self._batch_decoded(params, images))[: len(batch["labels"])]
 
-    def _gaussian(self, pictures) -> Gaussian:
+    def _gaussian(
+        self, extract: FeatureExtractor, pictures: Iterable[jax.Array | np.ndarray]
+    ) -> Gaussian:
         moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
         for rows in pictures:
-            moments.add(self._extract(np.asarray(rows)).pool)
+            moments.add(np.asarray(extract(np.asarray(rows)).pool))
             progress(min(moments.count * self._parts, self._count), self._count)
         return over_processes(moments).gaussian()

@@ -1,13 +1,16 @@
 """The codes that AiM is trained on: from token caches, or of pictures encoded on the way."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax.data import (
+    ImageSource,
     TokenCache,
     check_alike,
     check_images,
@@ -15,7 +18,9 @@ from aim_jax.data import (
     open_images,
     token_batches,
 )
+from aim_jax.data.loader import Prefetched
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.models.config import VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel.sharding import joined, micro_batches
 from aim_jax.weights.pretrained import Pretrained
@@ -67,22 +72,24 @@ class CodeData:
         self.validation_size = len(self._validation)
         self.unigram_entropy = unigram_entropy(first)
 
-    def encode(self, batch: dict, after=None) -> dict:
+    def encode(self, batch: dict, after: Any = None) -> dict:
         """The batch as it is: it holds codes already."""
         return batch
 
-    def train_batches(self):
+    def train_batches(self) -> Prefetched:
         """Endless shuffled batches of this process."""
         return self._batches(self._train, weights=self._weights, train=True)
 
-    def validation_batches(self):
+    def validation_batches(self) -> Prefetched:
         """One pass over this process's share of the validation codes."""
         return self._batches([self._validation], train=False)
 
-    def _batches(self, caches, **settings):
+    def _batches(
+        self, caches: Sequence[TokenCache], train: bool, weights: Sequence[float] | None = None
+    ) -> Prefetched:
         return token_batches(
-            caches, self._config.batch_size, seed=self._config.seed,
-            shard_index=self._share[0], shard_count=self._share[1], **settings,
+            caches, self._config.batch_size, weights=weights, seed=self._config.seed, train=train,
+            shard_index=self._share[0], shard_count=self._share[1],
         )  # fmt: skip
 
 
@@ -100,7 +107,8 @@ class EncodedImages:
     unigram_entropy = None
 
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
-        data, vq = config.data, tokenizer.vq_config
+        data = config.data
+        vq, self._params = tokenizer.vq()
         check_pictures_fit(vq, data)
         self._config, self._spec, self._share = config, image_spec(data), share
         self._train, self._validation = (
@@ -113,16 +121,15 @@ class EncodedImages:
         self.vocab_size = vq.n_embed
         self.train_size, self.validation_size = len(self._train), len(self._validation)
 
-        def encode(params, images):
-            def one(part):
+        def encode(params: dict, images: jax.Array) -> jax.Array:
+            def one(part: jax.Array) -> jax.Array:
                 return VQModel(vq).apply({"params": params}, part, method="encode_to_tokens")
 
             return joined(jax.lax.map(one, micro_batches(images, config.accumulate)))
 
         self._encode = jax.jit(encode)
-        self._params = tokenizer.vq_params
 
-    def encode(self, batch: dict, after=None) -> dict:
+    def encode(self, batch: dict, after: Any = None) -> dict:
         """The batch with `codes` in the place of `images`; `after` is what was started before."""
         # Devices of one CPU share its threads. Two programs at once may wait for each other for
         # ever: this one for threads that an all-reduce of the step before holds.
@@ -134,15 +141,15 @@ class EncodedImages:
             jax.block_until_ready(codes)
         return {k: v for k, v in batch.items() if k != "images"} | {"codes": codes}
 
-    def train_batches(self):
+    def train_batches(self) -> Prefetched:
         """Endless shuffled batches of this process."""
         return self._batches(self._train, train=True)
 
-    def validation_batches(self):
+    def validation_batches(self) -> Prefetched:
         """One pass over this process's share of the validation pictures."""
         return self._batches(self._validation, train=False)
 
-    def _batches(self, source, train):
+    def _batches(self, source: ImageSource, train: bool) -> Prefetched:
         return image_batches(
             source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
             shard_index=self._share[0], shard_count=self._share[1],
@@ -161,8 +168,8 @@ def open_codes(
     return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
 
 
-def check_pictures_fit(model, data: ConfigDict) -> None:
-    """Raises ValueError where a tokenizer, a `VQConfig`, and the pictures disagree."""
+def check_pictures_fit(model: VQConfig, data: ConfigDict) -> None:
+    """Raises ValueError where a tokenizer and the pictures disagree."""
     if {model.in_channels, model.out_channels} != {data.channels}:
         raise ValueError(
             f"config.data.channels={data.channels}, but the tokenizer has in_channels="

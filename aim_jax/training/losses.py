@@ -6,11 +6,13 @@ is weighted by how strongly the other parts pull at the decoder's last layer.
 """
 
 import dataclasses
+from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.struct import dataclass
 
+from aim_jax.models.codebook import Quantized
 from aim_jax.models.config import VQConfig
 from aim_jax.models.lpips import MIN_SIDE, lpips
 from aim_jax.models.patchgan import PatchGAN
@@ -37,7 +39,7 @@ class LossConfig:
     adversarial_start: int = 0
     adaptive: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)}; expected 0 or more.")
@@ -62,7 +64,7 @@ class LossConfig:
             )
 
 
-@flax.struct.dataclass
+@dataclass
 class Adversary:
     """What the discriminator says of a batch.
 
@@ -94,10 +96,10 @@ def judge(module: PatchGAN, params: dict, recon: jax.Array, images: jax.Array) -
       recon, images: (b, H, W, c), decoded and real.
     """
 
-    def fooling(recon):
+    def fooling(recon: jax.Array) -> jax.Array:
         return -jnp.mean(module.apply({"params": params}, recon))
 
-    def hinge(params):
+    def hinge(params: dict) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         real = module.apply({"params": params}, images)
         fake = module.apply({"params": params}, recon)
         loss = 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
@@ -136,7 +138,7 @@ def gradients(
     """
     images = batch["images"]
 
-    def reconstruct(vq):
+    def reconstruct(vq: dict) -> tuple[tuple[jax.Array, jax.Array], Quantized]:
         if decoder_only:
             vq = vq | jax.lax.stop_gradient(encoder_params(vq))
         recon, quantized = VQModel(model).apply(
@@ -145,10 +147,12 @@ def gradients(
         codebook = quantized.vq_loss + quantized.commit_loss + quantized.entropy_loss
         return (recon, codebook), quantized
 
-    def fidelity(recon):
+    def fidelity(recon: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         found = {"rec_loss": reconstruction_loss(recon, images, losses.l1, losses.l2)}
         total = found["rec_loss"]
         if losses.perceptual:
+            if lpips_params is None:
+                raise ValueError("config.loss.perceptual needs the weights of LPIPS.")
             distances = lpips(lpips_params, recon, images, model.compute_dtype)
             found["lpips"] = distances.mean()
             total += losses.perceptual * found["lpips"]
@@ -175,7 +179,11 @@ def gradients(
     return grads, (metrics | {"loss": loss}, quantized.indices)
 
 
-def adaptive_weight(backward, pull: jax.Array, adversarial_pull: jax.Array) -> jax.Array:
+def adaptive_weight(
+    backward: Callable[[tuple[jax.Array, jax.Array]], tuple[dict]],
+    pull: jax.Array,
+    adversarial_pull: jax.Array,
+) -> jax.Array:
     """Ratio of the two gradients' norms at the decoder's last layer, at most 10,000.
 
     Args:
@@ -184,7 +192,7 @@ def adaptive_weight(backward, pull: jax.Array, adversarial_pull: jax.Array) -> j
       pull, adversarial_pull: gradients with respect to the pictures.
     """
 
-    def norm(pull):
+    def norm(pull: jax.Array) -> jax.Array:
         (grads,) = backward((pull, jnp.zeros(())))
         return jnp.linalg.norm(grads["decoder"]["conv_out"]["kernel"])
 

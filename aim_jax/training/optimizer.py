@@ -1,28 +1,31 @@
 """Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA, a guard."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from aim_jax.parallel.sharding import joined, micro_batches
+from aim_jax.training.state import TrainState
 
 # Arrays with two or more dimensions in the unstacked model. A_log is left out as its authors do.
 DECAYED = ("kernel", "embedding", "table")
 
 
-def decay_mask(params):
+def decay_mask(params: Any) -> Any:
     """True for the leaves that weight decay acts on: matrices, convolutions, embeddings, tables."""
 
-    def is_decayed(path, _):
+    def is_decayed(path: tuple, _: Any) -> bool:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         return names[-1] in DECAYED  # a box of logical axes adds an entry of another kind
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def learning_rate(config, steps: int) -> optax.Schedule:
+def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up, then a constant, linear or cosine course to end_lr.
 
     Args:
@@ -57,7 +60,7 @@ def learning_rate(config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config, steps: int, frozen: tuple[str, ...] = ()
+    config: ConfigDict, steps: int, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) after clipping by the global norm, without bad steps.
 
@@ -109,17 +112,17 @@ def skip_bad_steps(
         skips only what is not finite.
     """
 
-    def init(params):
+    def init(params: Any) -> GuardState:
         zero = jnp.zeros((), jnp.int32)
         return GuardState(inner.init(params), jnp.zeros(()), zero, zero, zero)
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: GuardState, params: Any = None) -> tuple[Any, GuardState]:
         norm = optax.tree.norm(grads).astype(jnp.float32)
         good = jnp.isfinite(norm)
         if spike_factor:
             good &= (state.used < GUARD_WARMUP) | (norm <= spike_factor * state.usual_norm)
 
-        def choose(new, old):
+        def choose(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         updates, new = inner.update(grads, state.inner, params)
@@ -137,11 +140,12 @@ def skip_bad_steps(
     return optax.GradientTransformation(init, update)
 
 
-def apply_gradients(state, grads, optimizer: optax.GradientTransformation, ema_decay: float):
+def apply_gradients(
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema_decay: float
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after an optimizer step, and what to report of it.
 
     Args:
-      state: `aim_jax.training.loop.TrainState`.
       optimizer: from `make_optimizer`.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -152,7 +156,13 @@ def apply_gradients(state, grads, optimizer: optax.GradientTransformation, ema_d
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), report
 
 
-def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
+def accumulated_grads(
+    grad_fn: Callable[[Any, dict, jax.Array], tuple[Any, tuple[dict, Any]]],
+    params: Any,
+    batch: dict,
+    rng: jax.Array,
+    parts: int,
+) -> tuple[Any, dict, Any]:
     """Mean of the gradients `grad_fn(params, batch, rng)` of a batch that is taken in `parts`.
 
     Args:
@@ -168,7 +178,7 @@ def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
         grads, (metrics, outputs) = grad_fn(params, batch, rng)
         return grads, metrics, outputs
 
-    def micro(total, inputs):
+    def micro(total: Any, inputs: tuple[dict, jax.Array]) -> tuple[Any, Any]:
         part, key = inputs
         grads, (metrics, outputs) = grad_fn(params, part, key)
         return jax.tree.map(jnp.add, total, (grads, metrics)), outputs
@@ -183,7 +193,7 @@ def accumulated_grads(grad_fn, params, batch: dict, rng: jax.Array, parts: int):
     return grads, metrics, joined(outputs)
 
 
-def update_ema(ema, params, decay: float, step: jax.Array):
+def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """ema <- ema + (1 - r) * (params - ema) with r = min(decay, (1 + step) / (10 + step)).
 
     The rate grows with the steps, so that the average forgets the random start. What stands still
@@ -191,5 +201,5 @@ def update_ema(ema, params, decay: float, step: jax.Array):
     """
     if ema is None:
         return None
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    rate = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)

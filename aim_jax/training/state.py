@@ -1,13 +1,13 @@
 """The state that a training run carries from step to step."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.struct
 import jax
 import numpy as np
+from flax.struct import dataclass
 
 
-@flax.struct.dataclass
+@dataclass
 class Discriminator:
     """The tokenizer's adversary, which is trained beside it.
 
@@ -20,7 +20,7 @@ class Discriminator:
     opt_state: Any
 
 
-@flax.struct.dataclass
+@dataclass
 class TrainState:
     """Everything that a run carries from step to step.
 
@@ -42,10 +42,14 @@ class TrainState:
     history: jax.Array | None = None
     discriminator: Discriminator | None = None
 
-    def with_params(self, params) -> "TrainState":
+    if TYPE_CHECKING:  # flax.struct.dataclass adds it, which type checkers do not see
+
+        def replace(self, **changes: Any) -> "TrainState": ...
+
+    def with_params(self, params: Any) -> "TrainState":
         """The state with other parameters, given as host arrays, and with the averages of those."""
 
-        def place(old, new):
+        def place(old: jax.Array, new: np.ndarray) -> jax.Array:
             new = np.asarray(new, old.dtype)  # of which every process has the whole
             return jax.make_array_from_callback(old.shape, old.sharding, lambda at: new[at])
 
@@ -54,6 +58,6 @@ class TrainState:
         return self.replace(params=placed, ema=ema)
 
     @property
-    def eval_params(self):
+    def eval_params(self) -> Any:
         """Parameters to evaluate, sample with and export: the averaged ones if there are any."""
         return self.params if self.ema is None else self.ema

@@ -1,11 +1,17 @@
 """Figures of reports; matplotlib comes with the extra `eval`."""
 
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from aim_jax.utils.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def pyplot():
+
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, drawing into files.
 
     Raises:
@@ -21,13 +27,13 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def new_figure(count: int):
+def new_figure(count: int) -> "tuple[Figure, list[Axes]]":
     """A figure with `count` plots in a row, and the plots."""
     figure, plots = pyplot().subplots(1, count, figsize=(4 * count, 3.2), squeeze=False)
     return figure, list(plots[0])
 
 
-def save_figure(figure, path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
     """Writes a PNG, whole or not at all."""
     figure.tight_layout()
     with replacing(path) as partial:

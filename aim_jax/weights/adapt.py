@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from aim_jax.models.config import AiMConfig
+from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.layers import group_to_layer, layer_to_group
 
 # What two models must share for the weights of one to mean anything in the other.
@@ -18,7 +18,9 @@ VQ_SHAPE = (
 )  # fmt: skip
 
 
-def check_same(source, target, names: tuple[str, ...]) -> None:
+def check_same(
+    source: AiMConfig | VQConfig, target: AiMConfig | VQConfig, names: tuple[str, ...]
+) -> None:
     """Raises ValueError naming every field in which two configurations differ."""
     wrong = [
         f"{name}: {getattr(source, name)} in the weights, {getattr(target, name)} in the model"

@@ -1,7 +1,9 @@
 """Model directories on the Hugging Face hub, which needs the extra `hub`."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 PREFIX = "hf://"
 # What a model directory is made of; nothing else of a repository is fetched or uploaded.
@@ -59,14 +61,14 @@ def upload(directory: Path, repository: str) -> None:
 
 
 @contextlib.contextmanager
-def _failures_of(repository: str, advice: str):
+def _failures_of(repository: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its errors, or those of whichever HTTP library it has
         raise OSError(f"hf://{repository}: {error} {advice}") from None
 
 
-def import_hub():
+def import_hub() -> ModuleType:
     """The module huggingface_hub; ValueError that names the extra where it is not installed."""
     try:
         import huggingface_hub

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Pretrained:
     sampling: dict = dataclasses.field(default_factory=dict)
     info: dict = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.aim_config and self.vq_config):
             return
         if self.aim_config.vocab_size != self.vq_config.n_embed:
@@ -71,6 +71,26 @@ class Pretrained:
                 f"{self.name}: the AiM has a vocabulary of {self.aim_config.vocab_size}, but the "
                 f"tokenizer has {self.vq_config.n_embed} codes; they do not belong together."
             )
+
+    def aim(self) -> tuple[AiMConfig, dict]:
+        """Configuration and parameters of the autoregressive model.
+
+        Raises:
+          ValueError: the model has none.
+        """
+        if self.aim_config is None or self.aim_params is None:
+            raise ValueError(f"{self.name} holds no AiM.")
+        return self.aim_config, self.aim_params
+
+    def vq(self) -> tuple[VQConfig, dict]:
+        """Configuration and parameters of the tokenizer.
+
+        Raises:
+          ValueError: the model has none.
+        """
+        if self.vq_config is None or self.vq_params is None:
+            raise ValueError(f"{self.name} holds no tokenizer.")
+        return self.vq_config, self.vq_params
 
     def with_position_offset(self, offset: int) -> "Pretrained":
         """The same model with position row j + `offset` for code j; see `AiMConfig`."""
@@ -268,7 +288,7 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
     )
 
 
-def by_path(tree) -> dict[str, Any]:
+def by_path(tree: Any) -> dict[str, Any]:
     """Leaves of a tree by the string of their path."""
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -304,7 +324,9 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
         checkpointer.save(path, args=args)
 
 
-def _load_params(path: Path, init_params, config, as_stored: bool) -> dict:
+def _load_params(
+    path: Path, init_params: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
+) -> dict:
     """Parameters, checked against the shapes that the configuration asks for."""
     abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     if not path.is_dir():

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -95,7 +96,7 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
     return "\n".join(lines) + "\n"
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list) and len(value) == 2:

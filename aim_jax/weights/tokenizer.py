@@ -25,8 +25,7 @@ def open_tokenizer(name_or_path: str) -> Pretrained:
             "(--config.tokenizer=DIR, made by aim-jax train_vq), or a bundled model's name."
         )
     tokenizer = load_pretrained(name_or_path)
-    if tokenizer.vq_params is None:
-        raise ValueError(f"{name_or_path} holds no tokenizer.")
+    tokenizer.vq()  # raises where there is none
     return tokenizer
 
 
@@ -36,15 +35,18 @@ def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Arr
     The devices of this process share every batch, so that b is a multiple of their number.
     """
     mesh = make_mesh(devices=jax.local_devices())
-    params = jax.device_put(tokenizer.vq_params, NamedSharding(mesh, PartitionSpec()))
-    model, batch = VQModel(tokenizer.vq_config), batch_sharding(mesh)
+    config, params = tokenizer.vq()
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    model = VQModel(config)
+    batch = batch_sharding(mesh)
     apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode_to_tokens"))
     return lambda images: apply(params, jax.device_put(images, batch)), mesh.size
 
 
 def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
     """The `fingerprint` of what codes depend on; decoder and training may be others."""
-    config = dataclasses.asdict(tokenizer.vq_config)
+    config, params = tokenizer.vq()
+    fields = dataclasses.asdict(config)
     for name in ("out_channels", "beta", "entropy_loss_ratio", "dropout"):
-        del config[name]
-    return fingerprint(config, encoder_params(tokenizer.vq_params))
+        del fields[name]
+    return fingerprint(fields, encoder_params(params))

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from aim_jax.models.config import AiMConfig, VQConfig
 
@@ -30,7 +31,7 @@ _MIXER_DEFAULTS = {
     "Mamba1": {"mixer": "mamba1", "d_state": 16},
     "Mamba2": {"mixer": "mamba2", "d_state": 128},
 }
-_MIXER_FIXED = {
+_MIXER_FIXED: dict[str, dict] = {
     "Mamba1": {"bias": False, "conv_bias": True},
     "Mamba2": {
         "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False,
@@ -46,7 +47,7 @@ _VQ_FIELDS = tuple(f.name for f in dataclasses.fields(VQConfig) if f.name != "co
 _VQ_FREE = {"show_usage"}
 
 
-def aim_config_from_official(config: Mapping, **overrides) -> AiMConfig:
+def aim_config_from_official(config: Mapping, **overrides: Any) -> AiMConfig:
     """The shape of an official AiM.
 
     Args:
@@ -79,7 +80,7 @@ def aim_config_from_official(config: Mapping, **overrides) -> AiMConfig:
     return ours
 
 
-def vq_config_from_official(config: Mapping, **overrides) -> VQConfig:
+def vq_config_from_official(config: Mapping, **overrides: Any) -> VQConfig:
     """The shape of an official tokenizer, from its flat config.json; `overrides` are set besides.
 
     Raises:
@@ -89,7 +90,14 @@ def vq_config_from_official(config: Mapping, **overrides) -> VQConfig:
     return VQConfig(**(_read("config", dict(config), names, {}, _VQ_FREE) | overrides))
 
 
-def _read(what: str, config: dict, fields: dict, fixed: dict, free: set, required=()) -> dict:
+def _read(
+    what: str,
+    config: dict,
+    fields: dict[str, str],
+    fixed: dict,
+    free: set[str],
+    required: Sequence[str] = (),
+) -> dict:
     """Our fields of an official configuration; raises ValueError for what does not fit."""
     known = fields.keys() | fixed.keys() | free
     unknown, missing = sorted(config.keys() - known), sorted(set(required) - config.keys())
@@ -104,7 +112,7 @@ def _read(what: str, config: dict, fields: dict, fixed: dict, free: set, require
     return {ours: config[name] for name, ours in fields.items() if name in config}
 
 
-def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> AiMConfig:
+def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides: Any) -> AiMConfig:
     """The shape of an official AiM whose config.json is missing, from its tensors.
 
     Everything that shapes tell is read from them. With Mamba-2 they give the product of `ngroups`
@@ -121,7 +129,7 @@ def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> AiMC
     vocab_size, d = shape("embeddings.word_embeddings.weight", 2)
     layers = _count(shapes, r"mamba\.backbone\.layers\.(\d+)\.")
     mlp = "mamba.backbone.layers.0.mlp.fc2.weight" in shapes
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "d_model": d,
         "num_tokens": shape("embeddings.position_embeddings.weight", 2)[0] - 1,
@@ -148,7 +156,7 @@ def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> AiMC
     return AiMConfig(**(fields | overrides))
 
 
-def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> VQConfig:
+def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides: Any) -> VQConfig:
     """The shape of an official tokenizer from its tensors; `overrides` are set besides.
 
     Args:
@@ -162,7 +170,7 @@ def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> VQCon
     levels = _count(shapes, r"vqvae\.encoder\.conv_blocks\.(\d+)\.")
     widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv2.weight", 4)[0] for i in range(levels)]
     n_embed, embed_dim = shape("quantize.embedding.weight", 2)
-    fields = {
+    fields: dict[str, Any] = {
         "in_channels": in_channels,
         "out_channels": shape("decoder.conv_out.weight", 4)[0],
         "ch": ch,
@@ -175,7 +183,7 @@ def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides) -> VQCon
     return VQConfig(**(fields | overrides))
 
 
-def _shape_reader(what: str, shapes: Mapping, prefix: str):
+def _shape_reader(what: str, shapes: Mapping, prefix: str) -> Callable[[str, int], tuple[int, ...]]:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         key = prefix + name
         if key not in shapes:

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +34,21 @@ VQ_MODULES = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 BESIDES = {rules.TIED_HEAD, rules.USAGE_HISTORY}  # no parameters of their own
 WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
 
+Config = TypeVar("Config", AiMConfig, VQConfig)
 
-def official_keys(tensors: Mapping[str, LazyTensor], where) -> tuple[dict, dict]:
+
+def official_keys(
+    tensors: Mapping[str, LazyTensor], where: str | os.PathLike
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """Tensors of AiM and of the tokenizer by official key, whatever a training program prepended.
 
     Raises:
       WeightsError: keys of neither part, or two that become one.
     """
-    parts, strange, seen = ({}, {}), [], set()
+    aim: dict[str, LazyTensor] = {}
+    vq: dict[str, LazyTensor] = {}
+    strange = []
+    seen = set()
     for key, tensor in tensors.items():
         name = key
         while name.startswith(WRAPPERS):
@@ -55,9 +62,9 @@ def official_keys(tensors: Mapping[str, LazyTensor], where) -> tuple[dict, dict]
             raise WeightsError(f"{where}: {key} is there under two names.")
         seen.add(name)
         if name.startswith(rules.AIM_PREFIX):
-            parts[0][name] = tensor
+            aim[name] = tensor
         elif name.startswith(rules.VQ_PREFIX):
-            parts[1][name] = tensor
+            vq[name] = tensor
         else:
             strange.append(key)
     if strange:
@@ -65,7 +72,7 @@ def official_keys(tensors: Mapping[str, LazyTensor], where) -> tuple[dict, dict]
             f"{where}: {len(strange)} keys belong neither to AiM ({rules.AIM_PREFIX}*) nor to its "
             f"tokenizer ({rules.VQ_PREFIX}*): {', '.join(sorted(strange)[:10])}"
         )
-    return parts
+    return aim, vq
 
 
 def load_official(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -80,11 +87,15 @@ def load_official(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[
     Raises:
       FileNotFoundError, WeightsError: as `open_weights`; or keys that belong to neither part.
     """
-    parts = official_keys(files.open_weights(path).tensors, path)
-    return tuple({key: np.asarray(tensor) for key, tensor in part.items()} for part in parts)
+    aim, vq = official_keys(files.open_weights(path).tensors, path)
+    return _arrays(aim), _arrays(vq)
 
 
-def aim_config(tensors: Mapping, config: Mapping | None, **overrides) -> AiMConfig:
+def _arrays(tensors: Mapping[str, LazyTensor]) -> dict[str, np.ndarray]:
+    return {key: np.asarray(tensor) for key, tensor in tensors.items()}
+
+
+def aim_config(tensors: Mapping, config: Mapping | None, **overrides: Any) -> AiMConfig:
     """Shape of an AiM from its config.json if there is one, else from its tensors."""
     return _config(
         tensors, config, configs.aim_config_from_official, configs.infer_aim_config, **overrides
@@ -96,27 +107,33 @@ def vq_config(tensors: Mapping, config: Mapping | None) -> VQConfig:
     return _config(tensors, config, configs.vq_config_from_official, configs.infer_vq_config)
 
 
-def _config(tensors, config, read, infer, **overrides):
+def _config(
+    tensors: Mapping,
+    config: Mapping | None,
+    read: Callable[..., Config],
+    infer: Callable[..., Config],
+    **overrides: Any,
+) -> Config:
     try:
         if config is None:
             shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
             return infer(shapes, **overrides)
-        config = read(config, **overrides)
+        shape = read(config, **overrides)
     except (TypeError, OverflowError, ValueError) as error:
         where = "" if config is None else f"{files.CONFIG}: "
         raise WeightsError(f"{where}{str(error).rstrip('.')}.") from None
     # Before anything is built from a size that no file could fill.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), type(field.default)
+    for field in dataclasses.fields(shape):
+        value, kind = getattr(shape, field.name), type(field.default)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
         if isinstance(value, int) and value > size:
             raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all weights.")
-        depth = len(value) if isinstance(value, tuple) else value
+        depth: Any = len(value) if isinstance(value, tuple) else value
         if field.name in ("n_layer", "num_res_blocks", "ch_mult") and depth > len(tensors):
             raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all tensors.")
-    return config
+    return shape
 
 
 def to_jax(
@@ -153,32 +170,30 @@ def to_jax(
         model.
     """
     _check_free(Path(out))
-    aim, vq, sources = _open_parts(weights, vq, config)
+    aim, tokenizer, sources = _open_parts(weights, vq, config)
     model = Pretrained(
         name=str(weights),
         aim_config=aim_config(*aim, position_offset=position_offset) if aim.tensors else None,
-        vq_config=vq_config(*vq) if vq.tensors else None,
+        vq_config=vq_config(*tokenizer) if tokenizer.tensors else None,
     )
     classes = model.aim_config.num_classes if model.aim_config else 0
     names = imagenet_classes() if class_names is None and classes == 1000 else class_names or ()
     if names and len(names) != classes:
         raise WeightsError(f"{len(names)} class names for {classes} classes.")
 
-    changes = {"class_names": tuple(names), "sampling": dict(SAMPLING)}
+    changes: dict[str, Any] = {"class_names": tuple(names), "sampling": dict(SAMPLING)}
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.map(files.sha256, sources)
         if model.aim_config:
             _describe("AiM", aim.tensors, model.aim_config)
-            params, shape = (
-                rules.convert_aim(aim.tensors, model.aim_config, dtype),
-                model.aim_config,
-            )
+            shape = model.aim_config
+            params = rules.convert_aim(aim.tensors, shape, dtype)
             if adaln is not None:
                 params, shape = _rearrange(params, shape, adaln, num_groups, approximate)
             changes |= {"aim_params": params, "aim_config": shape}
         if model.vq_config:
-            _describe("tokenizer", vq.tensors, model.vq_config)
-            changes["vq_params"] = rules.convert_vq(vq.tensors, model.vq_config, dtype)
+            _describe("tokenizer", tokenizer.tensors, model.vq_config)
+            changes["vq_params"] = rules.convert_vq(tokenizer.tensors, model.vq_config, dtype)
         provenance = {
             "sources": [
                 {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
@@ -188,9 +203,9 @@ def to_jax(
         }
     model = dataclasses.replace(model, **changes)
     info = {"data": _describe_data(model), "provenance": provenance}
-    leftovers = {}
-    if rules.USAGE_HISTORY in vq.tensors:
-        history = np.asarray(vq.tensors[rules.USAGE_HISTORY])
+    leftovers: dict[str, Callable[[Path], None]] = {}
+    if rules.USAGE_HISTORY in tokenizer.tensors:
+        history = np.asarray(tokenizer.tensors[rules.USAGE_HISTORY])
         leftovers[LEFTOVERS] = lambda path: _write_history(path, history)
     return save_model(out, dataclasses.replace(model, info=info), None, leftovers)
 
@@ -202,7 +217,11 @@ class Part(NamedTuple):
     config: dict | None
 
 
-def _open_parts(weights, vq, config) -> tuple[Part, Part, tuple[Path, ...]]:
+def _open_parts(
+    weights: str | os.PathLike,
+    vq: str | os.PathLike | None,
+    config: str | os.PathLike | None,
+) -> tuple[Part, Part, tuple[Path, ...]]:
     """AiM, its tokenizer (either may be empty), and the files that they come from."""
     opened = files.open_weights(weights)
     flat = opened.config if config is None else files.read_json(Path(config))
@@ -231,12 +250,14 @@ def _check_free(out: Path) -> None:
         raise WeightsError(f"{out} exists already; remove it, or choose another place.")
 
 
-def _describe(what: str, tensors: Mapping, config) -> None:
+def _describe(what: str, tensors: Mapping, config: AiMConfig | VQConfig) -> None:
     size = sum(math.prod(tensors[key].shape) for key in tensors.keys() - BESIDES)
     say(f"{what} with {size:,} parameters: {config}")
 
 
-def _rearrange(params, config, adaln, num_groups, approximate):
+def _rearrange(
+    params: dict, config: AiMConfig, adaln: str, num_groups: int, approximate: bool
+) -> tuple[dict, AiMConfig]:
     params, target, error = rearrange_adaln(params, config, adaln, num_groups)
     if error and not approximate:
         raise WeightsError(
@@ -303,16 +324,19 @@ def to_torch(
             "config.json of a directory with a tokenizer alone."
         )
 
-    parts = [(model.vq_params, model.vq_config)] if model.vq_config else []
+    parts: list[tuple[AiMConfig | VQConfig, dict]] = []
     if model.aim_config and out.suffix != ".pt":
-        parts.insert(0, (model.aim_params, model.aim_config))
+        parts.append(model.aim())
+    if model.vq_config:
+        parts.append(model.vq())
     config = (
         configs.official_aim_config(model.aim_config)
         if model.aim_config
-        else configs.official_vq_config(model.vq_config)
+        else configs.official_vq_config(model.vq()[0])
     )
-    shapes, streams = {}, []
-    for params, shape in parts:
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    streams: list[Iterable[tuple[str, np.ndarray]]] = []
+    for shape, params in parts:
         described, stream = rules.stream_official(params, shape)
         shapes |= {
             key: (size, stored if dtype is None else jnp.dtype(dtype))

@@ -6,6 +6,7 @@ it. Files are untrusted: a pickle is only read by torch's weights-only loader, w
 
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,10 +16,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -64,7 +67,7 @@ class LazyTensor(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -104,9 +107,9 @@ def open_weights(path: str | os.PathLike) -> WeightFiles:
             )
         path = found[0]
     # Only the names of the hub say that a config.json beside them is theirs.
-    config = path.parent / CONFIG
-    belongs = path.name in HUB_FILES and _kind(config, missing=True)
-    config = read_json(config) if belongs else None
+    beside = path.parent / CONFIG
+    belongs = path.name in HUB_FILES and _kind(beside, missing=True)
+    config = read_json(beside) if belongs else None
     if path.name.endswith(".index.json"):
         return _open_index(path)._replace(config=config)
     return WeightFiles(_open_file(path), (path,), config)
@@ -117,8 +120,8 @@ def read_json(path: Path) -> dict:
     return _parse_json(path.read_bytes(), path)
 
 
-def _parse_json(text: bytes, where) -> dict:
-    def unique(pairs):
+def _parse_json(text: bytes, where: str | Path) -> dict:
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
         # Which of two entries of one name counts depends on the reader, so neither may.
         twice = [name for name, count in Counter(k for k, _ in pairs).items() if count > 1]
         if twice:
@@ -210,7 +213,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     A tensor is read through a map of its own, because the pages of a map stay in memory.
     """
 
-    def refuse(why) -> WeightsError:
+    def refuse(why: str) -> WeightsError:
         return WeightsError(
             f"{path}: is not a whole safetensors file ({why}); download or copy it again."
         )
@@ -242,7 +245,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             f"expected {', '.join(DTYPES)}."
         )
     return {
-        key: LazyTensor(shape, DTYPES[dtype], lambda key=key: read(key))
+        key: LazyTensor(shape, DTYPES[dtype], functools.partial(read, key))
         for key, (shape, dtype) in described.items()
     }
 
@@ -261,7 +264,8 @@ def write_safetensors(
       tensors: pairs of key and array.
       metadata: strings for the header.
     """
-    header, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     for key, (shape, dtype) in shapes.items():
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         name = DTYPE_NAMES[np.dtype(dtype)]
@@ -304,7 +308,7 @@ def save_tensors(params: dict, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def import_torch(path: Path, purpose: str):
+def import_torch(path: Path, purpose: str) -> ModuleType:
     """The torch module; WeightsError that names the extra if it is not installed."""
     try:
         import torch
@@ -343,7 +347,7 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
             ) from None
         return _state_dict(path, content, torch.Tensor)
 
-    def copy_of(tensor) -> np.ndarray:
+    def copy_of(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().contiguous()
         dtype = numpy_dtypes[tensor.dtype]
         raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
@@ -355,7 +359,7 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         # What was read through a memory map stays resident, so the map is made anew now and then.
         nonlocal state, used
         if used > REOPEN_AFTER:
-            state, used = None, 0
+            state, used = {}, 0
             state = load()
         used += state[key].nbytes
         return copy_of(state[key])
@@ -379,7 +383,7 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
             f"{', '.join(wide[:5]) or 'many views of the same ones'}."
         )
     return {
-        key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], lambda key=key: read(key))
+        key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], functools.partial(read, key))
         for key, t in state.items()
     }
 
@@ -404,7 +408,7 @@ def _check_zip(path: Path) -> None:
         raise WeightsError(f"{path}: says that it holds more than its size.")
 
 
-def _state_dict(path: Path, content, tensor_type) -> dict:
+def _state_dict(path: Path, content: Any, tensor_type: type) -> dict:
     """The tensors of a checkpoint, which training programs nest under "model" or "state_dict"."""
     for name in ("state_dict", "model"):
         inner = content.get(name) if isinstance(content, dict) else None

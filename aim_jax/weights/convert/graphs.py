@@ -9,8 +9,9 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def _numbers(values: list) -> Iterator[int]:
             rest = bytes(value)
             while rest:
                 length = next(i for i, byte in enumerate(rest) if byte < 128) + 1
-                yield next(fields(memoryview(b"\0" + rest[:length])))[1]
+                yield from _numbers([next(fields(memoryview(b"\0" + rest[:length])))[1]])
                 rest = rest[length:]
 
 
@@ -87,10 +88,9 @@ def _floats(name: str, shape: tuple[int, ...], raw: list) -> np.ndarray:
 def read_graphdef(path: Path) -> dict[str, np.ndarray]:
     """The float32 constants of a frozen TensorFlow graph, by name of their nodes."""
 
-    def constants(graph):
-        for number, node in fields(graph):
-            node = _grouped(node) if number == 1 else {}
-            if not node or _text(node.get(2, [b""])) != "Const":
+    def constants(graph: memoryview) -> Iterator[tuple[str, np.ndarray]]:
+        for node in map(_grouped, _grouped(graph).get(1, [])):
+            if _text(node.get(2, [b""])) != "Const":
                 continue
             name = _text(node[1])
             attributes = {_text(a[1]): _grouped(a[2][-1]) for a in map(_grouped, node.get(5, []))}
@@ -111,7 +111,7 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
     `#i.bias`, i being the number of the operation in the order of the graph.
     """
 
-    def initializers(model):
+    def initializers(model: memoryview) -> Iterator[tuple[str, np.ndarray]]:
         graph = _grouped(_grouped(model)[7][-1])
         found = {}
         for tensor in map(_grouped, graph.get(5, [])):
@@ -133,7 +133,9 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
     return _read(path, "an ONNX model", initializers)
 
 
-def _read(path: Path, kind: str, parse) -> dict[str, np.ndarray]:
+def _read(
+    path: Path, kind: str, parse: Callable[[memoryview], Iterator[tuple[str, np.ndarray]]]
+) -> dict[str, np.ndarray]:
     try:
         return dict(parse(memoryview(path.read_bytes())))
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -143,7 +145,7 @@ def _read(path: Path, kind: str, parse) -> dict[str, np.ndarray]:
 class _Module:
     """Stands for any class of a TorchScript archive: attributes and nothing else."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
 
 
@@ -160,7 +162,7 @@ class _Reader(pickle.Unpickler):
             raise ValueError(f"{name} is packed, which torch does not do")
         return self._archive.read(name)
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -173,14 +175,16 @@ class _Reader(pickle.Unpickler):
             return lambda values, *_: values
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: tuple) -> np.ndarray:
         _, storage, key, *_ = pid
         dtypes = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8",
                   "HalfStorage": "<f2"}  # fmt: skip
         return np.frombuffer(self._entry(f"data/{key}"), dtypes[storage])
 
 
-def _tensor(storage, offset, shape, strides, *_) -> np.ndarray:
+def _tensor(
+    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
     # A view made here before is no storage: its size is not that of its memory.
     if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and storage.flags.c_contiguous):
         raise ValueError("a tensor is made of something else than what is stored")

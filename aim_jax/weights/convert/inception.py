@@ -109,7 +109,7 @@ def _by_layer(tensors: Mapping, layers: set[str]) -> dict[str, dict[str, np.ndar
         module = [m for m in module if m not in ("bn", "batchnorm", "net", "layers", "model")]
         torchvision = bool(module) and module[0] in BLOCKS
         # Theirs call the shift of a batch norm bias, as they do that of the last layer.
-        part = PARTS.get(part)
+        part = PARTS.get(part, "")
         if torchvision and re.search(r"\bbn\b", name):
             part = {"bias": "beta", "weight": "gamma"}.get(part, part)
         layer = _from_torchvision(module) if torchvision else "_".join(module)

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -45,10 +46,11 @@ def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) 
       WeightsError: it is no such network, or reading it needs torch and there is none.
     """
     flat: dict[str, np.ndarray] = {}
-    for file in filter(None, (path, heads)):
-        if not Path(file).is_file():
+    files = [Path(file) for file in (path, heads) if file]
+    for file in files:
+        if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file. The weights of LPIPS are {EXPECTED}.")
-        flat |= _named(_read(Path(file)))
+        flat |= _named(_read(file))
     shapes = flatten(lpips.shapes())
     problems = [f"missing {k}" for k in sorted(set(shapes) - set(flat))]
     for k in sorted(set(shapes) & set(flat)):
@@ -58,10 +60,9 @@ def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) 
             problems.append(f"{k} is not finite")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        files = " with ".join(str(file) for file in (path, heads) if file)
         raise WeightsError(
-            f"{files}: is not LPIPS with VGG16 ({'; '.join(problems[:3])}{more}). Expected "
-            f"{EXPECTED}."
+            f"{' with '.join(map(str, files))}: is not LPIPS with VGG16 "
+            f"({'; '.join(problems[:3])}{more}). Expected {EXPECTED}."
         )
     params: dict = {}
     for name in shapes:
@@ -112,12 +113,12 @@ class _RefusedError(Exception):
 class _DType:
     """Stands for `numpy.dtype` in a pickle: a type of floats and its order of bytes."""
 
-    def __init__(self, name, *_):
+    def __init__(self, name: str, *_: Any):
         if name not in ("f2", "f4", "f8"):
             raise _RefusedError(f"numpy.dtype of {name!r}")
         self.name = name
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple) -> None:
         self.name = {"<": "<", ">": ">"}[state[1]] + self.name
 
 
@@ -127,14 +128,14 @@ class _Array:
     NumPy itself believes whatever state it is given; a hostile one makes its bytes addresses.
     """
 
-    def __init__(self, *_):
-        self.value = None
+    def __init__(self, *_: Any):
+        self.value: np.ndarray | None = None
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_columns, data = state
         if not isinstance(dtype, _DType) or not isinstance(data, bytes):
             raise _RefusedError("an array of other things than numbers")
-        order = "F" if by_columns else "C"
+        order: Literal["F", "C"] = "F" if by_columns else "C"
         self.value = np.frombuffer(data, dtype.name).reshape(shape, order=order)
 
 
@@ -148,7 +149,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 class _NumPyUnpickler(pickle.Unpickler):
     """Reads dictionaries of NumPy arrays of floats; anything else is refused before it is made."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         admitted = {
             ("numpy", "ndarray"): None,
             ("numpy", "dtype"): _DType,
@@ -160,14 +161,14 @@ class _NumPyUnpickler(pickle.Unpickler):
             raise _RefusedError(f"{module}.{name}")
         return admitted[module, name]
 
-    def load(self):
+    def load(self) -> dict:
         content = super().load()
         if not isinstance(content, dict):  # torch's older form begins with a number
             raise _RefusedError(type(content).__name__)
         return jax.tree.map(self._array, content)
 
     @staticmethod
-    def _array(leaf) -> np.ndarray:
+    def _array(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, _Array) or leaf.value is None:
             raise _RefusedError(type(leaf).__name__)
         return leaf.value

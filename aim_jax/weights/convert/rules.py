@@ -8,9 +8,9 @@ layers. All of that is linear, so gradients are converted exactly as weights are
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def vq_rules(config: VQConfig) -> list[Rule]:
 class Slot(NamedTuple):
     """Where one official tensor lives: (path, layer, shape) of its parts, and their axes."""
 
-    parts: list[tuple[str, int | EllipsisType, tuple[int, ...]]]
+    parts: Sequence[tuple[str, int | EllipsisType, tuple[int, ...]]]
     axes: str
 
     @property
@@ -171,8 +171,8 @@ def _slots(rules: list[Rule], shapes: dict[str, tuple[int, ...]]) -> dict[str, S
     for rule in rules:
         paths = _expand(rule.ours)
         if "*" not in rule.official:
-            parts = [(path, ..., shapes[path]) for path in paths]
-            slots[rule.official] = Slot(parts, rule.axes)
+            whole = [(path, ..., shapes[path]) for path in paths]
+            slots[rule.official] = Slot(whole, rule.axes)
             continue
         for layer in range(shapes[paths[0]][0]):
             parts = [(path, layer, shapes[path][1:]) for path in paths]
@@ -180,7 +180,13 @@ def _slots(rules: list[Rule], shapes: dict[str, tuple[int, ...]]) -> dict[str, S
     return slots
 
 
-def _convert(tensors: Mapping, rules, shapes, known: set[str], dtype) -> dict:
+def _convert(
+    tensors: Mapping,
+    rules: list[Rule],
+    shapes: dict[str, tuple[int, ...]],
+    known: set[str],
+    dtype: str | None,
+) -> dict:
     slots = _slots(rules, shapes)
     missing = slots.keys() - tensors.keys()
     problems = [f"{key}: missing, expected {slots[key].shape}" for key in missing]
@@ -223,7 +229,7 @@ def _refuse(problems: list[str], what: str) -> None:
         raise ValueError(f"{what} ({len(problems)} keys):\n  {lines}")
 
 
-def _export(params, rules) -> tuple[dict, Iterator]:
+def _export(params: Mapping, rules: list[Rule]) -> tuple[dict, Iterator]:
     """Shape and dtype by official key, and an iterator of the tensors in that order."""
     flat = {k: np.asarray(v) for k, v in flatten_dict(nn.unbox(params), sep="/").items()}
     slots = _slots(rules, {k: v.shape for k, v in flat.items()})
@@ -240,7 +246,7 @@ def _export(params, rules) -> tuple[dict, Iterator]:
     return shapes, ((key, tensor(slot)) for key, slot in slots.items())
 
 
-def _shapes(init) -> dict[str, tuple[int, ...]]:
+def _shapes(init: Callable[[], dict]) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(lambda: nn.unbox(init()))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
@@ -264,7 +270,7 @@ def official_shapes(config: AiMConfig | VQConfig) -> dict[str, tuple[int, ...]]:
     return {key: slot.shape for key, slot in slots.items()}
 
 
-def convert_aim(tensors: Mapping, config: AiMConfig, dtype="float32") -> dict:
+def convert_aim(tensors: Mapping, config: AiMConfig, dtype: str | None = "float32") -> dict:
     """Official AiM tensors, or gradients with respect to them, as our parameter tree.
 
     Args:
@@ -289,11 +295,11 @@ def convert_aim(tensors: Mapping, config: AiMConfig, dtype="float32") -> dict:
     return params
 
 
-def _equal(a, b) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     return tuple(a.shape) == tuple(b.shape) and np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def convert_vq(tensors: Mapping, config: VQConfig, dtype="float32") -> dict:
+def convert_vq(tensors: Mapping, config: VQConfig, dtype: str | None = "float32") -> dict:
     """Official tokenizer tensors, or gradients with respect to them, as our parameter tree.
 
     Args:
@@ -326,5 +332,5 @@ def stream_official(params: Mapping, config: AiMConfig | VQConfig) -> tuple[dict
     Returns:
       (shape, dtype) by official key, and an iterator of (key, array) in the same order.
     """
-    rules = aim_rules if isinstance(config, AiMConfig) else vq_rules
-    return _export(params, rules(config))
+    rules = aim_rules(config) if isinstance(config, AiMConfig) else vq_rules(config)
+    return _export(params, rules)
