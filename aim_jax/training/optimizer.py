@@ -141,7 +141,7 @@ def apply_gradients(state, grads, optimizer: optax.GradientTransformation, ema_d
     """The state after an optimizer step, and what to report of it.
 
     Args:
-      state: `aim_jax.training.loop.TrainState`.
+      state: `aim_jax.training.state.TrainState`.
       optimizer: from `make_optimizer`.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
