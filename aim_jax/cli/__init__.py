@@ -17,6 +17,7 @@ PROGRAMS = (
     "complete",
     "compare",
     "demo",
+    "describe",
     "train",
     "train_vq",
     "extract_codes",

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import jax
 from absl import app, flags, logging
+from clu import platform
 from ml_collections import config_flags
 
 from aim_jax.ops.native.build import BuildError, cache_directory
@@ -274,5 +275,11 @@ def start_training(train: Callable, stage: str) -> int:
         )
     if given.data:
         config.data.dir = given.data
+    # The platform's task 0 need not be JAX's process 0.
+    unit = platform.work_unit()
+    unit.set_task_status(
+        f"process_index: {jax.process_index()}, process_count: {jax.process_count()}"
+    )
+    unit.create_artifact(platform.ArtifactType.DIRECTORY, given.workdir, "workdir")
     state = train(config, given.workdir)
     return EXIT_STOPPED if int(state.step) < config.steps else 0

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,7 @@ def gated_rms_norm(
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """x (b, l, d) * (1 + scale) + shift, with shift and scale (b, d)."""
+    chex.assert_rank([x, shift, scale], [3, 2, 2])
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

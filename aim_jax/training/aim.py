@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ from aim_jax.sampling.generate import generate
 from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
-from aim_jax.training.loop import Stage
+from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
 from aim_jax.utils.images import make_grid, save_png
@@ -148,12 +149,13 @@ class Setup:
         return state, {"codes": codes.update(sharding=sharding), "labels": labels}
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
     """Trains as the configuration says, and leaves checkpoints, metrics, samples and a model.
 
     Args:
       config: see `aim_jax.configs.defaults.aim_defaults`.
-      workdir: of this run alone; an interrupted run in it is continued.
+      workdir: of this run alone; an interrupted run in it resumes.
+      callbacks: called after those of the configuration.
 
     Raises:
       ValueError, FileNotFoundError: a configuration, cache or workdir that does not fit, before
@@ -215,9 +217,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         return setup.train_step(state, data.encode(batch, after=state))
 
     stage = Stage(
-        encode_and_step, data.train_batches(), evaluate, sample, export,
+        train_step=encode_and_step,
+        batches=data.train_batches(),
+        callbacks=[*loop.run_callbacks(config, evaluate, sample, export), *callbacks],
+        export=export,
         flops=training_flops(model_config),
-    )  # fmt: skip
+    )
     return loop.run(config, workdir, mesh, state, stage)
 
 

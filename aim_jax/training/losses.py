@@ -8,6 +8,7 @@ is weighted by how strongly the other parts pull at the decoder's last layer.
 import dataclasses
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax.struct import dataclass
@@ -85,6 +86,7 @@ class Adversary:
 
 def reconstruction_loss(recon: jax.Array, images: jax.Array, l1: float, l2: float) -> jax.Array:
     """l1 mean(|recon - images|) + l2 mean((recon - images)^2)."""
+    chex.assert_equal_shape([recon, images])  # others may broadcast, to a wrong mean
     error = recon - images
     return l1 * jnp.mean(jnp.abs(error)) + l2 * jnp.mean(jnp.square(error))
 

@@ -123,8 +123,12 @@ class StepLog:
         names = [name for name in used[0] if name not in ("skipped", "skipped_in_a_row")]
         return {name: float(np.mean([m[name] for m in used])) for name in names} | counts
 
-    def report(self, step: int) -> None:
-        """Writes the means since the last report, and prints a line with rate and time left."""
+    def report(self, step: int) -> dict[str, float]:
+        """Writes the means since the last report, and prints a line with rate and time left.
+
+        Returns:
+          What it wrote.
+        """
         means = self.check()
         self._pending.clear()
         now = time.perf_counter()
@@ -137,7 +141,8 @@ class StepLog:
         if self._mfu:
             speed["mfu"] = steps_per_second * self._mfu
         self._step, self._time, self._waited = step, now, 0.0
-        self._writer.write(step, means | speed)
+        scalars = means | speed
+        self._writer.write(step, scalars)
         skipped = means.pop("skipped", 0.0)
         ordered = sorted(means, key=lambda name: name != "loss")
         shown = [f"{name} {means[name]:.4g}" for name in ordered]
@@ -148,6 +153,7 @@ class StepLog:
             shown.append(f"MFU {speed['mfu']:.1%}")
         left = (self._steps - step) / steps_per_second
         say(f"step {step}/{self._steps}  {'  '.join(shown)}  ETA {duration(left)}")
+        return scalars
 
     @contextlib.contextmanager
     def pause(self):

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import chex
 import jax
 import numpy as np
 from flax.struct import dataclass
@@ -53,6 +54,8 @@ class TrainState:
             new = np.asarray(new, old.dtype)  # of which every process has the whole
             return jax.make_array_from_callback(old.shape, old.sharding, lambda at: new[at])
 
+        # `place` reads by index: a larger array would be cut without a word.
+        chex.assert_trees_all_equal_shapes(self.params, params)
         placed = jax.tree.map(place, self.params, params)
         ema = None if self.ema is None else jax.tree.map(place, self.ema, params)
         return self.replace(params=placed, ema=ema)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,7 +45,7 @@ from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.training.held_out import HeldOut
 from aim_jax.training.inputs import check_pictures_fit
-from aim_jax.training.loop import Stage
+from aim_jax.training.loop import Every, Stage
 from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
@@ -253,12 +254,13 @@ class Setup:
         )  # fmt: skip
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
-    """Trains as the configuration says, and leaves checkpoints, metrics, pictures and a model.
+def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
+    """Trains as the configuration says, and leaves checkpoints, metrics, images and a model.
 
     Args:
       config: see `aim_jax.configs.defaults.vq_defaults`.
-      workdir: of this run alone; an interrupted run in it is continued.
+      workdir: of this run alone; an interrupted run in it resumes.
+      callbacks: called after those of the configuration.
 
     Raises:
       ValueError, FileNotFoundError: a configuration, data set or workdir that does not fit, before
@@ -315,12 +317,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         save_model(workdir / "model", model, config.export_dtype)
 
+    reports = loop.run_callbacks(
+        config,
+        evaluate=lambda state: held_out.measure(state.eval_params),
+        sample=lambda state, path: held_out.draw(state.eval_params, path),
+        export=export,
+    )
     stage = Stage(
-        lambda state, batch: setup.train_step(state, batch, lpips_params),
-        batches("train"),
-        lambda state: held_out.measure(state.eval_params),
-        lambda state, path: held_out.draw(state.eval_params, path),
-        export,
+        train_step=lambda state, batch: setup.train_step(state, batch, lpips_params),
+        batches=batches("train"),
+        callbacks=[*reports, *callbacks],
+        export=export,
     )
     return loop.run(config, workdir, mesh, state, stage)
 

@@ -1,0 +1,58 @@
+"""Describes a model: its configuration, class names, sampling defaults and parameters.
+
+Examples:
+  aim-jax describe --checkpoint cifar10
+  aim-jax describe --checkpoint runs/fashion_mnist
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from aim_jax.weights.pretrained import Pretrained
+
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "checkpoint", "cifar10", "Bundled model, model directory, workdir of a run, or hf://."
+    )
+
+
+def main() -> None:
+    from aim_jax.weights.pretrained import load_pretrained
+
+    print("\n".join(describe(load_pretrained(flags.FLAGS.checkpoint, as_stored=True))))
+
+
+def describe(model: "Pretrained") -> Iterator[str]:
+    """Yields the lines of a model's description; bytes are those of its parameters as given."""
+    from aim_jax.utils.parameters import parameter_table
+    from aim_jax.weights.pretrained import MOST_CLASSES
+
+    yield model.name
+    yield from _fields(model.info)
+    if model.class_names:
+        more = len(model.class_names) - MOST_CLASSES
+        shown = ", ".join(model.class_names[:MOST_CLASSES])
+        yield f"\n{len(model.class_names)} classes"
+        yield f"  {shown}{f' and {more} more' if more > 0 else ''}"
+    if model.aim_params is not None:
+        yield "\nSampling defaults"
+        yield from _fields(model.sampling)
+    for title, config, params in (
+        ("AiM", model.aim_config, model.aim_params),
+        ("Tokenizer", model.vq_config, model.vq_params),
+    ):
+        if config is not None and params is not None:
+            yield f"\n{title}"
+            yield from _fields(dataclasses.asdict(config))
+            yield parameter_table(params)
+
+
+def _fields(values: dict[str, Any]) -> Iterator[str]:
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        yield f"  {name:<{width}}  {value}"
