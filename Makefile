@@ -5,10 +5,10 @@ VENV := .venv
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test wheel-test lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.package  ## create .venv with the package (editable)
 
@@ -17,6 +17,9 @@ demo: venv  ## sample labelled grids from the bundled models
 
 test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs those this leaves out
 	@$(VENV)/bin/python -m pytest
+
+wheel-test: $(VENV)/.tests  ## build the package, and run its programs in a fresh environment
+	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py
 
 lint: $(VENV)/.tests  ## check style, formatting, and the types of the public modules
 	@$(VENV)/bin/ruff check .

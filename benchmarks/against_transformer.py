@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from aim_jax.cli.common import errors_in_one_line
+from aim_jax.cli.common import config_path, errors_in_one_line
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.image_sets import ImageParts
 from aim_jax.models import AiM, AiMConfig
@@ -141,7 +141,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="configuration of AiM, a file of configs/")
+    parser.add_argument("--config", required=True, help="a recipe for AiM: its name or a file")
     parser.add_argument("--tokenizer", required=True, help="bundled model or model directory")
     parser.add_argument("--codes", required=True, help="token caches, as config.codes")
     parser.add_argument("--work", type=Path, required=True, help="directory for the results")
@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--cfg_scale", type=float, default=2.0)
     parser.add_argument("--sizes", default="1,16,64", help="images at once, for the speed")
     args = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("config", args.config)
+    spec = importlib.util.spec_from_file_location("config", config_path(args.config))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()

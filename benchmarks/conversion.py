@@ -25,6 +25,7 @@ from aim_jax.weights import convert
 from aim_jax.weights.convert.files import SAFETENSORS, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
+AIM_JAX = ("-m", "aim_jax")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -68,7 +69,9 @@ def measure(*command) -> tuple[float, int]:
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{command[0]} ended with status {os.waitstatus_to_exitcode(status)}")
+        sys.exit(
+            f"{' '.join(map(str, command))} ended with status {os.waitstatus_to_exitcode(status)}"
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - start, usage.ru_maxrss * unit
 
@@ -92,11 +95,11 @@ def run(size: str, dtype: str, work: Path, sample: bool) -> list[str]:
     total = source.stat().st_size
     print(f"AiM-{size} + VQ-f16, {dtype}: {total / 1e9:.2f} GB", flush=True)
     steps = [
-        ("to-jax", ["aim-jax convert", "to-jax", "--weights", source, "--out", model]),
-        ("to-torch", ["aim-jax convert", "to-torch", "--checkpoint", model, "--out", back]),
+        ("to-jax", [*AIM_JAX, "convert", "to-jax", "--weights", source, "--out", model]),
+        ("to-torch", [*AIM_JAX, "convert", "to-torch", "--checkpoint", model, "--out", back]),
     ]
     if sample:
-        command = ["aim-jax sample", "--checkpoint", model, "--classes", "207", "--per_class", 1]
+        command = [*AIM_JAX, "sample", "--checkpoint", model, "--classes", "207", "--per_class", 1]
         steps.append(("sample", [*command, "--out", work / "samples"]))
     for name, command in steps:
         seconds, peak = measure(*command)

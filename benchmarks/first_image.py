@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the pac
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("official", "tuned")
+AIM_JAX = ("-m", "aim_jax")
 
 
 def prepare(work: Path) -> tuple[Path, Path]:
@@ -40,7 +41,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
     if not model.exists():
         work.mkdir(parents=True, exist_ok=True)
         write_random_official(source, PRESETS["B"], VQConfig())
-        command = ["aim-jax convert", "to-jax", "--weights", source, "--out", model]
+        command = [*AIM_JAX, "convert", "to-jax", "--weights", source, "--out", model]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return source, model
 
@@ -99,7 +100,7 @@ def main(argv=None) -> int:
 
     print(json.dumps(around := surroundings()))
     _, model = prepare(args.work)
-    command = ["aim-jax sample", "--checkpoint", model, "--classes", "207", "--per_class", "1"]
+    command = [*AIM_JAX, "sample", "--checkpoint", model, "--classes", "207", "--per_class", "1"]
     command += ["--out", args.work / "samples"]
     results = {}
     for number in range(args.rounds):

@@ -36,7 +36,7 @@ def compile_one(config: str, topology: str, options: list[str]) -> dict:
     """The report of aim-jax compile."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
-            sys.executable, "aim-jax compile", "--config", f"configs/{config}.py",
+            sys.executable, "-m", "aim_jax", "compile", "--config", config,
             "--topology", topology, "--images", "0", "--json", file.name, *options,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

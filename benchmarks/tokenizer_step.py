@@ -8,20 +8,15 @@ Every variant takes --steps steps on the same random pictures; printed is the me
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from aim_jax.configs.cifar10_vq import get_config
 from aim_jax.parallel.sharding import create_sharded, shard_batch
 from aim_jax.training.tokenizer import Setup
 from aim_jax.weights.convert.lpips import load_lpips
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
-
-from configs.cifar10_vq import get_config
 
 # (name, whether the decoder alone is trained, weights of LPIPS and of the discriminator)
 VARIANTS = (

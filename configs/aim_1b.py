@@ -1,7 +1,8 @@
 """AiM-1B (1.3B parameters) on ImageNet 256x256 (arXiv 2408.12245, table 2: FID 2.21, IS 256.0).
 
 350 epochs of global batch 2048, 448 million images; learning rate 1e-4 per 256 images, linear
-decay, bfloat16. Modelled time (docs/training.md): 224 hours on a v5e-16 (3578 chip hours).
+decay, bfloat16. Modelled time (the page Training at scale): 224 hours on a v5e-16 (3578 chip
+hours).
 
 aim-jax train --config aim_1b --workdir runs/aim_1b --config.accumulate=16
 

@@ -1,7 +1,7 @@
 """AiM-B (148M parameters) on ImageNet 256x256 (arXiv 2408.12245, table 2: FID 3.52, IS 250.1).
 
 300 epochs of global batch 2048, 384 million images; learning rate 1e-4 per 256 images, linear
-decay, bfloat16. Modelled time (docs/training.md): 22 hours on a v5e-16 (352 chip hours).
+decay, bfloat16. Modelled time (the page Training at scale): 22 hours on a v5e-16 (352 chip hours).
 
 aim-jax train --config aim_b --workdir runs/aim_b --config.accumulate=4
 

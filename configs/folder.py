@@ -1,6 +1,6 @@
 """AiM on your pictures, whose folder of class folders is named after a colon.
 
-Needs the tokenizer of configs/folder_vq.py, in runs/vq or --config.tokenizer. Size and steps are
+Needs the tokenizer of the recipe folder_vq, in runs/vq or --config.tokenizer. Size and steps are
 chosen from what is in the folder, and printed.
 
 aim-jax train --config folder:pictures --workdir runs/aim

@@ -15,7 +15,7 @@ LOOKED_AT = 64  # pictures
 SIDES = (16, 32, 64, 128, 256)
 WITHOUT_LPIPS = (
     "without LPIPS, which would make it sharper: AIM_JAX_LPIPS=FILE, or --config.lpips=FILE "
-    "--config.loss.perceptual=1 (docs/tokenizer.md)"
+    "--config.loss.perceptual=1 (the documentation's page Training a tokenizer)"
 )
 
 

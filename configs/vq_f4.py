@@ -2,7 +2,8 @@
 
 aim-jax train_vq --config vq_f4 --workdir runs/vq_f4 --data DIR
 
-Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (docs/tokenizer.md).
+Needs the weights of LPIPS, in config.lpips or AIM_JAX_LPIPS (the documentation's page
+Training a tokenizer).
 """
 
 from ml_collections import ConfigDict

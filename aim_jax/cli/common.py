@@ -52,7 +52,10 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
         known = set(flags.FLAGS)
         program.define_flags()
         if {"-h", "-help", "--help", "--helpshort"} & set(arguments):
-            print(help_text(program, [flags.FLAGS[x] for x in flags.FLAGS if x not in known]))
+            new = [name for name in flags.FLAGS if name not in known]
+            # Building a configuration may import packages that define flags of theirs.
+            own = [x for x in new if flags.FLAGS.find_module_defining_flag(x).startswith("aim_jax")]
+            print(help_text(program, [flags.FLAGS[x] for x in own]))
             return 0
         try:
             app.run(lambda _: program.main(), [name, *arguments], flags_parser=parse)
@@ -64,6 +67,7 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
 def help_text(program: ModuleType, own: Sequence[flags.Flag]) -> str:
     """The docstring of a program and its flags with their defaults."""
     lines = [inspect.cleandoc(program.__doc__ or ""), "", "flags:"]
+    names = {str(path): name for name, path in recipes().items()}
     for flag in own:
         shown = f"  --{flag.name}"
         if isinstance(flag.parser, flags.EnumParser):
@@ -71,7 +75,8 @@ def help_text(program: ModuleType, own: Sequence[flags.Flag]) -> str:
         elif flag.boolean:
             shown = f"  --[no]{flag.name}"
         if flag.default not in (None, "", []):
-            shown += f"  (default: {str(flag.default_as_str).strip(chr(39))})"
+            default = str(flag.default_as_str).strip("'")
+            shown += f"  (default: {names.get(default, default)})"
         text = " ".join((flag.help or "").split())
         lines += [shown, textwrap.indent(textwrap.fill(text, 90), "      ")]
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
     """Compiles, prints, and returns the figures.
 
     Args:
-      name: see `hardware.topology`.
+      name: see `aim_jax.perf.accelerators.topology`.
       images: per device, for generation; 0 leaves it out.
       search: double `config.accumulate` until training fits.
 

@@ -8,8 +8,8 @@ Examples:
   aim-jax convert lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
 Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
-directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. docs/released_weights.md
-tells more.
+directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. The documentation's
+page Released weights tells more.
 """
 
 import argparse

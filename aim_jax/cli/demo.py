@@ -6,6 +6,7 @@ Example:
   aim-jax demo --page --checkpoint runs/aim --port 8000
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,8 +62,22 @@ def write_pictures() -> None:
     print(f"\nPictures, {time.monotonic() - start:.0f} s after the start:")
     for path in grids:
         print(f"  {path.resolve()}")
+    command = own_command()
     print(
         "\nNext:\n"
-        "  .venv/bin/aim-jax sample --checkpoint cifar10 --classes ship --cfg_scale 3\n"
-        "  .venv/bin/aim-jax train --help     # train your own; README.md shows the way\n"
+        f"  {command} sample --checkpoint cifar10 --classes ship --cfg_scale 3\n"
+        f"  {command} train --help     # train on images of your own\n"
     )
+
+
+def own_command() -> str:
+    """Returns how a user at this prompt runs the installation that this process belongs to."""
+    script = Path(sys.executable).with_name("aim-jax")
+    on_path = shutil.which("aim-jax")
+    if on_path and Path(on_path) == script:
+        return "aim-jax"
+    if not script.exists():
+        return f"{sys.executable} -m aim_jax"
+    # `make demo` runs in an environment that nobody has activated.
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)

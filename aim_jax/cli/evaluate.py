@@ -10,7 +10,7 @@ Examples:
 Samples are balanced over the classes, and an interrupted run goes on. --out gets samples.npz
 (arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and neighbours.png with
 the nearest images of the reference. --inception is the network of 2015 in any form that people
-have; docs/evaluation.md tells more.
+have; the documentation's page Evaluation tells more.
 """
 
 import os
@@ -57,7 +57,8 @@ def main() -> None:
         raise ValueError("give --reference, and either --checkpoint or --samples.")
     if not f.inception:
         raise ValueError(
-            f"--inception is missing: {EXPECTED}. docs/evaluation.md says where to get one."
+            f"--inception is missing: {EXPECTED}. The documentation's page Evaluation says where "
+            "to get one."
         )
     f.config.data.dir = f.data or f.config.data.dir
     model = load_pretrained(f.checkpoint) if f.checkpoint else None

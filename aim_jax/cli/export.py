@@ -5,8 +5,8 @@ Example:
   python exported/sample.py --labels 3,5,8 --out images.png
 
 sample.py there needs jax, flatbuffers, safetensors and pillow alone, and runs on CPU, CUDA and TPU.
-The step of the token loop comes with it, as a jax.export artifact and as StableHLO; docs/export.md
-tells more.
+The step of the token loop comes with it, as a jax.export artifact and as StableHLO; the
+documentation's page Export tells more.
 """
 
 from absl import flags

@@ -20,7 +20,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("evaluation", "", "Directory of aim-jax evaluate, for the card.")
     flags.DEFINE_string(
-        "repository", "", "owner/name on the hub, to upload to; needs the extra hub."
+        "repository", "", "owner/name on the hub, to upload to; needs pip install 'aim_jax[hub]'."
     )
     flags.mark_flags_as_required(["checkpoint", "out"])
 

@@ -51,10 +51,11 @@ def main() -> None:
         raise ValueError("give --checkpoint, --reference, and values such as --cfg_scale 1,2.")
     if not f.inception:
         raise ValueError(
-            f"--inception is missing: {EXPECTED}. docs/evaluation.md says where to get one."
+            f"--inception is missing: {EXPECTED}. The documentation's page Evaluation says where "
+            "to get one."
         )
     if f.config.stage != "eval":
-        raise ValueError("--config is of a training; expected one like configs/eval.py.")
+        raise ValueError("--config is of a training; expected one like --config eval.")
     if f.write_defaults:
         sweep.check_writable(f.checkpoint, f.config)
     f.config.num_samples, f.config.data.dir = f.num_samples, f.data or f.config.data.dir

@@ -309,7 +309,7 @@ def evaluate(
     if config.stage != "eval" or config.batch_size < 1 or config.num_samples < 2:
         raise ValueError(
             f"the configuration is of stage {config.stage!r}, expected one for evaluation such as "
-            "configs/eval.py, with a batch_size of 1 and num_samples of 2 at least."
+            "--config eval, with a batch_size of 1 and num_samples of 2 at least."
         )
     if samples and reconstructions:
         raise ValueError("reconstructions are made of the reference, not scored from samples.")

@@ -55,7 +55,12 @@ def read_run(workdir: Path) -> Run:
       FileNotFoundError: no such run.
       ValueError: the run has no validation loss yet.
     """
-    content = json.loads((workdir / "model" / MODEL_FILE).read_text())
+    described = workdir / "model" / MODEL_FILE
+    if not described.is_file():
+        raise FileNotFoundError(
+            f"{workdir}: no workdir of aim-jax train with an exported model (model/{MODEL_FILE})."
+        )
+    content = json.loads(described.read_text())
     if not content["aim"]:
         raise ValueError(f"{workdir} is a run of a tokenizer; a scaling report compares AiMs.")
     model = AiMConfig(**content["aim"])

@@ -347,8 +347,8 @@ def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
     if losses.perceptual:
         raise ValueError(
             f"config.loss.perceptual={losses.perceptual} needs the weights of LPIPS: set "
-            f"config.lpips or AIM_JAX_LPIPS to {EXPECTED}. docs/tokenizer.md says where they are. "
-            "Without them set config.loss.perceptual=0."
+            f"config.lpips or AIM_JAX_LPIPS to {EXPECTED}. The documentation's page Training a "
+            "tokenizer says where they are. Without them set config.loss.perceptual=0."
         )
     return None
 

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_skipped(monkeypatch, capsys):
 
 
 def test_table_of_footprints():
-    """What launch/compile.py reports becomes rows, whether it fits or not."""
+    """The reports of aim-jax compile become rows, whether it fits or not."""
     fits = {
         "arguments": 2**30, "temporaries": 2**31, "outputs": 0, "capacity": 2**34, "fits": True,
         "seconds": 0.5, "images_per_second": 4096.0, "mfu": 0.25, "hours": 10.0, "accumulate": 4,
