@@ -19,8 +19,9 @@ from aim_jax.models.aim import AiM
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device, random_key
+from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
 from aim_jax.utils.files import replacing, write_json
+from aim_jax.utils.random import random_key
 from aim_jax.weights.pretrained import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")

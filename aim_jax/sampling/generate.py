@@ -26,10 +26,8 @@ from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.logits import guidance_at
 from aim_jax.utils.images import to_uint8
+from aim_jax.utils.random import GENERATOR, is_key, random_key
 from aim_jax.weights.pretrained import Pretrained, class_ids
-
-# Named, so that an image of a seed does not change with JAX's default.
-GENERATOR = "threefry2x32"
 
 
 class Samples(NamedTuple):
@@ -140,17 +138,6 @@ def generate_tokens(
             f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
         )
     return _generate_watched(params, random, request, interval, method, callback, every)
-
-
-def random_key(seed: Any) -> jax.Array:
-    """A seed as a typed key of `GENERATOR`, whatever JAX's default is; a typed key as it is."""
-    return seed if _is_key(seed) else jax.random.key(seed, impl=GENERATOR)
-
-
-def _is_key(seed: Any) -> bool:
-    """Whether this is one typed key."""
-    typed = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    return typed and seed.ndim == 0
 
 
 def make_decoder(
@@ -423,7 +410,7 @@ def generate(
     if labels.dtype.kind == "U" and labels.ndim == 1:
         labels = np.asarray(class_ids(model, labels.tolist()))
     check_labels(labels, model.aim_config.num_classes)
-    if not _is_key(seed):
+    if not is_key(seed):
         seed = whole_number("seed", seed)
     first_index = whole_number("first_index", first_index)
     if every is not None and whole_number("every", every) < 1:

@@ -38,6 +38,7 @@ from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_
 from aim_jax.training.state import TrainState
 from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import say
+from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import adapt_aim
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import open_tokenizer
@@ -47,14 +48,14 @@ def create_train_state(
     config: AiMConfig, optimizer: optax.GradientTransformation, seed: int, ema: bool = False
 ) -> TrainState:
     """A fresh state; parameters (and their copies in it) are boxed with their logical axes."""
-    rng = jax.random.PRNGKey(seed)
-    params = init_params(config, jax.random.fold_in(rng, 1))
+    key = random_key(seed)
+    params = init_params(config, jax.random.fold_in(key, 1))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
-        rng=rng,
+        rng=jax.random.key_data(key),
     )
 
 
@@ -78,7 +79,7 @@ def train_step(
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict]:
     """One optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
-    rng = jax.random.fold_in(state.rng, state.step)
+    rng = state.step_key()
     grad_fn = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
     grads, metrics, _ = accumulated_grads(grad_fn, state.params, batch, rng, accumulate)
     state, report = apply_gradients(state, grads, optimizer, ema_decay)

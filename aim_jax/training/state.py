@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from flax.struct import dataclass
 
+from aim_jax.utils.random import GENERATOR
+
 
 @dataclass
 class Discriminator:
@@ -30,7 +32,7 @@ class TrainState:
       params: float32 parameters.
       opt_state: state of the optimizer.
       ema: averaged parameters, or None.
-      rng: key from which the randomness of every step is folded.
+      rng: (2,) uint32, data of the key from which the randomness of every step is folded.
       history: (65536,) int32 codes seen last (tokenizer), or None.
       discriminator: parameters and optimizer state of the tokenizer's adversary, or None.
     """
@@ -59,6 +61,11 @@ class TrainState:
         placed = jax.tree.map(place, self.params, params)
         ema = None if self.ema is None else jax.tree.map(place, self.ema, params)
         return self.replace(params=placed, ema=ema)
+
+    def step_key(self) -> jax.Array:
+        """The key of the randomness of the next step."""
+        key = jax.random.wrap_key_data(self.rng, impl=GENERATOR)
+        return jax.random.fold_in(key, self.step)
 
     @property
     def eval_params(self) -> Any:

@@ -50,6 +50,7 @@ from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
 from aim_jax.utils.logging import say
+from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
 from aim_jax.weights.convert.inception import load_inception
 from aim_jax.weights.convert.lpips import EXPECTED, load_lpips
@@ -87,12 +88,12 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
     Args:
       parts: devices that an axis is to be split over with FSDP.
     """
-    rng = jax.random.PRNGKey(seed)
-    params = name_axes(init_params(recipe.model, jax.random.fold_in(rng, 1)), parts)
+    key = random_key(seed)
+    params = name_axes(init_params(recipe.model, jax.random.fold_in(key, 1)), parts)
     adversary = None
     if recipe.losses.adversarial:
         pictures = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
-        found = recipe.discriminator.init(jax.random.fold_in(rng, 2), pictures)["params"]
+        found = recipe.discriminator.init(jax.random.fold_in(key, 2), pictures)["params"]
         found = name_axes(found, parts)
         adversary = Discriminator(found, recipe.optimizer.init(found))
     return TrainState(
@@ -100,7 +101,7 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
         params=params,
         opt_state=recipe.optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if recipe.ema_decay else None,
-        rng=rng,
+        rng=jax.random.key_data(key),
         history=jnp.zeros(HISTORY_LENGTH, jnp.int32),
         discriminator=adversary,
     )
@@ -121,7 +122,7 @@ def train_step(
     state: TrainState, batch: dict, lpips_params: dict | None, *, recipe: Recipe
 ) -> tuple[TrainState, dict]:
     """One step of tokenizer and discriminator on a batch of `images` (b, H, W, c) in [-1, 1]."""
-    rng, optimizer = jax.random.fold_in(state.rng, state.step), recipe.optimizer
+    rng, optimizer = state.step_key(), recipe.optimizer
     # With FSDP the kernels are gathered here, and their gradients are split again below.
     params = {"vq": jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), state.params)}
     if state.discriminator is not None:

@@ -36,8 +36,8 @@ from aim_jax.sampling.generate import (
     generate_on_device,
     generate_tokens,
     make_decoder,
-    random_key,
 )
+from aim_jax.utils.random import random_key
 from benchmarks import kernels as kernel_benchmark
 from tests import (
     parity,
