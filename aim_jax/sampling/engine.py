@@ -8,12 +8,12 @@ GPUs (`decode_fused`). `Engine` names one of each, or lets `resolve` choose.
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 from absl import logging
 
 from aim_jax.models.config import AiMConfig
+from aim_jax.ops.triton_availability import triton_unavailable_because
 
 FORMS = ("auto", "recurrent", "dual")
 KERNELS = ("auto", "xla", "native", "triton")
@@ -67,6 +67,8 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
         )
     elif kernels == "triton" and platform not in TRITON_PLATFORMS:
         raise ValueError(f"kernels='triton' decodes on NVIDIA GPUs; this is {platform}.")
+    elif kernels == "triton" and (reason := triton_unavailable_because()):
+        raise ValueError(f"kernels='triton': {reason}")
     form = engine.form
     if form == "auto":
         form = choose_form(config, rows, kernels, platform)
@@ -89,13 +91,10 @@ def choose_kernels(config: AiMConfig, platform: str) -> str:
                 1,
             )
             return "xla"
-        if all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
+        reason = triton_unavailable_because()
+        if not reason:
             return "triton"
-        logging.log_first_n(
-            logging.WARNING,
-            "Decoding without fused kernels; they come with pip install 'aim_jax[cuda]'",
-            1,
-        )
+        logging.log_first_n(logging.WARNING, "Decoding without fused kernels: %s", 1, reason)
     if platform == "cpu" and config.mixer == "mamba2":
         return "native" if native_kernels() else "xla"
     return "xla"
