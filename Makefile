@@ -40,10 +40,10 @@ endif
 
 $(VENV)/.created:
 	@command -v $(PYTHON) > /dev/null || { \
-	  echo "$(PYTHON): not found. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  echo "$(PYTHON): not found. Install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); aim_jax needs 3.11 to 3.14. Name one: make PYTHON=python3.12" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); aim_jax needs 3.11 to 3.13. Name one: make PYTHON=python3.12" >&2; \
 	  exit 1; }
 	@echo "Creating $(VENV) with $$($(PYTHON) -V): 1 to 2 minutes, once (250 MB to download, 1 GB on disk; for the tests 330 MB and 1 GB more)"
 	@rm -rf $(VENV)
