@@ -43,10 +43,10 @@ endif
 
 $(VENV)/.created:
 	@command -v $(PYTHON) > /dev/null || { \
-	  echo "$(PYTHON): not found. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  echo "$(PYTHON): not found. Install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); aim_jax needs 3.11 to 3.14. Name one: make PYTHON=python3.12" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); aim_jax needs 3.11 to 3.13. Name one: make PYTHON=python3.12" >&2; \
 	  exit 1; }
 	@echo "Creating $(VENV) with $$($(PYTHON) -V): 1 to 2 minutes, once (250 MB to download, 1 GB on disk; for the tests 330 MB and 1 GB more)"
 	@rm -rf $(VENV)
@@ -55,14 +55,29 @@ $(VENV)/.created:
 	  exit 1; }
 	@touch $@
 
-# The package alone, which is all that the demo needs, or with what the tests need.
-$(VENV)/.package: WHAT := .
-$(VENV)/.tests: WHAT := .[test]
-$(VENV)/.package $(VENV)/.tests: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
+# pip with the pinned versions. The screen gets the large downloads, and after a failure the end of
+# the log.
+define install
 	@set -o pipefail; $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-	  --constraint constraints.txt --editable '$(WHAT)' 2>&1 | tee $(VENV)/install.log \
+	  --constraint constraints.txt $(1) 2>&1 | tee $(VENV)/install.log \
 	  | awk '/(Downloading|cached) .*[0-9][0-9]\.[0-9] MB\)/ {print} \
 	         /^Installing collected/ {print "  Unpacking"} {fflush()}' \
 	  || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
 	@touch $@
+endef
+
+# The package alone, which is all that the demo needs, or with what the tests need.
+$(VENV)/.package: WHAT := .
+$(VENV)/.tests: WHAT := .[test]
+$(VENV)/.tests: $(VENV)/.cuda
+$(VENV)/.package $(VENV)/.tests: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
+	$(call install,--editable '$(WHAT)')
 	@echo "$(VENV) is ready."
+
+# JAX's plugin for NVIDIA GPUs compiles kernels and programs without a GPU. The tests alone put this
+# folder on their path: a plugin beside jax is tried whenever a program starts JAX, and where cuDNN
+# is missing that prints a traceback.
+LINUX := sys_platform == "linux" and platform_machine == "x86_64"
+$(VENV)/.cuda: $(VENV)/.created constraints.txt
+	@rm -rf $(VENV)/cuda
+	$(call install,--no-deps --target $(VENV)/cuda 'jax-cuda13-plugin; $(LINUX)' 'jax-cuda13-pjrt; $(LINUX)')

@@ -1,13 +1,17 @@
 """Eight host devices before JAX is imported; shared tiny models and data."""
 
 import os
+import sys
 
 from tests.compilation import xla_flags
+
+# JAX's plugin for NVIDIA GPUs, with which kernels and programs compile without a GPU. `make test`
+# installs it here, apart from the environment; JAX looks for plugins when it is imported.
+sys.path.append(os.path.join(sys.prefix, "cuda"))
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
-import sys
 import tempfile
 from pathlib import Path
 

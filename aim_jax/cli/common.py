@@ -1,9 +1,7 @@
 """Shared start-up of the programs: flags, recipes by name, one-line errors, compile cache."""
 
 import contextlib
-import glob
 import inspect
-import logging as standard_logging
 import os
 import re
 import sys
@@ -115,16 +113,6 @@ def errors_in_one_line() -> Iterator[None]:
 
 def _is_not_of_orbax(record) -> bool:
     return "orbax" not in record.pathname
-
-
-def _is_not_of_cuda(record) -> bool:
-    """JAX's plugin for CUDA, which the tests install to compile kernels, misses cuDNN on a CPU."""
-    return not record.getMessage().startswith("Jax plugin configuration error")
-
-
-# When this file is imported: a configuration may look for devices while flags are parsed.
-if not glob.glob("/dev/nvidia*"):
-    standard_logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_of_cuda)
 
 
 def recipes() -> dict[str, Path]:

@@ -4,8 +4,8 @@ Examples:
   aim-jax compile --config aim_xl --topology v5e:16x16
   aim-jax compile --config aim_l --topology 8xA100-80G --search
 
-Needs the compiler of the devices, not the devices: the extra `tpu`, or the packages
-jax-cuda13-plugin and jax-cuda13-pjrt. Ends with 1 where something does not fit.
+Needs the compiler of the devices, not the devices: the extra `tpu`, or JAX's CUDA plugin, for which
+it prints the command. Ends with 1 where something does not fit.
 """
 
 import dataclasses

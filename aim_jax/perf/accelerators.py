@@ -179,9 +179,13 @@ def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
 
 def _gpus(count: int, kind: str) -> list[jax.Device]:
     if not (_find("jax_plugins") and _find("jax_plugins.xla_cuda13")):
+        # In a folder of its own: beside jax, JAX would try it at every start, and without cuDNN
+        # print a traceback.
+        version = jax.__version__
         raise ValueError(
-            "the compiler for NVIDIA GPUs is JAX's CUDA plugin: "
-            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of the version of jax."
+            "the compiler for NVIDIA GPUs is JAX's CUDA plugin (500 MB on disk): pip install "
+            f"--no-deps --target cuda jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, "
+            "then set PYTHONPATH=cuda."
         )
     jax.devices()  # JAX looks for plugins when it first looks for devices
     memory = math.floor(known_accelerator(GPUS[kind][0]).memory)

@@ -9,12 +9,12 @@ one of each, or lets `resolve` choose.
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 from absl import logging
 
 from aim_jax.models.config import AiMConfig
+from aim_jax.ops.triton_availability import triton_unavailable_because
 
 FORMS = ("recurrent", "dual")
 DECODERS = ("xla", "native", "triton")  # implementations of the token loop
@@ -72,6 +72,8 @@ def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engi
         )
     elif implementation == "triton" and platform not in TRITON_PLATFORMS:
         raise ValueError(f"implementation='triton' decodes on NVIDIA GPUs; this is {platform}.")
+    elif implementation == "triton" and (reason := triton_unavailable_because()):
+        raise ValueError(f"implementation='triton': {reason}")
     form = engine.form
     if form is None:
         form = choose_form(config, rows, implementation, platform)
@@ -94,13 +96,10 @@ def choose_implementation(config: AiMConfig, platform: str) -> str:
                 1,
             )
             return "xla"
-        if all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
+        reason = triton_unavailable_because()
+        if not reason:
             return "triton"
-        logging.log_first_n(
-            logging.WARNING,
-            "Decoding without fused kernels; they come with pip install 'aim_jax[cuda]'",
-            1,
-        )
+        logging.log_first_n(logging.WARNING, "Decoding without fused kernels: %s", 1, reason)
     if platform == "cpu" and config.mixer == "mamba2":
         return "native" if native_kernels() else "xla"
     return "xla"

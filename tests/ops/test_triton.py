@@ -17,10 +17,12 @@ import pytest
 from flax import linen as nn
 from jax.extend.mlir import ir
 
-pytest.importorskip("triton", reason="the kernels need the cuda extra (Triton alone is 1 GB)")
-pytest.importorskip("jax_triton", reason="the kernels need the cuda extra")
-
 from aim_jax import ops
+from aim_jax.ops.triton_availability import triton_unavailable_because
+
+if reason := triton_unavailable_because():
+    pytest.skip(f"{reason}; `make test` brings it all", allow_module_level=True)
+
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
@@ -987,7 +989,7 @@ def reads_what_it_updated(projected, conv_cache, state, *args, **options):
 )
 def test_the_compiled_loop_copies_no_cache(form, step, monkeypatch):
     """What XLA makes of generation for an A100, compiled here without one."""
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="`make test` brings XLA's GPU compiler")
     monkeypatch.setattr(launch, "default_compute_capability", 80)
     (gpu,) = topology("1xA100-80G")
     sharding = jax.sharding.SingleDeviceSharding(gpu)

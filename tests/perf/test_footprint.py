@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -194,8 +195,11 @@ def test_topologies_that_cannot_be_had(monkeypatch):
     with pytest.raises(ValueError, match="with 2 slices"):
         topology("8xH100", 2)
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'aim_jax\[tpu\]'"):
         topology("v5p-32")
+    version = re.escape(jax.__version__)
+    with pytest.raises(ValueError, match=f"jax-cuda13-pjrt=={version}, then set PYTHONPATH=cuda"):
+        topology("8xH100")
 
 
 def check_report(found, config, output):
@@ -240,7 +244,7 @@ def test_search_for_micro_batches_that_fit(capsys, monkeypatch):
 
 @pytest.mark.slow  # two programs through XLA's GPU compiler take minutes on two cores
 def test_report_for_gpus_that_are_not_here(capsys):
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's GPU compiler is in the cuda extra")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="`make test` brings XLA's GPU compiler")
     config = small_config(data=2)
     found = aot.report(config, "2xA100-80G", 1, search=False)
     output = capsys.readouterr().err

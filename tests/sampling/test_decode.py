@@ -229,7 +229,8 @@ def test_the_native_sampler_is_the_sampler():
 # The choice
 
 
-def test_the_choice_of_an_engine():
+def test_the_choice_of_an_engine(monkeypatch):
+    monkeypatch.setattr("aim_jax.sampling.engine.triton_unavailable_because", lambda: "")
     B, mamba1 = PRESETS["B"], dataclasses.replace(PRESETS["B"], mixer="mamba1")
     tpu = resolve(Engine(), B, 16, "tpu")
     assert (tpu.implementation, tpu.form) == ("xla", "dual")

@@ -17,14 +17,12 @@ state, g groups, w convolution width, T tokens, d model, v vocabulary.
 - `compute_capability` (80, 90, ...) selects the architecture; None is the present device's.
 """
 
+from aim_jax.ops.triton_availability import cause_of
+
 try:
-    import jax_triton  # noqa: F401
-    import triton  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "aim_jax.ops.triton needs Triton and jax-triton, which the cuda extra brings: "
-        "pip install 'aim_jax[cuda]'"
-    ) from error
+    from aim_jax.ops.triton import launch  # noqa: F401  (the only module that imports jax_triton)
+except Exception as error:  # a jax-triton made for another JAX can fail in any way
+    raise ImportError(f"aim_jax.ops.triton: {cause_of(error)}") from error
 
 from aim_jax.ops.triton.dual import dual_step
 from aim_jax.ops.triton.mamba1 import conv_step, mamba1_step

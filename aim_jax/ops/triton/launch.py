@@ -6,7 +6,11 @@ import jax_triton
 import triton
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
-from jax_triton import triton_lib
+from jax_triton.triton_lib import (
+    get_cuda_backend,
+    triton_kernel_call_lowering,
+    triton_kernel_call_p,
+)
 
 # Of kernels whose caller does not say: None is that of the present device. To lower or compile
 # ahead of time what calls kernels from deep inside, set it.
@@ -52,9 +56,7 @@ def lower(context, *arrays, **params):
     launches every kernel. jaxlib has the same call in the typed interface, marked as fit for
     graphs, and with it the whole body of a decode loop becomes one.
     """
-    outputs = triton_lib.triton_kernel_call_lowering(
-        triton_lib.get_cuda_backend, context, *arrays, **params
-    )
+    outputs = triton_kernel_call_lowering(get_cuda_backend, context, *arrays, **params)
     if params["custom_call_target_name"] == TARGET:
         attributes = outputs[0].owner.attributes
         opaque = ir.StringAttr.get(attributes["backend_config"].value_bytes)
@@ -63,7 +65,7 @@ def lower(context, *arrays, **params):
     return outputs
 
 
-mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+mlir.register_lowering(triton_kernel_call_p, lower, platform="cuda")
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):
