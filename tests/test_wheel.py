@@ -159,8 +159,8 @@ def tokenizer(installation) -> str:
 @pytest.fixture(scope="module")
 def codes(installation, tokenizer) -> str:
     """Token caches of the images."""
-    given = ["--tokenizer", tokenizer, "--out", "codes", "--views", "centre"]
-    installation.succeed("extract_codes", *given)
+    given = ["--tokenizer", tokenizer, "--out", "codes", "--data", "images"]
+    installation.succeed("extract_codes", *given, "--views", "centre")
     return "codes"
 
 

@@ -6,10 +6,10 @@ Example:
     --config.tokenizer=runs/cifar10_vq_full --config.codes=codes/cifar10
 
 Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those
-that the tokenizer was trained on unless flags say otherwise. The same command continues an
-interrupted run. Machines that share OUT divide the work, as connected processes (--coordinator) or
-each by itself (--part 1/N to N/N). The documentation's page
-ImageNet has an example at full size.
+that the tokenizer was trained on unless flags say otherwise; a folder of images has to be named
+again (--data). The same command continues an interrupted run. Machines that share OUT divide the
+work, as connected processes (--coordinator) or each by itself (--part 1/N to N/N). The
+documentation's page ImageNet has an example at full size.
 """
 
 import time

@@ -99,7 +99,9 @@ def open_images(
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if data_dir is None:
         if name == "folder":
-            raise ValueError("data set 'folder' needs a data_dir with one folder per class")
+            raise ValueError(
+                "data set 'folder' needs its directory, with one folder per class (--data DIR)"
+            )
         return _open_tfds(name, split, _tfds_builder(name, None))
     root = Path(data_dir).expanduser()
     if not root.is_dir():

@@ -157,7 +157,7 @@ def test_unknown_names():
         open_images("cifar10", "dev")
     with pytest.raises(ValueError, match="unknown data set 'no_such_data'"):
         open_images("no_such_data", "train")
-    with pytest.raises(ValueError, match="needs a data_dir"):
+    with pytest.raises(ValueError, match="needs its directory"):
         open_images("folder", "train")
 
 
