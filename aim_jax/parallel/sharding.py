@@ -267,6 +267,6 @@ def joined(outputs):
 
 
 def summed(sums: Callable, batch, parts: int):
-    """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
+    """`sums(batch)`, a tree of sums over examples, of a batch taken in `parts` one by one."""
     found = jax.lax.map(sums, micro_batches(batch, parts))
     return jax.tree.map(lambda x: x.sum(axis=0), found)
