@@ -34,6 +34,7 @@ from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.generate import decode_images, generate_tokens
 from aim_jax.training import loop
+from aim_jax.training.aim import EvalMetrics
 from aim_jax.training.inputs import open_codes
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
@@ -119,8 +120,8 @@ def train(module, new_params, config, data, steps: int, name: str):
 
     @jax.jit
     def eval_step(params, batch):
-        found = nats(params, batch).mean(axis=-1) * batch["weights"]
-        return {"val_loss": jnp.sum(found), "count": jnp.sum(batch["weights"])}
+        found = nats(params, batch).mean(axis=-1)
+        return EvalMetrics.single_from_model_output(val_loss=found, mask=batch["weights"])
 
     batches, progress = iter(data.train_batches()), Progress(f"training {name}", "steps")
     seconds = []

@@ -282,6 +282,6 @@ def joined(outputs: Any) -> Any:
 
 
 def summed(sums: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """`sums(batch)` of a batch that is taken in `parts`, one after the other."""
+    """`sums(batch)`, a tree of sums over examples, of a batch taken in `parts` one by one."""
     found = jax.lax.map(sums, micro_batches(batch, parts))
     return jax.tree.map(lambda x: x.sum(axis=0), found)

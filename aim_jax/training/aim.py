@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from clu import metrics as clu_metrics
+from clu import parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -38,6 +40,7 @@ from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_
 from aim_jax.training.state import TrainState
 from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import say
+from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import adapt_aim
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
@@ -86,15 +89,25 @@ def train_step(
     return state, metrics | report
 
 
-def eval_step(params, batch: dict, *, config: AiMConfig, accumulate: int = 1) -> dict:
-    """Sums over the real examples of a padded batch: nats per token, and their count."""
+# Of held-out images; val_loss is in nats per token.
+EvalMetrics = clu_metrics.Collection.create(
+    val_loss=clu_metrics.Average.from_output("val_loss"),
+)
 
-    def sums(part):
-        codes, labels, weights = part["codes"], part["labels"], part["weights"]
+
+def eval_step(
+    params, batch: dict, *, config: AiMConfig, accumulate: int = 1
+) -> clu_metrics.Collection:
+    """`EvalMetrics` of the real examples of a padded batch."""
+
+    def measure(part):
+        codes, labels = part["codes"], part["labels"]
         nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
-        return {"val_loss": jnp.sum(nats.mean(axis=-1) * weights), "count": jnp.sum(weights)}
+        return EvalMetrics.single_from_model_output(
+            val_loss=nats.mean(axis=-1), mask=part["weights"]
+        )
 
-    return summed(sums, batch, accumulate)
+    return summed(measure, batch, accumulate)
 
 
 class Setup:
@@ -106,7 +119,7 @@ class Setup:
       mesh, rules: devices, and what is sharded over which of their axes.
       new_state: makes a fresh, boxed TrainState.
       train_step: jitted (state, batch) -> (state, metrics); consumes the state.
-      eval_step: jitted (params, padded batch) -> sums.
+      eval_step: jitted (params, padded batch) -> `EvalMetrics`.
 
     Raises:
       ValueError: model, optimizer, batch and mesh do not fit together.
@@ -179,10 +192,11 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     if start is not None:
         state = state.with_params(start)
     say(
-        f"AiM with {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
+        f"AiM with {parameter_overview.count_parameters(state.params):,} parameters; "
         f"{data.train_size} training and {data.validation_size} validation images of "
         f"{model_config.num_tokens} tokens; {mesh.size} {jax.devices()[0].platform} device(s)"
     )
+    say(parameter_table(state.params))
     if data.unigram_entropy is not None:
         say(f"unigram entropy of the codes: {data.unigram_entropy:.3f} nats per token")
 

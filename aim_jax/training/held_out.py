@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import metrics
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -35,29 +36,33 @@ from aim_jax.utils.logging import Progress
 
 def eval_step(
     params: dict, batch: dict, lpips_params: dict | None, *, config: VQConfig, accumulate: int = 1
-) -> dict:
-    """Sums over the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
+) -> metrics.Collection:
+    """Metrics of the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
 
-    PSNR is that of the 8-bit pictures, in dB, per picture; LPIPS only with its weights.
+    PSNR is that of the 8-bit images, in dB, per image; LPIPS only with its weights; `codes` is
+    how often each code occurs in an image.
     """
-    return summed(lambda part: _sums(params, part, lpips_params, config), batch, accumulate)
+    return summed(lambda part: _measure(params, part, lpips_params, config), batch, accumulate)
 
 
-def _sums(params: dict, batch: dict, lpips_params: dict | None, config: VQConfig) -> dict:
-    recon, quantized = VQModel(config).apply({"params": params}, batch["images"])
-    weights = batch["weights"]
-    l2 = jnp.mean(jnp.square(recon - batch["images"]), axis=(1, 2, 3))
-    ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
-    perceptual = {}
+def _measure(
+    params: dict, batch: dict, lpips_params: dict | None, config: VQConfig
+) -> metrics.Collection:
+    images, weights = batch["images"], batch["weights"]
+    recon, quantized = VQModel(config).apply({"params": params}, images)
+    per_image = {}
     if lpips_params is not None:
-        distances = lpips(lpips_params, jnp.clip(recon, -1, 1), batch["images"])
-        perceptual["val_lpips"] = jnp.sum(distances * weights)
-    return perceptual | {
-        "val_rec_l2": jnp.sum(l2 * weights),
-        "val_psnr": jnp.sum(psnr(to_uint8(recon), to_uint8(batch["images"])) * weights),
-        "count": jnp.sum(weights),
-        "codes": jnp.zeros(config.n_embed).at[quantized.indices].add(ones),
+        per_image["val_lpips"] = lpips(lpips_params, jnp.clip(recon, -1, 1), images)
+    per_image["val_rec_l2"] = jnp.mean(jnp.square(recon - images), axis=(1, 2, 3))
+    per_image["val_psnr"] = psnr(to_uint8(recon), to_uint8(images))
+    averages = {
+        name: metrics.Average.from_model_output(values, mask=weights)
+        for name, values in per_image.items()
     }
+    ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
+    counts = jnp.zeros(config.n_embed).at[quantized.indices].add(ones)
+    codes = metrics.Average(total=counts, count=jnp.sum(weights))
+    return metrics.Collection.create_collection(**averages, codes=codes)
 
 
 class HeldOut:
@@ -84,7 +89,7 @@ class HeldOut:
         self._lpips, self._extract, self._parts = lpips_params, extract, batch_share(mesh)[1]
         self._size = config.batch_size // self._parts
         accumulate = config.accumulate
-        self._sums = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
+        self._measure = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
 
         def decoded(params: dict, images: jax.Array) -> jax.Array:
             return to_uint8(VQModel(model).apply({"params": params}, images)[0])
@@ -101,8 +106,8 @@ class HeldOut:
 
     def measure(self, params: dict) -> dict[str, float]:
         """Means of `eval_step`, use of the codebook, and val_rfid."""
-        one = lambda batch: self._sums(params, batch, self._lpips)  # noqa: E731
-        means = loop.weighted_means(one, self._batches(), self._size, self._mesh)
+        measure = lambda batch: self._measure(params, batch, self._lpips)  # noqa: E731
+        means = loop.weighted_means(measure, self._batches(), self._size, self._mesh)
         use = codebook_use(means.pop("codes"))
         means |= {f"val_{name}": value for name, value in use.items()}
         if self._extract is not None:

@@ -1,11 +1,13 @@
 """The loop that both training programs run: restore, step, report, call what is due."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from clu import metrics
 from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
@@ -204,16 +206,16 @@ def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage
     # First: no failure of another callback loses the checkpoint.
     saving = Every(config.save_every, lambda info: save(info.step, info.state))
     callbacks = Callbacks([saving, *stage.callbacks], config.steps, workdir, writer)
-    stop, metrics = StopSignal(step), None
+    stop, reported = StopSignal(step), None
     try:
         while step < config.steps and not stop.reached(step):
             with log.waiting():
                 batch = shard_batch(next(stage.batches), mesh)
-            profiler.before(step + 1, metrics)
-            state, metrics = stage.train_step(state, batch)
+            profiler.before(step + 1, reported)
+            state, reported = stage.train_step(state, batch)
             step += 1
-            log.add(step, metrics)
-            profiler.after(step, metrics)
+            log.add(step, reported)
+            profiler.after(step, reported)
             if step in (1, config.steps) or step % config.log_every == 0:
                 callbacks.show(log.report(step))
             with log.pause():
@@ -242,17 +244,22 @@ def pad_batch(batch: dict, size: int) -> dict:
     return padded | {"weights": (np.arange(size) < count).astype(np.float32)}
 
 
-def weighted_means(eval_step: Callable, batches, size: int, mesh) -> dict:
-    """Means over all examples of what `eval_step` sums over the examples of a batch.
+def weighted_means(eval_step: Callable, batches: Iterable[dict], size: int, mesh) -> dict:
+    """Means over all examples of one pass over a data set.
 
     Args:
-      eval_step: padded batch -> dict of sums over its real examples, including "count".
+      eval_step: padded batch -> `clu.metrics.Collection` of its real examples.
       batches: one pass over this process's share; shorter last batch allowed.
       size: examples per batch on this process.
     """
-    # Fetched one by one, so that nothing is under way when the next batch is encoded; see `codes`.
-    fetch = lambda sums: jax.tree.map(lambda x: np.asarray(x, np.float64), sums)  # noqa: E731
-    sums = [fetch(eval_step(shard_batch(pad_batch(batch, size), mesh))) for batch in batches]
-    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
-    count = total.pop("count")
-    return {name: value / count for name, value in total.items()}
+
+    def measure(batch: dict) -> metrics.Collection:
+        found = eval_step(shard_batch(pad_batch(batch, size), mesh))
+        # Merged on the host, in float64: float32 loses digits over the batches of a large set.
+        # Fetched one by one, so that nothing is under way when the next batch is encoded; see
+        # `EncodedImages.encode`.
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+    return functools.reduce(
+        lambda total, found: total.merge(found), map(measure, batches)
+    ).compute()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from clu import platform
 from jax.experimental import multihost_utils
 
 from aim_jax.parallel.processes import wait_for_all
@@ -152,7 +153,10 @@ class StepLog:
         if self._mfu:
             shown.append(f"MFU {speed['mfu']:.1%}")
         left = (self._steps - step) / steps_per_second
-        say(f"step {step}/{self._steps}  {'  '.join(shown)}  ETA {duration(left)}")
+        line = f"step {step}/{self._steps}  {'  '.join(shown)}  ETA {duration(left)}"
+        say(line)
+        if jax.process_index() == 0:
+            platform.work_unit().set_notes(line)
         return scalars
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -50,6 +51,7 @@ from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
 from aim_jax.utils.logging import say
+from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
 from aim_jax.weights.convert.inception import load_inception
@@ -291,10 +293,11 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         state = state.with_params(start)
     say(
         f"VQ-f{recipe.model.downsampling} with "
-        f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
+        f"{parameter_overview.count_parameters(state.params):,} parameters; "
         f"{len(sources['train'])} training and {len(sources['validation'])} validation images; "
         f"{mesh.size} {jax.devices()[0].platform} device(s)"
     )
+    say(parameter_table(state.params))
 
     def batches(split, part=share[0]):
         return image_batches(

@@ -1,9 +1,9 @@
 """Meshes, partition specs, and steps that do not depend on how they are sharded."""
 
 import dataclasses
-import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,10 +168,9 @@ def test_cross_entropy_in_chunks_is_that_of_all_logits():
     np.testing.assert_allclose(linear_cross_entropy(x, table, labels), expected, rtol=2e-5)
     np.testing.assert_allclose(linear_cross_entropy(x, table, labels, 3), expected, rtol=2e-5)
     whole = jax.grad(loss, argnums=(0, 1))(x, table, 0)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     for chunk in (1, 3):
         parts = jax.grad(loss, argnums=(0, 1))(x, table, chunk)
-        jax.tree.map(close, parts, whole)
+        chex.assert_trees_all_close(parts, whole, rtol=1e-4, atol=1e-5)
     far = jnp.array([[1e4, 0.0, -1e4]])
     assert cross_entropy(far, jnp.array([0]))[0] == 0
     assert cross_entropy(far, jnp.array([2]))[0] == 2e4
@@ -258,8 +257,7 @@ def test_a_step_does_not_depend_on_the_mesh(params):
         return setup.train_step(state, loop.shard_batch(random_batch(), setup.mesh))
 
     found, expected = step(8, data=2, model=2, slices=2, fsdp=True), step(1)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def shapes_of(kind, hlo):

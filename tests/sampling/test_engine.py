@@ -98,8 +98,8 @@ def test_a_release_without_the_names_that_launch_needs_is_not_used(install, monk
 
 def test_what_is_asked_for_by_name_fails_with_the_cause(install):
     install("raise RuntimeError('CUDA driver')")
-    with pytest.raises(ValueError, match=r"kernels='triton': .*RuntimeError: CUDA driver"):
-        resolve(Engine(kernels="triton"), PRESETS["B"], 2, "cuda")
+    with pytest.raises(ValueError, match=r"implementation='triton': .*RuntimeError: CUDA driver"):
+        resolve(Engine(implementation="triton"), PRESETS["B"], 2, "cuda")
     with pytest.raises(ImportError, match=r"aim_jax\.ops\.triton: .*RuntimeError: CUDA"):
         import aim_jax.ops.triton  # noqa: F401
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,7 @@ def records(workdir):
 
 def assert_same_run(workdir_a, a, workdir_b, b):
     assert records(workdir_a) == records(workdir_b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def interrupt(monkeypatch, at, action):
@@ -298,7 +299,7 @@ def test_bad_steps_change_nothing_and_are_counted(monkeypatch):
         if good:
             updates, expected = plain.update(grads, expected, other)
             other = optax.apply_updates(other, updates)
-        jax.tree.map(np.testing.assert_array_equal, (params, state.inner), (other, expected))
+        chex.assert_trees_all_equal((params, state.inner), (other, expected))
     assert (int(state.used), int(state.skipped), int(state.in_a_row)) == (4, 5, 0)
     np.testing.assert_allclose(state.usual_norm, 2.0)
     state = guarded.init(params)
@@ -428,7 +429,7 @@ def test_accumulated_gradients_and_ema():
     params, batch = {"w": jnp.float32(2.0)}, {"x": jnp.arange(8.0)}
     one = accumulated_grads(loss, params, batch, jax.random.key(0), 1)
     four = accumulated_grads(loss, params, batch, jax.random.key(0), 4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, four)
+    chex.assert_trees_all_close(one, four, rtol=1e-6)
     assert update_ema(None, params, 0.9, 0) is None
     np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 100)["w"], 1.25)
     np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 0)["w"], 1.9)
@@ -447,10 +448,10 @@ def test_training_starts_from_converted_weights(
     state = train.train(aim_config, tmp_path / "aim")
     expected = tiny_model.aim_params | {"adaln": group_to_layer(tiny_model.aim_params["adaln"])}
     for params in (state.params, state.ema):
-        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        chex.assert_trees_all_equal(params, expected)
     state = train_vq.train(vq_config, tmp_path / "vq")
     for params in (state.params, state.ema):
-        jax.tree.map(np.testing.assert_array_equal, params, tiny_model.vq_params)
+        chex.assert_trees_all_equal(params, tiny_model.vq_params)
 
     # Going on from a checkpoint needs the start no more; a new run does.
     shutil.rmtree(start)

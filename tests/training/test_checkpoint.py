@@ -6,9 +6,9 @@ import shutil
 import threading
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from aim_jax.models import VQConfig
@@ -33,18 +33,17 @@ def test_model_directory_round_trip(tiny_model, tiny_model_dir):
     loaded = load_pretrained(tiny_model_dir)
     for field in ("aim_config", "vq_config", "class_names", "sampling", "info"):
         assert getattr(loaded, field) == getattr(tiny_model, field), field
-    jax.tree.map(np.testing.assert_array_equal, loaded.aim_params, tiny_model.aim_params)
-    jax.tree.map(np.testing.assert_array_equal, loaded.vq_params, tiny_model.vq_params)
+    chex.assert_trees_all_equal(loaded.aim_params, tiny_model.aim_params)
+    chex.assert_trees_all_equal(loaded.vq_params, tiny_model.vq_params)
 
 
 def test_half_precision_storage_loads_as_float32(tiny_model, tmp_path):
     path = save_model(tmp_path / "half", tiny_model, "float16")
     loaded = load_pretrained(path)
-    for a, b in zip(
-        jax.tree.leaves(loaded.aim_params), jax.tree.leaves(tiny_model.aim_params), strict=True
-    ):
-        assert a.dtype == jnp.float32
-        np.testing.assert_array_equal(a, b.astype(jnp.float16).astype(jnp.float32))
+    expected = jax.tree.map(
+        lambda x: x.astype(jnp.float16).astype(jnp.float32), tiny_model.aim_params
+    )
+    chex.assert_trees_all_equal(loaded.aim_params, expected, strict=True)
 
 
 def test_saving_replaces_a_model_and_leaves_nothing_behind(tiny_model, tmp_path):

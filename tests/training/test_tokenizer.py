@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +114,7 @@ def test_every_file_of_lpips_gives_the_same_parameters(weights, lpips_params, tm
         ("vgg16.safetensors", "heads.safetensors"), ("public.safetensors",), ("vgg16.ckpt",),
     ):  # fmt: skip
         found = load_lpips(*(tmp_path / name for name in files))
-        jax.tree.map(np.testing.assert_array_equal, found, lpips_params)
+        chex.assert_trees_all_equal(found, lpips_params)
     with pytest.raises(WeightsError, match="missing head_0"):
         load_lpips(tmp_path / "vgg16.safetensors")
     with pytest.raises(FileNotFoundError, match="linear heads"):
@@ -392,7 +393,7 @@ def test_run_leaves_everything_resumes_exactly_and_can_be_sharded(config, tmp_pa
     again = train_vq.train(config, tmp_path / "b")
     assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
     model = load_pretrained(tmp_path / "b")
-    jax.tree.map(np.testing.assert_array_equal, model.vq_params, whole.ema)
+    chex.assert_trees_all_equal(model.vq_params, whole.ema)
     assert model.class_names == ("dark", "light")
 
     half = config.copy_and_resolve_references()
@@ -416,12 +417,12 @@ def test_decoder_alone(config, tmp_path):
     save_model(tmp_path / "start", Pretrained("start", vq_config=SMALL, vq_params=start))
     config.init, config.decoder_only = str(tmp_path / "start"), True
     state = train_vq.train(config, tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, encoder_params(state.params), encoder_params(start))
+    chex.assert_trees_all_equal(encoder_params(state.params), encoder_params(start))
     same = jax.tree.map(np.array_equal, state.params["decoder"], start["decoder"])
     assert not any(jax.tree.leaves(same))
     old, new = load_pretrained(tmp_path / "start"), load_pretrained(tmp_path / "run")
     model = old.with_tokenizer(new)
-    jax.tree.map(np.testing.assert_array_equal, model.vq_params["decoder"], state.ema["decoder"])
+    chex.assert_trees_all_equal(model.vq_params["decoder"], state.ema["decoder"])
     new.vq_params["quantize"]["embedding"] += 1
     with pytest.raises(ValueError, match="has another encoder, codebook or compute dtype"):
         old.with_tokenizer(new)

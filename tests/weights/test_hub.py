@@ -6,8 +6,7 @@ import sys
 import types
 from pathlib import Path
 
-import jax
-import numpy as np
+import chex
 import pytest
 
 from aim_jax import load_pretrained
@@ -72,7 +71,7 @@ def test_published_model_is_loaded_by_its_address(hub, tiny_model, tiny_model_di
     model = load_pretrained("hf://someone/tiny@v1")
     assert [call[:2] for call in hub] == [("someone/tiny", "v1")]
     assert model.name == "hf://someone/tiny@v1" and model.class_names == tiny_model.class_names
-    jax.tree.map(np.testing.assert_array_equal, model.aim_params, tiny_model.aim_params)
+    chex.assert_trees_all_equal(model.aim_params, tiny_model.aim_params)
     with pytest.raises(FileExistsError, match="another directory"):
         publish(tiny_model_dir, out)
     assert json.loads((out / "model.json").read_text())["version"] == 1

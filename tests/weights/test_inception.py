@@ -6,6 +6,7 @@ import sys
 import types
 import zipfile
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_sets_of_images_and_their_cache(extract, tmp_path, capsys):
     written = file.stat().st_mtime_ns
     again = extract.of_cached(NpzImages(tmp_path / "a.npz"), 9, tmp_path / "cache")
     assert file.stat().st_mtime_ns == written and again.inception_score == made.inception_score
-    jax.tree.map(np.testing.assert_array_equal, again, made)
+    chex.assert_trees_all_equal(again, made)
     file.write_bytes(file.read_bytes()[:1000])
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -307,7 +308,7 @@ def test_every_form_gives_the_same_parameters(write, name, weights, params, tmp_
 
 def test_ours_are_read_back_and_scores_need_the_last_layer(params, tmp_path):
     path = save_tensors(params, tmp_path / "ours.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, load_inception(path), params)
+    chex.assert_trees_all_equal(load_inception(path), params)
     without = {k: v for k, v in params.items() if k != "softmax"}
     found = load_inception(save_tensors(without, path))
     images = seeded_images()
