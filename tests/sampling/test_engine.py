@@ -9,7 +9,7 @@ from aim_jax.models import PRESETS
 from aim_jax.ops import triton_availability
 from aim_jax.ops.triton_availability import triton_unavailable_because
 from aim_jax.sampling import engine
-from aim_jax.sampling.engine import Engine, choose_kernels, resolve
+from aim_jax.sampling.engine import Engine, choose_implementation, resolve
 
 INSTALLED = {
     "jax": "0.11.2",
@@ -50,11 +50,11 @@ def install(monkeypatch, imported_anew, tmp_path):
 
 
 def warnings_of_a_choice(monkeypatch):
-    """Every line that `choose_kernels` logs while it falls back, twice, to XLA."""
+    """Every line that `choose_implementation` logs while it falls back, twice, to XLA."""
     lines = []
     monkeypatch.setattr(logging, "log", lambda level, text, *args: lines.append(text % args))
     for _ in range(2):
-        assert choose_kernels(PRESETS["B"], "cuda") == "xla"
+        assert choose_implementation(PRESETS["B"], "cuda") == "xla"
     return lines
 
 
@@ -107,5 +107,5 @@ def test_what_is_asked_for_by_name_fails_with_the_cause(install):
 def test_kernels_that_can_be_imported_are_chosen(monkeypatch):
     monkeypatch.setattr(engine, "newer_than_assembler", lambda: False)
     monkeypatch.setattr(engine, "triton_unavailable_because", lambda: "")
-    assert choose_kernels(PRESETS["B"], "gpu") == "triton"
+    assert choose_implementation(PRESETS["B"], "gpu") == "triton"
     assert resolve(Engine(), PRESETS["B"], 2, "cuda").kernels == "triton"
