@@ -50,7 +50,8 @@ if TYPE_CHECKING:
         weights,
     )
     from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel, init_cache
-    from aim_jax.sampling import Samples, SamplingConfig, generate
+    from aim_jax.sampling.config import SamplingConfig
+    from aim_jax.sampling.generate import Samples, generate
     from aim_jax.weights import Pretrained, load_pretrained, save_model
 
 # The room that each name is defined in; names that are not here are rooms themselves.

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from logging import LogRecord
 from pathlib import Path
 from types import ModuleType
 
@@ -50,9 +51,8 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
         known = set(flags.FLAGS)
         program.define_flags()
         if {"-h", "-help", "--help", "--helpshort"} & set(arguments):
-            new = [name for name in flags.FLAGS if name not in known]
             # Building a configuration may import packages that define flags of theirs.
-            own = [x for x in new if flags.FLAGS.find_module_defining_flag(x).startswith("aim_jax")]
+            own = [x for x in flags.FLAGS if x not in known and _is_ours(x)]
             print(help_text(program, [flags.FLAGS[x] for x in own]))
             return 0
         try:
@@ -60,6 +60,10 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
         except SystemExit as stop:  # which is how app.run returns
             return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _is_ours(flag: str) -> bool:
+    return (flags.FLAGS.find_module_defining_flag(flag) or "").startswith("aim_jax")
 
 
 def help_text(program: ModuleType, own: Sequence[flags.Flag]) -> str:
@@ -111,7 +115,7 @@ def errors_in_one_line() -> Iterator[None]:
         os._exit(EXIT_LOST)  # an orderly end would wait for the others
 
 
-def _is_not_of_orbax(record) -> bool:
+def _is_not_of_orbax(record: LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
@@ -212,7 +216,7 @@ def cores_as_devices() -> None:
     A share of the images for each keeps cores busier than one program over all of them. What the
     environment says of JAX's CPU devices stays.
     """
-    given = jax.config.jax_num_cpu_devices != -1
+    given = jax.config.jax_num_cpu_devices != -1  # type: ignore[attr-defined]
     if not given and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
@@ -224,7 +228,7 @@ def keep_compiled_programs() -> None:
     JAX_COMPILATION_CACHE_DIR names another place, and
     JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -4,7 +4,7 @@ b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g S
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ class Mamba2(nn.Module):
         else:
             y, ssm_state = ops.ssd_scan(
                 xs, dt, A, B, C, D=D, dt_bias=dt_bias,
-                initial_state=None if dual else start.ssm_state,
+                initial_state=None if dual else cast(jax.Array | None, start.ssm_state),
                 chunk_size=cfg.chunk_size, implementation=cfg.scan_implementation,
             )  # fmt: skip
             if isinstance(start.ssm_state, ops.DualCache):

@@ -1,5 +1,7 @@
 """Two-dimensional convolution that is fast on small maps too."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +37,12 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options.get("precision"))
 
 
-def _is_small(shape, kernel, strides, padding) -> bool:
+def _is_small(
+    shape: Sequence[int],
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> bool:
     """Whether the map that comes in, or the one that goes out, is smaller than the kernel."""
     for size, k, stride, pad in zip(shape[1:3], kernel.shape, strides, padding, strict=False):
         out = (size + sum(pad) - k) // stride + 1

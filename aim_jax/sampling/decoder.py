@@ -68,7 +68,9 @@ class ModuleDecoder:
     engine: Engine = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
+    def of(
+        cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
+    ) -> "ModuleDecoder":
         """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
         stacked = flatten_dict(params["layers"])
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from aim_jax import ops
 from aim_jax.models.aim import Modulation, init_cache
@@ -51,7 +52,9 @@ class FusedDecoder:
     engine: Engine = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine):
+    def of(
+        cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
+    ) -> "FusedDecoder":
         """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
         mixer = params["layers"]["mixer"]
 
@@ -86,7 +89,7 @@ class FusedDecoder:
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.compute_dtype)
 
-    def _linear(self, x: jax.Array, matrix: jax.Array, dtype=None) -> jax.Array:
+    def _linear(self, x: jax.Array, matrix: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """x (b, in), matrix (out, in) -> (b, out) in `dtype`, by default the kernels' own."""
         native = self.implementation == "native"
         return ops.linear(
@@ -179,7 +182,9 @@ class FusedDecoder:
         mean = jnp.sum(sum_squares, axis=1, keepdims=True) / self.config.d_inner
         return jax.lax.rsqrt(mean + MIXER_EPS)
 
-    def _mix(self, u: jax.Array, caches, layer: int, position: jax.Array):
+    def _mix(
+        self, u: jax.Array, caches: tuple[jax.Array, ...], layer: int, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
         """(b, d) -> (the mixer's output before its division, sum_squares or None, caches)."""
         cfg, matrices = self.config, {name: of[layer] for name, of in self.matrices.items()}
         projected = self._linear(u, matrices["in"])

@@ -169,11 +169,13 @@ def generate_on_device(
     return jnp.concatenate([request.prefix, *drawn], axis=1)
 
 
-def _begin(params, random, request: Request, method: Method) -> tuple[Decoder, Loop]:
+def _begin(
+    params: dict, random: jax.Array, request: Request, method: Method
+) -> tuple[Decoder, Loop]:
     """The decoder of these images, and the loop before the first token that is sampled."""
     config = method.config
 
-    def apply(name, *args):
+    def apply(name: str, *args: Any) -> Any:
         return AiM(config).apply({"params": params}, *args, method=name)
 
     labels, first = request.labels, request.prefix.shape[1]
@@ -189,7 +191,15 @@ def _begin(params, random, request: Request, method: Method) -> tuple[Decoder, L
     return decoder, Loop(x[:, -1:], caches, keys)
 
 
-def _advance(decoder, loop: Loop, request: Request, interval, first, count: int, method: Method):
+def _advance(
+    decoder: Decoder,
+    loop: Loop,
+    request: Request,
+    interval: jax.Array,
+    first: ArrayLike,
+    count: int,
+    method: Method,
+) -> tuple[Loop, jax.Array]:
     """Draws `count` tokens from position `first` on -> (the loop after them, tokens (b, count))."""
     config = method.config
 
@@ -217,7 +227,15 @@ def device_mesh(devices: tuple[jax.Device, ...]) -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def _generate_on(devices, params, random, request: Request, interval, *, method: Method):
+def _generate_on(
+    devices: tuple[jax.Device, ...],
+    params: dict,
+    random: jax.Array,
+    request: Request,
+    interval: jax.Array,
+    *,
+    method: Method,
+) -> jax.Array:
     """The codes of the images asked for; every device draws its share."""
     mesh, b = device_mesh(devices), len(request.labels)
     # Images repeat the first one until there are equally many for every device.
@@ -254,7 +272,15 @@ _begin_jit = jax.jit(_begin, static_argnums=3)
 _advance_jit = jax.jit(_advance, static_argnums=(5, 6), donate_argnums=1)
 
 
-def _generate_watched(params, random, request, interval, method: Method, callback, every):
+def _generate_watched(
+    params: dict,
+    random: jax.Array,
+    request: Request,
+    interval: jax.Array,
+    method: Method,
+    callback: Callable[[jax.Array], None],
+    every: int,
+) -> jax.Array:
     """The codes of the images asked for, in pieces, on one device."""
     first, last = request.prefix.shape[1], method.config.num_tokens
     decoder, loop = _begin_jit(params, random, request, method)
@@ -289,7 +315,7 @@ def unfinished(model: Pretrained, tokens: jax.Array) -> Samples:
     return Samples(tokens, jnp.where(there[..., None], images, jnp.uint8(128)))
 
 
-def whole_number(name: str, value) -> int:
+def whole_number(name: str, value: Any) -> int:
     """A Python, NumPy or JAX integer from 0 to 2**31 - 1 as int; ValueError for all else."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def generate_many(
     seed: int,
     batch_size: int,
     watch: Callable[[int, np.ndarray], None] | None = None,
-    **settings,
+    **settings: Any,
 ) -> Iterable[np.ndarray]:
     """Generates any number of images in equal batches, so that one compilation serves all.
 
@@ -61,7 +62,7 @@ def generate_many(
 class _GrowingGrid:
     """Writes the grid of a series of images while they are drawn."""
 
-    def __init__(self, count: int, columns: int, names: Sequence[str], path: Path):
+    def __init__(self, count: int, columns: int, names: list[str], path: Path):
         self._count, self._columns, self._names, self._path = count, columns, names, path
         self._images: np.ndarray | None = None
 
@@ -83,7 +84,7 @@ def sample_to_directory(
     pngs: bool = False,
     npz: bool = False,
     progressive: bool = False,
-    **settings,
+    **settings: Any,
 ) -> list[Path]:
     """Samples `per_class` images of every class and writes a labelled grid.
 
@@ -105,8 +106,9 @@ def sample_to_directory(
     paths = [save_png(make_grid(images, per_class, names), out / "grid.png")]
     if pngs:
         for i, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):
-            name = f"{i:05d}_{class_name(model, label).replace(os.sep, '_').replace(' ', '_')}.png"
-            paths.append(save_png(Image.fromarray(image), out / "images" / name))
+            name = class_name(model, int(label)).replace(os.sep, "_").replace(" ", "_")
+            path = out / "images" / f"{i:05d}_{name}.png"
+            paths.append(save_png(Image.fromarray(image), path))
     if npz:
         with replacing(out / "samples.npz") as partial, partial.open("wb") as file:
             np.savez(file, arr_0=images, labels=labels)
@@ -123,10 +125,11 @@ def compare_settings(
 
     Args:
       model: with tokenizer. labels: class of each column.
-      setting: "cfg_scale", "temperature", "top_k" or "top_p"; the others are the model's defaults.
+      setting: a numeric field of `SamplingConfig`; the others are the model's defaults.
       seed: see `generate`.
     """
-    rows = [np.asarray(generate(model, labels, seed, **{setting: v}).images) for v in values]
+    given: list[dict[str, Any]] = [{setting: value} for value in values]
+    rows = [np.asarray(generate(model, labels, seed, **one).images) for one in given]
     names = [class_name(model, label) for label in labels]
     return make_grid(
         np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values],
@@ -159,15 +162,17 @@ def with_mixed_classes(
     """The model whose class i is (1 - shares[i]) of class `first` and shares[i] of `second`."""
     weights = jnp.asarray(shares)[:, None]
 
-    def mix(table):
+    aim_config, aim_params = model.aim()
+
+    def mix(table: jax.Array) -> jax.Array:
         rows = (1 - weights) * table[first] + weights * table[second]
         return jnp.concatenate([rows, table[-1:]]).astype(table.dtype)  # the last is the null class
 
-    mixed = jax.tree.map(mix, model.aim_params["class_embedding"])
+    mixed = jax.tree.map(mix, aim_params["class_embedding"])
     return dataclasses.replace(
         model,
-        aim_config=dataclasses.replace(model.aim_config, num_classes=len(shares)),
-        aim_params=model.aim_params | {"class_embedding": mixed},
+        aim_config=dataclasses.replace(aim_config, num_classes=len(shares)),
+        aim_params=aim_params | {"class_embedding": mixed},
         class_names=(),
     )
 
@@ -197,7 +202,7 @@ def complete(
     rows: int | None = None,
     seed: int = 0,
     min_side: int = 64,
-    **settings,
+    **settings: Any,
 ) -> Image.Image:
     """A grid with a row per picture: the picture, what is kept of it, and `count` completions.
 
@@ -210,7 +215,7 @@ def complete(
       ValueError: another number of classes than of pictures, or the model lacks a part; see
         `fitted`.
     """
-    if model.aim_params is None or model.vq_params is None:
+    if model.aim_params is None or model.vq_params is None or model.vq_config is None:
         raise ValueError(f"{model.name}: completions need both an AiM and a tokenizer.")
     if len(pictures) != len(classes):
         raise ValueError(f"{len(classes)} classes for {len(pictures)} pictures; expected one each.")
@@ -221,7 +226,7 @@ def complete(
     drawn = generate(
         model, np.repeat(classes, count), seed, prefix=np.repeat(prefix, count, axis=0), **settings
     )
-    whole = np.asarray(to_uint8(pixels))
+    whole = np.asarray(to_uint8(jnp.asarray(pixels)))
     kept = whole.copy()
     kept[:, rows * model.vq_config.downsampling :] = 127
     completed = np.asarray(drawn.images).reshape(len(whole), count, *whole.shape[1:])

@@ -6,6 +6,7 @@ kernels that sample.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def _ordered_int(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 
 
-def _largest(holds, low: jax.Array, high: jax.Array) -> jax.Array:
+def _largest(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
     """The largest integer in [low, high] for which `holds`, which does up to it and at low."""
 
     def halve(_, bounds):

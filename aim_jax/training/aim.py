@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,9 @@ def create_train_state(
     )
 
 
-def loss_fn(params, batch: dict, rng: jax.Array, config: AiMConfig):
+def loss_fn(
+    params: Any, batch: dict, rng: jax.Array, config: AiMConfig
+) -> tuple[jax.Array, tuple[dict, None]]:
     """Mean cross entropy of all codes, in nats per token, with class and token dropout."""
     nats = AiM(config).apply(
         {"params": params}, batch["codes"], batch["labels"], train=True,
@@ -96,7 +99,7 @@ EvalMetrics = clu_metrics.Collection.create(
 
 
 def eval_step(
-    params, batch: dict, *, config: AiMConfig, accumulate: int = 1
+    params: Any, batch: dict, *, config: AiMConfig, accumulate: int = 1
 ) -> clu_metrics.Collection:
     """`EvalMetrics` of the real examples of a padded batch."""
 
@@ -125,7 +128,7 @@ class Setup:
       ValueError: model, optimizer, batch and mesh do not fit together.
     """
 
-    def __init__(self, config: ConfigDict, devices=None):
+    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
         self.model = AiMConfig(**config.model)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices, devices)
@@ -205,7 +208,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         one = lambda batch: setup.eval_step(state.eval_params, data.encode(batch))  # noqa: E731
         return loop.weighted_means(one, batches, config.batch_size // share[1], mesh)
 
-    def as_model(state) -> Pretrained:
+    def as_model(state: TrainState) -> Pretrained:
         return Pretrained(
             name=str(workdir),
             aim_config=model_config,
@@ -248,7 +251,7 @@ def open_start(name_or_path: str, config: AiMConfig) -> dict:
       FileNotFoundError, ValueError: no such model, it holds no AiM, or one of another shape.
     """
     start = load_pretrained(name_or_path, as_stored=True)
-    if start.aim_params is None:
+    if start.aim_params is None or start.aim_config is None:
         raise ValueError(f"config.init={name_or_path!r} holds no AiM.")
     params, changes = adapt_aim(start.aim_params, start.aim_config, config)
     say("\n  ".join([f"weights of {name_or_path}", *changes]))
@@ -258,7 +261,7 @@ def open_start(name_or_path: str, config: AiMConfig) -> dict:
 def check_fit(model: AiMConfig, tokenizer: Pretrained, data: CodeData | EncodedImages) -> None:
     """Raises ValueError where model, tokenizer and data disagree in a size."""
     for name, ours, theirs, whose in (
-        ("vocab_size", model.vocab_size, tokenizer.vq_config.n_embed, "the tokenizer's codebook"),
+        ("vocab_size", model.vocab_size, tokenizer.vq()[0].n_embed, "the tokenizer's codebook"),
         ("vocab_size", model.vocab_size, data.vocab_size, "the data"),
         ("num_tokens", model.num_tokens, data.num_tokens, "the data"),
         ("num_classes", model.num_classes, len(data.class_names), "the data"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from clu import metrics
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
@@ -179,7 +180,9 @@ def check_reports(config: ConfigDict) -> None:
             raise ValueError(f"config.sample.{name}={count}; expected 1 or more.")
 
 
-def run(config: ConfigDict, workdir: Path, mesh, state: TrainState, stage: Stage) -> TrainState:
+def run(
+    config: ConfigDict, workdir: Path, mesh: Mesh, state: TrainState, stage: Stage
+) -> TrainState:
     """Trains to `config.steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     Stops early, after saving, on SIGTERM (sent to any of the processes) or Ctrl-C: the state that
@@ -244,7 +247,7 @@ def pad_batch(batch: dict, size: int) -> dict:
     return padded | {"weights": (np.arange(size) < count).astype(np.float32)}
 
 
-def weighted_means(eval_step: Callable, batches: Iterable[dict], size: int, mesh) -> dict:
+def weighted_means(eval_step: Callable, batches: Iterable[dict], size: int, mesh: Mesh) -> dict:
     """Means over all examples of one pass over a data set.
 
     Args:

@@ -193,7 +193,7 @@ class Profiler:
                 )
             self._first, self._last = int(match[1]), int(match[2])
 
-    def before(self, step: int, metrics) -> None:
+    def before(self, step: int, metrics: dict | None) -> None:
         """Starts the trace if this is its first step.
 
         Args:
@@ -204,7 +204,7 @@ class Profiler:
             jax.profiler.start_trace(str(self._directory))
             self._active = True
 
-    def after(self, step: int, metrics) -> None:
+    def after(self, step: int, metrics: dict) -> None:
         """Ends the trace if this was its last step."""
         if step == self._last and self._active:
             jax.block_until_ready(metrics)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +110,10 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
     )
 
 
-def name_axes(params, parts: int):
+def name_axes(params: Any, parts: int) -> Any:
     """Boxes parameters: the output channels of kernels are what FSDP splits, if `parts` divides."""
 
-    def box(leaf):
+    def box(leaf: jax.Array) -> Any:
         if leaf.ndim < 2 or leaf.shape[-1] % parts:
             return leaf
         return nn.LogicallyPartitioned(leaf, (None,) * (leaf.ndim - 1) + ("embed",))
@@ -134,6 +135,7 @@ def train_step(
         lpips_params=lpips_params, step=state.step, decoder_only=recipe.decoder_only,
     )  # fmt: skip
     grads, metrics, indices = accumulated_grads(grad_fn, params, batch, rng, recipe.accumulate)
+    assert state.history is not None
     history = update_history(state.history, indices)
     metrics["codebook_usage"] = codebook_usage(history, recipe.model.n_embed)
     encode_with = state.params
@@ -164,7 +166,9 @@ def train_step(
     return state, metrics | report
 
 
-def restart(state: TrainState, images: jax.Array, params, key: jax.Array, recipe: Recipe):
+def restart(
+    state: TrainState, images: jax.Array, params: Any, key: jax.Array, recipe: Recipe
+) -> TrainState:
     """The state with codes that are out of use begun anew from what `images` are encoded to."""
     config = recipe.model
 
@@ -193,7 +197,7 @@ def open_start(
         with `decoder_only` also where its codes would change by how they are computed or stored.
     """
     start = load_pretrained(name_or_path, as_stored=True)
-    if start.vq_params is None:
+    if start.vq_params is None or start.vq_config is None:
         raise ValueError(f"config.init={name_or_path!r} holds no tokenizer.")
     check_same(start.vq_config, config, VQ_SHAPE)
     if decoder_only:
@@ -204,13 +208,14 @@ def open_start(
 
 def check_codes_stay(start: Pretrained, config: VQConfig, export_dtype: str) -> None:
     """Raises ValueError where the encoder of `start` would be rounded in another way."""
-    theirs = start.vq_config.compute_dtype
+    vq_config, vq_params = start.vq()
+    theirs = vq_config.compute_dtype
     if theirs != config.compute_dtype:
         raise ValueError(
             f"config.decoder_only=True keeps the codes, but {start.name} encodes in {theirs}; set "
             f"config.model.compute_dtype={theirs}."
         )
-    stored = {x.dtype for x in jax.tree.leaves(encoder_params(start.vq_params))}
+    stored = {x.dtype for x in jax.tree.leaves(encoder_params(vq_params))}
     narrow = [x for x in stored if jnp.promote_types(x, export_dtype) != jnp.dtype(export_dtype)]
     if narrow:
         raise ValueError(
