@@ -2,6 +2,8 @@
 # PYTHON chooses the interpreter of the environment, VENV its place:  make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
+# Tests that run at the same time; each takes up to 3 GB of memory.
+WORKERS ?= 2
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -16,7 +18,7 @@ demo: venv  ## sample labelled grids from the bundled models
 	@$(VENV)/bin/aim-jax demo
 
 test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs those this leaves out
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -rs
 
 wheel-test: $(VENV)/.tests  ## build the package, and run its programs in a fresh environment
 	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py

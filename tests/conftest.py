@@ -30,10 +30,13 @@ from aim_jax.weights.pretrained import Pretrained, save_model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests read launch/ and benchmarks/
 
-# Every program and test compiles its own functions; equal ones are compiled once per test run.
-_cache = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # for the programs that tests start
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Every program and test compiles its own functions; equal ones are compiled once per test run. The
+# programs that tests start, and the workers of pytest-xdist, which inherit the environment of the
+# process that starts them, read and fill the same directory.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

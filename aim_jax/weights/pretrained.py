@@ -301,9 +301,12 @@ def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
     """
     processes = {"primary_host": 0, "active_processes": {0}} if alone else {}
     options = ocp.options.MultiprocessingOptions(**processes, barrier_sync_key_prefix="model")
+    # One process writes: it takes replicated arrays from one device instead of a share from each,
+    # for which Orbax would compile and run a slice per array and device.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (jax.Array, arrays),
     )
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=handlers, multiprocessing_options=options

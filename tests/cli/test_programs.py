@@ -34,13 +34,15 @@ from aim_jax.utils.images import make_grid, picture_path, save_png
 from aim_jax.utils.logging import duration
 from aim_jax.weights.pretrained import class_ids, save_model
 from tests.conftest import ROOT
+from tests.programs import run
 
 FILES = [ROOT / "launch" / "jobset.py", *sorted((ROOT / "benchmarks").glob("*.py"))]
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]
 CONFIGS = list(recipes().values())
 
 
-def run(*command):
+def process(*command):
+    """Runs Python as a process of its own, as a user does."""
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT
     )
@@ -108,38 +110,39 @@ def test_programs_warn_but_not_for_orbax(caplog):
 
 
 def test_help_and_one_line_errors(tmp_path):
-    shown = run("-m", "aim_jax", "sample", "--help")
+    shown = run("sample", "--help")
+    assert shown.returncode == 0
     assert "aim-jax sample --checkpoint" in shown.stdout and "--cfg_scale" in shown.stdout
-    assert "--coordinator" in run("-m", "aim_jax", "train", "--help").stdout
-    wrong = run("-m", "aim_jax", "sample", "--checkpoint", tmp_path, "--out", tmp_path / "out")
+    assert "--coordinator" in run("train", "--help").stdout
+    wrong = process("-m", "aim_jax", "sample", "--checkpoint", tmp_path, "--out", tmp_path / "out")
     assert wrong.returncode == 1 and not (tmp_path / "out").exists()
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: no model")
     assert "Traceback" not in wrong.stderr
-    wrong = run("-m", "aim_jax", "train", "--config", "cifar10_vq", "--workdir", tmp_path / "w")
+    wrong = run("train", "--config", "cifar10_vq", "--workdir", tmp_path / "w")
     assert wrong.returncode == 1 and "aim-jax train_vq runs it" in wrong.stderr
     given = ("--config", "cifar10_vq", "--workdir", tmp_path / "w", "--config.stepps=4")
-    wrong = run("-m", "aim_jax", "train_vq", *given)
+    wrong = run("train_vq", *given)
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert 'error: --config has no such setting: stepps. Did you mean "steps"' in wrong.stderr
-    wrong = run("-m", "aim_jax", "compare", "--cfg_scale", "1,2", "--between", "cat,dog")
+    wrong = run("compare", "--cfg_scale", "1,2", "--between", "cat,dog")
     assert wrong.returncode == 1 and "not cfg_scale, between" in wrong.stderr
-    wrong = run("-m", "aim_jax", "sample", "--classes", "cat", "ship")
+    wrong = run("sample", "--classes", "cat", "ship")
     assert wrong.returncode == 1 and "error: unexpected 'ship'; lists have commas" in wrong.stderr
-    wrong = run("-m", "aim_jax", "train", "--config", "aim_ablation:foo", "--workdir", "w")
+    wrong = run("train", "--config", "aim_ablation:foo", "--workdir", "w")
     assert wrong.stderr.strip().startswith("error: variant 'foo'; expected one of no_position")
-    wrong = run("-m", "aim_jax", "compare", "--top_k", "10,2.5")
+    wrong = run("compare", "--top_k", "10,2.5")
     assert wrong.returncode == 1 and "--top_k=10,2.5: expected whole numbers" in wrong.stderr
     assert not (tmp_path / "w").exists()
 
 
 def test_the_package_lists_and_runs_the_programs():
-    shown = run("-m", "aim_jax", "--help")
+    shown = process("-m", "aim_jax", "--help")
     assert shown.returncode == 0
     for program in PROGRAMS:
         assert f"  {program} " in shown.stdout
-    inner = run("-m", "aim_jax", "convert", "to-jax", "--help")
+    inner = run("convert", "to-jax", "--help")
     assert inner.returncode == 0 and "--position_offset" in inner.stdout
-    wrong = run("-m", "aim_jax", "paint")
+    wrong = process("-m", "aim_jax", "paint")
     assert wrong.returncode == 2 and "no program 'paint'" in wrong.stderr
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import ImageParts, NpzImages
 from aim_jax.sampling.generate import generate
 from aim_jax.weights.convert.inception import load_inception
-from tests.conftest import ROOT
 from tests.inception_weights import save_seeded_inception
+from tests.programs import run
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip
@@ -265,30 +263,21 @@ def test_pictures_smaller_than_the_samples_are_not_enlarged_unasked(config, tmp_
 
 
 def test_program_says_what_is_missing(inception_file, tmp_path):
-    def run(*options):
-        command = [
-            sys.executable,
-            "-m",
-            "aim_jax",
-            "evaluate",
-            "--out",
-            str(tmp_path / "out"),
-            *options,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    def said(*options):
+        done = run("evaluate", "--out", tmp_path / "out", *options)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
         return done.stderr.strip().splitlines()[-1]
 
-    assert "give --reference" in run("--checkpoint", "cifar10")
+    assert "give --reference" in said("--checkpoint", "cifar10")
     both = ("--checkpoint", "cifar10", "--reference", "cifar10:test")
-    assert "TorchScript" in run(*both, "--inception", "")
+    assert "TorchScript" in said(*both, "--inception", "")
     both_ways = (*both, "--reconstruct", "--samples", "samples.npz")
-    assert "not scored from samples" in run(*both_ways, "--inception", str(inception_file))
-    assert "no such file" in run(*both, "--inception", str(tmp_path / "none"))
+    assert "not scored from samples" in said(*both_ways, "--inception", str(inception_file))
+    assert "no such file" in said(*both, "--inception", str(tmp_path / "none"))
     floats = tmp_path / "floats.npz"
     np.savez(floats, arr_0=np.zeros((4, 8, 8, 3), np.float32))
     given = ("--samples", str(floats), "--reference", str(floats))
-    assert "expected uint8" in run(*given, "--inception", str(inception_file))
+    assert "expected uint8" in said(*given, "--inception", str(inception_file))
     np.savez(floats, arr_0=np.full((5, 8, 8, 3), 9, np.uint8))
-    assert "samples: 5 images; expected 6" in run(*given, "--inception", str(inception_file))
+    assert "samples: 5 images; expected 6" in said(*given, "--inception", str(inception_file))
     assert not (tmp_path / "out").exists()

@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
 import chex
 import jax
@@ -15,6 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from aim_jax.cli.common import errors_in_one_line
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
 from aim_jax.data.preprocessing import image_spec
@@ -30,7 +30,7 @@ from aim_jax.training.optimizer import accumulated_grads, decay_mask, learning_r
 from aim_jax.weights import convert
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
-from tests.conftest import ROOT, TINY_AIM, TINY_VQ
+from tests.conftest import TINY_AIM, TINY_VQ
 
 
 def small(config, folder):
@@ -78,6 +78,58 @@ def aim_config(picture_folder, codes, tiny_model_dir):
     return config
 
 
+@pytest.fixture(scope="module")
+def made():
+    """What `start_once` keeps for the tests of this file."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def start_once(monkeypatch, made):
+    """Runs of equal configurations share their compiled steps, first states and tokenizers.
+
+    A run spends most of its time on those. Every run gets a copy of the first state of its own, as
+    its steps consume it.
+    """
+    new_setup, create_sharded = train.Setup, train.create_sharded
+    open_tokenizer = train.open_tokenizer
+
+    def once(key, make):
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def setup_once(config):
+        config = config.copy_and_resolve_references()  # tests change theirs afterwards
+        return once(("setup", config.to_json()), lambda: new_setup(config))
+
+    def state_once(make, mesh, rules):
+        first = once(("state", make), lambda: create_sharded(make, mesh, rules))
+        placed = jax.tree.map(lambda x: x.sharding, first)
+        return jax.device_put(first, placed, may_alias=False)
+
+    def tokenizer_once(path):
+        return once(("tokenizer", path), lambda: open_tokenizer(path))
+
+    monkeypatch.setattr(train, "Setup", setup_once)
+    monkeypatch.setattr(train, "create_sharded", state_once)
+    monkeypatch.setattr(train, "open_tokenizer", tokenizer_once)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Makes a run once; returns (its workdir, its final state)."""
+    made = {}
+
+    def make(config):
+        if not made:
+            workdir = tmp_path_factory.mktemp("finished") / "run"
+            made["run"] = (workdir, train.train(config, workdir))
+        return made["run"]
+
+    return make
+
+
 def records(workdir):
     """Loss by step, and evaluation records, of a run's metrics file."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -105,8 +157,10 @@ def interrupt(monkeypatch, at, action):
     monkeypatch.setattr(loop, "shard_batch", shard_batch)
 
 
-def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path, monkeypatch):
-    whole = train.train(aim_config, tmp_path / "a")
+def test_killed_aim_run_resumes_exactly_from_the_last_save(
+    aim_config, finished_run, tmp_path, monkeypatch
+):
+    workdir, whole = finished_run(aim_config)
 
     def die():
         raise KeyboardInterrupt  # nothing of the loop's own saving runs
@@ -129,22 +183,8 @@ def test_killed_aim_run_resumes_exactly_from_the_last_save(aim_config, tmp_path,
     assert sorted(p.name for p in saves.iterdir()) == ["3", "6"]
     assert len(fresh) == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(fresh))  # not twice in memory
-    assert_same_run(tmp_path / "a", whole, tmp_path / "b", again)
+    assert_same_run(workdir, whole, tmp_path / "b", again)
     assert load_pretrained(tmp_path / "b").aim_config == TINY_AIM
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """Makes a run once; returns (its workdir, its final state)."""
-    made = {}
-
-    def make(config):
-        if not made:
-            workdir = tmp_path_factory.mktemp("finished") / "run"
-            made["run"] = (workdir, train.train(config, workdir))
-        return made["run"]
-
-    return make
 
 
 def spoil_bit(file):
@@ -201,34 +241,32 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(aim_config, finishe
         train.train(aim_config, tmp_path / "run")
 
 
-def test_full_disk_ends_the_run_and_keeps_the_last_save(aim_config, finished_run, tmp_path):
+def test_full_disk_ends_the_run_and_keeps_the_last_save(aim_config, finished_run, tmp_path, capsys):
     """No file may grow to the size of a checkpoint's; the program says so and loses nothing."""
     workdir, whole = finished_run(aim_config)
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    (tmp_path / "config.py").write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict(json.loads({aim_config.to_json()!r}))\n"
-    )
-    command = f"{sys.executable} -m aim_jax train --config {tmp_path}/config.py"
-    ended = subprocess.run(
-        ["bash", "-c", f"ulimit -f 20; exec {command} --workdir {tmp_path}/run"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 1, ended.stderr
-    assert "error: a checkpoint could not be written into" in ended.stderr
-    assert "The newest whole one: step 3." in ended.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, hard))
+    try:
+        with pytest.raises(SystemExit) as ended, errors_in_one_line():
+            train.train(aim_config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1, said
+    assert "error: a checkpoint could not be written into" in said
+    assert "The newest whole one: step 3." in said
     again = train.train(aim_config, tmp_path / "run")
     assert_same_run(workdir, whole, tmp_path / "run", again)
 
 
-def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, tmp_path):
-    aim_config.steps = 2
-    cached = train.train(aim_config, tmp_path / "a")
+def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, finished_run, tmp_path):
+    workdir, cached = finished_run(aim_config)
     aim_config.codes = ""
     encoded = train.train(aim_config, tmp_path / "b")
-    a, b = records(tmp_path / "a"), records(tmp_path / "b")
-    assert int(cached.step) == int(encoded.step) == 2
+    a, b = records(workdir), records(tmp_path / "b")
+    assert int(cached.step) == int(encoded.step) == aim_config.steps
     # The cache draws flipped views and pictures were not flipped here; validation is the same data.
     assert abs(a[-1]["val_loss"] - b[-1]["val_loss"]) < 0.05
     for name, value, message in (
@@ -264,7 +302,7 @@ def test_caches_are_mixed_for_training_alone(aim_config, codes, tiny_model, tmp_
 def test_model_learns_a_small_batch_by_heart():
     optimizer = optim.skip_bad_steps(optax.adam(1e-2), spike_factor=0.0)
     model = TINY_AIM.__class__(**{**vars(TINY_AIM), "class_dropout": 0.0})
-    state = nn.unbox(train.create_train_state(model, optimizer, 0))
+    state = jax.jit(lambda: nn.unbox(train.create_train_state(model, optimizer, 0)))()
     rng = np.random.default_rng(0)
     batch = {"codes": rng.integers(0, 16, (6, 4)), "labels": np.arange(6) % 3}
     step = jax.jit(lambda s, b: train.train_step(s, b, config=model, optimizer=optimizer))
@@ -330,9 +368,8 @@ def test_profile_of_the_steps_that_are_named(tmp_path, monkeypatch):
             Profiler(steps, tmp_path)
 
 
-def test_workdir_of_another_run_is_refused(aim_config, tmp_path):
-    aim_config.steps = 1
-    train.train(aim_config, tmp_path / "run")
+def test_workdir_of_another_run_is_refused(aim_config, finished_run, tmp_path):
+    shutil.copytree(finished_run(aim_config)[0], tmp_path / "run")
     aim_config.optimizer.b1 = 0.5
     with pytest.raises(ValueError, match=r"another run.*optimizer.b1: 0.9 -> 0.5"):
         train.train(aim_config, tmp_path / "run")

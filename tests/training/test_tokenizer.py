@@ -178,9 +178,10 @@ def test_discriminator_is_that_of_the_public_implementation():
         for kind in ("param.", "grad.")
     )
     module = PatchGAN(ch=2, depth=3)
+    judged = jax.jit(functools.partial(judge, module))
     with jax.default_matmul_precision("highest"):
-        logits = module.apply({"params": params}, golden["real"])
-        found = judge(module, params, golden["fake"], golden["real"])
+        logits = jax.jit(module.apply)({"params": params}, golden["real"])
+        found = judged(params, golden["fake"], golden["real"])
     np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.hinge, golden["loss"], rtol=1e-5)
     for name, expected in flatten_dict(grads).items():
@@ -189,7 +190,8 @@ def test_discriminator_is_that_of_the_public_implementation():
     # The tokenizer's side: minus the mean logit, differentiated with respect to the pictures.
     np.testing.assert_allclose(found.loss, -found.fake, rtol=1e-6)
     step = 1e-2 * np.asarray(found.pull) / np.linalg.norm(found.pull)
-    there, back = (judge(module, params, golden["fake"] + s, golden["real"]) for s in (step, -step))
+    with jax.default_matmul_precision("highest"):
+        there, back = (judged(params, golden["fake"] + s, golden["real"]) for s in (step, -step))
     slope = (there.loss - back.loss) / 2e-2
     np.testing.assert_allclose(slope, np.linalg.norm(found.pull), rtol=2e-2)
 
@@ -213,7 +215,7 @@ def start():
     images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     params = {
         "vq": jax.jit(init_params, static_argnums=0)(SMALL, jax.random.key(0)),
-        "discriminator": CRITIC.init(jax.random.key(1), images[:1])["params"],
+        "discriminator": jax.jit(CRITIC.init)(jax.random.key(1), images[:1])["params"],
     }
     return params, {"images": images}
 
@@ -310,8 +312,7 @@ def test_dead_codes_begin_anew_from_what_pictures_are_encoded_to(start):
     optimizer = make_optimizer(vq_defaults().optimizer, 10)
     recipe = Recipe(SMALL, optimizer, ema_decay=0.9, restart_codes=3)
     step = jax.jit(lambda state: train_vq.train_step(state, batch, None, recipe=recipe)[0])
-    state = train_vq.create_train_state(recipe, 0, 16)
-    state = jax.tree.map(jnp.asarray, jax.device_get(train_vq.nn.unbox(state)))
+    state = jax.jit(lambda: train_vq.nn.unbox(train_vq.create_train_state(recipe, 0, 16)))()
     state = state.replace(history=jnp.full(HISTORY_LENGTH, 9, jnp.int32))
     books = lambda s: np.asarray(s.params["quantize"]["embedding"])  # noqa: E731
     filled = HISTORY_LENGTH // (2 * 64)
@@ -413,7 +414,7 @@ def test_run_leaves_everything_resumes_exactly_and_can_be_sharded(config, tmp_pa
 def test_decoder_alone(config, tmp_path):
     config.loss.adversarial, config.optimizer.weight_decay = 0.0, 0.1
     config.steps = config.eval_every = config.save_every = config.sample_every = 2
-    start = init_params(SMALL, jax.random.key(5))
+    start = jax.jit(init_params, static_argnums=0)(SMALL, jax.random.key(5))
     save_model(tmp_path / "start", Pretrained("start", vq_config=SMALL, vq_params=start))
     config.init, config.decoder_only = str(tmp_path / "start"), True
     state = train_vq.train(config, tmp_path / "run")
