@@ -292,14 +292,14 @@ def test_evaluate_sweep_and_publish(installation, model):
     line = installation.fail("evaluate", *given)
     assert "--inception is missing" in line and "docs/" not in line
     given += ["--inception", "random.safetensors", "--config.batch_size=10"]
-    shown = installation.succeed("evaluate", *given, "--config.num_samples=4")
+    shown = installation.succeed("evaluate", *given, "--config.num_samples=6")
     assert "| fid | " in shown and "| commit | unknown |" in shown
-    shown = installation.succeed("sweep", *given, "--num_samples", 10, "--cfg_scale", "1,2")
+    installation.succeed("sweep", *given, "--num_samples", 10, "--cfg_scale", 2)
     assert Image.open(installation.work / "sweep" / "sweep.png").width > 100
-    given = ["--checkpoint", model, "--evaluation", "evaluation", "--out", "published"]
-    installation.succeed("publish", *given)
+    given = ["--checkpoint", model, "--evaluation", "evaluation"]
+    installation.succeed("publish", *given, "--out", "published")
     assert "| fid | " in (installation.work / "published" / "README.md").read_text()
-    given += ["--repository", "owner/name"]
+    given += ["--out", "uploaded", "--repository", "owner/name"]
     assert "pip install 'aim_jax[hub]'" in installation.fail("publish", *given)
 
 
