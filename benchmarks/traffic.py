@@ -1,5 +1,6 @@
 """What decoding has to move through memory, and the plot of rates beside that floor."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def size(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@functools.cache  # tables of floors ask for every engine and batch
 def weights_per_step(config: AiMConfig) -> int:
     """Bytes of the parameters that a step reads, in the compute dtype.
 
