@@ -155,7 +155,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
     op = functools.partial(kernels.add_norm_modulate, inner=e)
     yield Case("add_norm_modulate", op, modulation, moved)
 
-    settings = dict.fromkeys(("cfg_scale", "temperature", "top_p"), full())
+    settings = dict.fromkeys(("cfg_scale", "temperature", "top_p", "min_p"), full())
     sampler = {"logits": full(b, v), "uniform": full(images), "top_k": scalar} | settings
     yield Case("sample", kernels.sample, sampler, nbytes(sampler["logits"]))
 

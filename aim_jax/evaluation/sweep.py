@@ -178,6 +178,6 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     """
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
-    content["sampling"] |= {name: settings[name] for name in SETTINGS}
+    content["sampling"] |= {name: settings[name] for name in SETTINGS if name in settings}
     write_json(file, content)
     return file

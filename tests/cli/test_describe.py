@@ -5,16 +5,17 @@ import types
 import jax
 from clu import platform
 
-from aim_jax import cli
 from aim_jax.cli import common
 from aim_jax.cli.describe import describe
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.weights.pretrained import Pretrained
+from tests.programs import run
 
 
-def test_a_bundled_model_is_described(capsys):
-    assert cli.main(["describe", "--checkpoint", "cifar10"]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+def test_a_bundled_model_is_described():
+    described = run("describe", "--checkpoint", "cifar10")
+    assert described.returncode == 0
+    lines = [" ".join(line.split()) for line in described.stdout.splitlines()]
     assert lines[0] == "cifar10" and "10 classes" in lines
     assert "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck" in lines
     for setting in ("cfg_scale 3.0", "mixer mamba2", "n_embed 1024", "aim_steps 4000"):

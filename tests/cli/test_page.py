@@ -1,6 +1,6 @@
 """The page over HTTP, and in a real browser: it draws, completes an upload, refuses the rest.
 
-  pip install -e '.[test]' && python -m pytest tests/cli/test_page.py
+  pip install '.[test]' && python -m pytest tests/cli/test_page.py
 
 with Chromium or Chrome on the PATH (apt-get install chromium), or the one that playwright installs.
 Without a browser the tests that drive one are skipped.
@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[page]'")
+gradio = pytest.importorskip("gradio", reason="the page needs pip install 'aim_jax[page]'")
 
 from aim_jax.cli.page import MOST_BYTES, build, launch  # noqa: E402
 from aim_jax.configs.defaults import vq_defaults  # noqa: E402
+from aim_jax.sampling import SamplingConfig
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # It asks nothing of the network, and shares a machine with other tests.
@@ -80,7 +81,7 @@ def ask(address, path, data=None, kind="application/json"):
 
 def complete(address, model, picture: dict):
     """What the page answers to a request to complete a picture."""
-    settings = [model.sampling[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")]
+    settings = list(SamplingConfig(**model.sampling).numbers().values())
     given = [
         "tiny",
         model.class_names[0],

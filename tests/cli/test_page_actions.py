@@ -8,6 +8,7 @@ import pytest
 
 from aim_jax.cli.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
 from aim_jax.configs.defaults import vq_defaults
+from aim_jax.sampling import SamplingConfig
 from aim_jax.sampling.generate import generate
 
 SEED = 3
@@ -27,7 +28,7 @@ def actions(model):
 
 @pytest.fixture(scope="module")
 def values(model):
-    return [model.sampling[key] for key, *_ in sliders_of(model)]
+    return list(SamplingConfig(**model.sampling).numbers().values())
 
 
 def test_rows_appear_one_after_the_other(model):
@@ -87,7 +88,7 @@ def test_pictures_and_drawings_are_completed(actions, values, model):
 
 def test_a_model_draws_with_its_own_settings(model):
     wide = dataclasses.replace(model, sampling=model.sampling | {"cfg_scale": 10.0})
-    values = [wide.sampling[key] for key, *_ in sliders_of(wide)]
+    values = list(SamplingConfig(**wide.sampling).numbers().values())
     assert sliders_of(wide)[0][1:3] == (1.0, 10.0)
     name = class_names(wide)[0]
     assert next(Actions({"wide": wide}).draw("wide", name, 1, SEED, *values)).width > 100

@@ -454,7 +454,7 @@ def tokenizer(tmp_path, tiny_model):
 
 def start(tokenizer, out, *options, devices=2):
     """Starts the program with shards of 16 pictures."""
-    program = [sys.executable, ROOT / "launch" / "extract_codes.py", f"--tokenizer={tokenizer}"]
+    program = [sys.executable, "-m", "aim_jax", "extract_codes", f"--tokenizer={tokenizer}"]
     program += [f"--out={out}", "--batch_size=4", "--shard_size=16", *options]
     return subprocess.Popen(
         [*map(str, program)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -47,7 +47,7 @@ def commands(text):
 def test_scripts_are_clean():
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=path)
-    assert shellcheck, "shellcheck comes with the test extra: pip install -e '.[test]'"
+    assert shellcheck, "shellcheck comes with the test extra: pip install '.[test]'"
     done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

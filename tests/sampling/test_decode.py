@@ -14,7 +14,7 @@ from aim_jax import generate
 from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.sampling import decoder
-from aim_jax.sampling.config import SamplingConfig
+from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.generate import Method, Request, generate_on_device, generate_tokens
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
@@ -293,14 +293,13 @@ def test_the_compiled_loop_copies_no_cache(engine):
         vocab_size=32, num_classes=2, num_tokens=64, d_model=64, n_layer=2, d_state=64, headdim=32,
     )  # fmt: skip
     params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
-    per_image = jax.ShapeDtypeStruct((2,), jnp.float32)
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
-    request = Request(
-        ints, ints, per_image, per_image, ints, per_image, jax.ShapeDtypeStruct((2, 0), jnp.int32)
-    )
+    settings = {name: jax.ShapeDtypeStruct((2,), s.dtype) for name, s in SETTINGS.items()}
+    request = Request(ints, ints, settings, jax.ShapeDtypeStruct((2, 0), jnp.int32))
+    random = jax.ShapeDtypeStruct((2,), jnp.uint32)
     method = Method(config, True, "constant", engine)
     interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    compiled = generate_on_device.lower(params, 0, request, interval, method=method).compile(
+    compiled = generate_on_device.lower(params, random, request, interval, method=method).compile(
         {"xla_backend_optimization_level": 3}
     )
     text = compiled.as_text()

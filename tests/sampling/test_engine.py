@@ -1,4 +1,4 @@
-"""Choice of kernels where jax-triton is missing, broken, or made for another JAX."""
+"""Choice of the implementation where jax-triton is missing, broken, or made for another JAX."""
 
 import sys
 
@@ -108,4 +108,4 @@ def test_kernels_that_can_be_imported_are_chosen(monkeypatch):
     monkeypatch.setattr(engine, "newer_than_assembler", lambda: False)
     monkeypatch.setattr(engine, "triton_unavailable_because", lambda: "")
     assert choose_implementation(PRESETS["B"], "gpu") == "triton"
-    assert resolve(Engine(), PRESETS["B"], 2, "cuda").kernels == "triton"
+    assert resolve(Engine(), PRESETS["B"], 2, "cuda").implementation == "triton"

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -197,9 +198,10 @@ def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-def cut_before_it_was_listed(file):
-    cut(file)
-    next(path for path in file.parents if path.name == "6").joinpath("files.json").unlink()
+def cut_before_it_was_listed(checkpoint):
+    for file in filter(Path.is_file, (checkpoint / "state").rglob("*")):
+        cut(file)
+    (checkpoint / "files.json").unlink()
 
 
 def largest(checkpoint):
@@ -212,7 +214,7 @@ def largest(checkpoint):
     [
         (spoil_bit, largest, "damaged: state/"),
         (cut, largest, "damaged: state/"),
-        (cut_before_it_was_listed, largest, "unreadable: "),
+        (cut_before_it_was_listed, Path, "unreadable: "),
         (os.remove, largest, "missing: state/"),
         (cut, lambda checkpoint: checkpoint / "files.json", "damaged: files.json"),
     ],

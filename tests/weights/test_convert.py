@@ -742,7 +742,7 @@ def test_zip_files_that_torch_does_not_write(tmp_path):
 def test_without_torch_the_message_says_what_to_do(tmp_path, monkeypatch, weights):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     path = torch_zip(tmp_path / "w.bin", pickle.dumps({}, 2))
-    refused(path, tmp_path, r"needs torch, which is not installed: pip install -e '\.\[torch\]'")
+    refused(path, tmp_path, r"needs torch, which is not installed: pip install 'aim_jax\[torch\]'")
     convert.to_jax(weights, tmp_path / "model")
     with pytest.raises(ValueError, match="needs torch, which is not installed"):
         convert.to_torch(tmp_path / "model", tmp_path / "x.bin")
