@@ -23,7 +23,7 @@ gradio = pytest.importorskip("gradio", reason="the page needs pip install 'aim_j
 
 from aim_jax.cli.page import MOST_BYTES, build, launch  # noqa: E402
 from aim_jax.configs.defaults import vq_defaults  # noqa: E402
-from aim_jax.sampling import SamplingConfig
+from aim_jax.sampling import SamplingConfig  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # It asks nothing of the network, and shares a machine with other tests.
