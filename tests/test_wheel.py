@@ -253,8 +253,13 @@ def test_demo_samples_the_bundled_models(installation):
 )
 def test_sample_with_the_kernels_of_the_wheel(installation):
     given = ["--checkpoint", "cifar10", "--classes", "cat", "--per_class", 1, "--pngs"]
-    shown = installation.succeed("sample", *given, "--kernels", "native")
+    shown = installation.succeed("sample", *given, "--implementation", "native")
     assert shown.splitlines() == ["samples/grid.png", "samples/images/00000_cat.png"]
+
+
+def test_describe_a_bundled_model(installation):
+    shown = installation.succeed("describe", "--checkpoint", "cifar10")
+    assert "10 classes" in " ".join(shown.split())
 
 
 def test_train_tokenizer_codes_and_model(installation, model):
