@@ -183,7 +183,7 @@ def _gpus(count: int, kind: str) -> list[jax.Device]:
         # print a traceback.
         version = jax.__version__
         raise ValueError(
-            "the compiler for NVIDIA GPUs is JAX's CUDA plugin (500 MB on disk): pip install "
+            "the compiler for NVIDIA GPUs is JAX's CUDA plugin (400 MB on disk): pip install "
             f"--no-deps --target cuda jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, "
             "then set PYTHONPATH=cuda."
         )
