@@ -9,7 +9,7 @@ Importing this package imports nothing else, JAX included: names and rooms load 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",
