@@ -1,8 +1,8 @@
-# Every target does all the set-up it needs, from a fresh clone with nothing but Python and make.
-# PYTHON chooses the interpreter of the environment, VENV its place:  make test PYTHON=python3.12
+# Every target does its own setup, from a fresh clone with only Python and make.
+# PYTHON selects the interpreter of the environment and VENV its directory:  make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
-# Tests that run at the same time; each takes up to 3 GB of memory.
+# Number of tests that run in parallel. Each takes up to 3 GB of memory.
 WORKERS ?= 2
 
 SHELL := /bin/bash
@@ -17,26 +17,26 @@ venv: $(VENV)/.package  ## create .venv with the package (editable)
 demo: venv  ## sample labelled grids from the bundled models
 	@$(VENV)/bin/aim-jax demo
 
-test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs those this leaves out
+test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs the slow ones
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -rs
 
-wheel-test: $(VENV)/.tests  ## build the package, and run its programs in a fresh environment
+wheel-test: $(VENV)/.tests  ## build the package and run its programs in a fresh environment
 	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py
 
-lint: $(VENV)/.tests  ## check style, formatting, and the types of the public modules
+lint: $(VENV)/.tests  ## check style, formatting and types
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-format: $(VENV)/.tests  ## mend style and formatting
+format: $(VENV)/.tests  ## fix style and formatting
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-clean:  ## remove what make and the tools wrote, .venv included; runs and pictures stay
+clean:  ## remove build and cache files and .venv; keep runs and images
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An interpreter named by the user must be the one inside the environment.
+# Recreate the environment if its interpreter is not the one that the user named.
 ifneq ($(origin PYTHON),file)
 ifneq ($(shell $(PYTHON) -V),$(shell test -x $(VENV)/bin/python && $(VENV)/bin/python -V))
 .PHONY: $(VENV)/.created
@@ -50,15 +50,14 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); aim_jax needs 3.11 to 3.13. Name one: make PYTHON=python3.12" >&2; \
 	  exit 1; }
-	@echo "Creating $(VENV) with $$($(PYTHON) -V): 1 to 2 minutes, once (250 MB to download, 1 GB on disk; for the tests 330 MB and 1 GB more)"
+	@echo "Creating $(VENV) with $$($(PYTHON) -V), once: 1 to 2 minutes, 250 MB of downloads, 1 GB on disk (330 MB and 1 GB more for the tests)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot create environments. On Debian or Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; }
 	@touch $@
 
-# pip with the pinned versions. The screen gets the large downloads, and after a failure the end of
-# the log.
+# Install with pinned versions. Prints large downloads only, and the end of the log after a failure.
 define install
 	@set -o pipefail; $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
 	  --constraint constraints.txt $(1) 2>&1 | tee $(VENV)/install.log \
@@ -68,7 +67,7 @@ define install
 	@touch $@
 endef
 
-# The package alone, which is all that the demo needs, or with what the tests need.
+# The package only (enough for the demo), or the package with the test requirements.
 $(VENV)/.package: WHAT := .
 $(VENV)/.tests: WHAT := .[test]
 $(VENV)/.tests: $(VENV)/.cuda
@@ -76,9 +75,9 @@ $(VENV)/.package $(VENV)/.tests: $(VENV)/.created setup.cfg pyproject.toml const
 	$(call install,--editable '$(WHAT)')
 	@echo "$(VENV) is ready."
 
-# JAX's plugin for NVIDIA GPUs compiles kernels and programs without a GPU. The tests alone put this
-# folder on their path: a plugin beside jax is tried whenever a program starts JAX, and where cuDNN
-# is missing that prints a traceback.
+# JAX's plugin for NVIDIA GPUs compiles kernels and programs without a GPU. Only the tests put this
+# folder on their path: JAX tries every plugin installed beside it, and prints a traceback if cuDNN is
+# missing.
 LINUX := sys_platform == "linux" and platform_machine == "x86_64"
 $(VENV)/.cuda: $(VENV)/.created constraints.txt
 	@rm -rf $(VENV)/cuda

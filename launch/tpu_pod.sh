@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-Trains on Cloud TPU: one slice, or several, as a queued resource.
+Train on Cloud TPU, on one or several slices, as a queued resource.
 
 Example:
   launch/tpu_pod.sh all --name aim-xl --zone us-west4-a --accelerator_type v5litepod-64 --spot \
@@ -12,33 +12,35 @@ Example:
 
 Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
 
-  create   asks for the TPUs, or takes those of this name, and waits until they are there
-  setup    copies the committed state of this checkout to all hosts and installs it
-  train    trains on all hosts; if it runs already, shows it. Ctrl-C leaves it running
-  all      the three; again after a preemption or a lost slice, from the newest checkpoint
-  status   state of the TPUs, last lines of the log
-  delete   ends the training (it saves) and gives the TPUs back
+  create   request the TPUs, or reuse those of this name, and wait until they are active
+  setup    copy the committed state of this checkout to all hosts and install it
+  train    train on all hosts, or show a training that is running. Ctrl-C leaves it running
+  all      create, setup and train; restart from the newest checkpoint after a preemption or
+           a lost slice
+  status   print the state of the TPUs and the last lines of the log
+  delete   stop the training (it saves) and delete the TPUs
 
-  --name NAME               of the queued resource
-  --zone ZONE               such as us-west4-a
-  --project PROJECT         (that of gcloud config)
-  --accelerator_type TYPE   of one slice, such as v5litepod-64, v5p-128, v6e-64
-  --slices N                slices (1)
-  --runtime_version VERSION of the VMs (the one for the type)
-  --spot | --reserved       cheaper, may be preempted | from your reservation (on demand)
-  --create_flag=FLAG        one more flag for gcloud ... create, such as
+  --name NAME               name of the queued resource
+  --zone ZONE               zone, such as us-west4-a
+  --project PROJECT         project (default: that of gcloud config)
+  --accelerator_type TYPE   type of one slice, such as v5litepod-64, v5p-128, v6e-64
+  --slices N                number of slices (default: 1)
+  --runtime_version VERSION runtime of the VMs (default: the one for the type)
+  --spot | --reserved       spot: cheaper, may be preempted; reserved: from your reservation
+                            (default: on demand)
+  --create_flag=FLAG        another flag for gcloud ... create, such as
                             --create_flag=--network=NAME; repeatable
-  --nfs HOST:/SHARE         mounted at /mnt/aim on all hosts, for data and workdir
-  --ref REF                 commit that is copied (HEAD)
-  --program NAME            what runs (train); extract_codes has its own options
-  --wait_minutes N          how long to wait for the TPUs (240)
-  --max_restarts N          how often `all` may start again (20)
-  --poll_seconds N          between two looks at the state (30)
-  --delete_at_end           `all` gives the TPUs back, however the training ended
+  --nfs HOST:/SHARE         share to mount at /mnt/aim on all hosts, for data and workdir
+  --ref REF                 commit to copy (default: HEAD)
+  --program NAME            program to run (default: train); extract_codes takes its own options
+  --wait_minutes N          how long to wait for the TPUs (default: 240)
+  --max_restarts N          maximum number of restarts by `all` (default: 20)
+  --poll_seconds N          interval between checks of the state (default: 30)
+  --delete_at_end           `all` deletes the TPUs at the end, also after an error
   --dry_run                 print the commands and run nothing
-  --help                    this text
+  --help                    print this text
 
-Needs gcloud, logged in, and the ssh key of Compute Engine in the agent:
+Needs gcloud, logged in, and the Compute Engine ssh key in the agent:
 ssh-add ~/.ssh/google_compute_engine. Exit codes: docs/clusters.md.
 END
 }
@@ -52,7 +54,7 @@ say() {
   echo "$(date +%T) $1" >&2
 }
 
-# Runs a command, or prints it so that a shell takes it back.
+# Run a command, or print it quoted for a shell.
 run() {
   if $dry_run; then
     printf '%q ' "$@"
@@ -62,8 +64,8 @@ run() {
   fi
 }
 
-on_all_hosts() {  # command line of a remote shell
-  # Keeping alive: a host that is gone must end the call.
+on_all_hosts() {  # takes a command line for a remote shell
+  # Keepalive: the call must end if a host is gone.
   run gcloud compute tpus queued-resources ssh "$name" "${where[@]}" --worker=all --node=all \
     --batch-size=all --ssh-flag='-o ServerAliveInterval=30' --command="$1"
 }
@@ -83,7 +85,7 @@ create() {
   now=$(state)
   case $now in
     FAILED | SUSPENDING | SUSPENDED)
-      say "$name is $now: asking anew"
+      say "$name is $now: requesting again"
       remove || return
       now=
       ;;
@@ -97,13 +99,13 @@ create() {
       SUSPENDED) say "$name was preempted before it was used"; return 75 ;;
     esac
     if ((SECONDS - started >= wait_minutes * 60)); then
-      say "error: $name is ${now:-unknown} after $wait_minutes minutes, which is --wait_minutes. The request stands: the same command goes on waiting, 'delete' withdraws it."
+      say "error: $name is ${now:-unknown} after $wait_minutes minutes, which is --wait_minutes. The request stays: the same command continues to wait, and 'delete' withdraws it."
       return "$final"
     fi
     say "$name: ${now:-unknown}, $(((SECONDS - started) / 60)) of at most $wait_minutes minutes"
     sleep "$poll_seconds"
   done
-  say "$name is there"
+  say "$name is active"
 }
 
 setup() {
@@ -132,7 +134,7 @@ all() {
     ((status != 0 && status != final && restart < max_restarts)) || break
     say "ended with code $status: starting again (restart $((restart + 1)) of $max_restarts)"
     sleep "$poll_seconds"
-    # 1 and 255 are gcloud's and ssh's own: no answer. The state may say ACTIVE for long after that.
+    # gcloud and ssh exit with 1 and 255 if a host does not answer. The state may stay ACTIVE long after.
     case $status in 1 | 255) ((unreachable += 1)) ;; *) unreachable=0 ;; esac
     if ((unreachable == 2)); then
       say "$name does not answer: giving it back"
@@ -141,7 +143,7 @@ all() {
     fi
   done
   if $delete_at_end; then
-    remove || say "error: $name could not be deleted and goes on costing."
+    remove || say "error: $name could not be deleted and still costs money."
   elif ! $dry_run; then
     say "$name is still there, and costs: launch/tpu_pod.sh delete --name $name --zone $zone"
   fi
@@ -153,7 +155,7 @@ remove() {
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-final=3  # an exit code that means: repeating will not mend it
+final=3  # exit code for errors that a restart does not fix
 
 name='' zone='' project='' accelerator_type='' slices=1 runtime_version='' tier='' nfs='' ref=HEAD
 program=train wait_minutes=240 max_restarts=20 poll_seconds=30
@@ -209,7 +211,7 @@ case $command in
     if [[ $program == train* ]]; then
       [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
         fail "the training needs --config FILE and --workdir DIR after '--'; $help"
-      # Data parallel over the slices, whose network is slow; the rest inside a slice.
+      # Data parallelism between slices, whose network is slow; everything else inside a slice.
       ((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
     fi
     ;;
@@ -228,7 +230,7 @@ archive=${TMPDIR:-/tmp}
 if ! $dry_run && [[ $command == setup || $command == all ]]; then
   archive=$(mktemp -d)
   trap 'rm -rf "$archive"' EXIT
-  [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || say "changes that are not committed stay here; the hosts get $ref"
+  [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || say "uncommitted changes are not copied; the hosts get $ref"
 fi
 
 status=0
@@ -243,7 +245,7 @@ case $command in
       --command='tail -n 5 aim_jax_run/log'
     ;;
   delete)
-    on_all_hosts 'bash aim_jax/launch/tpu_worker.sh stop' || say "no training could be ended; deleting"
+    on_all_hosts 'bash aim_jax/launch/tpu_worker.sh stop' || say "no training could be stopped; deleting"
     remove || status=$?
     ;;
 esac

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh runs on every TPU VM:
-#   tpu_worker.sh setup [NFS]             installs this checkout, mounts NFS at /mnt/aim
-#   tpu_worker.sh start PROGRAM OPTIONS   starts the training, unless it runs
-#   tpu_worker.sh wait                    shows its log until it ends, and ends with its exit code
-#   tpu_worker.sh stop                    SIGTERM: it saves and ends
-# The training does not hang on a connection: one that breaks neither ends nor repeats it.
+# Commands that launch/tpu_pod.sh runs on every TPU VM:
+#   tpu_worker.sh setup [NFS]             install this checkout and mount NFS at /mnt/aim
+#   tpu_worker.sh start PROGRAM OPTIONS   start the training, unless it is running
+#   tpu_worker.sh wait                    show its log until it ends, and exit with its exit code
+#   tpu_worker.sh stop                    send SIGTERM, so that it saves and ends
+# The training does not depend on the connection: a broken one neither ends nor repeats it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run=${AIM_JAX_RUN:-$HOME/aim_jax_run}  # outside the checkout, which setup replaces
+run=${AIM_JAX_RUN:-$HOME/aim_jax_run}  # not in the checkout, because setup replaces it
 mkdir -p "$run"
 
-# Exit code 3: repeating will not mend it. (1 and 255 are what gcloud and ssh end with by themselves.)
+# Exit code for errors that a restart does not fix. gcloud and ssh use 1 and 255 themselves.
 final=3
 
 setup() {
@@ -26,7 +26,7 @@ setup() {
   fi
 }
 
-# The training holds $run/lock while it runs; unlike a process id that is true after a reboot too.
+# The training holds $run/lock while it runs. Unlike a process id, the lock is valid after a reboot.
 case ${1-} in
   setup)
     shift
