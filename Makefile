@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test wheel-test lint format clean
+.PHONY: help venv demo test wheel-test docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs the slow
 
 wheel-test: $(VENV)/.tests  ## build the package and run its programs in a fresh environment
 	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py
+
+docs: $(VENV)/.docs  ## build the documentation into site/, and run its snippets
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	@$(VENV)/bin/python -m pytest -m docs tests/docs
 
 lint: $(VENV)/.tests  ## check style, formatting and types
 	@$(VENV)/bin/ruff check .
@@ -70,8 +74,9 @@ endef
 # The package only (enough for the demo), or the package with the test requirements.
 $(VENV)/.package: WHAT := .
 $(VENV)/.tests: WHAT := .[test]
+$(VENV)/.docs: WHAT := .[docs,test]
 $(VENV)/.tests: $(VENV)/.cuda
-$(VENV)/.package $(VENV)/.tests: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
+$(VENV)/.package $(VENV)/.tests $(VENV)/.docs: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
 	$(call install,--editable '$(WHAT)')
 	@echo "$(VENV) is ready."
 
