@@ -193,7 +193,10 @@ def conv_step(
         projected=(projected, "bq"),
     )
     c = sizes["c"]
-    require(sizes["q"] >= c, f"conv_step: projected has {sizes['q']} columns, expected c = {c}")
+    require(
+        sizes["q"] >= c,
+        f"conv_step: projected has {sizes['q']} columns, expected at least c = {c}",
+    )
     y, conv_cache = _convolve(projected[:, :c], conv_cache, layer, position, conv_weight, conv_bias)
     return y.astype(projected.dtype), conv_cache
 
@@ -253,8 +256,14 @@ def mamba1_step(
         D=(D, "Le"),
     )
     e, n = sizes["e"], sizes["n"]
-    require(sizes["k"] >= 2 * n, f"mamba1_step: BC has {sizes['k']} columns, expected {2 * n}")
-    require(sizes["q"] >= e, f"mamba1_step: projected has {sizes['q']} columns, expected {e}")
+    require(
+        sizes["k"] >= 2 * n,
+        f"mamba1_step: BC has {sizes['k']} columns, expected at least 2 n = {2 * n}",
+    )
+    require(
+        sizes["q"] >= e,
+        f"mamba1_step: projected has {sizes['q']} columns, expected at least e = {e}",
+    )
     y, new = selective_scan_step(
         state[layer], x.astype(jnp.float32), dt, A[layer], BC[:, -2 * n : -n], BC[:, -n:],
         D=D[layer], z=projected[:, -e:], dt_bias=dt_bias[layer],

@@ -1,4 +1,4 @@
-"""Check of whether the Triton kernels can be used in this environment.
+"""Availability of the Triton kernels in this environment.
 
 It is not part of the package `aim_jax.ops.triton`, whose import fails where they cannot be used.
 """

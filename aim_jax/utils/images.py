@@ -70,9 +70,9 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     size = sum(p.width for p in pictures), max(p.height for p in pictures)
     canvas = Image.new("RGB", size, "white")
     left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width
+    for image in pictures:
+        canvas.paste(image, (left, 0))
+        left += image.width
     return canvas
 
 

@@ -144,8 +144,8 @@ inline V exp(V x) {
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits of the sum.
   V shifted = x * 1.44269504f + 12582912.f;
   I k = (I)shifted - (I)splat(12582912.f);
-  V whole = shifted - 12582912.f;
-  V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V integer = shifted - 12582912.f;
+  V r = (x - integer * 0.693359375f) + integer * 2.12194440e-4f;
   V q = splat(1.f / 5040);
   q = q * r + 1.f / 720;
   q = q * r + 1.f / 120;
