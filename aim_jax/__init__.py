@@ -1,9 +1,11 @@
 """AiM: autoregressive image generation with Mamba (arXiv 2408.12245), in JAX and Flax.
 
-import aim_jax
-images = aim_jax.generate(aim_jax.load_pretrained("cifar10"), labels=["cat", "ship"]).images
+Example:
+    >>> import aim_jax
+    >>> model = aim_jax.load_pretrained("cifar10")
+    >>> images = aim_jax.generate(model, labels=["cat", "ship"]).images
 
-Importing this package imports nothing else, JAX included: names and rooms load when they are used.
+Importing this package imports nothing else, not even JAX: names and subpackages load on first use.
 """
 
 import importlib
@@ -54,8 +56,8 @@ if TYPE_CHECKING:
     from aim_jax.sampling.generate import Samples, generate
     from aim_jax.weights import Pretrained, load_pretrained, save_model
 
-# The room that each name is defined in; names that are not here are rooms themselves.
-_HOMES = {
+# Public names by the subpackage that exports them. All other names in `__all__` are subpackages.
+_EXPORTS = {
     "models": ("PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"),
     "sampling": ("SamplingConfig", "Samples", "generate"),
     "weights": ("Pretrained", "load_pretrained", "save_model"),
@@ -63,9 +65,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for room, names in _HOMES.items():
+    for subpackage, names in _EXPORTS.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+            return getattr(importlib.import_module(f"{__name__}.{subpackage}"), name)
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m aim_jax PROGRAM ...`: the same as the command `aim-jax`."""
+"""Entry point of `python -m aim_jax PROGRAM ...`, equivalent to the command `aim-jax`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Flax modules: the AiM stack, its two mixers, and the VQ tokenizer."""
+"""Flax modules and configurations of AiM, its Mamba mixers, the VQ tokenizer and the metrics."""
 
 from aim_jax.models.aim import AiM, init_cache
 from aim_jax.models.config import PRESETS, AiMConfig, VQConfig

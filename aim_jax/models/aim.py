@@ -1,7 +1,9 @@
 """AiM: class-conditional autoregressive image generation with Mamba (arXiv 2408.12245).
 
-A class embedding and t - 1 code embeddings enter a stack of Mamba blocks modulated by adaLN; output
-i predicts code i. b batch, l length, t tokens of an image, d model, v vocabulary.
+A class embedding and t - 1 token embeddings enter a stack of Mamba blocks modulated by adaLN.
+Output i predicts token i.
+
+Axes: b batch, l length, t tokens of an image, d model, v vocabulary.
 """
 
 from typing import NamedTuple
@@ -44,11 +46,11 @@ Carry = tuple[jax.Array, jax.Array]  # (hidden, residual), each (b, l, d)
 
 
 class Modulation(NamedTuple):
-    """Everything the class contributes to a forward pass; constant over the tokens of an image.
+    """Contribution of the class to a forward pass, constant over the tokens of an image.
 
     Attributes:
-      layers: (n_layer, b, parts, d): shift, scale, gate of every layer, or with an MLP
-        shift_mixer, shift_mlp, scale_mixer, scale_mlp, gate_mixer, gate_mlp.
+      layers: (n_layer, b, parts, d): shift, scale and gate of every layer. With an MLP the parts
+        are shift_mixer, shift_mlp, scale_mixer, scale_mlp, gate_mixer and gate_mlp.
       final: (1, b, 2, d): shift and scale of the final layer.
     """
 
@@ -57,10 +59,12 @@ class Modulation(NamedTuple):
 
 
 class Block(nn.Module):
-    """Add, norm, modulate, mix, gate; then the same around an MLP if there is one.
+    """Residual block: add, norm, modulate, mix and gate, then the same for an optional MLP.
 
-    residual <- hidden + residual
-    hidden   <- gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
+    The mixer's part is
+
+        residual <- hidden + residual
+        hidden   <- gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
     """
 
     config: AiMConfig
@@ -69,7 +73,16 @@ class Block(nn.Module):
     def __call__(
         self, carry: Carry, modulation: jax.Array, cache: Cache | None
     ) -> tuple[Carry, Cache | None]:
-        """carry = (hidden, residual); modulation (b, parts, d)."""
+        """Apply the block.
+
+        Args:
+          carry: (hidden, residual), each (b, l, d).
+          modulation: (b, parts, d), see `Modulation.layers`.
+          cache: mixer state before these inputs, or None to start from zero.
+
+        Returns:
+          The new (hidden, residual), and the cache after these inputs (None without a cache).
+        """
         cfg = self.config
         hidden, residual = carry
         parts = jnp.split(modulation, cfg.modulation_parts, axis=1)
@@ -97,14 +110,16 @@ class Block(nn.Module):
 
 
 class AiM(nn.Module):
-    """The model: call it for training logits; `condition`, `embed_codes` and `forward` to sample.
+    """Class-conditional autoregressive image model.
 
-    Parameters of the layers are stacked along a leading axis, whatever `scan_unroll` says.
+    Call it to compute training logits. Sampling uses `condition`, `embed_codes` and `forward`.
+    Parameters of the layers are stacked along a leading axis for every value of `scan_unroll`.
     """
 
     config: AiMConfig
 
     def setup(self) -> None:
+        """Create the submodules."""
         cfg = self.config
         self.token_embedding = embedding(cfg.vocab_size, cfg.d_model, "vocab")
         if cfg.positions:
@@ -131,12 +146,12 @@ class AiM(nn.Module):
         self.dropout = nn.Dropout(cfg.token_dropout)
 
     def __call__(self, codes: jax.Array, labels: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits of every code given the class and the codes before it.
+        """Compute the logits of every token, given the class and the tokens before it.
 
         Args:
-          codes: int (b, t), t <= num_tokens, raster order.
+          codes: int (b, t) tokens in raster order, t <= num_tokens.
           labels: int (b,); `num_classes` is the null class.
-          train: applies class and token dropout (rng "dropout").
+          train: apply class and token dropout (needs the "dropout" rng).
 
         Returns:
           float32 (b, t, v); row i predicts codes[:, i].
@@ -146,14 +161,24 @@ class AiM(nn.Module):
     def cross_entropy(
         self, codes: jax.Array, labels: jax.Array, *, train: bool = False
     ) -> jax.Array:
-        """Nats (b, t) of every code under the logits of `__call__`, see `config.logits_chunk`."""
-        x, table = self.features(codes, labels, train), self.output_table()
+        """Compute the cross entropy of every token under the logits of `__call__`.
+
+        With `config.logits_chunk`, only so many positions have their logits in memory at once.
+
+        Args:
+          codes, labels, train: see `__call__`.
+
+        Returns:
+          Nats (b, t).
+        """
+        x = self.features(codes, labels, train)
+        table = self.output_table()
         return ops.linear_cross_entropy(
             x.astype(table.dtype), table, codes, self.config.logits_chunk
         )
 
     def features(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
-        """What the output matrix is applied to, (b, t, d); see `__call__`."""
+        """Compute the features (b, t, d) that the output matrix is applied to; see `__call__`."""
         start, modulation = self.condition(labels, train)
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
@@ -162,12 +187,12 @@ class AiM(nn.Module):
         return self.final(hidden, residual, modulation.final)
 
     def condition(self, labels: jax.Array, train: bool = False) -> tuple[jax.Array, Modulation]:
-        """labels (b,) -> (the sequence's first input (b, 1, d), modulation of every layer)."""
+        """Embed labels (b,) as the first input (b, 1, d) and the modulation of every layer."""
         c = self.class_embedding(labels, train)
         return c[:, None], Modulation(self.adaln(c), self.final_adaln(c))
 
     def embed_codes(self, codes: jax.Array, index: jax.Array) -> jax.Array:
-        """codes (b, l) at raster indices (l,) -> inputs (b, l, d)."""
+        """Embed tokens (b, l) at raster indices (l,) as inputs (b, l, d)."""
         x = self.token_embedding(codes)
         if not self.config.positions:
             return x
@@ -176,13 +201,16 @@ class AiM(nn.Module):
     def forward(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Inputs (b, l, d) -> (logits (b, l, v), the cache after them).
+        """Compute the logits of inputs, and the cache after them.
 
         Args:
-          x: a whole sequence, a part of one, or a single step (l = 1).
-          modulation: from `condition`, of the same b rows.
-          cache: state before x, with a leading layer axis, from `init_cache` or an earlier call;
-            None starts from zero and returns none.
+          x: inputs (b, l, d): a whole sequence, a part of one, or a single step (l = 1).
+          modulation: from `condition`, for the same b rows.
+          cache: state before x, with a leading layer axis, from `init_cache` or an earlier call.
+            None starts from zero and returns no cache.
+
+        Returns:
+          Logits (b, l, v) float32, and the cache after x.
         """
         carry, cache = self.stack(x, modulation, cache)
         hidden, residual = carry
@@ -191,16 +219,24 @@ class AiM(nn.Module):
     def stack(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
     ) -> tuple[Carry, Cache | None]:
-        """Inputs (b, l, d) -> ((hidden, residual) after the last block, the cache)."""
+        """Apply all blocks to inputs (b, l, d); return ((hidden, residual), cache)."""
         x = constrain(x, "batch", "length", None)
         return self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)
 
     def logits(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """What the last block leaves, (b, l, d) twice, and its modulation -> (b, l, v)."""
+        """Compute logits (b, l, v) from the outputs (b, l, d) of the last block; see `final`."""
         return self.head(self.final(hidden, residual, final))
 
     def final(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """The norms that end the stack, modulated: (b, l, d) twice -> (b, l, d)."""
+        """Apply the last norms to the outputs of the last block.
+
+        Args:
+          hidden, residual: (b, l, d) each.
+          final: `Modulation.final`.
+
+        Returns:
+          Features (b, l, d) for `head`.
+        """
         x = self.norm_f(hidden + residual)
         self.sow("intermediates", "norm_f_out", x)
         x = self.final_layer(x, final[0, :, 0], final[0, :, 1])
@@ -208,14 +244,14 @@ class AiM(nn.Module):
         return x
 
     def head(self, x: jax.Array) -> jax.Array:
-        """(b, l, d) -> logits (b, l, v), float32."""
+        """Project features (b, l, d) to float32 logits (b, l, v)."""
         table = self.output_table()
         return jnp.einsum(
             "bld,vd->blv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
         )
 
     def output_table(self) -> jax.Array:
-        """The code embeddings (v, d), which are the output matrix too, in the compute dtype."""
+        """Return the token embeddings (v, d), the tied output matrix, in the compute dtype."""
         table = self.token_embedding.embedding.astype(self.config.compute_dtype)
         return gathered(table, ("vocab", "embed"))
 
@@ -223,12 +259,13 @@ class AiM(nn.Module):
 def init_cache(
     config: AiMConfig, batch: int, *, dual: int | None = None, dtype: str = "float32"
 ) -> Cache:
-    """The zero cache of `batch` sequences: every array is (n_layer, batch, ...).
+    """Return the zero cache of `batch` sequences: every array is (n_layer, batch, ...).
 
     Args:
-      batch: sequences; with guidance an image is two.
-      dual: Mamba-2 only: makes the cache of the dual form, with room for so many tokens.
-      dtype: of what the dual form keeps.
+      config: configuration of the model.
+      batch: number of sequences; with guidance every image takes two.
+      dual: capacity in tokens of a dual-form cache (Mamba-2 only); None makes a recurrent cache.
+      dtype: dtype of the inputs and B in a dual-form cache.
     """
     if dual is None:
         cache = MODULES[config.mixer][1](config, batch)
@@ -238,6 +275,6 @@ def init_cache(
 
 
 def init_params(config: AiMConfig, key: jax.Array) -> dict:
-    """Random float32 parameters, boxed with their logical axes (`flax.linen.unbox` opens them)."""
+    """Initialize float32 parameters, boxed with their logical axes; see `flax.linen.unbox`."""
     codes = jnp.zeros((1, 2), jnp.int32)
     return AiM(config).init(key, codes, jnp.zeros((1,), jnp.int32))["params"]

@@ -1,6 +1,6 @@
-"""The codebook of the tokenizer: vector quantization, codebook usage, reset of dead codes.
+"""The codebook of the tokenizer: vector quantization, codebook usage, dead-code reset.
 
-b batch, t tokens (row-major), v codebook entries.
+Axes: b batch, t tokens (row-major), v codebook entries.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from aim_jax.models.config import VQConfig
 
 
 class Quantized(NamedTuple):
-    """What the quantizer returns.
+    """Output of the quantizer.
 
     Attributes:
       quant: (b, h, w, embed_dim) codebook vectors, with straight-through gradients.
-      indices: (b, t) int32, row-major.
-      vq_loss: () pulls codebook entries towards the encoder's vectors.
-      commit_loss: () beta times the pull of the encoder's vectors towards the codebook.
-      entropy_loss: () entropy_loss_ratio times (sample entropy - entropy of the mean).
+      indices: (b, t) int32 tokens, row-major.
+      vq_loss: scalar that pulls codebook entries towards the encoder's vectors.
+      commit_loss: scalar, beta times the pull of the encoder's vectors towards the codebook.
+      entropy_loss: scalar, entropy_loss_ratio times (sample entropy - entropy of the mean).
     """
 
     quant: jax.Array
@@ -31,13 +31,18 @@ class Quantized(NamedTuple):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x scaled to unit length along the last axis."""
+    """Scale x to unit length along the last axis."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     return x / jnp.maximum(norm, 1e-12)
 
 
 def entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
-    """Mean entropy of the code distributions minus the entropy of their mean; distances (n, v)."""
+    """Compute the mean entropy of the token distributions minus the entropy of their mean.
+
+    Args:
+      distances: (n, v) squared distances between vectors and codebook entries.
+      temperature: divides the distances before the softmax.
+    """
     affinity = -distances / temperature
     probs = jax.nn.softmax(affinity, axis=-1)
     log_probs = jax.nn.log_softmax(affinity + 1e-5, axis=-1)
@@ -47,11 +52,12 @@ def entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry of every vector, straight-through (arXiv 1711.00937)."""
+    """Nearest-neighbour quantizer with straight-through gradients (arXiv 1711.00937)."""
 
     config: VQConfig
 
     def setup(self) -> None:
+        """Create the codebook."""
         cfg = self.config
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -64,16 +70,17 @@ class VectorQuantizer(nn.Module):
 
     @property
     def codebook(self) -> jax.Array:
-        """The entries (v, embed_dim) as they are compared and returned."""
+        """Codebook entries (v, embed_dim), of unit length if `l2_norm` is set."""
         return unit(self.embedding) if self.config.l2_norm else self.embedding
 
     def __call__(self, z: jax.Array) -> Quantized:
-        """z (b, h, w, embed_dim) -> Quantized."""
-        cfg, codebook = self.config, self.codebook
+        """Quantize vectors z (b, h, w, embed_dim)."""
+        cfg = self.config
+        codebook = self.codebook
         z = z.astype(jnp.promote_types(z.dtype, codebook.dtype))
         z = unit(z) if cfg.l2_norm else z
         flat = z.reshape(-1, cfg.embed_dim)
-        # A single bfloat16 pass, as TPUs do it by default, would choose other codes now and then.
+        # A single bfloat16 pass, the default on TPUs, would sometimes choose another entry.
         products = jnp.matmul(flat, codebook.T, precision="highest")
         distances = (
             jnp.sum(jnp.square(flat), axis=1, keepdims=True)
@@ -94,7 +101,7 @@ class VectorQuantizer(nn.Module):
         )
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Codebook vectors (..., embed_dim) of indices (...)."""
+        """Return the codebook vectors (..., embed_dim) of indices (...)."""
         return self.codebook[indices]
 
 
@@ -102,30 +109,31 @@ HISTORY_LENGTH = 65536
 
 
 def update_history(history: jax.Array, indices: jax.Array) -> jax.Array:
-    """Shifts the newest indices into a window of recent ones; history (65536,) int32."""
+    """Shift the newest indices into the history (65536,) int32 of recent ones."""
     new = indices.reshape(-1)[-history.shape[0] :].astype(history.dtype)
     return jnp.concatenate([history[new.shape[0] :], new])
 
 
 def codebook_usage(history: jax.Array, n_embed: int) -> jax.Array:
-    """Fraction of the codebook that occurs in the history."""
+    """Return the fraction of codebook entries that occur in the history."""
     return jnp.mean(jnp.zeros(n_embed, jnp.float32).at[history].set(1.0))
 
 
 def restart_dead_codes(
     codebook: jax.Array, history: jax.Array, vectors: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Puts encoded vectors, drawn at random, where entries do not occur in the history.
+    """Reset codebook entries that do not occur in the history to random encoder vectors.
 
-    An entry that is nobody's nearest gets no gradient and stays so (arXiv 2005.00341, section 3.1).
+    An entry that is nearest to no vector gets no gradient, so it would stay dead (arXiv 2005.00341,
+    section 3.1).
 
     Args:
       codebook: (v, embed_dim).
-      history: codes seen last, see `update_history`.
-      vectors: (n, embed_dim), what the quantizer compares.
-      key: of the draw, without repetition as far as the vectors suffice.
+      history: indices used recently, see `update_history`.
+      vectors: (n, embed_dim) vectors as the quantizer compares them.
+      key: random key. Vectors are chosen without repetition while they last.
     """
     seen = jnp.zeros(len(codebook), bool).at[history].set(True)
-    drawn = jax.random.permutation(key, vectors)
-    replacement = drawn[(jnp.cumsum(~seen) - 1) % len(drawn)]
+    shuffled = jax.random.permutation(key, vectors)
+    replacement = shuffled[(jnp.cumsum(~seen) - 1) % len(shuffled)]
     return jnp.where(seen[:, None], codebook, replacement.astype(codebook.dtype))

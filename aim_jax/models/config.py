@@ -1,43 +1,50 @@
-"""Configurations of both models, and the four published sizes (arXiv 2408.12245, table 1)."""
+"""Configurations of AiM and the tokenizer, and the published sizes (arXiv 2408.12245, table 1)."""
 
 import dataclasses
 import math
 
 MIXERS = ("mamba1", "mamba2")
 REMAT = ("none", "full", "dots")
-# Fields that change speed and memory, not results (beyond rounding).
+# Fields that change speed and memory; results change by rounding only.
 HOW_COMPUTED = ("chunk_size", "scan_implementation", "remat", "logits_chunk", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
 class AiMConfig:
-    """Shape of an AiM model; the defaults are AiM-B.
+    """Configuration of an AiM model; the defaults are AiM-B.
 
     Attributes:
-      vocab_size, num_classes, num_tokens: codes, classes (a null class is added), codes per image.
-      d_model, n_layer: width and depth.
+      vocab_size: number of token values (entries of the tokenizer's codebook).
+      num_classes: number of classes; a null class is added.
+      num_tokens: tokens per image.
+      d_model: width.
+      n_layer: depth.
       mixer: "mamba2" or "mamba1".
-      d_state, d_conv, expand: SSM state size, convolution width, inner width / d_model.
-      headdim, ngroups: Mamba-2 only: channels per head, groups that share B and C.
+      d_state: SSM state size.
+      d_conv: convolution width.
+      expand: inner width divided by d_model.
+      headdim: channels per head (Mamba-2 only).
+      ngroups: groups of heads that share B and C (Mamba-2 only).
       chunk_size: tokens per chunk of the training scan; changes speed, not results.
-      scan_implementation: what scans whole sequences, see `aim_jax.ops.implementation`: None is the
-        rule, "xla", or "triton", kernels for NVIDIA GPUs that have no derivative; changes speed,
-        not results.
-      d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0 is
-        none.
+      scan_implementation: implementation of the scan over whole sequences, see
+        `aim_jax.ops.implementation`: None (default), "xla", or "triton" (kernels for NVIDIA GPUs,
+        not differentiable); changes speed, not results.
+      d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0
+        means no MLP.
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
         one group is adaLN-single).
       num_groups: maps shared by the layers when adaln="group".
-      positions: whether codes get position embeddings (the paper's ablation goes without).
-      position_offset: position row of code j is j + position_offset. 0 is what the paper's training
-        does; 1 is what its published sampler does.
-      class_dropout, token_dropout: training only: probability of the null class; dropout of inputs.
-      norm_eps: added to mean squares.
+      positions: add position embeddings to the tokens (the paper's ablation omits them).
+      position_offset: token j uses row j + position_offset of the position embeddings. 0 matches
+        the paper's training, 1 its published sampler.
+      class_dropout: probability that training replaces a label by the null class.
+      token_dropout: dropout rate of the stack's inputs while training.
+      norm_eps: constant added to mean squares.
       compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
         residual stream, norms, decays, states and logits are float32.
-      remat: "none", "dots" or "full": what backpropagation recomputes per block.
-      logits_chunk: tokens of an image whose logits the training loss holds at once; 0 is all.
-      scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it whole.
+      remat: rematerialization per block in the backward pass: "none", "dots" or "full".
+      logits_chunk: positions per image whose logits the training loss holds at once; 0 means all.
+      scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it fully.
     """
 
     vocab_size: int = 16384
@@ -103,10 +110,12 @@ class AiMConfig:
 
     @property
     def d_inner(self) -> int:
+        """Inner width of the mixers."""
         return self.expand * self.d_model
 
     @property
     def n_heads(self) -> int:
+        """Number of Mamba-2 heads."""
         return self.d_inner // self.headdim
 
     @property
@@ -121,12 +130,12 @@ class AiMConfig:
 
     @property
     def modulation_parts(self) -> int:
-        """Vectors (d,) of adaLN per layer: shift, scale and gate of the mixer, and of the MLP."""
+        """Modulation vectors (d,) per layer: shift, scale and gate of the mixer and the MLP."""
         return 6 if self.d_intermediate else 3
 
     @property
     def residual_scale(self) -> float:
-        """Shrinks the initial output maps of residual branches: 1 / sqrt(branches)."""
+        """Factor 1 / sqrt(branches) on the initial output maps of residual branches."""
         return (self.n_layer * (2 if self.d_intermediate else 1)) ** -0.5
 
 
@@ -143,16 +152,18 @@ NORM_GROUPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
-    """Shape and loss weights of a tokenizer; the defaults are LlamaGen's VQ-f16.
+    """Configuration of a VQ tokenizer; the defaults are LlamaGen's VQ-f16.
 
     Attributes:
       in_channels, out_channels: image channels.
-      ch: base width; ch_mult: width multiplier of each resolution, one 2x downsampling between two.
+      ch: base width.
+      ch_mult: width multiplier of each resolution, with a 2x downsampling between resolutions.
       num_res_blocks: residual blocks per resolution in the encoder (the decoder has one more).
       z_channels: channels between encoder/decoder and the 1x1 quantizer projections.
-      embed_dim, n_embed: codebook dimension and size.
+      embed_dim: dimension of the codebook entries.
+      n_embed: number of codebook entries.
       beta: weight of the commitment loss.
-      entropy_loss_ratio: weight of the codebook entropy loss (0 turns it off).
+      entropy_loss_ratio: weight of the codebook entropy loss; 0 turns it off.
       l2_norm: compare and return unit vectors.
       dropout: dropout rate inside residual blocks while training.
       compute_dtype: dtype of the convolutions; parameters and quantization stay float32.

@@ -1,8 +1,8 @@
-"""The Inception network of 2015 whose features FID, sFID and the Inception Score are defined on.
+"""The 2015 Inception network whose features define FID, sFID and the Inception Score.
 
-It is not the Inception v3 of today's model zoos: the average pools leave the padding out of their
-mean, the last block pools by maximum, and there are 1008 classes (arXiv 1512.00567; the graph
-`classify_image_graph_def.pb` of 2015-12-05, which arXiv 1706.08500 defines FID on).
+It differs from the Inception v3 of common model zoos: the average pools exclude the padding, the
+last block uses max pooling, and there are 1008 classes (arXiv 1512.00567). The graph is
+`classify_image_graph_def.pb` of 2015-12-05, on which arXiv 1706.08500 defines FID.
 """
 
 import functools
@@ -22,13 +22,13 @@ NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 
 
 class Features(NamedTuple):
-    """What the metrics are made of, one row per image, float32.
+    """Inception features of a batch of images, float32, one row per image.
 
     Attributes:
-      pool: (b, 2048), the mean of the last block: FID, KID, precision, recall.
-      spatial: (b, 2023), the first 7 channels of the first branch of mixed_6: sFID.
-      logits: (b, 1008) without their bias, as the Inception Score is computed by the evaluators of
-        record; None where the weights lack the last layer.
+      pool: (b, 2048) mean over the last block, for FID, KID, precision and recall.
+      spatial: (b, 2023) first 7 channels of the first branch of mixed_6, for sFID.
+      logits: (b, 1008) without bias, as the reference evaluators compute the Inception Score; None
+        if the weights lack the last layer.
     """
 
     pool: jax.Array
@@ -37,7 +37,7 @@ class Features(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution with the batch norm folded in, and ReLU."""
+    """Specification of a convolution with folded batch norm, followed by ReLU."""
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -109,17 +109,17 @@ BLOCKS = {
 
 
 def _halve(x: jax.Array) -> jax.Array:
-    """Maximum over windows of 3 x 3, every second one, without padding."""
+    """Max-pool 3 x 3 windows with stride 2, without padding."""
     return _over_windows(jnp.maximum, x, stride=2)
 
 
 def _maximum(x: jax.Array) -> jax.Array:
-    """Maximum over windows of 3 x 3 around every place."""
+    """Max-pool 3 x 3 windows with stride 1, keeping height and width."""
     return _over_windows(jnp.maximum, _padded(x, -jnp.inf))
 
 
 def _mean(x: jax.Array) -> jax.Array:
-    """Mean over windows of 3 x 3 around every place, of what lies inside the image."""
+    """Average-pool 3 x 3 windows with stride 1; pixels outside the image do not count."""
     row, column = (np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3])
     count = np.outer(row, column)[..., None].astype(np.float32)
     return _over_windows(jnp.add, _padded(x, 0)) / count
@@ -130,7 +130,10 @@ def _padded(x: jax.Array, value: float) -> jax.Array:
 
 
 def _over_windows(combine: Callable, x: jax.Array, stride: int = 1) -> jax.Array:
-    """Rows, then columns: XLA's windowed reductions are several times slower on CPU."""
+    """Reduce windows of 3 x 3 by rows, then by columns.
+
+    XLA's windowed reductions are several times slower on CPU.
+    """
     for axis in (1, 2):
         end = x.shape[axis] - 2
         shifted = (jax.lax.slice_in_dim(x, i, end + i, stride, axis) for i in range(3))
@@ -142,33 +145,34 @@ POOLS = {"halve": _halve, "max": _maximum, "mean": _mean}
 
 
 class Inception(nn.Module):
-    """Images as `preprocess` returns them -> `Features`.
+    """Inception network that computes `Features` of images from `preprocess`.
 
-    Convolutions have the names of the graph of 2015, with "_" for "/", and the batch norms folded
-    into them: `aim_jax.weights.convert.inception` reads the files that people have.
+    Convolutions are named as in the 2015 graph, with "_" for "/", and have the batch norms folded
+    in. `aim_jax.weights.convert.inception` reads the published weight files.
 
     Attributes:
-      with_logits: whether the weights have the last layer.
+      with_logits: compute logits, for which the weights must include the last layer.
     """
 
     with_logits: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Features:
-        """x float32 (b, 299, 299, 3)."""
-        x, spatial = _sequence("", STEM, x), x
+        """Compute the features of images x, float32 (b, 299, 299, 3)."""
+        spatial = x  # replaced at mixed_6
+        x = _sequence("", STEM, x)
         for block, branches in BLOCKS.items():
             outputs = [_sequence(f"{block}_{name}", steps, x) for name, steps in branches.items()]
             if block == "mixed_6":
                 spatial = outputs[0][..., :SPATIAL_CHANNELS].reshape(len(x), -1)
             x = jnp.concatenate(outputs, axis=-1)
         pool = jnp.mean(x, axis=(1, 2))
-        last = nn.Dense(NUM_CLASSES, use_bias=False, name="softmax") if self.with_logits else None
-        return Features(pool, spatial, last and last(pool))
+        head = nn.Dense(NUM_CLASSES, use_bias=False, name="softmax") if self.with_logits else None
+        return Features(pool, spatial, head and head(pool))
 
 
 def _sequence(prefix: str, steps: tuple, x: jax.Array) -> jax.Array:
-    """Applies the steps of one branch; its convolutions are called conv, conv_1, ..."""
+    """Apply the steps of one branch; its convolutions are named conv, conv_1, ..."""
     prefix = prefix.strip("_") + "_" if prefix else ""
     number = 0
     for step in steps:
@@ -187,16 +191,16 @@ def _sequence(prefix: str, steps: tuple, x: jax.Array) -> jax.Array:
 
 
 class Convolution(nn.Module):
-    """What a `Conv` names, in the form in which XLA computes it fastest on CPU.
+    """Convolution and ReLU specified by a `Conv`, in the form that XLA runs fastest on CPU.
 
-    That is up to twice as fast as `nn.Conv` (benchmarks/inception_parity.py has the whole network).
+    It is up to twice as fast as `nn.Conv`; benchmarks/inception_parity.py measures the network.
     """
 
     conv: Conv
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (b, h, w, c) -> (b, h', w', features)."""
+        """Convolve x (b, h, w, c) to (b, h', w', features)."""
         features, (rows, columns), stride, padding = self.conv
         shape = (rows, columns, x.shape[-1], features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
@@ -204,7 +208,7 @@ class Convolution(nn.Module):
         if shape[:2] == (1, 1) or (stride > 1 and x.shape[-1] > 3):
             x = _sum_of_products(x, kernel, stride)
         else:
-            # Without padding XLA takes a slow path: the outermost places are cropped instead.
+            # XLA takes a slow path without padding, so the border is cropped afterwards instead.
             cropped = padding == "VALID" and stride == 1
             x = jax.lax.conv_general_dilated(
                 x, kernel, (stride, stride), "SAME" if cropped else padding,
@@ -215,9 +219,10 @@ class Convolution(nn.Module):
 
 
 def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A convolution without padding: one matrix product for each place of the kernel."""
+    """Convolve without padding, as one matrix product for each position of the kernel."""
     rows, columns, channels, features = kernel.shape
-    height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    height = x.shape[1] - rows + 1
+    width = x.shape[2] - columns + 1
     terms = []
     for i, j in np.ndindex(rows, columns):
         part = x[:, i : i + height : stride, j : j + width : stride]
@@ -226,10 +231,16 @@ def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """Pictures uint8 (b, H, W, 3) -> float32 (b, 299, 299, 3), as the graph of 2015 does it.
+    """Resize and scale images as the 2015 graph does.
 
-    Bilinear, with the corners of pixels aligned and not their centres, without smoothing first;
-    then (x - 128) / 128.
+    Resizing is bilinear without antialiasing, and aligns the corners of pixels instead of their
+    centres. Values are scaled to (x - 128) / 128.
+
+    Args:
+      images: uint8 (b, H, W, 3).
+
+    Returns:
+      float32 (b, 299, 299, 3).
     """
     x = images.astype(jnp.float32)
     for axis in (1, 2):
@@ -238,35 +249,36 @@ def preprocess(images: jax.Array) -> jax.Array:
 
 
 def _interpolate(x: jax.Array, axis: int) -> jax.Array:
-    """`axis` of x at 299 places, place i at i * size / 299."""
+    """Interpolate x along `axis` at 299 positions, position i being i * size / 299."""
     size = x.shape[axis]
-    place = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
-    low = np.minimum(place.astype(np.int32), size - 1)
+    position = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+    low = np.minimum(position.astype(np.int32), size - 1)
     high = np.minimum(low + 1, size - 1)
     shape = [1] * x.ndim
     shape[axis] = SIDE
-    share = (place - low).reshape(shape)
-    lower, upper = jnp.take(x, low, axis), jnp.take(x, high, axis)
-    return lower + (upper - lower) * share
+    fraction = (position - low).reshape(shape)
+    lower = jnp.take(x, low, axis)
+    upper = jnp.take(x, high, axis)
+    return lower + (upper - lower) * fraction
 
 
 def shapes(with_logits: bool) -> dict:
-    """Shapes and types of the parameters, layers in the order in which they are applied."""
+    """Return the shapes and dtypes of the parameters, layers in the order of application."""
     order: list[str] = []
 
-    def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def record_name(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, Convolution | nn.Dense):
             order.append(context.module.name)
         return call(*args, **kwargs)
 
     x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    with nn.intercept_methods(note):
-        found = jax.eval_shape(Inception(with_logits).init, jax.random.key(0), x)["params"]
-    return {layer: found[layer] for layer in dict.fromkeys(order)}
+    with nn.intercept_methods(record_name):
+        params = jax.eval_shape(Inception(with_logits).init, jax.random.key(0), x)["params"]
+    return {layer: params[layer] for layer in dict.fromkeys(order)}
 
 
 @jax.jit
 def extract(params: dict, images: jax.Array) -> Features:
-    """Pictures uint8 (b, H, W, 3) -> `Features`; the precision is float32's own."""
+    """Compute the `Features` of images uint8 (b, H, W, 3), in full float32 precision."""
     with jax.default_matmul_precision("highest"):
         return Inception("softmax" in params).apply({"params": params}, preprocess(images))

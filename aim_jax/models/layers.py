@@ -1,4 +1,4 @@
-"""Layers of the AiM stack: norms, causal convolution, label embedding, the adaLN family."""
+"""Layers of the AiM stack: norms, causal convolution, projections, embeddings, adaLN."""
 
 import functools
 from collections.abc import Callable
@@ -15,12 +15,15 @@ from aim_jax.parallel.sharding import constrain
 
 
 def at_least_fp32(x: jax.Array) -> jax.Array:
-    """x in float32, or wider where it is wider already."""
+    """Cast x to float32, or keep a wider dtype."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in >= fp32."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467).
+
+    The result is at least float32.
+    """
     x = at_least_fp32(x)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight
 
@@ -34,13 +37,17 @@ def gated_rms_norm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> jax.Array:
-    """RMSNorm(x * SiLU(z)) * weight, or RMSNorm(x) * weight * SiLU(z) with `norm_before_gate`.
+    """Compute RMSNorm(x * SiLU(z)) * weight, in at least float32.
 
     Args:
-      x, z: (..., e). weight: (e,).
-      group_size: channels that share a mean square; all of them by default.
+      x, z: inputs and gates (..., e).
+      weight: scales (e,).
+      eps: added to the mean square.
+      group_size: channels that share a mean square; None means all of them.
+      norm_before_gate: compute RMSNorm(x) * weight * SiLU(z) instead.
     """
-    x, gate = at_least_fp32(x), nn.silu(at_least_fp32(z))
+    x = at_least_fp32(x)
+    gate = nn.silu(at_least_fp32(z))
     x = x if norm_before_gate else x * gate
     if group_size in (None, x.shape[-1]):  # XLA is slow on CPU where an axis of groups has size one
         normed = rms_norm(x, weight, eps)
@@ -51,7 +58,7 @@ def gated_rms_norm(
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (b, l, d) * (1 + scale) + shift, with shift and scale (b, d)."""
+    """Compute x * (1 + scale) + shift, for x (b, l, d), and shift and scale (b, d)."""
     chex.assert_rank([x, shift, scale], [3, 2, 2])
     return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -69,15 +76,17 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalize x over its last axis, in at least float32."""
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of x * SiLU(z), gate first, as in the Mamba-2 mixer (arXiv 2405.21060, section 7).
+    """RMSNorm of x * SiLU(z), as in the Mamba-2 mixer (arXiv 2405.21060, section 7).
 
     Attributes:
       group_size: channels that share a mean square: d_inner / ngroups.
+      eps: added to the mean square.
     """
 
     group_size: int
@@ -85,17 +94,19 @@ class GatedRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        """Gate x by z and normalize over the last axis, in at least float32."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("inner",))
         weight = self.param("scale", init, (x.shape[-1],))
         return gated_rms_norm(x, z, weight, eps=self.eps, group_size=self.group_size)
 
 
 class CausalConv1D(nn.Module):
-    """Depthwise causal convolution of width w and SiLU, with carried state.
+    """Depthwise causal convolution of width w, followed by SiLU, with carried state.
 
     Attributes:
-      width: taps; the last one meets the current input.
+      width: number of taps w; the last one weighs the current input.
       axis: logical axis of the channels.
+      dtype: dtype of the computation and of the state.
     """
 
     width: int
@@ -104,7 +115,15 @@ class CausalConv1D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """x (b, l, c), state (b, w - 1, c) -> (y (b, l, c), the last w - 1 inputs)."""
+        """Convolve x.
+
+        Args:
+          x: inputs (b, l, c).
+          state: the w - 1 inputs before x (b, w - 1, c); zeros when None.
+
+        Returns:
+          y (b, l, c), and the last w - 1 inputs (b, w - 1, c).
+        """
         init = uniform_init(self.width)
         kernel_init = nn.with_logical_partitioning(init, (None, self.axis))
         bias_init = nn.with_logical_partitioning(init, (self.axis,))
@@ -115,7 +134,7 @@ class CausalConv1D(nn.Module):
 
 
 def uniform_init(fan_in: int, scale: float = 1.0) -> Callable[..., jax.Array]:
-    """U(-s, s) with s = scale / sqrt(fan_in): the default of the linear layers being matched."""
+    """Return an initializer U(-s, s), s = scale / sqrt(fan_in); scale 1 is PyTorch's default."""
     bound = scale * fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -128,8 +147,10 @@ class Dense(nn.Module):
     """Linear layer without bias whose kernel (in, out) carries logical axes.
 
     Attributes:
+      features: outputs.
       axes: logical axes of the kernel.
-      scale: shrinks the initial kernel.
+      dtype: dtype of the product.
+      scale: factor on the initial kernel.
     """
 
     features: int
@@ -139,24 +160,25 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (b, l, in) -> (b, l, out)."""
+        """Project x (b, l, in) to (b, l, out)."""
         init = nn.with_logical_partitioning(uniform_init(x.shape[-1], self.scale), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        x, kernel = x.astype(self.dtype), gathered(kernel.astype(self.dtype), self.axes)
+        x = x.astype(self.dtype)
+        kernel = gathered(kernel.astype(self.dtype), self.axes)
         if x.shape[1] > 1:
-            # With all positions in one axis; XLA is slow on CPU at gradients that sum over two.
+            # All positions in one axis: on CPU, XLA is slow at gradients that sum over two axes.
             return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-        # On CPU a product of few rows is faster with the matrix on the left.
+        # On CPU, a product with few rows is faster with the kernel on the left.
         return (kernel.T @ x[:, 0].T).T[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A parameter whole along "embed", which FSDP stores sharded: weights travel, not activations.
+    """Gather a parameter along "embed", the axis that FSDP shards, so that activations stay put.
 
-    Projections call it on what was cast to the compute dtype, so that bfloat16 travels and not
-    float32 (`AdaLN` computes in float32). Its gradient is asked for sharded again, so that the
-    devices' parts are summed by a reduce-scatter.
+    Projections cast to the compute dtype first, so that devices exchange bfloat16 and not float32
+    (`AdaLN` computes in float32). The gradient is constrained to be sharded again, so that the
+    devices' contributions are summed by a reduce-scatter.
     """
     return constrain(kernel, *(None if axis == "embed" else axis for axis in axes))
 
@@ -168,20 +190,20 @@ gathered.defvjp(
 
 
 def embedding(size: int, features: int, axis: str) -> nn.Embed:
-    """Lookup table (size, features), N(0, 0.02^2)."""
+    """Return an embedding table (size, features), initialized from N(0, 0.02^2)."""
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "embed"))
     return nn.Embed(size, features, embedding_init=init)
 
 
 class LabelEmbedder(nn.Module):
-    """Class embedding with a null class; labels are dropped to it at random while training.
+    """Class embedding with a null class, which replaces labels at random while training.
 
     The null class makes classifier-free guidance possible (arXiv 2207.12598).
 
     Attributes:
-      num_classes: real classes; the null class is row `num_classes`.
+      num_classes: number of real classes; the null class is row `num_classes`.
       features: d_model.
-      dropout: probability that a label becomes the null class.
+      dropout: probability that training replaces a label by the null class.
     """
 
     num_classes: int
@@ -189,10 +211,11 @@ class LabelEmbedder(nn.Module):
     dropout: float
 
     def setup(self) -> None:
+        """Create the embedding table."""
         self.table = embedding(self.num_classes + 1, self.features, "class")
 
     def __call__(self, labels: jax.Array, train: bool = False) -> jax.Array:
-        """labels (b,) int -> (b, d). Needs the 'dropout' rng while training with dropout."""
+        """Embed int labels (b,) as (b, d); training with dropout needs the "dropout" rng."""
         if train and self.dropout:
             drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropout, labels.shape)
             labels = jnp.where(drop, self.num_classes, labels)
@@ -200,20 +223,20 @@ class LabelEmbedder(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Modulation of every layer from the class embedding: the adaLN-Group family (AiM, sec. 3.3).
+    """Modulation of every layer by the class embedding: adaLN-Group (AiM, section 3.3).
 
     Layer i uses group i mod `num_groups`:
 
         m_i = W_g SiLU(c) + b_g + table_i,  g = i mod num_groups
 
-    One group is adaLN-single. As many groups as layers, without tables, is adaLN on every layer; so
-    a grouped model is rewritten as a per-layer one by `group_to_layer`, with equal outputs.
+    One group is adaLN-single. As many groups as layers, without tables, is ordinary adaLN in every
+    layer. `group_to_layer` rewrites a grouped model as a per-layer one with equal outputs.
 
     Attributes:
-      n_layer: layers served.
-      num_groups: linear maps shared among them.
+      n_layer: number of layers.
+      num_groups: number of linear maps that the layers share.
       parts: modulation vectors per layer: 3, or 6 with an MLP.
-      table: adds a learned vector per layer to the group's output.
+      table: add a learned vector per layer to the group's output.
     """
 
     n_layer: int
@@ -223,9 +246,9 @@ class AdaLN(nn.Module):
 
     @nn.compact
     def __call__(self, c: jax.Array) -> jax.Array:
-        """c (b, d) -> (n_layer, b, parts, d)."""
+        """Map class embeddings c (b, d) to modulations (n_layer, b, parts, d)."""
         d = c.shape[-1]
-        # Shared maps start as ordinary linear layers, per-layer ones at zero (identity blocks).
+        # Shared maps start as linear layers, per-layer maps at zero (identity blocks).
         init = uniform_init(d) if self.table else nn.initializers.zeros
         axes = ("adaln_group", "embed", "adaln_part", "modulation")
         shape = (self.num_groups, d, self.parts, d)
@@ -247,7 +270,7 @@ class AdaLN(nn.Module):
 
 
 def group_to_layer(adaln: dict) -> dict:
-    """Rewrites grouped adaLN parameters as per-layer ones with equal outputs.
+    """Rewrite grouped adaLN parameters as per-layer ones with equal outputs.
 
     Args:
       adaln: `kernel` (groups, d, parts, d), `bias` (groups, parts, d), `table` (n_layer, parts, d).
@@ -260,52 +283,56 @@ def group_to_layer(adaln: dict) -> dict:
 
 
 def layer_to_group(adaln: dict, num_groups: int) -> tuple[dict, float]:
-    """The grouped adaLN parameters nearest to per-layer ones.
+    """Approximate per-layer adaLN parameters by grouped ones.
 
-    A shared map is the mean of its layers' maps, which is nearest in the sum of squares; what
-    differs between their biases goes into the tables. So outputs stay equal where the layers of a
-    group have equal kernels, and only there.
+    A shared map is the mean of its layers' maps, the nearest one in the sum of squares. Differences
+    between biases go into the tables. Outputs are therefore equal only if the layers of a group
+    have equal kernels.
 
     Args:
       adaln: `kernel` (n_layer, d, parts, d), `bias` (n_layer, parts, d).
-      num_groups: 1 is adaLN-single.
+      num_groups: number of groups; 1 is adaLN-single.
 
     Returns:
-      `kernel` (num_groups, d, parts, d), `bias` (num_groups, parts, d), `table` (n_layer, parts, d)
-      as NumPy arrays; and the relative error of the kernels: |k - k_group| / |k| over all layers.
+      `kernel` (num_groups, d, parts, d), `bias` (num_groups, parts, d) and `table` (n_layer, parts,
+      d) as NumPy arrays, and the relative error of the kernels, |k - k_group| / |k| over all
+      layers.
     """
-    kernel, bias = np.asarray(adaln["kernel"]), np.asarray(adaln["bias"])
+    kernel = np.asarray(adaln["kernel"])
+    bias = np.asarray(adaln["bias"])
     shared = np.empty((num_groups, *kernel.shape[1:]), kernel.dtype)
-    lost = total = 0.0
+    error = total = 0.0
     for g in range(num_groups):
         members = kernel[g::num_groups]
         shared[g] = members.mean(axis=0, dtype=np.float64)
         for member in members:
-            lost += np.sum(np.square(member - shared[g], dtype=np.float64))
+            error += np.sum(np.square(member - shared[g], dtype=np.float64))
             total += np.sum(np.square(member, dtype=np.float64))
     means = [bias[g::num_groups].mean(axis=0, dtype=np.float64) for g in range(num_groups)]
     center = np.stack(means).astype(bias.dtype)
     table = bias - center[np.arange(len(bias)) % num_groups]
-    error = float(np.sqrt(lost / total)) if total else 0.0
-    return {"kernel": shared, "bias": center, "table": table}, error
+    relative_error = float(np.sqrt(error / total)) if total else 0.0
+    return {"kernel": shared, "bias": center, "table": table}, relative_error
 
 
 class FinalLayer(nn.Module):
-    """Last norm, then shift and scale from the class embedding."""
+    """Final norm, modulated by the class embedding."""
 
     eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        """Normalize and modulate x (b, l, d) by shift and scale (b, d)."""
         return modulate(RMSNorm(eps=self.eps, name="norm_final")(x), shift, scale)
 
 
 class GatedMLP(nn.Module):
-    """fc2(fc1 x * SiLU(gate x)).
+    """Gated MLP: fc2(fc1 x * SiLU(gate x)).
 
     Attributes:
       hidden: inner width.
-      out_scale: shrinks the initial output map (residual branches scale by 1/sqrt(n_layer)).
+      dtype: dtype of the products.
+      out_scale: factor on the initial output map (residual branches use 1 / sqrt(branches)).
     """
 
     hidden: int
@@ -314,6 +341,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (b, l, d) to (b, l, d)."""
         d = x.shape[-1]
         up = Dense(self.hidden, ("embed", "inner"), self.dtype, name="fc1")(x)
         gate = Dense(self.hidden, ("embed", "inner"), self.dtype, name="gate")(x)

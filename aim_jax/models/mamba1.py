@@ -1,6 +1,6 @@
 """Mamba-1 mixer (arXiv 2312.00752): full sequence and single step in one module.
 
-b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolution width.
+Axes: b batch, l length, d model, e inner = expand d, n state, r rank of dt, w convolution width.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
 
 
 class Mamba1Cache(NamedTuple):
-    """What the mixer carries from token to token.
+    """State that the mixer carries from token to token.
 
     Attributes:
       conv_x: (b, w-1, e) last inputs of the convolution.
-      ssm_state: (b, e, n) float32.
+      ssm_state: (b, e, n) SSM state, float32.
     """
 
     conv_x: jax.Array
@@ -28,16 +28,15 @@ class Mamba1Cache(NamedTuple):
 
 
 def a_log_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A_log = log(1 .. n) in every channel: the real S4D initialisation."""
+    """Initialize A_log to log(1 .. n) in every channel, the S4D-Real initialization."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)
 
 
 class Mamba1(nn.Module):
-    """x -> out_proj(selective_scan(conv(x), dt, B, C) * SiLU(z)), with dt, B, C from conv(x).
+    """Mamba-1 mixer.
 
-    Attributes:
-      config: AiMConfig.
+    Computes out_proj(selective_scan(conv(x), dt, B, C) * SiLU(z)), with dt, B and C from conv(x).
     """
 
     config: AiMConfig
@@ -46,12 +45,19 @@ class Mamba1(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Mamba1Cache | None = None
     ) -> tuple[jax.Array, Mamba1Cache | None]:
-        """x (b, l, d), cache of the inputs before x -> (y (b, l, d), the cache after x).
+        """Mix x along the sequence.
 
-        Without a cache the sequence starts from zero and no cache is returned.
+        Args:
+          x: inputs (b, l, d).
+          cache: state after the inputs before x; None starts from zero and returns no cache.
+
+        Returns:
+          y (b, l, d), and the cache after x.
         """
-        cfg, (_, l, d) = self.config, x.shape
-        e, n, r, dtype = cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.compute_dtype
+        cfg = self.config
+        _, l, d = x.shape
+        e, n, r = cfg.d_inner, cfg.d_state, cfg.dt_rank
+        dtype = cfg.compute_dtype
 
         x = x.astype(dtype)
         xs = Dense(e, ("embed", "inner"), dtype, name="x_proj")(x)
@@ -93,6 +99,6 @@ class Mamba1(nn.Module):
 
 
 def init_mamba1_cache(config: AiMConfig, batch: int) -> Mamba1Cache:
-    """The zero cache of `batch` sequences for one layer."""
+    """Return the zero cache of `batch` sequences for one layer."""
     conv = jnp.zeros((batch, config.d_conv - 1, config.d_inner), jnp.dtype(config.compute_dtype))
     return Mamba1Cache(conv, jnp.zeros((batch, config.d_inner, config.d_state), jnp.float32))

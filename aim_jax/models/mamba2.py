@@ -1,6 +1,7 @@
 """Mamba-2 mixer (arXiv 2405.21060): full sequence and single step in one module.
 
-b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g SSM groups, w width.
+Axes: b batch, l length, d model, e inner = expand d, h heads, p headdim, n state, g SSM groups,
+w convolution width.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from aim_jax.parallel.sharding import constrain
 
 
 class Mamba2Cache(NamedTuple):
-    """What the mixer carries from token to token.
+    """State that the mixer carries from token to token.
 
     Attributes:
-      conv_x (b, w-1, e), conv_B (b, w-1, g n), conv_C (b, w-1, g n): last inputs of the
-        convolutions.
-      ssm_state: (b, h, p, n) float32; in the dual form, what the tokens left behind instead.
+      conv_x: (b, w-1, e) last inputs of the convolution of x.
+      conv_B, conv_C: (b, w-1, g n) last inputs of the convolutions of B and C.
+      ssm_state: (b, h, p, n) SSM state, float32; in the dual form, an `ops.DualCache`.
     """
 
     conv_x: jax.Array
@@ -34,20 +35,22 @@ class Mamba2Cache(NamedTuple):
 def inverse_softplus_of_log_uniform(
     key: jax.Array, shape: tuple[int, ...], low: float = 1e-3, high: float = 0.1
 ) -> jax.Array:
-    """dt_bias with softplus(dt_bias) log-uniform in [low, high] (arXiv 2312.00752, section 3.6)."""
+    """Initialize dt_bias so that softplus(dt_bias) is log-uniform in [low, high].
+
+    See arXiv 2312.00752, section 3.6.
+    """
     log_dt = jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high))
     dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
 class Mamba2(nn.Module):
-    """x -> out_proj(RMSNorm(ssd(conv(x, B, C), dt) * SiLU(z))).
+    """Mamba-2 mixer.
 
-    The packed input projection and convolution of the published weights are kept as one array per
-    part, so that the model axis of a mesh shards the inner channels and heads and nothing else.
+    Computes out_proj(RMSNorm(ssd(conv(x, B, C), dt) * SiLU(z))).
 
-    Attributes:
-      config: AiMConfig.
+    The packed input projection and convolution of the published weights are stored as one array per
+    part, so that the model axis of a mesh shards only the inner channels and heads.
     """
 
     config: AiMConfig
@@ -56,13 +59,17 @@ class Mamba2(nn.Module):
     def __call__(
         self, x: jax.Array, cache: Mamba2Cache | None = None
     ) -> tuple[jax.Array, Mamba2Cache | None]:
-        """x (b, l, d), cache of the inputs before x -> (y (b, l, d), the cache after x).
+        """Mix x along the sequence.
 
-        Without a cache the sequence starts from zero and no cache is returned. Several inputs at
-        once go into an empty cache of the dual form only.
+        Args:
+          x: inputs (b, l, d). With a dual-form cache l > 1 requires the cache to be empty.
+          cache: state after the inputs before x; None starts from zero and returns no cache.
+
+        Returns:
+          y (b, l, d), and the cache after x.
         """
-        cfg, d = self.config, x.shape[-1]
-        b, l = x.shape[:2]
+        cfg = self.config
+        b, l, d = x.shape
         e, h, p, g, n = cfg.d_inner, cfg.n_heads, cfg.headdim, cfg.ngroups, cfg.d_state
         dtype = cfg.compute_dtype
 
@@ -88,8 +95,10 @@ class Mamba2(nn.Module):
         D = self.param("D", nn.with_logical_partitioning(nn.initializers.ones, heads), (h,))
         A = -jnp.exp(A_log)
 
-        xs, dt = xs.reshape(b, l, h, p), dt.astype(dt_bias.dtype)
-        B, C = B.reshape(b, l, g, n), C.reshape(b, l, g, n)
+        xs = xs.reshape(b, l, h, p)
+        dt = dt.astype(dt_bias.dtype)
+        B = B.reshape(b, l, g, n)
+        C = C.reshape(b, l, g, n)
         dual = isinstance(start.ssm_state, ops.DualCache)
         if cache is not None and l == 1:
             step: Callable = ops.ssd_dual_step if dual else ops.ssd_step
@@ -110,18 +119,18 @@ class Mamba2(nn.Module):
 
 
 def a_log_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A_log with -A uniform in [1, 16]."""
+    """Initialize A_log so that -A is uniform in [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
 
 
 def init_mamba2_cache(config: AiMConfig, batch: int) -> Mamba2Cache:
-    """The zero cache of `batch` sequences for one layer."""
+    """Return the zero cache of `batch` sequences for one layer."""
     h, p, n = config.n_heads, config.headdim, config.d_state
     return _with_windows(config, batch, jnp.zeros((batch, h, p, n), jnp.float32))
 
 
 def init_mamba2_dual_cache(config: AiMConfig, batch: int, tokens: int, dtype: str) -> Mamba2Cache:
-    """The empty cache of the dual form for one layer, of `batch` sequences and `tokens` tokens."""
+    """Return the empty dual-form cache of `batch` sequences of up to `tokens` tokens, one layer."""
     h, p, g, n = config.n_heads, config.headdim, config.ngroups, config.d_state
     return _with_windows(config, batch, ops.init_dual_cache(batch, tokens, h, p, g, n, dtype))
 
@@ -129,9 +138,10 @@ def init_mamba2_dual_cache(config: AiMConfig, batch: int, tokens: int, dtype: st
 def _with_windows(
     config: AiMConfig, batch: int, ssm_state: jax.Array | ops.DualCache
 ) -> Mamba2Cache:
-    w, gn = config.d_conv - 1, config.ngroups * config.d_state
+    length = config.d_conv - 1
+    gn = config.ngroups * config.d_state
     x, B, C = (
-        jnp.zeros((batch, w, width), jnp.dtype(config.compute_dtype))
+        jnp.zeros((batch, length, width), jnp.dtype(config.compute_dtype))
         for width in (config.d_inner, gn, gn)
     )
     return Mamba2Cache(x, B, C, ssm_state)

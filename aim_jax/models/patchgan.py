@@ -1,4 +1,4 @@
-"""The discriminator of tokenizer training: real or decoded, patch by patch (arXiv 1611.07004)."""
+"""PatchGAN, the discriminator of tokenizer training (arXiv 1611.07004)."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ _normal = nn.initializers.normal(0.02)
 
 
 class PatchGAN(nn.Module):
-    """Pictures (b, H, W, c) -> logits (b, h, w) of overlapping patches, large for real ones.
+    """Discriminator that classifies overlapping patches of an image as real or reconstructed.
 
     Attributes:
-      ch: width of the first convolution, which doubles up to eightfold.
-      depth: convolutions of stride 2.
+      ch: width of the first convolution; later ones double it, up to 8 ch.
+      depth: number of convolutions with stride 2.
     """
 
     ch: int = 64
@@ -24,10 +24,14 @@ class PatchGAN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Raises ValueError where the pictures are too small for the depth."""
+        """Compute patch logits (b, h, w) of images (b, H, W, c), large for real images.
+
+        Raises:
+          ValueError: the images are too small for the depth.
+        """
         if min(x.shape[1:3]) < self.min_side:
             raise ValueError(
-                f"PatchGAN: pictures of {x.shape[1]} x {x.shape[2]} are too small for depth "
+                f"PatchGAN: images of {x.shape[1]} x {x.shape[2]} are too small for depth "
                 f"{self.depth}, which needs {self.min_side} pixels; lower "
                 "config.discriminator.depth."
             )
@@ -40,7 +44,7 @@ class PatchGAN(nn.Module):
 
     @property
     def min_side(self) -> int:
-        """The two last convolutions take a pixel each."""
+        """Smallest height and width of images; the last two convolutions trim one pixel each."""
         return 3 * 2**self.depth
 
     def _conv(self, features: int, stride: int, name: str, **options: Any) -> nn.Conv:
@@ -51,16 +55,16 @@ class PatchGAN(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalisation by the mean and variance of the batch at hand, over all devices.
+    """Normalization by the mean and variance of the current batch, over all devices.
 
-    There are no running averages: the discriminator is only ever used on the batch it trains with.
+    There are no running averages, because the discriminator only sees the batch it trains on.
     """
 
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (b, h, w, c)."""
+        """Normalize x (b, h, w, c) per channel."""
         scale = self.param("scale", lambda key, shape: 1 + _normal(key, shape), x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         mean = jnp.mean(x, axis=(0, 1, 2))

@@ -1,7 +1,9 @@
-"""VQ tokenizer of LlamaGen (arXiv 2406.06525, section 2.1): images <-> a raster grid of codes.
+"""VQ tokenizer of LlamaGen (arXiv 2406.06525, section 2.1): images <-> a raster grid of tokens.
 
-A VQGAN encoder and decoder (arXiv 2012.09841) around an l2-normalised codebook of low dimension
-(arXiv 2110.04627). Images are NHWC in [-1, 1]; b batch, t tokens (row-major), v codebook entries.
+It is a VQGAN encoder and decoder (arXiv 2012.09841) around an l2-normalized codebook of low
+dimension (arXiv 2110.04627). Images are NHWC in [-1, 1].
+
+Axes: b batch, t tokens (row-major), v codebook entries, f downsampling factor.
 """
 
 import math
@@ -17,22 +19,22 @@ from aim_jax.ops.conv2d import conv_general_dilated
 
 
 def group_norm(dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """GroupNorm of LlamaGen's tokenizer."""
-    # The fast variance E[x^2] - E[x]^2 loses digits that exact parity with released weights needs.
+    """Return a GroupNorm as in LlamaGen's tokenizer."""
+    # The fast variance E[x^2] - E[x]^2 loses digits that parity with released weights needs.
     return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
-# The parameters that codes depend on; the others only draw.
+# Modules that tokens depend on; the other modules only decode.
 ENCODER = ("encoder", "quant_conv", "quantize")
 
 
 def encoder_params(params: dict) -> dict:
-    """What two tokenizers have in common that make the same codes of a picture."""
+    """Select the parameters that determine the tokens of an image."""
     return {name: params[name] for name in ENCODER}
 
 
 def conv3x3(features: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """3 x 3 convolution that keeps height and width."""
+    """Return a 3x3 convolution that keeps height and width."""
     return nn.Conv(
         features, (3, 3), padding=1, dtype=dtype, name=name,
         conv_general_dilated=conv_general_dilated,
@@ -40,7 +42,10 @@ def conv3x3(features: int, dtype: DTypeLike, name: str) -> nn.Conv:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where the width changes."""
+    """Residual block with a 1x1 shortcut where the width changes.
+
+    Computes x + conv(swish(norm(conv(swish(norm(x)))))).
+    """
 
     features: int
     dropout: float
@@ -48,6 +53,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Map x (b, h, w, c) to (b, h, w, features)."""
         h = conv3x3(self.features, self.dtype, "conv1")(
             nn.swish(group_norm(self.dtype, "norm1")(x))
         )
@@ -66,6 +72,7 @@ class AttnBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (b, h, w, c) to the same shape."""
         b, height, width, c = x.shape
         h = group_norm(self.dtype, "norm")(x).reshape(b, height * width, c)
         q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
@@ -77,12 +84,13 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Zero row below and zero column at the right, then a 3x3 convolution of stride 2."""
+    """3x3 convolution with stride 2, zero-padded at the bottom and on the right."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (b, 2 h, 2 w, c) to (b, h, w, c)."""
         padding = ((0, 1), (0, 1))
         return nn.Conv(
             x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv",
@@ -91,24 +99,24 @@ class Downsample(nn.Module):
 
 
 class DoublingConv(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution in one, at 4/9 of the operations.
+    """Nearest-neighbour 2x upsampling fused with a 3x3 convolution, at 4/9 of the operations.
 
-    Of the 3x3 pixels that meet at an output pixel, only 2x2 differ: which ones depends on whether
-    its row and column are even. So the four kinds of output pixels are 2x2 convolutions of the
-    smaller picture, with sums of the kernel's rows and columns.
+    Only 2x2 of the 3x3 pixels under the kernel differ. Which ones depends on the parity of the
+    output pixel's row and column. The four kinds of output pixels are therefore 2x2 convolutions of
+    the smaller image, with sums of the kernel's rows and columns.
     """
 
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (b, h, w, c) -> (b, 2 h, 2 w, c)."""
+        """Map x (b, h, w, c) to (b, 2 h, 2 w, c)."""
         b, h, w, c = x.shape
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c))
         bias = self.param("bias", nn.initializers.zeros, (c,))
 
         def halves(k: jax.Array) -> jax.Array:
-            """Rows (3, ...) -> those of even and odd outputs (2, 2, ...)."""
+            """Sum kernel rows (3, ...) into those of even and odd outputs (2, 2, ...)."""
             return jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
 
         rows = jnp.moveaxis(halves(kernel), 2, 0)  # (3 columns, row parity, row, c, c)
@@ -118,30 +126,33 @@ class DoublingConv(nn.Module):
             x.astype(self.dtype), kernels.astype(self.dtype), (1, 1), ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         ).reshape(b, h + 1, w + 1, 2, 2, c)  # fmt: skip
-        # Even outputs begin one pixel before odd ones.
+        # The windows of even outputs start one pixel before those of odd ones.
         kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
         y = jnp.stack([jnp.stack(row, axis=3) for row in kinds], axis=2)
         return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour 2x upsampling, then a 3x3 convolution."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (b, h, w, c) to (b, 2 h, 2 w, c)."""
         return DoublingConv(self.dtype, name="conv")(x)
 
 
 class Encoder(nn.Module):
-    """Images (b, H, W, in_channels) -> features (b, H/f, W/f, z_channels)."""
+    """VQGAN encoder."""
 
     config: VQConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        cfg, dtype = self.config, self.config.compute_dtype
+        """Encode images (b, H, W, in_channels) as features (b, H/f, W/f, z_channels)."""
+        cfg = self.config
+        dtype = cfg.compute_dtype
         last = len(cfg.ch_mult) - 1
         h = conv3x3(cfg.ch, dtype, "conv_in")(x)
         for i, mult in enumerate(cfg.ch_mult):
@@ -160,13 +171,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (b, h, w, z_channels) -> images (b, h f, w f, out_channels), not clipped."""
+    """VQGAN decoder."""
 
     config: VQConfig
 
     @nn.compact
     def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
-        cfg, dtype = self.config, self.config.compute_dtype
+        """Decode features (b, h, w, z_channels) to unclipped images (b, h f, w f, out_channels)."""
+        cfg = self.config
+        dtype = cfg.compute_dtype
         last = len(cfg.ch_mult) - 1
         h = conv3x3(cfg.ch * cfg.ch_mult[-1], dtype, "conv_in")(z)
         h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_0")(h, train)
@@ -185,11 +198,12 @@ class Decoder(nn.Module):
 
 
 class VQModel(nn.Module):
-    """The tokenizer: `encode_to_tokens` and `decode_tokens`; calling it reconstructs images."""
+    """VQ tokenizer; `encode_to_tokens` and `decode_tokens` convert between images and tokens."""
 
     config: VQConfig
 
     def setup(self) -> None:
+        """Create the submodules."""
         cfg = self.config
         self.encoder = Encoder(cfg)
         self.quant_conv = nn.Dense(cfg.embed_dim)
@@ -198,12 +212,16 @@ class VQModel(nn.Module):
         self.decoder = Decoder(cfg)
 
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, Quantized]:
-        """images (b, H, W, c) in [-1, 1] -> (reconstructions of the same shape, Quantized)."""
+        """Reconstruct images (b, H, W, c) in [-1, 1]; return (reconstructions, `Quantized`)."""
         quantized = self.encode(images, train)
         return self.decode(quantized.quant, train), quantized
 
     def prequant(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """images (b, H, W, c) -> vectors before quantization (b, H/f, W/f, embed_dim)."""
+        """Encode images (b, H, W, c) as vectors (b, H/f, W/f, embed_dim) before quantization.
+
+        Raises:
+          ValueError: the images have another shape, or a size that is not a multiple of f.
+        """
         f = self.config.downsampling
         if images.ndim != 4 or images.shape[-1] != self.config.in_channels:
             raise ValueError(
@@ -218,23 +236,29 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(images, train).astype(jnp.float32))
 
     def encode(self, images: jax.Array, train: bool = False) -> Quantized:
-        """images (b, H, W, c) in [-1, 1] -> Quantized."""
+        """Encode and quantize images (b, H, W, c) in [-1, 1]."""
         return self.quantize(self.prequant(images, train))
 
     def decode(self, quant: jax.Array, train: bool = False) -> jax.Array:
-        """Codebook vectors (b, h, w, embed_dim) -> images (b, h f, w f, c), not clipped."""
+        """Decode codebook vectors (b, h, w, embed_dim) to unclipped images (b, h f, w f, c)."""
         return self.decoder(self.post_quant_conv(quant), train).astype(jnp.float32)
 
     def encode_to_tokens(self, images: jax.Array) -> jax.Array:
-        """images (b, H, W, c) in [-1, 1] -> tokens (b, t) int32 in raster order."""
+        """Encode images (b, H, W, c) in [-1, 1] as tokens (b, t) int32 in raster order."""
         return self.encode(images).indices
 
     def decode_tokens(self, tokens: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
-        """tokens (b, t) in raster order -> images (b, H, W, c), not clipped.
+        """Decode tokens to images.
 
         Args:
-          tokens: int (b, t).
-          grid: (rows, columns) of the token grid; a square one by default.
+          tokens: int (b, t), in raster order.
+          grid: (rows, columns) of the token grid; None means a square grid.
+
+        Returns:
+          Images (b, H, W, c), not clipped.
+
+        Raises:
+          ValueError: the tokens do not fill the grid.
         """
         side = math.isqrt(tokens.shape[1])
         rows, columns = grid or (side, side)
@@ -247,6 +271,6 @@ class VQModel(nn.Module):
 
 
 def init_params(config: VQConfig, key: jax.Array) -> dict:
-    """Random float32 parameters."""
+    """Initialize float32 parameters."""
     side = config.downsampling
     return VQModel(config).init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]

@@ -1,6 +1,7 @@
-"""State-space operations: scans, single steps and the causal convolution of the Mamba mixers.
+"""Operations of the Mamba mixers: scans, single steps, causal convolution and cross entropy.
 
-They depend on JAX alone. `implementation=` chooses who computes: see `aim_jax.ops.implementation`.
+They depend on JAX only. `implementation=` selects the code that computes an operation; see
+`aim_jax.ops.implementation`.
 """
 
 from aim_jax.ops.conv import causal_conv1d, conv_ring

@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution in front of the scans."""
+"""Causal depthwise convolution that precedes the scans."""
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,26 @@ def causal_conv1d(
     activation: str | None = "silu",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Convolves every channel with its own causal filter, carrying the last inputs along.
+    """Convolve every channel with its own causal filter, and return the last inputs as state.
 
         y_t = act(bias + sum_k weight_k x_{t - (w - 1) + k}),   k = 0 .. w - 1
 
-    so the last tap weighs the current input. A decode step is the same call with l = 1.
+    The last tap weighs the current input. A decode step is the same call with l = 1.
 
     Args:
-      x: inputs (b, l, c), any l >= 1.
+      x: inputs (b, l, c), with any l >= 1.
       weight: filters (w, c).
       bias: optional bias (c,).
       initial_state: the w - 1 inputs before x (b, w - 1, c); zeros when None.
       activation: "silu" or None.
-      implementation: "xla", the only one.
+      implementation: None or "xla".
 
     Returns:
-      y like x, and the last w - 1 inputs (b, w - 1, c) in at least float32, which is the
-      initial state of the positions that follow.
+      y like x, and the last w - 1 inputs (b, w - 1, c) in at least float32: the initial state of
+      the positions that follow.
 
     Raises:
-      ValueError: the shapes do not fit together, or the activation is unknown.
+      ValueError: the shapes do not match, or the activation is unknown.
     """
     implementation_of("causal_conv1d", implementation, ("xla",))
     if activation not in ("silu", None):
@@ -51,8 +51,8 @@ def causal_conv1d(
     dtype = compute_dtype(x)
     if initial_state is None:
         initial_state = jnp.zeros((b, w - 1, c), x.dtype)
-    kept = jnp.promote_types(x.dtype, initial_state.dtype)
-    inputs = jnp.concatenate([initial_state.astype(kept), x.astype(kept)], axis=1)
+    wider = jnp.promote_types(x.dtype, initial_state.dtype)
+    inputs = jnp.concatenate([initial_state.astype(wider), x.astype(wider)], axis=1)
     weight = weight.astype(dtype)
     taps = [weight[k] * inputs[:, k : k + l].astype(dtype) for k in range(w)]
     y = sum(taps[1:], taps[0])
@@ -64,18 +64,18 @@ def causal_conv1d(
 
 
 def conv_ring(window: jax.Array, position: jax.typing.ArrayLike) -> jax.Array:
-    """The ring of inputs that fused steps keep, at `position`, from the inputs before it.
+    """Convert the state of `causal_conv1d` to the ring buffer that the fused decode steps use.
 
-    A window shifts at every position; in a ring each input stays where it is.
+    A window shifts at every position; in a ring buffer every input keeps its slot.
 
     Args:
-      window: the w - 1 inputs before `position`, oldest first, (..., w - 1, c): the state that
-        `causal_conv1d` returns.
+      window: the w - 1 inputs before `position`, oldest first, (..., w - 1, c), as returned by
+        `causal_conv1d`.
       position: int (), the next position.
 
     Returns:
-      (..., w, c): the input of position t in slot t mod w. The slot of `position` is zero; the step
-      writes it before anything reads it.
+      (..., w, c), with the input of position t in slot t mod w. The slot of `position` is zero; the
+      step writes it before it is read.
     """
     empty = jnp.zeros((*window.shape[:-2], 1, window.shape[-1]), window.dtype)
     return jnp.roll(jnp.concatenate([empty, window], axis=-2), position, axis=-2)

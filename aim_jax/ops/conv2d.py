@@ -1,4 +1,4 @@
-"""Two-dimensional convolution that is fast on small maps too."""
+"""Two-dimensional convolution that is also fast on small feature maps."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,29 @@ import jax.numpy as jnp
 
 
 def conv_general_dilated(x, kernel, strides, padding, **options):
-    """`jax.lax.conv_general_dilated` of NHWC maps, for `flax.linen.Conv`.
+    """Convolve NHWC maps like `jax.lax.conv_general_dilated`; for use with `flax.linen.Conv`.
 
-    Where the map that comes in or, for the gradient, the one that goes out is smaller than the
-    kernel, as after many poolings or strides, XLA's CPU backend falls back to a plain loop. There
-    it is written as one matrix product.
+    XLA's CPU backend falls back to a plain loop if the input map or, for the gradient, the output
+    map is smaller than the kernel, as after many poolings or strides. Such convolutions are
+    computed as one matrix product instead.
 
     Args:
-      x: (b, H, W, c); kernel: (h, w, c, d).
-      strides, padding, options: as of `jax.lax.conv_general_dilated`.
+      x: inputs (b, H, W, c).
+      kernel: filters (h, w, c, d).
+      strides, padding, options: see `jax.lax.conv_general_dilated`.
 
     Returns:
       (b, H', W', d).
     """
-    plain = options.get("feature_group_count", 1) == 1 and all(
+    is_plain = options.get("feature_group_count", 1) == 1 and all(
         set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation")
     )
-    if not plain or isinstance(padding, str) or not _is_small(x.shape, kernel, strides, padding):
+    if not is_plain or isinstance(padding, str) or not _is_small(x.shape, kernel, strides, padding):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     h, w = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = x.shape[1] - h + 1, x.shape[2] - w + 1
+    rows = x.shape[1] - h + 1
+    columns = x.shape[2] - w + 1
     windows = [
         x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
         for i in range(h)
@@ -43,7 +45,7 @@ def _is_small(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> bool:
-    """Whether the map that comes in, or the one that goes out, is smaller than the kernel."""
+    """Return True if the input map or the output map is smaller than the kernel."""
     for size, k, stride, pad in zip(shape[1:3], kernel.shape, strides, padding, strict=False):
         out = (size + sum(pad) - k) // stride + 1
         if min(size, out) < k:

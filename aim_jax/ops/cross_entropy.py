@@ -1,4 +1,4 @@
-"""Cross entropy of codes, for a vocabulary that may be sharded and logits that may not fit."""
+"""Cross entropy of tokens, for sharded vocabularies and for logits too large for memory."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,18 @@ from aim_jax.ops.reference import split_length
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """-log softmax(logits)[labels], by reductions over the vocabulary alone.
+    """Compute -log softmax(logits)[labels] with reductions over the vocabulary only.
 
-    A label's logit is summed out of a masked row instead of looked up, so that where the vocabulary
-    is sharded only sums and maxima travel between devices, never logits.
+    A label's logit is summed out of a masked row instead of looked up. With a sharded vocabulary,
+    devices therefore exchange only sums and maxima, never logits.
 
     Args:
       logits: (..., v).
       labels: int (...), in [0, v).
-      implementation: "xla", the only one.
+      implementation: None or "xla".
 
     Returns:
-      Nats (...), of the dtype of the logits.
+      Nats (...), in the dtype of the logits.
     """
     implementation_of("cross_entropy", implementation, ("xla",))
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -38,21 +38,20 @@ def linear_cross_entropy(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`cross_entropy` of logits x table^T, of which a part is in memory at a time.
+    """Compute `cross_entropy` of the logits x table^T, with only a chunk of them in memory.
 
-    The logits of a chunk are computed again for its gradient, which is one product of four more.
+    The backward pass recomputes the logits of a chunk: four matrix products instead of three.
 
     Args:
       x: features (b, l, d).
-      table: one row per code (v, d).
+      table: one row per token value (v, d).
       labels: int (b, l).
-      chunk_size: positions per chunk; 0 takes all of them at once and keeps their logits.
-      implementation: "xla", the only one.
+      chunk_size: positions per chunk; 0 computes all positions at once and keeps their logits.
+      implementation: None or "xla".
 
     Returns:
-      Nats (b, l), float32 at least.
+      Nats (b, l), in at least float32.
     """
-
     implementation_of("linear_cross_entropy", implementation, ("xla",))
 
     def nats(x, labels):
@@ -66,7 +65,7 @@ def linear_cross_entropy(
         return nats(x, labels)
     c, q = split_length(l, chunk_size)
     pad = [(0, 0), (0, c * q - l)]
-    # Chunks of positions, not of images: every device then works on its own images all the time.
+    # Chunks of positions, not of images: then every device works on its own images in every chunk.
     x = jnp.pad(x, [*pad, (0, 0)]).reshape(b, c, q, d).swapaxes(0, 1)
     chunked = jnp.pad(labels, pad).reshape(b, c, q).swapaxes(0, 1)
     out = jax.lax.map(lambda part: jax.checkpoint(nats)(*part), (x, chunked))

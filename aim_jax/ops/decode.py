@@ -1,16 +1,18 @@
-"""Fused operations of one decode step: what lies between the matrix products of a layer.
+"""Fused operations of one decode step, between the matrix products of a layer.
 
-Shared conventions. L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n
-state, g groups, w convolution width, T tokens, d model.
+Axes: L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
+convolution width, T tokens, d model.
 
-- Parameters and caches lead with the layer axis L and are passed whole, with the layer as an
-  int32 scalar: a slice taken by XLA would be a copy.
-- Kernels update caches in place: use the returned array, donate the given one. Only the current
-  layer's part of it is read or written.
-- Arithmetic is float32. "xla" and "triton" take float32 or bfloat16 arrays, except where a
-  docstring says more; "native" takes float32, and bfloat16 for states and cached inputs.
-- The convolution's cache is a ring of the last w inputs: the input of position t is in slot t mod
-  w. Zeros start a sequence; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
+Conventions:
+
+- Parameters and caches have a leading layer axis L. They are passed whole, with the layer as an
+  int32 scalar, because XLA would copy a slice.
+- Kernels update caches in place: donate the argument and use the returned array. Only the current
+  layer's part is read or written.
+- Arithmetic is float32. "xla" and "triton" accept float32 or bfloat16 arrays, unless a docstring
+  says otherwise. "native" accepts float32, and bfloat16 for states and cached inputs.
+- The convolution's cache is a ring buffer of the last w inputs, with the input of position t in
+  slot t mod w. It starts as zeros; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
 """
 
 from typing import Any
@@ -33,19 +35,20 @@ def linear(
     dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x weight^T for few rows of x.
+    """Compute x weight^T for few rows of x.
 
     Args:
-      x: (b, k). weight: (m, k), of the same dtype.
-      dtype: of the result, and of the accumulation.
-      implementation: "xla", or "native", which reads weights at twice the rate on CPUs and returns
-        float32 whatever `dtype` says.
+      x: inputs (b, k).
+      weight: weights (m, k), of the same dtype.
+      dtype: dtype of the result and of the accumulation.
+      implementation: None, "xla", or "native", which reads weights twice as fast on CPUs and
+        returns float32 for any `dtype`.
 
     Returns:
       (b, m).
 
     Raises:
-      ValueError: shapes or dtypes do not fit together.
+      ValueError: the shapes or dtypes do not match.
     """
     chosen = implementation_of("linear", implementation, ("xla", "native"))
     if chosen == "native":
@@ -73,35 +76,38 @@ def add_norm_modulate(
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds a branch to the residual stream and prepares the input of the next one.
+    """Add a branch to the residual stream and prepare the input of the next branch.
 
         residual = residual + gate * hidden / sqrt(mean(u^2) + mixer_eps)
         x        = RMSNorm(residual) * norm_scale * (1 + scale) + shift
 
-    The gate and the gated norm's divisor belong to the branch that made `hidden`: to layer
-    `layer + gate_offset`. There is no such layer before the first one. There `hidden` is the input
-    of the stack, which starts the stream: residual = hidden, whatever `residual` holds.
+    The gate and the gated norm's divisor belong to the branch that computed `hidden`, in layer
+    `layer + gate_offset`. The first layer has no layer before it. There `hidden` is the input of
+    the stack and starts the stream: residual = hidden, and the argument `residual` is ignored.
 
     Args:
       hidden: output of the last branch, before its gate (b, d).
-      residual: the stream (b, d) float32.
+      residual: residual stream (b, d) float32.
       norm_scale: scales of the norms (L, d).
-      modulation: every layer's parts (L, b, m, d): `Modulation.layers`, made once per image.
-      layer: int32 (), the layer that x is for.
+      modulation: modulation of every layer (L, b, m, d), `Modulation.layers`; constant over the
+        tokens of an image.
+      layer: int32 (), index of the layer that x is for.
       sum_squares: partial sums of u^2 of that branch's gated norm (b, parts), from `mamba2_step`
         or `dual_step`; None if `hidden` needs no division.
-      inner: number of channels behind `sum_squares`, e.
-      shift, scale, gate: which of the m parts these are. gate None: hidden is added as it is.
-      gate_offset: -1 between layers; 0 inside one, between the mixer and an MLP.
-      eps, mixer_eps: added to the mean squares of this norm and of the gated one.
-      dtype: of x, that of the matrix product that follows; None is hidden's. "native" has float32.
-      implementation: "xla", "native" or "triton".
+      inner: number of channels e that `sum_squares` covers.
+      shift, scale, gate: indices of these parts among the m of the modulation. With gate=None,
+        hidden is added without a gate.
+      gate_offset: -1 between layers; 0 within a layer, between the mixer and an MLP.
+      eps, mixer_eps: added to the mean squares of this norm and of the gated norm.
+      dtype: dtype of x, that of the matrix product that follows; None is the dtype of hidden.
+        "native" always returns float32.
+      implementation: None, "xla", "native" or "triton".
 
     Returns:
       x (b, d) in `dtype`; residual.
 
     Raises:
-      ValueError: the arguments do not fit together.
+      ValueError: the arguments do not match.
     """
     chosen = implementation_of("add_norm_modulate", implementation, ("xla", "native", "triton"))
     options: dict[str, Any] = dict(
@@ -156,22 +162,23 @@ def conv_step(
     conv_bias: jax.Array,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advances the causal convolution of one layer by one token.
+    """Advance the causal convolution of one layer by one token.
 
         y = silu(bias + sum_k weight_k x_{t - (w - 1) + k})
 
     Args:
-      projected: inputs in the first c columns (b, at least c), such as in_proj's x and z.
-      conv_cache: rings of the last w inputs (L, b, w, c).
-      layer, position: int32 (), which layer and which token this is.
-      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
-      implementation: "xla" or "triton".
+      projected: inputs in the first c of at least c columns (b, >= c), such as x and z of in_proj.
+      conv_cache: ring buffers of the last w inputs (L, b, w, c).
+      layer, position: int32 (), indices of the layer and of the token.
+      conv_weight: filters (L, w, c); the last tap weighs the current input.
+      conv_bias: (L, c).
+      implementation: None, "xla" or "triton".
 
     Returns:
       y (b, c) like `projected`; conv_cache.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     chosen = implementation_of("conv_step", implementation, ("xla", "triton"))
     if chosen != "xla":
@@ -186,7 +193,10 @@ def conv_step(
         projected=(projected, "bq"),
     )
     c = sizes["c"]
-    require(sizes["q"] >= c, f"conv_step: projected has {sizes['q']} columns, expected c = {c}")
+    require(
+        sizes["q"] >= c,
+        f"conv_step: projected has {sizes['q']} columns, expected at least c = {c}",
+    )
     y, conv_cache = _convolve(projected[:, :c], conv_cache, layer, position, conv_weight, conv_bias)
     return y.astype(projected.dtype), conv_cache
 
@@ -204,29 +214,30 @@ def mamba1_step(
     D: jax.Array,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advances the state of one Mamba-1 layer by one token: between dt_proj and out_proj.
+    """Advance the state of one Mamba-1 layer by one token, between dt_proj and out_proj.
 
         dt = softplus(dt + dt_bias)
         h  = exp(dt A) h + dt B x          for every channel and state
         y  = (C . h + D x) silu(z)
 
-    (Gu and Dao 2023, alg. 2.)
+    (Gu and Dao 2023, algorithm 2.)
 
     Args:
       x: output of `conv_step` (b, e).
       dt: output of dt_proj (b, e).
-      BC: output of x_proj, whose last 2 n columns are B and C (b, at least 2 n).
-      projected: output of in_proj, whose last e columns are z (b, at least e).
+      BC: output of x_proj (b, >= 2 n); the last 2 n columns are B and C.
+      projected: output of in_proj (b, >= e); the last e columns are z.
       state: SSM states (L, b, e, n), float32 or bfloat16.
-      layer: int32 (), which of the L layers this is.
-      dt_bias, D: (L, e) float32. A: (L, e, n) float32, negative.
-      implementation: "xla" or "triton".
+      layer: int32 (), index of the layer.
+      dt_bias, D: (L, e) float32.
+      A: decay rates (L, e, n) float32, negative.
+      implementation: None, "xla" or "triton".
 
     Returns:
       y (b, e) like x; state.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     chosen = implementation_of("mamba1_step", implementation, ("xla", "triton"))
     if chosen != "xla":
@@ -245,8 +256,14 @@ def mamba1_step(
         D=(D, "Le"),
     )
     e, n = sizes["e"], sizes["n"]
-    require(sizes["k"] >= 2 * n, f"mamba1_step: BC has {sizes['k']} columns, expected {2 * n}")
-    require(sizes["q"] >= e, f"mamba1_step: projected has {sizes['q']} columns, expected {e}")
+    require(
+        sizes["k"] >= 2 * n,
+        f"mamba1_step: BC has {sizes['k']} columns, expected at least 2 n = {2 * n}",
+    )
+    require(
+        sizes["q"] >= e,
+        f"mamba1_step: projected has {sizes['q']} columns, expected at least e = {e}",
+    )
     y, new = selective_scan_step(
         state[layer], x.astype(jnp.float32), dt, A[layer], BC[:, -2 * n : -n], BC[:, -n:],
         D=D[layer], z=projected[:, -e:], dt_bias=dt_bias[layer],
@@ -269,7 +286,7 @@ def mamba2_step(
     norm_scale: jax.Array,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Advances one Mamba-2 layer by one token: everything between in_proj and out_proj.
+    """Advance one Mamba-2 layer by one token, from the output of in_proj to the input of out_proj.
 
         x, B, C = silu(conv(x, B, C))
         dt      = softplus(dt + dt_bias)
@@ -277,27 +294,29 @@ def mamba2_step(
         u       = (h C + D x) silu(z)
         y       = u norm_scale,   sum_squares = sums of u^2 over blocks of channels
 
-    (Dao and Gu 2024, eq. 1 and sec. 7.) The gated norm is RMSNorm(u) = y / sqrt(mean(u^2) + eps),
-    and with one group the division is a factor per row: it commutes with out_proj, and
-    `add_norm_modulate` applies it to out_proj's result. With g groups divide y before out_proj, the
-    mean squares of the groups being `sum_squares.reshape(b, g, -1).sum(-1) / (e / g)`.
+    (Dao and Gu 2024, equation 1 and section 7.) The gated norm is RMSNorm(u) = y / sqrt(mean(u^2) +
+    eps). With one group the division is a factor per row that commutes with out_proj, so
+    `add_norm_modulate` applies it to the output of out_proj. With g groups the caller divides y
+    before out_proj; the groups' mean squares are
+    `sum_squares.reshape(b, g, -1).sum(-1) / (e / g)`.
 
     Args:
       projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
-      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c).
+      conv_cache: ring buffers of the last w inputs of x, B and C (L, b, w, c).
       state: SSM states (L, b, h, p, n), float32 or bfloat16.
-      layer: int32 (), which of the L layers this is.
-      position: int32 (), which token this is; the same in every row.
-      conv_weight: filters (L, w, c), the last tap for the current input. conv_bias: (L, c).
+      layer: int32 (), index of the layer.
+      position: int32 (), index of the token; the same in every row.
+      conv_weight: filters (L, w, c); the last tap weighs the current input.
+      conv_bias: (L, c).
       dt_bias, A, D: (L, h) float32; A is negative.
       norm_scale: scale of the gated norm (L, e) float32.
-      implementation: "xla", "native" or "triton".
+      implementation: None, "xla", "native" or "triton".
 
     Returns:
       y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; state.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -335,36 +354,36 @@ def dual_step(
     norm_scale: jax.Array,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Advances one Mamba-2 layer by one token without a state, from what its tokens left behind.
+    """Advance one Mamba-2 layer by one token in the dual form, from a cache of the past inputs.
 
     With a_t the sum of dt A over positions 0 to t, unrolling the recurrence of `mamba2_step` from a
     zero state gives
 
         u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
 
-    (the quadratic form of Dao and Gu 2024, sec. 5 and 6, one row at a time). The step reads the
-    rows before t of three caches, e + g n + h values each, and writes one row; the recurrent form
-    reads and writes e n values. So this one moves less up to t near 2 n, on average half as much
-    over the first 2 n tokens. Sums of decays are float32: where they become large, differences of
-    them are rounded by eps times their size.
+    This is the quadratic form of Dao and Gu 2024, sections 5 and 6, one row at a time. The step
+    reads the rows before t of three caches, e + g n + h values per position, and writes one row.
+    The recurrent form reads and writes e n values. The dual form therefore moves less memory up to
+    t near 2 n, on average half as much over the first 2 n tokens. Sums of decays are float32; when
+    they become large, their differences carry a rounding error of eps times their size.
 
     Args:
       projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
-      conv_cache: rings of the last w inputs of x, B, C: (L, b, w, c).
+      conv_cache: ring buffers of the last w inputs of x, B and C (L, b, w, c).
       inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16.
       B_cache: B of every token (L, b, T, g, n), of the dtype of `inputs`.
-      log_decay: a of every token (L, b, T, h) float32. Rows that no token has reached may hold
+      log_decay: a of every token (L, b, T, h) float32. Rows of tokens not yet decoded may hold
         anything.
-      layer, position: int32 (), which layer and which token this is; position < T.
+      layer, position: int32 (), indices of the layer and of the token; position < T.
       conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `mamba2_step`.
-      implementation: "xla", "native" or "triton".
+      implementation: None, "xla", "native" or "triton".
 
     Returns:
       y (b, e) like `projected`; sum_squares (b, parts) float32; conv_cache; inputs; B_cache;
       log_decay.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -385,11 +404,11 @@ def dual_step(
         projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
     )
     position = jnp.asarray(position, jnp.int32)
-    reached = jnp.arange(inputs.shape[2]) < position
+    is_past = jnp.arange(inputs.shape[2]) < position
 
     def past(cache):
         rows = cache[layer]
-        return jnp.where(reached.reshape(-1, *(1,) * (rows.ndim - 2)), rows, 0)
+        return jnp.where(is_past.reshape(-1, *(1,) * (rows.ndim - 2)), rows, 0)
 
     decays = past(log_decay)
     last = jnp.take(decays, jnp.maximum(position - 1, 0), axis=1)
@@ -399,7 +418,7 @@ def dual_step(
     rows = (cache.inputs, cache.B, cache.log_decay)
 
     def put_row(old, new):
-        """Writes the position's row alone: rows that no token has reached stay as they are."""
+        """Write only the row of `position`; rows of later positions keep their values."""
         row = jax.lax.dynamic_index_in_dim(new, position, axis=1, keepdims=False)
         return old.at[layer, :, position].set(row.astype(old.dtype))
 
@@ -412,7 +431,7 @@ def _put(stacked: jax.Array, new: jax.Array, layer: ArrayLike) -> jax.Array:
 
 
 def _convolve(inputs, conv_cache, layer, position, weight, bias):
-    """silu of the causal convolution (b, c) float32, and the cache with these inputs."""
+    """Return silu of the causal convolution (b, c) float32, and the updated cache."""
     width = weight.shape[1]
     ring = conv_cache[layer].at[:, position % width].set(inputs.astype(conv_cache.dtype))
     window = jnp.roll(ring, -(position + 1), axis=1).astype(jnp.float32)
@@ -421,7 +440,12 @@ def _convolve(inputs, conv_cache, layer, position, weight, bias):
 
 
 def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias, sizes):
-    """x (b, h, p), B, C (b, g, n), z (b, h, p), dt (b, h) in float32; and the cache after them."""
+    """Split and convolve the output of in_proj.
+
+    Returns:
+      x (b, h, p), B and C (b, g, n), z (b, h, p) and dt (b, h) in float32, and the updated
+      conv_cache.
+    """
     b, h, p, g, n, e, c = (sizes[axis] for axis in "bhpgnec")
     z, inputs, dt = jnp.split(projected.astype(jnp.float32), [e, e + c], axis=-1)
     xBC, conv_cache = _convolve(inputs, conv_cache, layer, position, conv_weight, conv_bias)
@@ -432,5 +456,5 @@ def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias
 
 
 def _scaled_with_squares(u: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """u (b, h, p) times the norm's scale (b, e), and the sums of u^2 of every head (b, h)."""
+    """Return u (b, h, p) times the norm's scale as (b, e), and the sums of u^2 per head (b, h)."""
     return u.reshape(len(u), -1) * scale, jnp.sum(u * u, axis=-1)

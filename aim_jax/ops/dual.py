@@ -1,4 +1,4 @@
-"""Decoding with Mamba-2 without a state, from what the tokens so far left behind."""
+"""Dual form of Mamba-2 decoding: a cache of past inputs instead of a recurrent state."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from aim_jax.ops.reference import bind_axes, compute_dtype, skip_and_gate, step_
 
 
 class DualCache(NamedTuple):
-    """What T positions left behind for the dual form; those not reached yet hold zeros.
+    """Cache of the dual form, with room for T positions; unused positions hold zeros.
 
     Attributes:
       inputs: dt x (b, T, h, p), float32 or bfloat16.
       B: input projections (b, T, g, n), float32 or bfloat16.
       log_decay: running sums of dt A (b, T, h) float32.
       total: the last of these sums (b, h) float32.
-      position: int32 (), how many positions there are.
+      position: int32 (), number of positions in use.
     """
 
     inputs: jax.Array
@@ -30,7 +30,7 @@ class DualCache(NamedTuple):
 def init_dual_cache(
     b: int, tokens: int, h: int, p: int, g: int, n: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> DualCache:
-    """The empty cache of b sequences with room for `tokens` positions."""
+    """Return an empty cache of b sequences with room for `tokens` positions."""
     return DualCache(
         inputs=jnp.zeros((b, tokens, h, p), dtype),
         B=jnp.zeros((b, tokens, g, n), dtype),
@@ -41,7 +41,7 @@ def init_dual_cache(
 
 
 def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
-    """The cache with room for `tokens` positions; ValueError if it has room for more already."""
+    """Extend the cache to room for `tokens` positions; ValueError if it already has more."""
 
     def padded(x):
         return jnp.pad(x, [(0, 0), (0, tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
@@ -62,20 +62,20 @@ def ssd_dual_extend(
     dt_softplus: bool = True,
     implementation: str | None = None,
 ) -> DualCache:
-    """Appends l positions to the cache.
+    """Append l positions to the cache.
 
     Args:
-      cache: of the positions before, with room for l more.
+      cache: cache of the positions before, with room for l more.
       x: inputs (b, l, h, p).
       dt: step sizes before bias and softplus (b, l, h).
       A: negative decay rates (h,).
       B: input projections (b, l, g, n).
       dt_bias: optional bias of dt (h,).
-      dt_softplus: whether softplus is applied to dt.
-      implementation: "xla", the only one.
+      dt_softplus: apply softplus to dt.
+      implementation: None or "xla".
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     implementation_of("ssd_dual_extend", implementation, ("xla",))
     bind_axes(
@@ -121,26 +121,26 @@ def ssd_dual_step(
     dt_softplus: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, DualCache]:
-    """Advances the recurrence of `ssd_scan` by one position, from a cache of its inputs.
+    """Advance the recurrence of `ssd_scan` by one position, from a cache of its inputs.
 
     Unrolled from a zero state, with a_t the sum of dt A over positions 0 to t,
 
         y_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
 
-    (Dao and Gu 2024, sec. 5 and 6: one row of the quadratic form.) The step reads the whole cache,
-    e + g n + h values per position, and writes one row; the recurrent form reads and writes e n.
+    This is one row of the quadratic form (Dao and Gu 2024, sections 5 and 6). The step reads the
+    whole cache, e + g n + h values per position, and writes one row. The recurrent form reads and
+    writes e n values.
 
     Args:
-      cache: of the positions before, with room for one more.
-      x: input (b, h, p). dt: (b, h). A: (h,). B, C: (b, g, n). D: (h,). z: like x. dt_bias: (h,).
-        See `ssd_step`.
-      implementation: "xla", the only one.
+      cache: cache of the positions before, with room for one more.
+      x, dt, A, B, C, D, z, dt_bias, dt_softplus: see `ssd_step`.
+      implementation: None or "xla".
 
     Returns:
       y like x, and the cache with this position.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     implementation_of("ssd_dual_step", implementation, ("xla",))
     sizes = bind_axes("ssd_dual_step", x=(x, "bhp"), C=(C, "bgn"), D=(D, "h"), z=(z, "bhp"))
@@ -149,8 +149,8 @@ def ssd_dual_step(
         cache, x[:, None], dt[:, None], A, B[:, None], dt_bias=dt_bias, dt_softplus=dt_softplus
     )
     dtype = compute_dtype(x)
-    # Of positions not reached yet B and the inputs are zero. They meet in two products, so neither
-    # needs a mask; the whole buffer is read, because a slice of it would be copied.
+    # Unused positions hold zeros in B and the inputs, which two products multiply, so neither needs
+    # a mask. The whole buffer is read, because a slice of it would be copied.
     scores = jnp.einsum("btgn,bgn->btg", cache.B.astype(dtype), C.astype(dtype))
     decays = jnp.exp(jnp.minimum(cache.total[:, None] - cache.log_decay, 0))
     weights = jnp.repeat(scores, h // g, axis=-1) * decays

@@ -1,14 +1,14 @@
-"""One vocabulary for the code that computes an op: `implementation=`.
+"""Implementations of the ops, selected with `implementation=`.
 
-- "xla": plain JAX, on any device and differentiable; the reference of the others.
-- "native": fused C++ kernels for CPUs (`aim_jax.ops.native`), which need a C++ compiler.
-- "triton": fused kernels for NVIDIA GPUs (`aim_jax.ops.triton`), which need the extra `cuda`.
+- "xla": plain JAX, differentiable, on any device; the reference for the others.
+- "native": fused C++ kernels for CPUs (`aim_jax.ops.native`); they need a C++ compiler.
+- "triton": fused kernels for NVIDIA GPUs (`aim_jax.ops.triton`); they need the `cuda` extra.
 - "pallas": fused kernels for TPUs; no op has one yet.
 
-None is the rule. For an op it is "xla", because no kernel has a derivative. For the token loop,
-which needs none, it is the fused kernels of the device where there are any; see
-`aim_jax.sampling.engine.resolve`. An implementation that is named is used, or refused with the
-reason: nothing else takes its place in silence.
+None is the default. For an op it means "xla", because no kernel is differentiable. For the token
+loop, which needs no gradients, it means the fused kernels of the device if there are any; see
+`aim_jax.sampling.engine.resolve`. An explicit implementation is either used or rejected with an
+error that says why; it is never replaced silently.
 """
 
 import importlib
@@ -18,12 +18,12 @@ IMPLEMENTATIONS = ("xla", "native", "triton", "pallas")
 
 
 def implementation_of(op: str, implementation: str | None, available: tuple[str, ...]) -> str:
-    """The implementation that an op uses.
+    """Resolve the implementation of an op.
 
     Args:
-      op: its name, for the message.
-      implementation: what the caller asks for; None is the rule.
-      available: what the op has.
+      op: name of the op, for the error message.
+      implementation: the caller's choice; None means "xla".
+      available: implementations that the op has.
 
     Raises:
       ValueError: the op has no such implementation.
@@ -37,9 +37,9 @@ def implementation_of(op: str, implementation: str | None, available: tuple[str,
 
 
 def kernels_of(implementation: str) -> ModuleType:
-    """The package with the kernels of "native" or "triton".
+    """Import the package with the "native" or "triton" kernels.
 
     Raises:
-      ImportError: what they need is not installed.
+      ImportError: a package that the kernels need is not installed.
     """
     return importlib.import_module(f"aim_jax.ops.{implementation}")

@@ -1,27 +1,27 @@
-"""The sequential oracle of both mixers, and the small pieces that every scan shares."""
+"""Sequential reference implementation of both mixers, and helpers that the scans share."""
 
 import jax
 import jax.numpy as jnp
 
 
 def compute_dtype(x):
-    """The dtype of states and decays for an input `x`: never below float32."""
+    """Return the dtype of states and decays for an input x: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def bind_axes(op, **arrays):
-    """Reads axis sizes off the arrays and checks that all of them agree.
+    """Read axis sizes from the shapes of arrays, and check that the arrays agree on them.
 
     Args:
-      op: name of the calling function, for the message.
-      **arrays: (array or None, axis letters) by argument name, e.g. x=(x, "blhp"). A letter
-        is bound by the first array that has it; heads h must be a multiple of groups g.
+      op: name of the calling function, for the error message.
+      **arrays: (array or None, axis letters) by argument name, e.g. x=(x, "blhp"). The first array
+        with a letter sets its size. Heads h must be a multiple of groups g.
 
     Returns:
-      The size of every letter, a dict.
+      The size of every axis, by letter.
 
     Raises:
-      ValueError: an array has another rank or size than its letters say, or an empty axis.
+      ValueError: the rank or size of an array does not match its letters, or an axis is empty.
     """
     sizes = {}
     for name, (array, axes) in arrays.items():
@@ -41,7 +41,7 @@ def bind_axes(op, **arrays):
 
 
 def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
-    """`bind_axes` for the arguments of a Mamba-2 scan over a sequence."""
+    """Call `bind_axes` for the arguments of a Mamba-2 scan over a sequence."""
     return bind_axes(
         op,
         x=(x, "blhp"),
@@ -57,7 +57,7 @@ def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
 
 
 def require(ok, message):
-    """Raises ValueError(message) unless `ok`."""
+    """Raise ValueError(message) unless `ok`."""
     if not ok:
         raise ValueError(message)
 
@@ -65,12 +65,19 @@ def require(ok, message):
 def bind_mamba2_step(
     op, projected, conv_cache, caches, *, conv_weight, conv_bias, dt_bias, A, D, norm_scale
 ):
-    """`bind_axes` for the arguments of a fused Mamba-2 step, in either form.
+    """Call `bind_axes` for the arguments of a fused Mamba-2 step, recurrent or dual.
 
     Args:
-      op: name of the calling function, for messages.
-      projected, conv_cache, and the parameters: see `aim_jax.ops.triton.mamba2_step`.
-      caches: (array, axes) by name that bind h, p and n: the state, or the caches of the dual form.
+      op: name of the calling function, for error messages.
+      projected, conv_cache: see `aim_jax.ops.mamba2_step`.
+      caches: (array, axes) by name, which set h, p and n: the state, or the dual form's caches.
+      conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `aim_jax.ops.mamba2_step`.
+
+    Returns:
+      The size of every axis, by letter.
+
+    Raises:
+      ValueError: the shapes do not match.
     """
     sizes = bind_axes(
         op,
@@ -106,7 +113,7 @@ def bind_mamba2_step(
 
 
 def step_sizes(dt, dt_bias, dt_softplus, dtype):
-    """The positive step sizes softplus(dt + dt_bias), in `dtype`."""
+    """Compute the step sizes softplus(dt + dt_bias) in `dtype`; both operations are optional."""
     dt = dt.astype(dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(dtype)
@@ -114,7 +121,10 @@ def step_sizes(dt, dt_bias, dt_softplus, dtype):
 
 
 def skip_and_gate(y, x, D, z):
-    """(y + D x) silu(z) in y's dtype, returned in x's; D broadcasts against x, None skips."""
+    """Compute (y + D x) silu(z) in the dtype of y, and cast the result to the dtype of x.
+
+    D broadcasts against x. None for D or z omits that operation.
+    """
     if D is not None:
         y = y + D.astype(y.dtype) * x.astype(y.dtype)
     if z is not None:
@@ -123,7 +133,7 @@ def skip_and_gate(y, x, D, z):
 
 
 def split_length(length, chunk_size):
-    """The number and the length of the fewest equal chunks of at most `chunk_size` positions."""
+    """Return (number, length) of the fewest equal chunks of at most `chunk_size` positions."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
     num_chunks = -(-length // chunk_size)
@@ -131,12 +141,12 @@ def split_length(length, chunk_size):
 
 
 def pad_length(t, length):
-    """Appends zeros to axis 1 of `t` up to `length`."""
+    """Pad axis 1 of t with zeros to `length`."""
     return jnp.pad(t, [(0, 0), (0, length - t.shape[1])] + [(0, 0)] * (t.ndim - 2))
 
 
 def compose(first, then):
-    """The map h -> a' (a h + s) + s' as one pair: (a, s) o (a', s') = (a a', a' s + s')."""
+    """Compose two maps h -> a h + s: (a, s) o (a', s') = (a a', a' s + s')."""
     (a, s), (a_then, s_then) = first, then
     return a * a_then, a_then * s + s_then
 
@@ -154,15 +164,15 @@ def recurrence(
     dt_softplus: bool = True,
     initial_state: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the selective state-space recurrence one position at a time.
+    """Run the selective state-space recurrence one position at a time.
 
         dt_t = softplus(dt_t + dt_bias)
         h_t  = exp(dt_t A) h_{t-1} + dt_t B_t x_t
         y_t  = (C_t . h_t + D x_t) silu(z_t)
 
-    Mamba-2 has one decay per head, A of shape (h, 1, 1) (Dao and Gu 2024, eq. 1 and sec. 5);
-    Mamba-1 is the case of heads of size one, A of shape (e, 1, n) (Gu and Dao 2023, alg. 2).
-    This is the oracle that the parallel scans are tested against.
+    Mamba-2 has one decay per head, A of shape (h, 1, 1) (Dao and Gu 2024, equation 1 and section
+    5). Mamba-1 is the case of heads of size one, A of shape (e, 1, n) (Gu and Dao 2023, algorithm
+    2). This is the reference implementation that the parallel scans are tested against.
 
     Args:
       x: inputs (b, l, h, p).
@@ -173,7 +183,7 @@ def recurrence(
       D: optional skip weights (h,).
       z: optional gates, like x.
       dt_bias: optional bias of dt (h,).
-      dt_softplus: whether softplus is applied to dt.
+      dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, h, p, n); zeros when None.
 
     Returns:
@@ -181,9 +191,9 @@ def recurrence(
       float32, or float64 for float64 x.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
-    # A is checked below: here it may broadcast over heads, channels and states.
+    # A is checked separately, because it may broadcast over heads, channels and states.
     sizes = bind_ssd("recurrence", x, dt, None, B, C, D, z, dt_bias, initial_state)
     b, h, p, n, g = (sizes[axis] for axis in "bhpng")
     if A.ndim != 3 or any(a not in (1, full) for a, full in zip(A.shape, (h, p, n), strict=True)):

@@ -1,4 +1,4 @@
-"""The Mamba-1 selective scan: a decay per channel and state, over any length."""
+"""Mamba-1 selective scan, with one decay per channel and state."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from aim_jax.ops.reference import (
 
 @jax.custom_vjp
 def linear_scan(a, s):
-    """h_t = a_t h_{t-1} + s_t along axis 0, with h_{-1} = 0.
+    """Compute h_t = a_t h_{t-1} + s_t along axis 0, with h_{-1} = 0.
 
-    The gradient is the same recurrence run backwards, g_t = dh_t + a_{t+1} g_{t+1}; written out,
-    it needs only a and h, where differentiating through the scan keeps every level of its tree.
+    The gradient is the same recurrence run backwards, g_t = dh_t + a_{t+1} g_{t+1}. The custom rule
+    stores only a and h; differentiating through the scan would store every level of its tree.
     """
     return jax.lax.associative_scan(compose, (a, s))[1]
 
@@ -42,7 +42,7 @@ linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
 
 
 def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
-    """`bind_axes` for the arguments of a Mamba-1 scan over a sequence."""
+    """Call `bind_axes` for the arguments of a Mamba-1 scan over a sequence."""
     return bind_axes(
         op,
         x=(x, "ble"),
@@ -72,16 +72,16 @@ def selective_scan(
     chunk_size: int = 64,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the Mamba-1 recurrence in parallel within chunks and sequentially across them.
+    """Run the Mamba-1 recurrence in parallel within chunks and sequentially across them.
 
         dt_t = softplus(dt_t + dt_bias)
         h_t  = exp(dt_t A) h_{t-1} + dt_t B_t x_t          for every channel and state
         y_t  = (C_t . h_t + D x_t) silu(z_t)
 
-    Inside a chunk the maps h -> a h + s compose by the associative rule
+    Within a chunk the maps h -> a h + s compose by the associative rule
     (a, s) o (a', s') = (a a', a' s + s'), so the scan is exact for any decay. Only one chunk of
-    states exists at a time: the backward pass recomputes it from the state at its start.
-    (Gu and Dao 2023, alg. 2 and sec. 3.3.)
+    states is in memory at a time; the backward pass recomputes it from the state at its start.
+    (Gu and Dao 2023, algorithm 2 and section 3.3.)
 
     Args:
       x: inputs (b, l, e).
@@ -92,17 +92,17 @@ def selective_scan(
       D: optional skip weights (e,).
       z: optional gates, like x.
       dt_bias: optional bias of dt (e,).
-      dt_softplus: whether softplus is applied to dt.
+      dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, e, n); zeros when None.
-      chunk_size: largest number of positions scanned at once; bounds memory, not the result.
-      implementation: "xla", or "triton": one kernel for NVIDIA GPUs, without a derivative.
+      chunk_size: largest number of positions scanned at once; affects memory, not the result.
+      implementation: None, "xla", or "triton" (one kernel for NVIDIA GPUs, not differentiable).
 
     Returns:
       y like x, and the state after the last position (b, e, n). States and decays are float32,
       or float64 for float64 x.
 
     Raises:
-      ValueError: the shapes do not fit together, or chunk_size is not positive.
+      ValueError: the shapes do not match, or chunk_size is not positive.
     """
     chosen = implementation_of("selective_scan", implementation, ("xla", "triton"))
     if chosen != "xla":
@@ -150,7 +150,7 @@ def selective_scan_step(
     dt_softplus: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advances the Mamba-1 recurrence of `selective_scan` by one position.
+    """Advance the Mamba-1 recurrence of `selective_scan` by one position.
 
     Args:
       state: state before this position (b, e, n).
@@ -162,14 +162,14 @@ def selective_scan_step(
       D: optional skip weights (e,).
       z: optional gate, like x.
       dt_bias: optional bias of dt (e,).
-      dt_softplus: whether softplus is applied to dt.
-      implementation: "xla", the only one.
+      dt_softplus: apply softplus to dt.
+      implementation: None or "xla".
 
     Returns:
       y like x, and the new state (b, e, n).
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     implementation_of("selective_scan_step", implementation, ("xla",))
     bind_axes(

@@ -1,4 +1,4 @@
-"""The Mamba-2 scan by state-space duality: matrix products in chunks, a scan between them."""
+"""Mamba-2 scan by state-space duality: matrix products within chunks, a scan between them."""
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,19 @@ def ssd_scan(
     chunk_size: int = 64,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the Mamba-2 recurrence as matrix products within chunks and a scan between them.
+    """Run the Mamba-2 recurrence as matrix products within chunks and a scan between them.
 
         dt_t = softplus(dt_t + dt_bias)
         h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        one decay per head
         y_t  = (h_t C_t + D x_t) silu(z_t)
 
-    Within a chunk that starts from the state h, and with a_t the running sum of dt_t A in it,
+    Within a chunk that starts from the state h, with a_t the running sum of dt_t A in the chunk,
 
         y_t = sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + exp(a_t) h C_t
 
-    and a whole chunk acts on h as h -> a h + S with one scalar a per head, so the states at the
-    chunk boundaries follow from an associative scan with (a, S) o (a', S') = (a a', a' S + S').
-    (Dao and Gu 2024, sec. 6.)
+    A chunk acts on h as h -> a h + S with one scalar a per head. The states at the chunk boundaries
+    therefore follow from an associative scan with (a, S) o (a', S') = (a a', a' S + S').
+    (Dao and Gu 2024, section 6.)
 
     Args:
       x: inputs (b, l, h, p).
@@ -54,18 +54,18 @@ def ssd_scan(
       D: optional skip weights (h,).
       z: optional gates, like x.
       dt_bias: optional bias of dt (h,).
-      dt_softplus: whether softplus is applied to dt.
+      dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, h, p, n); zeros when None.
-      chunk_size: largest chunk length; chunks are made equal, so little is padded. "triton" has
-        chunks of at most 32.
-      implementation: "xla", or "triton": one kernel for NVIDIA GPUs, without a derivative.
+      chunk_size: largest chunk length. Chunks have equal lengths, to keep the padding small.
+        "triton" uses chunks of at most 32.
+      implementation: None, "xla", or "triton" (one kernel for NVIDIA GPUs, not differentiable).
 
     Returns:
       y like x, and the state after the last position (b, h, p, n). Everything is computed in
       float32, or in float64 for float64 x.
 
     Raises:
-      ValueError: the shapes do not fit together, or chunk_size is not positive.
+      ValueError: the shapes do not match, or chunk_size is not positive.
     """
     chosen = implementation_of("ssd_scan", implementation, ("xla", "triton"))
     if chosen != "xla":
@@ -80,9 +80,9 @@ def ssd_scan(
     dtype = compute_dtype(x)
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
 
-    # Batch, chunk and group are folded into one axis m, so that everything below is a plain
-    # batched matrix product without axes of size one, which XLA handles badly on CPU. A padded
-    # position has dt = 0: it neither decays the state nor adds to it.
+    # Batch, chunk and group are folded into one axis m, so that everything below is a plain batched
+    # matrix product without axes of size one, which are slow in XLA on CPU. A padded position has
+    # dt = 0, so it neither decays the state nor adds to it.
     m = b * c * g
 
     def fold(t):
@@ -91,16 +91,16 @@ def ssd_scan(
 
     B, C = fold(B), fold(C)
     inputs = fold(dt[..., None] * x.astype(dtype)).reshape(m, q, r, p).swapaxes(1, 2)
-    # The running sum of dt A as a matrix product: XLA would fuse a cumsum into the exponential
-    # and repeat it for every element of the weights.
+    # The running sum of dt A is a matrix product: XLA would fuse a cumsum into the exponential and
+    # repeat it for every element of the weights.
     causal = jnp.tril(jnp.ones((q, q), bool))
     log_decay = jnp.einsum(
         "msr,qs->mrq", fold(dt * A.astype(dtype)), causal.astype(dtype), precision="highest"
     )
 
-    # Masked before the exponential: above the diagonal it would overflow, and a zero put there
-    # afterwards would still give NaN gradients. The diagonal is a constant zero, because the
-    # cancelling gradients of a_t - a_t would drown the small ones of strong decays.
+    # Masked before the exponential, which would overflow above the diagonal: masking its result
+    # would still give NaN gradients. The diagonal is a constant zero, because the cancelling
+    # gradients of a_t - a_t would swamp the small gradients of strong decays.
     log_weights = jnp.where(
         jnp.tril(causal, -1),
         log_decay[..., :, None] - log_decay[..., None, :],
@@ -144,7 +144,7 @@ def ssd_step(
     dt_softplus: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advances the Mamba-2 recurrence of `ssd_scan` by one position.
+    """Advance the Mamba-2 recurrence of `ssd_scan` by one position.
 
     Args:
       state: state before this position (b, h, p, n).
@@ -156,14 +156,14 @@ def ssd_step(
       D: optional skip weights (h,).
       z: optional gate, like x.
       dt_bias: optional bias of dt (h,).
-      dt_softplus: whether softplus is applied to dt.
-      implementation: "xla", the only one.
+      dt_softplus: apply softplus to dt.
+      implementation: None or "xla".
 
     Returns:
       y like x, and the new state (b, h, p, n).
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     implementation_of("ssd_step", implementation, ("xla",))
     sizes = bind_axes(

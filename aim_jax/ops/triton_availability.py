@@ -1,6 +1,6 @@
-"""Tells whether the Triton kernels can be used in this environment, and if not, why.
+"""Availability of the Triton kernels in this environment.
 
-It is beside the package `aim_jax.ops.triton`, which cannot be imported where they cannot be used.
+It is not part of the package `aim_jax.ops.triton`, whose import fails where they cannot be used.
 """
 
 import functools
@@ -13,10 +13,10 @@ CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 @functools.cache
 def triton_unavailable_because() -> str:
-    """Return why the Triton kernels cannot be used here, in one line; "" if they can.
+    """Return the reason, in one line, that the Triton kernels are unavailable; "" if they work.
 
-    The test is to import them. jax-triton reaches into JAX, JAX's CUDA plugin and Triton, so that
-    installed packages can still be of releases that do not work together.
+    The check imports them. jax-triton uses internals of JAX, JAX's CUDA plugin and Triton, so
+    releases of these packages can be incompatible even if all are installed.
     """
     try:
         importlib.import_module("aim_jax.ops.triton")
@@ -26,16 +26,16 @@ def triton_unavailable_because() -> str:
 
 
 def cause_of(error: Exception) -> str:
-    """Explain, in one line, an error of importing jax-triton or what it builds on.
+    """Explain, in one line, an error of importing jax-triton or its dependencies.
 
     Args:
-      error: of `import jax_triton`, of `import triton`, or of taking a name from them.
+      error: raised by importing jax_triton, triton, or a name from them.
     """
     if isinstance(error, ModuleNotFoundError) and error.name in ("triton", "jax_triton"):
         return f"{error.name.replace('_', '-')} is not installed: {INSTALL}"
     jaxlib = version_of("jaxlib")
     for plugin in CUDA_PLUGINS:
-        # JAX ignores a plugin of another version with a warning; jax-triton then misses its names.
+        # JAX ignores a plugin of another version with a warning; jax-triton then lacks its names.
         if version_of(plugin) not in (None, jaxlib):
             return f"{plugin} {version_of(plugin)} does not fit jaxlib {jaxlib}: {INSTALL}"
     packages = ("jax-triton", "triton", "jax", *CUDA_PLUGINS[:1])
@@ -48,7 +48,7 @@ def cause_of(error: Exception) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Meshes, sharding rules, and the start of several processes."""
+"""Meshes, sharding rules and multi-process initialization."""

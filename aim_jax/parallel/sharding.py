@@ -1,8 +1,11 @@
 """Mesh and shardings: one table maps the logical axes of parameters and activations to mesh axes.
 
-Data parallelism splits batches over "data" (and "slice", where slices of a pod are joined by a
-slower network); FSDP splits the embed axis of parameters over "data" as well; tensor parallelism
-splits heads, inner channels and vocabulary over "model". The sequence stays whole.
+- Data parallelism splits batches over "data", and over "slice" where a slower network connects
+  several slices of a pod.
+- FSDP also splits the embed axis of parameters over "data".
+- Tensor parallelism splits heads, inner channels and vocabulary over "model".
+
+The sequence is not split.
 """
 
 import contextlib
@@ -23,7 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("model",),
     "inner": ("model",),
     "heads": ("model",),
-    "embed": (),  # of parameters; with FSDP ("data",)
+    "embed": (),  # of parameters; ("data",) with FSDP
     "layers": (),
     "state": (),
     "dt_rank": (),
@@ -36,10 +39,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def axis_rules(mesh: Mesh, fsdp: bool = False) -> dict[str, tuple[str, ...]]:
-    """`RULES` for the axes that a mesh has.
+    """Return `RULES` restricted to the axes of a mesh.
 
     Args:
-      fsdp: shard the embed axis of parameters over "data": inside a slice, never across slices.
+      fsdp: shard the embed axis of parameters over "data", within slices and never across them.
     """
     rules = RULES | ({"embed": ("data",)} if fsdp else {})
     return {name: tuple(a for a in axes if a in mesh.shape) for name, axes in rules.items()}
@@ -51,17 +54,18 @@ def make_mesh(
     slices: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Mesh ('data', 'model') over all devices, or ('slice', 'data', 'model') over several slices.
+    """Make a mesh ("data", "model"), or ("slice", "data", "model") over several slices.
 
     Neighbours along "model" are devices of one process, which share the fastest links. JAX numbers
-    the chips of some slices across hosts, so the order is not that of the numbers.
+    the chips of some slices across hosts, so the order is not that of the device ids.
 
     Args:
-      data, model, slices: sizes; data = -1 takes what the others leave.
-      devices: all by default.
+      data, model, slices: sizes of the axes. data=-1 uses all devices that the others leave.
+      devices: devices of the mesh, by default all.
 
     Raises:
-      ValueError: the product is not the number of devices, or the slices are not whole ones.
+      ValueError: the product of the sizes is not the number of devices, or `slices` is not the
+        number of slices that the devices belong to.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
@@ -72,13 +76,14 @@ def make_mesh(
             f"{slices * data * model}, but there are {len(devices)} devices; set config.mesh so "
             "that the product fits."
         )
-    # JAX numbers the hosts of other platforms as if they were slices.
-    found = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
-    if len(found) > 1:  # devices without a number are of one slice
-        if len(found) != slices:
+    # Only on TPUs: on other platforms JAX numbers hosts as slices. Without an index, TPU devices
+    # belong to one slice.
+    indices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(indices) > 1:
+        if len(indices) != slices:
             raise ValueError(
-                f"mesh: slices={slices}, but the devices are of {len(found)} slices; set "
-                f"config.mesh.slices={len(found)}."
+                f"mesh: slices={slices}, but the devices belong to {len(indices)} slices; set "
+                f"config.mesh.slices={len(indices)}."
             )
         devices = sorted(devices, key=lambda d: (d.slice_index, d.process_index, d.id))
     axes = {"slice": slices, "data": data, "model": model}
@@ -89,13 +94,14 @@ def make_mesh(
 
 
 def partition_specs(boxed: Any, rules: Rules) -> Any:
-    """PartitionSpec of every leaf of a tree boxed with logical axes; unboxed leaves replicate.
+    """Return the PartitionSpec of every leaf of a tree boxed with logical axes.
 
     Args:
+      boxed: tree whose leaves are boxed with logical axes; unboxed leaves are replicated.
       rules: from `axis_rules`.
 
     Raises:
-      ValueError: a logical axis that the table does not name (it would replicate silently).
+      ValueError: a logical axis has no rule (it would be replicated silently).
     """
 
     def mesh_axis(axis: str | None, path: tuple) -> str | tuple[str, ...] | None:
@@ -104,7 +110,7 @@ def partition_specs(boxed: Any, rules: Rules) -> Any:
         if axis not in rules:
             raise ValueError(
                 f"sharding: {jax.tree_util.keystr(path)} has the logical axis {axis!r}, for which "
-                f"the rules have no entry; known are {sorted(rules)}."
+                f"the rules have no entry; expected one of {sorted(rules)}."
             )
         return _entry(rules[axis])
 
@@ -118,28 +124,28 @@ def partition_specs(boxed: Any, rules: Rules) -> Any:
 
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """Mesh axes as an entry of a PartitionSpec."""
+    """Return mesh axes as an entry of a PartitionSpec."""
     return axes[0] if len(axes) == 1 else axes or None
 
 
 def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedSharding of every leaf of a (possibly abstract) boxed tree."""
+    """Return the NamedSharding of every leaf of a (possibly abstract) boxed tree."""
     specs = partition_specs(boxed, rules)
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says by logical axes how an activation is sharded; without `sharded_jit` it changes nothing.
+    """Constrain the sharding of an activation by logical axes; a no-op outside `sharded_jit`.
 
     Raises:
-      ValueError: an axis without a rule.
+      ValueError: an axis has no rule.
     """
     return nn.with_logical_constraint(x, axes, fallback=RulesFallback.RAISE_ERROR)
 
 
 class ShardedFunction:
-    """A jitted function whose traces know the mesh and the rules; see `sharded_jit`."""
+    """Jitted function that is traced with a mesh and rules set; see `sharded_jit`."""
 
     def __init__(self, jitted: Any, mesh: Mesh, rules: Rules):
         self._jitted = jitted
@@ -147,40 +153,42 @@ class ShardedFunction:
         self._table = tuple((name, _entry(axes)) for name, axes in rules.items())
 
     @contextlib.contextmanager
-    def _known(self) -> Iterator[None]:
+    def _context(self) -> Iterator[None]:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(self._table):
             yield
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the function."""
-        with self._known():
+        """Run the function."""
+        with self._context():
             return self._jitted(*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
-        """Lowers the function for arguments that may be abstract."""
-        with self._known():
+        """Lower the function for concrete or abstract arguments."""
+        with self._context():
             return self._jitted.lower(*args)
 
 
 def sharded_jit(fn: Callable, mesh: Mesh, rules: Rules, **options: Any) -> ShardedFunction:
-    """`jax.jit` whose traces know the mesh and the rules, so that `constrain` acts."""
+    """Jit a function so that it is traced with the mesh and rules that `constrain` needs."""
     return ShardedFunction(jax.jit(fn, **options), mesh, rules)
 
 
 def create_sharded(make: Callable[[], Any], mesh: Mesh, rules: Rules) -> Any:
-    """Runs `make()` under jit so that every array is born sharded, and unboxes the result.
+    """Run `make()` under jit so that every array is created sharded, and unbox the result.
 
     Args:
-      make: a function without arguments that returns a tree, possibly boxed.
+      make: function without arguments that returns a tree, possibly boxed.
+      mesh: mesh of the arrays.
+      rules: from `axis_rules`.
     """
     abstract = jax.eval_shape(make)
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
 
 
 def devices_of(tree: Any) -> list[jax.Device]:
-    """The devices that hold the arrays of a tree, in their order; while tracing, the default one.
+    """Return the devices that hold the arrays of a tree; while tracing, the first device.
 
-    The order is the mesh's: a program over the same devices in another order is an error of JAX.
+    The order is the mesh's, because JAX rejects a program over the same devices in another order.
     """
     leaf = jax.tree.leaves(tree)[0]
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
@@ -191,20 +199,20 @@ def devices_of(tree: Any) -> list[jax.Device]:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A whole copy of every array on every device of the mesh; every process gives the same."""
+    """Copy every array to every device of the mesh; all processes must pass the same values."""
     sharding = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def place(x: Any) -> jax.Array:
+    def put(x: Any) -> jax.Array:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(put, tree)
 
 
 def to_host(tree: Any) -> Any:
-    """Every array whole, as NumPy, on every process; all of them must call this."""
+    """Gather every array to every process as NumPy; all processes must call this."""
 
     def fetch(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
@@ -217,43 +225,44 @@ def to_host(tree: Any) -> Any:
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """This process's part of an array that is split along its first axis."""
+    """Return this process's part of an array that is split along its first axis."""
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch a process's devices hold, and how many parts there are.
+    """Return (index, number) of the part of every batch that a process's devices hold.
 
-    Processes along the other axes hold the same part.
+    Processes that differ only along the other axes hold the same part.
 
     Args:
-      process: this one by default.
+      mesh: mesh from `make_mesh`.
+      process: index of the process, by default this one.
 
     Raises:
-      ValueError: the processes' parts of the data axis are not equal blocks.
+      ValueError: the processes' parts of the data axes are not equal contiguous blocks.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(-1, mesh.shape["model"])
     process = jax.process_index() if process is None else process
-    mine = np.flatnonzero((owners == process).any(axis=1))
-    first, size, total = int(mine[0]), len(mine), len(owners)
-    if total % size or first % size or not np.array_equal(mine, np.arange(first, first + size)):
+    rows = np.flatnonzero((owners == process).any(axis=1))
+    first, size, total = int(rows[0]), len(rows), len(owners)
+    if total % size or first % size or not np.array_equal(rows, np.arange(first, first + size)):
         raise ValueError(
-            f"mesh: process {process} holds the rows {mine.tolist()} of the data axes of {total}; "
-            "expected an equal block for every process. Choose config.mesh.model so that it "
-            "divides, or is a multiple of, the number of devices of a process."
+            f"mesh: process {process} holds the rows {rows.tolist()} of {total} along the data "
+            "axes; expected equal contiguous blocks for all processes. Set config.mesh.model to a "
+            "divisor or a multiple of the number of devices per process."
         )
     return first // size, total // size
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is the batch."""
+    """Return the sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(_entry(axis_rules(mesh)["batch"])))
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises ValueError where devices and micro-batches cannot have equal parts of a batch."""
+    """Raise ValueError unless devices and micro-batches can take equal parts of a batch."""
     parts = mesh.size // mesh.shape["model"]
     if batch_size % (parts * accumulate):
         raise ValueError(
@@ -263,25 +272,28 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def shard_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of a batch, see `batch_share` -> arrays split over the data axes."""
+    """Make global arrays, split over the data axes, from this process's part of a batch.
+
+    See `batch_share` for the part that a process must pass.
+    """
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def micro_batches(batch: Any, parts: int) -> Any:
-    """Arrays (b, ...) -> (parts, b / parts, ...), each part with examples of all devices.
+    """Reshape arrays (b, ...) to (parts, b / parts, ...).
 
-    Part i is examples i, i + parts, ...
+    Part i has the examples i, i + parts, ..., so that every part has examples of all devices.
     """
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def joined(outputs: Any) -> Any:
-    """What was computed for `micro_batches` -> arrays (b, ...) in the order of the batch."""
+    """Reshape outputs for `micro_batches` to arrays (b, ...) in the order of the batch."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
 
 
 def summed(sums: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """`sums(batch)`, a tree of sums over examples, of a batch taken in `parts` one by one."""
-    found = jax.lax.map(sums, micro_batches(batch, parts))
-    return jax.tree.map(lambda x: x.sum(axis=0), found)
+    """Compute `sums(batch)`, a tree of sums over examples, in `parts` micro-batches."""
+    partial_sums = jax.lax.map(sums, micro_batches(batch, parts))
+    return jax.tree.map(lambda x: x.sum(axis=0), partial_sums)

@@ -1,1 +1,1 @@
-"""FLOPs, accelerators' peaks, and the analysis of compiled programs."""
+"""FLOPs, peak rates of accelerators, and analysis of compiled programs."""

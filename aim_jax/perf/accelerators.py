@@ -1,4 +1,4 @@
-"""What accelerators can do, by their vendors' data sheets, and devices to compile for from afar."""
+"""Data-sheet figures of accelerators, and devices for ahead-of-time compilation."""
 
 import dataclasses
 import importlib.util
@@ -14,14 +14,14 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One chip.
+    """Data-sheet figures of one chip.
 
     Attributes:
       flops: dense bfloat16 operations per second.
-      memory: bytes.
-      bandwidth: bytes per second from that memory.
-      link: bytes per second that a ring of chips passes on: inside a slice both directions of one
-        axis of the torus, inside a node one direction of NVLink.
+      memory: bytes of device memory.
+      bandwidth: bytes per second of that memory.
+      link: bytes per second that a ring of chips can pass on: within a TPU slice both directions of
+        one axis of the torus, within a GPU node one direction of NVLink.
     """
 
     flops: float
@@ -30,7 +30,7 @@ class Accelerator:
     link: float
 
 
-# By the beginning of JAX's `device_kind`; the longer of two that fit counts.
+# Keys are prefixes of JAX's `device_kind`; the longest match wins.
 ACCELERATORS = {
     "TPU v4": Accelerator(275e12, 32 * 2**30, 1228e9, 90e9),
     "TPU v5 lite": Accelerator(197e12, 16 * 2**30, 819e9, 90e9),
@@ -50,31 +50,31 @@ ACCELERATORS = {
 
 
 def accelerator(kind: str) -> Accelerator | None:
-    """The entry for a `device_kind`, or None; also of a part of a GPU (MIG)."""
+    """Return the entry for a `device_kind`, or None if it is unknown or a MIG part of a GPU."""
     names = [name for name in ACCELERATORS if kind.startswith(name) and "MIG" not in kind]
     return ACCELERATORS[max(names, key=len)] if names else None
 
 
 def known_accelerator(kind: str) -> Accelerator:
-    """The entry for a `device_kind`.
+    """Return the entry for a `device_kind`.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the device is unknown.
     """
     chip = accelerator(kind)
     if chip is None:
-        raise ValueError(f"the figures of {kind!r} are not known.")
+        raise ValueError(f"unknown accelerator {kind!r}; known are {', '.join(ACCELERATORS)}.")
     return chip
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:
-    """Operations per second of all devices together, or None where one of them is unknown."""
+    """Return the operations per second of all devices together, or None if one is unknown."""
     chips = [accelerator(device.device_kind) for device in devices]
     known = [chip.flops for chip in chips if chip is not None]
     return sum(known) if len(known) == len(chips) else None
 
 
-# Shapes of TPU slices by the number of chips.
+# Shapes of TPU slices, by family and number of chips.
 SHAPES = {
     "v4": {
         2**i: shape
@@ -86,12 +86,12 @@ SHAPES = {
     },
 }
 SHAPES |= {"v5p": SHAPES["v4"], "v6e": SHAPES["v5e"]}
-CORES_COUNTED = ("v4", "v5p")  # names of slices count TensorCores there, two per chip
+CORES_COUNTED = ("v4", "v5p")  # families whose slice names count TensorCores, two per chip
 TPU_OPTIONS: dict[str, dict[str, Any]] = {
     "v4": {"chip_config_name": "megacore"},
     "1x1": {"chips_per_host_bounds": (1, 1, 1)},
 }
-# What XLA's GPU compiler asks about a device, in the order of GPU_TARGET; all are SXM modules.
+# Device properties for XLA's GPU compiler, in the order of GPU_TARGET; all are SXM modules.
 GPUS = {
     "A100-80G": ("NVIDIA A100-SXM4-80GB", 8, 108, 1.41, 166912, 167936, 41943040, 2039, 64),
     "H100": ("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 232448, 233472, 52428800, 3352, 128),
@@ -123,22 +123,22 @@ gpu_device_info {{
 }}
 """
 TOPOLOGY_HELP = (
-    "expected a TPU slice by its shape or name, as v5e:16x16, v5e-256 or v5p-32 (16 chips), or "
-    f"GPUs of one node, as 8xA100-80G ({', '.join(GPUS)})."
+    "expected a TPU slice by its shape or name, such as v5e:16x16, v5e-256 or v5p-32 (16 chips), "
+    f"or GPUs of one node, such as 8xA100-80G ({', '.join(GPUS)})."
 )
 
 
 def topology(name: str, slices: int = 1) -> list[jax.Device]:
-    """Devices that programs can be compiled for without having them.
+    """Return devices to compile programs for without having the devices.
 
     Args:
-      name: "v5e:16x16" (v4, v5e, v5p, v6e and a shape), "v5e-256" (its name in the cloud), or
-        "8xA100-80G".
-      slices: how many such TPU slices.
+      name: a TPU slice by family (v4, v5e, v5p, v6e) and shape, such as "v5e:16x16", or by its
+        cloud name, such as "v5e-256"; or GPUs of one node, such as "8xA100-80G".
+      slices: number of such TPU slices.
 
     Raises:
-      ValueError: an unknown name, more than one slice of GPUs, or the compiler for these devices is
-        not installed.
+      ValueError: the name is unknown, GPUs are requested with more than one slice, or the compiler
+        for these devices is not installed.
     """
     if match := re.fullmatch(r"(\d+)x([A-Z].*)", name):
         if match[2] not in GPUS or slices != 1:
@@ -153,16 +153,16 @@ def topology(name: str, slices: int = 1) -> list[jax.Device]:
     return _tpus(family, shape, slices)
 
 
-def _find(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
 def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
-    if not _find("libtpu"):
+    if not _is_installed("libtpu"):
         raise ValueError(
-            "the compiler for TPUs is libtpu (700 MB on disk): pip install 'aim_jax[tpu]'."
+            "compiling for TPUs needs libtpu (700 MB on disk): pip install 'aim_jax[tpu]'."
         )
-    # libtpu looks for a TPU and its metadata server otherwise.
+    # Otherwise libtpu looks for a TPU and its metadata server.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -178,16 +178,16 @@ def _tpus(family: str, shape: str, slices: int) -> list[jax.Device]:
 
 
 def _gpus(count: int, kind: str) -> list[jax.Device]:
-    if not (_find("jax_plugins") and _find("jax_plugins.xla_cuda13")):
-        # In a folder of its own: beside jax, JAX would try it at every start, and without cuDNN
-        # print a traceback.
+    if not (_is_installed("jax_plugins") and _is_installed("jax_plugins.xla_cuda13")):
+        # The message asks for a separate directory. Installed beside jax, JAX would load the plugin
+        # at every start and print a traceback where cuDNN is missing.
         version = jax.__version__
         raise ValueError(
-            "the compiler for NVIDIA GPUs is JAX's CUDA plugin (400 MB on disk): pip install "
+            "compiling for NVIDIA GPUs needs JAX's CUDA plugin (400 MB on disk): pip install "
             f"--no-deps --target cuda jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}, "
             "then set PYTHONPATH=cuda."
         )
-    jax.devices()  # JAX looks for plugins when it first looks for devices
+    jax.devices()  # JAX discovers plugins when it first lists devices
     memory = math.floor(known_accelerator(GPUS[kind][0]).memory)
     target = GPU_TARGET.format(*GPUS[kind], memory)
     return topologies.get_topology_desc(

@@ -1,6 +1,6 @@
-"""Analytic floating-point operations of AiM: matrix products and scans, a multiply-add being two.
+"""Analytic floating-point operations of AiM: matrix products and scans; a multiply-add is two.
 
-XLA's own count takes the body of a loop once, so it does not see the layers of a scan.
+XLA's own count includes the body of a loop only once, so it misses the layers of a scan.
 """
 
 from aim_jax.models.config import AiMConfig
@@ -8,10 +8,10 @@ from aim_jax.ops.reference import split_length
 
 
 def forward_flops(config: AiMConfig) -> float:
-    """Operations of the forward pass over one sequence, as the training scan computes it.
+    """Count the operations of the forward pass over one sequence, with the training scan.
 
-    Embedding lookups, norms, convolutions, gates and softmax are left out: they are bound by
-    memory, and below 1 % of the operations.
+    Embedding lookups, norms, convolutions, gates and softmax are excluded: they are memory-bound
+    and less than 1 % of the operations.
     """
     t, d, e, n = config.num_tokens, config.d_model, config.d_inner, config.d_state
     if config.mixer == "mamba2":
@@ -27,12 +27,12 @@ def forward_flops(config: AiMConfig) -> float:
 
 
 def scan_flops(config: AiMConfig, tokens: int) -> float:
-    """The part of the scans in `forward_flops`."""
+    """Count the operations of the scans, a part of `forward_flops`."""
     e, n = config.d_inner, config.d_state
     if config.mixer == "mamba2":
         chunks, q = split_length(tokens, config.chunk_size)
-        # Per token: C B^T and the weighted sum inside a chunk; the state that leaves it and what
-        # the state that entered it contributes (sections 6 and 7 of arXiv 2405.21060).
+        # Per token: C B^T and the weighted sum within a chunk; the chunk's outgoing state and the
+        # contribution of its incoming state (arXiv 2405.21060, sections 6 and 7).
         per_token = q * (config.ngroups * n + e) + (2 * e * n if chunks > 1 else 0)
     else:
         per_token = 4.5 * e * n  # elementwise: 9 operations per channel and state
@@ -40,17 +40,17 @@ def scan_flops(config: AiMConfig, tokens: int) -> float:
 
 
 def training_flops(config: AiMConfig) -> float:
-    """Operations of one image's forward and backward pass; recomputation (remat) is not counted."""
+    """Count the operations of the forward and backward pass per image, without recomputation."""
     return 3 * forward_flops(config)
 
 
 def executed_flops(config: AiMConfig) -> float:
-    """`training_flops` and what `config.remat` and `config.logits_chunk` compute a second time."""
+    """Count `training_flops` plus recomputation by `config.remat` and `config.logits_chunk`."""
     t = config.num_tokens
     in_chunks = 0 < config.logits_chunk < t
-    repeated = 2.0 * t * config.d_model * config.vocab_size if in_chunks else 0.0
+    recomputed = 2.0 * t * config.d_model * config.vocab_size if in_chunks else 0.0
     if config.remat == "full":
-        repeated += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
-    elif config.remat == "dots":  # products over a batch axis are not kept
-        repeated += scan_flops(config, t)
-    return training_flops(config) + repeated
+        recomputed += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
+    elif config.remat == "dots":  # the policy does not save products over a batch axis
+        recomputed += scan_flops(config, t)
+    return training_flops(config) + recomputed

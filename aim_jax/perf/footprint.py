@@ -1,4 +1,4 @@
-"""What a program will need on devices that are not here: memory, exchange, time by a model."""
+"""Footprint of a compiled program: memory, communication and modelled time, without the device."""
 
 import dataclasses
 
@@ -7,27 +7,29 @@ import jax
 from aim_jax.perf.accelerators import Accelerator, known_accelerator
 from aim_jax.perf.hlo import Program
 
-# Of what arithmetic or memory allow, the share that a good program attains. The rest of the model
-# of time is written at `Footprint`.
+# Fraction of peak arithmetic or memory bandwidth that a good program attains. `Footprint` documents
+# the model of time.
 ATTAINED = 0.8
-# A GPU program cannot have all memory: the CUDA context, NCCL and fragmentation take some.
+# Fraction of GPU memory that a program can use; the CUDA context, NCCL and fragmentation take some.
 GPU_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """A compiled program on a kind of device; all figures are per device.
+    """Footprint of a compiled program on a kind of device; all figures are per device.
 
-    A step is modelled as max(compute, memory) / 0.8 + links: arithmetic and memory traffic overlap
-    and attain 80 % of their peaks, exchange overlaps with nothing. Exchange between slices is
-    counted as if it were inside one.
+    The time of a run is modelled as max(compute, memory) / 0.8 + links: arithmetic and memory
+    traffic overlap and attain 80 % of their peaks, and communication overlaps with nothing.
+    Communication between slices is counted as if it were within a slice.
 
     Attributes:
-      arguments, temporaries, outputs: bytes; outputs that replace arguments are not counted.
+      arguments, temporaries, outputs: bytes; outputs that reuse the memory of arguments are not
+        counted.
       capacity: bytes that a program may use.
       collectives: (runs, bytes sent) by kind.
-      compute, memory, links: seconds for the operations at peak, for reading and writing what every
-        fusion takes and makes, and for sending what collectives exchange.
+      compute: seconds for the operations at peak rate.
+      memory: seconds to read the inputs and write the outputs of every fusion at peak bandwidth.
+      links: seconds to send the data of the collectives at peak bandwidth.
     """
 
     arguments: int
@@ -41,34 +43,35 @@ class Footprint:
 
     @property
     def needed(self) -> int:
-        """Bytes in all."""
+        """Bytes of arguments, temporaries and outputs."""
         return self.arguments + self.temporaries + self.outputs
 
     @property
     def fits(self) -> bool:
-        """Whether the program has room."""
+        """True if the program fits into the capacity."""
         return self.needed <= self.capacity
 
     @property
     def seconds(self) -> float:
-        """One run of the program."""
+        """Modelled seconds of one run of the program."""
         return max(self.compute, self.memory) / ATTAINED + self.links
 
 
 class DoesNotFitError(RuntimeError):
-    """The compiler found no way to fit a program into the memory of a device."""
+    """The compiler could not fit a program into the memory of a device."""
 
 
 def footprint(lowered: jax.stages.Lowered, flops: float, device: jax.Device) -> Footprint:
-    """Compiles a program and reads what it needs.
+    """Compile a program and compute its `Footprint`.
 
     Args:
+      lowered: the lowered program.
       flops: operations of one run on one device.
-      device: one of those that the program was lowered for.
+      device: one of the devices that the program was lowered for.
 
     Raises:
       DoesNotFitError: the compiler ran out of the device's memory.
-      ValueError: a device whose figures are not known.
+      ValueError: the device is unknown.
     """
     chip = known_accelerator(device.device_kind)
     try:
@@ -81,11 +84,21 @@ def footprint(lowered: jax.stages.Lowered, flops: float, device: jax.Device) -> 
 
 
 def read(compiled: jax.stages.Compiled, flops: float, chip: Accelerator, gpu: bool) -> Footprint:
-    """The `Footprint` of a program that is compiled."""
+    """Compute the `Footprint` of a compiled program.
+
+    Args:
+      compiled: the compiled program.
+      flops: operations of one run on one device.
+      chip: figures of the device.
+      gpu: True for GPUs, where only `GPU_SHARE` of the memory is usable.
+
+    Raises:
+      ValueError: the compiler does not report the program's HLO text or memory use.
+    """
     text = compiled.as_text()
     stats = compiled.memory_analysis()
     if text is None or stats is None:
-        raise ValueError("the compiler tells neither the program's text nor its memory.")
+        raise ValueError("the compiler does not report the program's HLO text or memory use.")
     program = Program(text)
     collectives = program.collectives()
     return Footprint(
@@ -106,12 +119,12 @@ def _first_line_about_memory(text: str) -> str:
 
 
 def describe(found: Footprint) -> str:
-    """The figures for people."""
+    """Format a footprint as text."""
     lines = [
         f"memory      {gib(found.needed)} of {gib(found.capacity)}: arguments "
         f"{gib(found.arguments)}, temporaries {gib(found.temporaries)}"
         + ("" if found.fits else "  DOES NOT FIT"),
-        f"time        {1e3 * found.seconds:.1f} ms modelled; at their peaks compute "
+        f"time        {1e3 * found.seconds:.1f} ms modelled; at peak rates compute "
         f"{1e3 * found.compute:.1f}, memory {1e3 * found.memory:.1f}, "
         f"links {1e3 * found.links:.1f}",
     ]
@@ -121,5 +134,5 @@ def describe(found: Footprint) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{size / 2**30:.2f} GiB"

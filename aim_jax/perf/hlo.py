@@ -1,7 +1,8 @@
-"""What a compiled program moves: its HLO text, read with the trip counts of its loops.
+"""Memory traffic and communication of a compiled program, from its HLO text.
 
-XLA's own cost analysis takes the body of a loop once. Here every instruction counts as often as it
-runs: layers of a scan, micro-batches, rounds of a collective matrix product.
+XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as it
+runs, using the trip counts of loops: layers of a scan, micro-batches, rounds of a collective matrix
+product.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing by themselves.
+# Instructions that move no data themselves.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
@@ -24,7 +25,15 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape op(operands), attributes`."""
+    """Line of HLO text: `name = shape op(operands), attributes`.
+
+    Attributes:
+      name: name of the instruction.
+      shape: shape of the result, or of all parts of a tuple.
+      op: operation.
+      rest: text after the opening parenthesis: operands and attributes.
+      root: True for the instruction whose result its computation returns.
+    """
 
     name: str
     shape: str
@@ -34,19 +43,19 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results this one takes."""
+        """Names of the instructions that this one takes as operands."""
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
     def attribute(self, name: str) -> str | None:
-        """The value of NAME=VALUE behind the operands."""
+        """Return VALUE of the attribute NAME=VALUE, or None."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match and match[1]
 
     def computation(self, name: str) -> str:
-        """The name of a computation that the instruction runs, as `attribute`.
+        """Return the computation that the attribute `name` refers to.
 
         Raises:
-          ValueError: the instruction lacks it.
+          ValueError: the instruction has no such attribute.
         """
         value = self.attribute(name)
         if value is None:
@@ -55,16 +64,17 @@ class Instruction:
 
 
 def size(shape: str, *, memory: bool = False) -> int:
-    """Bytes of a shape, or of all parts of a tuple.
+    """Return the bytes of a shape, or of all parts of a tuple.
 
     Args:
-      memory: leave out what the compiler keeps on the chip, which TPU layouts mark by S(1).
+      shape: HLO text of the shape.
+      memory: exclude arrays that the compiler keeps on the chip, marked by S(1) in TPU layouts.
     """
     return sum(_sizes(shape, memory))
 
 
 def _sizes(shape: str, memory: bool) -> list[int]:
-    """Bytes of every array of a shape."""
+    """Return the bytes of every array of a shape."""
     sizes = []
     for kind, dimensions, layout in _SHAPE.findall(shape):
         bits = BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
@@ -74,7 +84,15 @@ def _sizes(shape: str, memory: bool) -> list[int]:
 
 
 class Program:
-    """A compiled program as its computations, and how often each of them runs."""
+    """Compiled program: its computations, and the number of runs of each.
+
+    Args:
+      hlo: HLO text of the program.
+
+    Attributes:
+      computations: instructions by name, by the name of their computation.
+      runs: number of runs of the entry computation and of those that loops, branches and calls run.
+    """
 
     def __init__(self, hlo: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -110,47 +128,52 @@ class Program:
                     self._count(called, times)
 
     def _trip_count(self, condition: str) -> int:
-        """The bound that a loop's condition compares its counter with."""
-        found = self._constants(condition)
-        if len(found) != 1:
-            raise ValueError(f"the loop condition {condition} has the constants {found}, not one.")
-        return found.pop()
+        """Return the bound that a loop's condition compares its counter with."""
+        constants = self._constants(condition)
+        if len(constants) != 1:
+            raise ValueError(
+                f"loop condition {condition} has the constants {constants}; expected exactly one."
+            )
+        return constants.pop()
 
     def _constants(self, name: str) -> set[int]:
-        found = set()
+        constants = set()
         for instruction in self.computations[name].values():
             if instruction.op == "constant" and re.match(r"[su]\d+\[\]", instruction.shape):
-                found.add(int(instruction.rest.split(")")[0]))
+                constants.add(int(instruction.rest.split(")")[0]))
             if instruction.op == "fusion":
-                found |= self._constants(instruction.computation("calls"))
-        return found
+                constants |= self._constants(instruction.computation("calls"))
+        return constants
 
     def collectives(self) -> dict[str, tuple[int, int]]:
-        """Number of runs, and bytes that one device sends in all of them, by kind.
+        """Count the runs of collectives and the bytes that one device sends in them, by kind.
 
-        A ring is assumed: of n devices each sends (n - 1) / n of a gathered or scattered array,
-        twice that of an all-reduced one.
+        A ring is assumed: each of n devices sends (n - 1) / n of a gathered or scattered array, and
+        twice that of an all-reduced array.
+
+        Returns:
+          (runs, bytes sent in all runs) by kind.
         """
         seen: dict[tuple[str, str], tuple[str, int, int]] = {}
-        for owner, times, instruction in self._everywhere():
+        for owner, times, instruction in self._all_instructions():
             kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             operands = [self.computations[owner].get(name) for name in instruction.operands]
-            taken = sum(size(x.shape) for x in operands if x is not None)
+            operand_bytes = sum(size(x.shape) for x in operands if x is not None)
             result = size(instruction.shape)
-            if instruction.op.endswith("-start"):  # the result lists the operands as well
-                result -= taken
+            if instruction.op.endswith("-start"):  # the result includes the operands
+                result -= operand_bytes
             n = _group_size(instruction.rest)
-            share = (n - 1) / n
+            fraction = (n - 1) / n
             sent = {
-                "all-gather": result * share,
-                "reduce-scatter": taken * share,
-                "all-to-all": taken * share,
-                "all-reduce": 2 * taken * share,
-                "collective-permute": taken,
+                "all-gather": result * fraction,
+                "reduce-scatter": operand_bytes * fraction,
+                "all-to-all": operand_bytes * fraction,
+                "all-reduce": 2 * operand_bytes * fraction,
+                "collective-permute": operand_bytes,
             }[kind]
-            # An asynchronous collective may be written in several fusions; its channel is one.
+            # An asynchronous collective may appear in several fusions, with the same channel.
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
             key = (owner, instruction.name)
             if channel and kind != "collective-permute":
@@ -159,12 +182,12 @@ class Program:
                 seen[key] = (kind, times, round(sent))
         totals: dict[str, tuple[int, int]] = {}
         for kind, times, sent in seen.values():
-            runs, moved = totals.get(kind, (0, 0))
-            totals[kind] = (runs + times, moved + times * sent)
+            runs, total = totals.get(kind, (0, 0))
+            totals[kind] = (runs + times, total + times * sent)
         return totals
 
-    def _everywhere(self) -> Iterator[tuple[str, int, Instruction]]:
-        """(computation, how often it runs, instruction), those inside fusions included."""
+    def _all_instructions(self) -> Iterator[tuple[str, int, Instruction]]:
+        """Yield (computation, number of runs, instruction), including instructions of fusions."""
         for name, times in self.runs.items():
             for instruction in self.computations[name].values():
                 yield name, times, instruction
@@ -181,32 +204,33 @@ class Program:
                 yield from self._nested(instruction.attribute("calls"))
 
     def memory_traffic(self) -> int:
-        """Bytes read from and written to the device's memory: what every fusion takes and makes.
+        """Count the bytes read from and written to device memory: inputs and outputs of fusions.
 
-        A fusion that reads or updates a part of an array in place counts that part.
+        A fusion that reads or updates a part of an array in place counts only that part.
         """
         total = 0
         for name, times in self.runs.items():
-            here = self.computations[name]
-            for instruction in here.values():
+            computation = self.computations[name]
+            for instruction in computation.values():
                 if instruction.op in FREE or instruction.op.endswith("-done"):
                     continue
-                total += times * self._moved(instruction, here)
+                total += times * self._bytes_moved(instruction, computation)
         return total
 
-    def _moved(self, instruction: Instruction, here: dict[str, Instruction]) -> int:
-        operands = [here.get(name) for name in instruction.operands]
+    def _bytes_moved(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
+        operands = [computation.get(name) for name in instruction.operands]
         sizes = [size(x.shape, memory=True) if x else 0 for x in operands]
-        made = size(instruction.shape, memory=True)
-        if instruction.op.endswith("-start"):  # a copy, slice or collective; it lists its operands
+        result_bytes = size(instruction.shape, memory=True)
+        # The result of a started copy, slice or collective includes the operands.
+        if instruction.op.endswith("-start"):
             return size(instruction.shape) - sum(size(x.shape) for x in operands if x)
         if instruction.op in ("dynamic-slice", "slice", "gather"):
-            return 2 * made
+            return 2 * result_bytes
         if instruction.op == "dynamic-update-slice":
             return 2 * sizes[1]
         inner = self.computations.get(instruction.attribute("calls") or "")
         if instruction.op != "fusion" or not inner:
-            return made + sum(sizes)
+            return result_bytes + sum(sizes)
         uses: dict[str, list[Instruction]] = {}
         for x in inner.values():
             for operand in x.operands:
@@ -229,7 +253,7 @@ class Program:
         return sum(written) + sum(sizes)
 
     def _part_read(self, x: Instruction, reader: Instruction, inner: dict[str, Instruction]) -> int:
-        """Bytes of x that an instruction of the same fusion needs."""
+        """Return the bytes of x that an instruction of the same fusion reads."""
         if reader.op in ("dynamic-slice", "slice", "gather"):
             return size(reader.shape)
         target = inner.get(reader.operands[0]) if reader.op == "dynamic-update-slice" else None
@@ -238,7 +262,7 @@ class Program:
         return 0 if target is x else size(x.shape)
 
     def _readers(self, x: Instruction, uses: dict[str, list[Instruction]]) -> list[Instruction]:
-        """Instructions that use a value, seen through bitcasts."""
+        """Return the instructions that use a value, directly or through bitcasts."""
         readers = []
         for user in uses.get(x.name, []):
             readers += self._readers(user, uses) if user.op == "bitcast" else [user]
@@ -246,7 +270,7 @@ class Program:
 
 
 def _group_size(text: str) -> int:
-    """Devices that take part in one collective together."""
+    """Return the number of devices in one group of a collective."""
     if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
@@ -254,4 +278,4 @@ def _group_size(text: str) -> int:
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(match[1].split(","))
-    return 2  # collective-permute has source-target pairs instead
+    return 2  # collective-permute has source-target pairs instead of groups

@@ -1,1 +1,1 @@
-"""Files that appear whole, images and plots for people, messages and progress."""
+"""Atomic file writes, image grids, plots, messages and progress."""

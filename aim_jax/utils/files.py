@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Atomic writes of files and directories."""
 
 import contextlib
 import json
@@ -12,24 +12,26 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A name beside `path` to write a file or a directory to; it becomes `path` after the block.
+    """Replace `path` atomically by a file or directory that the block writes.
 
-    What was there before stays until then, and for good if the block raises; a directory is away
-    for the moment between two renames. No two writers, on whatever host, get the same name.
-    Directories above are made; where `path` is a link, what it leads to is replaced.
+    The context manager yields a temporary path beside `path`, and renames it to `path` after the
+    block. The old content stays until then, and also if the block raises. An old directory is
+    absent for the moment between two renames. Temporary paths are unique among all writers on all
+    hosts. Missing parent directories are created. If `path` is a link, its target is replaced.
 
     Raises:
-      IsADirectoryError: a file was written, and `path` is a directory, which stays.
+      IsADirectoryError: a file was written, but `path` is a directory, which is kept.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{path.name}.{uuid.uuid4().hex[:12]}"
-    partial, old = path.with_name(f"{mark}.partial"), path.with_name(f"{mark}.old")
+    prefix = f".{path.name}.{uuid.uuid4().hex[:12]}"
+    partial = path.with_name(f"{prefix}.partial")
+    old = path.with_name(f"{prefix}.old")
     try:
         yield partial
         if path.is_dir() and partial.is_file():
             raise IsADirectoryError(f"{path} is a directory; name a file in it.")
-        if path.is_dir():  # only an empty one can be replaced
+        if path.is_dir():  # os.replace only replaces an empty directory
             os.replace(path, old)
         try:
             os.replace(partial, path)
@@ -45,6 +47,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
+    """Write indented JSON atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Overview of a model's parameters."""
+"""Table of a model's parameters."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from clu import parameter_overview
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the overview; the fields are its columns."""
+    """Row of the table; the fields are its columns."""
 
     module: str
     parameters: int
@@ -16,10 +16,10 @@ class Row:
 
 
 def parameter_table(params: dict) -> str:
-    """A table with the parameters and bytes of every top-level module, and their total.
+    """Format a table of the parameters and bytes of every top-level module, and their total.
 
     Args:
-      params: nested arrays, or their shapes and dtypes.
+      params: nested dict of arrays, or of their shapes and dtypes.
     """
     rows = [_row(name, {name: module}) for name, module in params.items()]
     table = parameter_overview.make_table([*rows, _row("total", params)])

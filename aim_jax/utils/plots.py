@@ -1,4 +1,4 @@
-"""Figures of reports; matplotlib comes with the extra `eval`."""
+"""Matplotlib figures of reports; matplotlib comes with the `eval` extra."""
 
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing into files.
+    """Import matplotlib.pyplot with the file backend Agg.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -28,13 +28,13 @@ def pyplot() -> ModuleType:
 
 
 def new_figure(count: int) -> "tuple[Figure, list[Axes]]":
-    """A figure with `count` plots in a row, and the plots."""
+    """Create a figure with `count` plots in a row; return the figure and its plots."""
     figure, plots = pyplot().subplots(1, count, figsize=(4 * count, 3.2), squeeze=False)
     return figure, list(plots[0])
 
 
 def save_figure(figure: "Figure", path: Path) -> Path:
-    """Writes a PNG, whole or not at all."""
+    """Write the figure as PNG atomically, close it, and return the path."""
     figure.tight_layout()
     with replacing(path) as partial:
         figure.savefig(partial, dpi=100, format="png")

@@ -1,4 +1,4 @@
-"""Random keys of a named generator, so that a seed means the same whatever JAX's default is."""
+"""Random keys of a fixed generator, so that seeds do not depend on JAX's default generator."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ GENERATOR = "threefry2x32"
 
 
 def is_key(value: Any) -> bool:
-    """Whether this is one typed JAX key."""
+    """Return True for a single typed JAX key."""
     if not isinstance(value, jax.Array):
         return False
     return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key)) and value.ndim == 0
 
 
 def random_key(seed: Any) -> jax.Array:
-    """An integer seed as a typed key of `GENERATOR`; a typed key as it is."""
+    """Convert an integer seed to a typed key of `GENERATOR`; return a typed key unchanged."""
     return seed if is_key(seed) else jax.random.key(seed, impl=GENERATOR)

@@ -833,7 +833,7 @@ def test_wrong_arguments_are_named():
             prefill(**scan_inputs(op) | {"initial_state": np.zeros((2, 4, 7), np.float32)})
     with pytest.raises(ValueError, match="`inner`, the number of channels"):
         kernels.add_norm_modulate(**seam(), layer=0)
-    with pytest.raises(ValueError, match="parts 0, 1, 3 of a modulation of 3 parts"):
+    with pytest.raises(ValueError, match="gate=3, but modulation has 3 parts"):
         kernels.add_norm_modulate(**seam(), layer=0, inner=7, gate=3)
     with pytest.raises(ValueError, match="expected float32"):
         residual = np.zeros((3, 5), jnp.bfloat16)

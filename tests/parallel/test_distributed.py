@@ -40,9 +40,9 @@ def test_where_the_other_processes_are_is_found():
     variables = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}
     assert settings(SLURM | variables | {"JAX_PROCESS_ID": "3"}) == plain
     assert settings(variables | {"JOB_COMPLETION_INDEX": "3"}) == plain
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID belong together"):
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID must be set together"):
         settings(variables)
-    with pytest.raises(ValueError, match="--process_id belong together"):
+    with pytest.raises(ValueError, match="--process_id must be set together"):
         settings({}, num_processes=2)
     with pytest.raises(ValueError, match="process 4 of 4"):
         settings({}, "a:1", 4, 4)

@@ -122,7 +122,7 @@ def test_slices_stay_together():
     devices = [Slice(i, i % 2) for i in range(8)]
     mesh = make_mesh(-1, 2, 2, devices)
     assert [[d.slice_index for d in block.flat] for block in mesh.devices] == [[0] * 4, [1] * 4]
-    with pytest.raises(ValueError, match=r"slices=1, but the devices are of 2 .*mesh.slices=2"):
+    with pytest.raises(ValueError, match=r"slices=1, but the devices belong to 2 .*mesh.slices=2"):
         make_mesh(-1, 2, 1, devices)
     # Hosts of GPUs have such numbers too, and are no slices.
     hosts = [Slice(i, i // 4, "gpu") for i in range(8)]

@@ -1,16 +1,16 @@
-"""The decode step as fused CPU kernels, written in C++ for XLA's foreign function interface.
+"""Fused CPU kernels of the decode step, in C++ for XLA's foreign function interface.
 
-They are to a CPU what `aim_jax.ops.triton` is to a GPU, for Mamba-2 alone, on the same arrays:
-parameters and caches lead with the layer axis L, are passed whole with the layer as a number, and
-caches are updated in place. `linear` is here besides, because XLA's products of few
-rows read weights at half the speed of the memory.
+They are the CPU counterpart of `aim_jax.ops.triton`, for Mamba-2 only, and work on the same arrays:
+parameters and caches have a leading layer axis L and are passed whole with the layer as an int32
+scalar, and caches are updated in place. `linear` is included because XLA's products of few rows
+read weights at half the speed of the memory.
 
-XLA calls them on its own threads, inside `jit`, `lax.scan` and `shard_map`; none has a derivative
-or a batching rule. They need a C++ compiler at the first call of `register`, which every function
-here makes; the library that it makes is kept for later processes. Rows do not influence each other,
-to the last bit: a sequence decodes alike in any batch.
+XLA calls the kernels on its own threads, inside `jit`, `lax.scan` and `shard_map`. None is
+differentiable or has a batching rule. Every function here calls `register`, which needs a C++
+compiler the first time and caches the compiled library for later processes. Rows are independent to
+the last bit: a sequence decodes to the same result in any batch.
 
-L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
+Axes: L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
 convolution width, T tokens, d model.
 """
 
@@ -51,22 +51,23 @@ def _index(i):
 
 
 def _check_float32(name, **arrays):
-    """The kernels take the addresses of caches, whatever their type."""
+    """Raise ValueError unless all arrays are float32; the kernels do not check cache dtypes."""
     for key, array in arrays.items():
         require(array.dtype == jnp.float32, f"{name}: {key} is {array.dtype}, expected float32")
 
 
 def linear(x, weight):
-    """x weight^T for few rows of x, in float32.
+    """Compute x weight^T for few rows of x, in float32.
 
     Args:
-      x: (b, k), weight: (m, k), both float32 or both bfloat16.
+      x: inputs (b, k), float32 or bfloat16.
+      weight: weights (m, k), of the same dtype.
 
     Returns:
       (b, m) float32.
 
     Raises:
-      ValueError: shapes or types do not fit together.
+      ValueError: the shapes or dtypes do not match.
     """
     sizes = bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"))
     require(
@@ -90,9 +91,9 @@ def mamba2_step(
     D,
     norm_scale,
 ):
-    """`aim_jax.ops.mamba2_step`, which describes it, as one kernel.
+    """Run `aim_jax.ops.mamba2_step` as one kernel; see there for arguments and results.
 
-    All arrays are float32, but for `state`, which may be bfloat16.
+    All arrays are float32, except that `state` may be bfloat16.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -128,9 +129,9 @@ def dual_step(
     D,
     norm_scale,
 ):
-    """`aim_jax.ops.dual_step`, which describes it, as one kernel.
+    """Run `aim_jax.ops.dual_step` as one kernel; see there for arguments and results.
 
-    All arrays are float32, but for `inputs` and `B_cache`, which may both be bfloat16.
+    All arrays are float32, except that `inputs` and `B_cache` may both be bfloat16.
     """
     parameters = dict(
         conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
@@ -179,7 +180,7 @@ def add_norm_modulate(
     eps=1e-5,
     mixer_eps=1e-5,
 ):
-    """`aim_jax.ops.add_norm_modulate`, which describes it, as one kernel; all is float32."""
+    """Run `aim_jax.ops.add_norm_modulate` as one kernel; see there. All arrays are float32."""
     sizes = bind_axes(
         "add_norm_modulate",
         hidden=(hidden, "bd"),
@@ -198,7 +199,7 @@ def add_norm_modulate(
             (part is None and name == "gate") or 0 <= part < sizes["m"],
             f"add_norm_modulate: {name}={part}, but modulation has {sizes['m']} parts",
         )
-    divided = sum_squares is not None
+    has_squares = sum_squares is not None
     x, residual = _call(
         "aim_add_norm_modulate",
         (_like(hidden), _like(residual)),
@@ -207,14 +208,14 @@ def add_norm_modulate(
             residual,
             norm_scale,
             modulation,
-            sum_squares if divided else hidden,
+            sum_squares if has_squares else hidden,
             _index(layer),
         ),
         shift=np.int32(shift),
         scale=np.int32(scale),
         gate=np.int32(-1 if gate is None else gate),
         gate_offset=np.int32(gate_offset),
-        inner=np.int32(inner if divided else 0),
+        inner=np.int32(inner if has_squares else 0),
         eps=np.float32(eps),
         mixer_eps=np.float32(mixer_eps),
     )
@@ -222,7 +223,7 @@ def add_norm_modulate(
 
 
 def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, min_p):
-    """`aim_jax.sampling.logits.sample`, which describes it, as one kernel."""
+    """Run `aim_jax.sampling.logits.sample` as one kernel; see there for arguments and results."""
     sizes = bind_axes(
         "sample",
         uniform=(uniform, "b"),
@@ -235,13 +236,13 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, min_p):
     )
     b, r, v = (sizes[axis] for axis in "brv")
     require(r in (b, 2 * b), f"sample: {r} rows of logits for {b} images, expected {b} or {2 * b}")
-    room = (b, -(-v // 16) * 16)
+    padded = (b, -(-v // 16) * 16)
     token, *_ = _call(
         "aim_sample",
         (
             jax.ShapeDtypeStruct((b,), jnp.int32),
-            jax.ShapeDtypeStruct(room, jnp.int32),
-            _float32(*room),
+            jax.ShapeDtypeStruct(padded, jnp.int32),
+            _float32(*padded),
         ),
         (logits, uniform, cfg_scale, temperature, top_k, top_p, min_p),
     )

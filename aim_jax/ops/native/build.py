@@ -1,4 +1,4 @@
-"""Compiles the C++ sources of this package for the machine at hand, once, and loads them."""
+"""Compilation and loading of this package's C++ kernels, once per machine."""
 
 import ctypes
 import functools
@@ -21,13 +21,16 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it refused the sources; the message says what to do."""
+    """No compiler was found, or it failed; the message says what to do."""
 
 
 def cache_directory() -> Path:
-    """What can be made anew is kept in $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "aim_jax"
+    """Return the cache directory: $XDG_CACHE_HOME/aim_jax, by default ~/.cache/aim_jax.
+
+    A user without a home directory gets a directory among the temporary files.
+    """
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "aim_jax"
     try:
         return Path.home() / ".cache" / "aim_jax"
     except RuntimeError:  # a user without a home, as in some containers
@@ -35,26 +38,30 @@ def cache_directory() -> Path:
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ that is there."""
+    """Return the C++ compiler: the first that is installed of $CXX, c++, g++ and clang++.
+
+    Raises:
+      BuildError: none is installed.
+    """
     names = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
-    found = [path for path in map(shutil.which, names) if path]
-    if not found:
+    paths = [path for path in map(shutil.which, names) if path]
+    if not paths:
         raise BuildError(
-            "no C++ compiler found (CXX, c++, g++, clang++). Install one, or decode without it: "
+            "no C++ compiler found (tried $CXX, c++, g++ and clang++). Install one, or decode with "
             "implementation='xla'."
         )
-    return found[0]
+    return paths[0]
 
 
 def architecture_flags() -> tuple[str, ...]:
-    """Compiler flags for the processor of this machine."""
+    """Return the compiler flags for this machine's processor."""
     if platform.machine() in ("x86_64", "AMD64"):
         return ("-march=native", "-mprefer-vector-width=512")
     return ("-mcpu=native",)
 
 
 def processor() -> str:
-    """What decides which instructions there are; part of the name of the compiled file."""
+    """Describe this machine's processor and its instruction sets, to key the compiled library."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -65,16 +72,16 @@ def processor() -> str:
 
 
 def compile_sources() -> Path:
-    """The shared library for this machine, compiled if no earlier call has done so.
+    """Return the path of the shared library for this machine; compile it if it is not cached.
 
     Raises:
-      BuildError: there is no compiler, or it failed.
+      BuildError: no compiler was found, or it failed.
     """
     sources = sorted(SOURCES.glob("*.cc"))
     command = [compiler(), *FLAGS, *architecture_flags(), "-isystem", jax.ffi.include_dir()]
-    what = [" ".join(command), jax.lib.__version__, processor()]
-    what += [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
-    name = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+    key = [" ".join(command), jax.lib.__version__, processor()]
+    key += [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     library = cache_directory() / f"native-{name}.so"
     if library.exists():
         return library
@@ -83,26 +90,26 @@ def compile_sources() -> Path:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         jobs = zip(sources, objects, strict=True)
         list(pool.map(lambda job: _run([*command, "-c", str(job[0]), "-o", str(job[1])]), jobs))
-        made = Path(scratch) / library.name
-        _run([*command, "-shared", *map(str, objects), "-o", str(made)])
-        made.rename(library)
+        linked = Path(scratch) / library.name
+        _run([*command, "-shared", *map(str, objects), "-o", str(linked)])
+        linked.rename(library)
     return library
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        errors = [line for line in process.stderr.splitlines() if "error" in line]
         raise BuildError(
             f"{command[0]} could not compile the kernels for this processor: "
-            f"{(errors or ['it said nothing'])[0]}. CXX names another compiler; "
-            "implementation='xla' decodes without them."
+            f"{(errors or ['no error message'])[0]}. Set CXX to another compiler, or decode with "
+            "implementation='xla'."
         )
 
 
 @functools.cache
 def register() -> None:
-    """Makes the kernels known to XLA, compiling them first where that is due (about 10 s).
+    """Register the kernels with XLA; compile them first if needed (about 10 s).
 
     Raises:
       BuildError: see `compile_sources`.

@@ -1,8 +1,8 @@
-// The decode step of Mamba-2 between two matrix products, in both forms, and the seam between two
-// layers. What is computed, and on which arrays, is said in __init__.py.
+// Decode step of Mamba-2 between two matrix products, in the recurrent and the dual form, and the
+// residual update between two layers. aim_jax/ops/decode.py documents the operations.
 //
-// L layers, b rows, h heads, p headdim, e = h p, n state, g groups, w convolution width, T tokens,
-// c = e + 2 g n convolution channels, d model.
+// Axes: L layers, b rows, h heads, p headdim, e = h p, n state, g groups, w convolution width,
+// T tokens, c = e + 2 g n convolution channels, d model.
 #include <cmath>
 #include <vector>
 
@@ -17,7 +17,7 @@ using I32 = ffi::Buffer<ffi::S32>;
 using Out = ffi::Result<ffi::AnyBuffer>;
 using OutF32 = ffi::ResultBuffer<ffi::F32>;
 
-// Less work than this, in numbers touched, is done by one thread: waking another takes longer.
+// Work on fewer numbers than this runs on one thread, because waking another one takes longer.
 constexpr int64_t kWorthSharing = 1 << 15;
 
 template <typename F>
@@ -68,7 +68,7 @@ Layer layer_of(const Sizes& s, const F32& projected, const F32& conv_weight, con
           position.typed_data()[0]};
 }
 
-// What is wrong with a layer that the parameters do not have, or a position not before `end`; else
+// Returns an error message if the layer does not exist or the position is not before `end`, else
 // null.
 const char* out_of_range(const F32& A, const I32& layer, const I32& position, int64_t end) {
   const int64_t l = layer.typed_data()[0], t = position.typed_data()[0];
@@ -76,7 +76,8 @@ const char* out_of_range(const F32& A, const I32& layer, const I32& position, in
   return t < 0 || t >= end ? "position is out of range" : nullptr;
 }
 
-// x, B and C of one row: silu(conv(.)) of the projection, which becomes the newest of the ring.
+// Computes x, B and C of one row, silu(conv(projection)), and stores the projection as the newest
+// input of the ring buffer.
 template <typename R>
 void convolve(const Sizes& s, const Layer& in, int64_t row, R* ring, float* out) {
   const float* now = in.projected + row * s.q + s.e;
@@ -100,7 +101,8 @@ void convolve_rows(ffi::ThreadPool& pool, const Sizes& s, const Layer& in, R* ri
                      [&](int64_t row) { convolve(s, in, row, ring, xBC + row * s.c); });
 }
 
-// y = u norm_scale and the sum of u^2, with u = (out + D x) silu(z), for one head of one row.
+// Stores y = u norm_scale and returns the sum of u^2, with u = (out + D x) silu(z), for one head of
+// one row.
 float gate_head(const Sizes& s, const Layer& in, int64_t row, int64_t head, const float* out,
                 const float* x, float* y) {
   const float* z = in.projected + row * s.q + head * s.p;
@@ -115,7 +117,7 @@ float gate_head(const Sizes& s, const Layer& in, int64_t row, int64_t head, cons
   return sum(squares);
 }
 
-// S = decay S + inputs B^T and out = S C, for one head of one row.
+// Updates S = decay S + inputs B^T and computes out = S C, for one head of one row.
 template <typename S>
 void update_state(S* state, const float* inputs, const float* B, const float* C, float decay,
                   float* out, int64_t p, int64_t n) {
@@ -162,7 +164,7 @@ void mamba2_step(ffi::ThreadPool& pool, const Sizes& s, const Layer& in, R* ring
   });
 }
 
-// The step in the dual form for heads [first, last) of one group in one row.
+// Runs the dual-form step for heads [first, last) of one group in one row.
 template <typename T>
 void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, int64_t first,
                 int64_t last, const float* xBC, const float* scores, T* inputs, float* log_decay,
@@ -185,7 +187,7 @@ void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, in
     for (int64_t i = 0; i < s.p; ++i) {
       const float input = dt * x[k * s.p + i];
       store1(inputs + t * s.e + k * s.p + i, input);
-      out[k * s.p + i] = scores[t] * input;  // of token t itself, unrounded
+      out[k * s.p + i] = scores[t] * input;  // token t itself, not rounded to the cache's dtype
     }
   }
   for (int64_t token = 0; token < t; ++token) {
@@ -194,7 +196,7 @@ void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, in
       store(&weights[token * heads + k], decay * scores[token], heads - k);
     }
   }
-  // Four tokens at a time, so that the sums are read and written a quarter as often.
+  // Four tokens at a time, to read and write the sums a quarter as often.
   int64_t token = 0;
   for (; token < t; token += 4) {
     const int64_t count = std::min<int64_t>(4, t - token);
@@ -231,7 +233,7 @@ void dual_step(ffi::ThreadPool& pool, const Sizes& s, const Layer& in, int64_t t
                float* sum_squares) {
   const int64_t t = in.position;
   convolve_rows(pool, s, in, ring, xBC);
-  // As few parts of a row as keep all threads busy: a part reads every past token.
+  // The fewest parts per row that keep all threads busy: every part reads all past tokens.
   const int64_t parts = std::min<int64_t>(
       s.h / s.g, std::max<int64_t>(1, (2 * pool.num_threads() + s.b * s.g - 1) / (s.b * s.g)));
   const int64_t heads = (s.h / s.g + parts - 1) / parts;

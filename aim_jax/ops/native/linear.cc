@@ -1,4 +1,4 @@
-// Products of few rows with a matrix of weights, at the speed of reading the weights.
+// Products of few rows with a weight matrix, at the speed of reading the weights.
 #include "parallel.h"
 
 namespace aim {
@@ -6,7 +6,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// How products are added: 16 at once, or 32 of bfloat16 where the processor can.
+// Multiply-add steps: 16 products at once, or 32 in bfloat16 if the processor supports it.
 template <typename T>
 struct Products {
   static constexpr int kStep = kLanes;
@@ -25,17 +25,16 @@ struct Products<bf16> {
 };
 #endif
 
-constexpr int64_t kLine = 64;  // bytes that memory delivers at once
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// What memory is asked for while other weights are at work, because rows of W are too short for the
-// hardware to foresee the next ones: those `distance` further on, of every `every`-th row of W from
-// row `first` on.
+// Weights to prefetch, because rows of W are too short for the hardware prefetcher: those
+// `distance` elements ahead, in every `every`-th row of W starting at row `first`.
 struct Ahead {
   int64_t distance;
   int first, every;
 };
 
-// R rows of x against O rows of W, with R O = 16 sums in registers.
+// Multiplies R rows of x by O rows of W, with R O = 16 sums in registers.
 template <int R, typename T>
 void tile(const T* x, const T* W, float* y, int64_t k, int64_t m, int64_t outputs, Ahead ahead) {
   using P = Products<T>;
@@ -72,7 +71,8 @@ void tile(const T* x, const T* W, float* y, int64_t k, int64_t m, int64_t output
 template <typename T>
 void linear(ffi::ThreadPool& pool, const T* x, const T* W, float* y, int64_t b, int64_t k,
             int64_t m) {
-  // A thread takes 48 outputs at once. Of these, as few meet all rows as stay in its first cache.
+  // A task computes 48 outputs, in parts small enough that a part's weights stay in the L1 cache
+  // while all rows use them.
   constexpr int64_t kTaken = 48;
   const int64_t part = b <= 4 ? kTaken : 16;
   parallel_for(pool, (m + kTaken - 1) / kTaken, [&](int64_t block) {
@@ -85,7 +85,7 @@ void linear(ffi::ThreadPool& pool, const T* x, const T* W, float* y, int64_t b, 
           tile<R>(x + r * k, W + o * k, y + r * m + o, k, m, last - o, ahead);
         }
       };
-      // All rows together ask for the next part once.
+      // The rows share the prefetching: together they fetch the next part once.
       int64_t r = 0;
       for (; r + 4 <= b; r += 4) {
         const int tiles = std::min<int64_t>(b / 4, 4);

@@ -1,4 +1,4 @@
-// Vectors of 16 floats, and loops over the threads of XLA.
+// Vectors of 16 floats, and parallel loops on XLA's threads.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ typedef uint32_t U __attribute__((vector_size(64)));
 
 inline V splat(float x) { return V{} + x; }
 
-// Numbers as they are kept: float, or bfloat16, its upper half.
+// bfloat16: the upper half of a float.
 struct bf16 {
   uint16_t bits;
 };
@@ -35,7 +35,7 @@ inline V load(const float* p) {
   return v;
 }
 
-// GCC splits the conversion of wide vectors into many instructions, so it is named here.
+// GCC splits the conversion of wide vectors into many instructions, hence the intrinsics.
 inline V load(const bf16* p) {
 #ifdef __AVX512F__
   __m256i half = _mm256_loadu_si256((const __m256i*)p);
@@ -58,7 +58,7 @@ inline float load1(const bf16* p) {
 
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// To the nearest bfloat16, ties to even.
+// Rounds to the nearest bfloat16, ties to even.
 inline void store(bf16* p, V v) {
   typedef uint16_t H __attribute__((vector_size(32)));
   U bits = (U)v;
@@ -74,7 +74,7 @@ inline void store1(bf16* p, float x) {
   p->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// The first `count` lanes; the others hold 0 and are not touched in memory.
+// Loads the first `count` lanes; the others become 0, and their memory is not accessed.
 template <typename T>
 inline V load(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
@@ -95,8 +95,7 @@ inline void store(T* p, V v, int64_t count) {
   for (int i = 0; i < count; ++i) store1(p + i, v[i]);
 }
 
-// Sums within pairs of vectors, by halves: four rounds turn 16 vectors into the vector of their
-// sums, in order.
+// Pairwise reductions: four rounds turn 16 vectors into one vector of their sums, in order.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 typedef int32_t Lanes __attribute__((vector_size(64)));
 #define AIM_FOLD(a, b, ...) __builtin_shuffle(a, b, (Lanes{__VA_ARGS__}))
@@ -121,7 +120,7 @@ inline V fold1(V a, V b) {
 }
 #undef AIM_FOLD
 
-// The 16 sums over lanes of 16 vectors.
+// Returns the sums over lanes of 16 vectors.
 inline V sums(const V* v) {
   V a[8], b[4];
   for (int i = 0; i < 8; ++i) a[i] = fold8(v[2 * i], v[2 * i + 1]);
@@ -136,17 +135,17 @@ inline float sum(V v) {
   return v[0] + v[1];
 }
 
-// exp(x) to 2 ulps: 2^k times a polynomial in the rest, |rest| <= log(2) / 2.
+// exp(x) to 2 ulps: 2^k times a polynomial in the remainder r, |r| <= log(2) / 2.
 inline V exp(V x) {
   constexpr float kHigh = 88.3762626f, kLow = -87.3365402f;
   x = x > kHigh ? splat(kHigh) : x;
   V tiny = x < kLow ? splat(0.f) : splat(1.f);
   x = x < kLow ? splat(kLow) : x;
-  // Adding 1.5 * 2^23 rounds to an integer, which lies in the low bits of the sum.
+  // Adding 1.5 * 2^23 rounds to an integer, held in the low bits of the sum.
   V shifted = x * 1.44269504f + 12582912.f;
   I k = (I)shifted - (I)splat(12582912.f);
-  V whole = shifted - 12582912.f;
-  V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V integer = shifted - 12582912.f;
+  V r = (x - integer * 0.693359375f) + integer * 2.12194440e-4f;
   V q = splat(1.f / 5040);
   q = q * r + 1.f / 720;
   q = q * r + 1.f / 120;
@@ -166,10 +165,10 @@ inline int32_t sum(I v) {
   return total;
 }
 
-// Runs work(i) for i in [0, count) on the threads of XLA, this one among them.
+// Runs work(i) for i in [0, count) on XLA's threads, including the calling thread.
 //
-// Threads take the next number when they are free. This thread takes part and then waits only for
-// numbers that others have begun, so that a pool whose threads all wait in here cannot lock up.
+// Free threads take the next index. The calling thread works too, and then waits only for indices
+// that other threads have started, so a pool whose threads all wait here cannot deadlock.
 template <typename F>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& work) {
   struct Progress {
@@ -181,7 +180,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const F& work) {
     return;
   }
   auto progress = std::make_shared<Progress>();
-  // A helper that comes late finds no number left and does not touch `work`, which is gone by then.
+  // A helper that starts late finds no index left and does not touch `work`, already out of scope.
   auto run = [progress, count, &work] {
     for (int64_t i; (i = progress->next.fetch_add(1)) < count;) {
       work(i);

@@ -1,4 +1,4 @@
-// One token per image from the logits: guidance, temperature, top-k, top-p, min-p and the draw.
+// Samples one token per image from logits, with guidance, temperature, top-k, top-p and min-p.
 #include <cmath>
 #include <limits>
 
@@ -11,10 +11,11 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using I32 = ffi::Buffer<ffi::S32>;
 
-// Integers in the order of the floats; the same function leads back.
+// Maps the bits of floats to integers in the same order; the function is its own inverse.
 I flip(I bits) { return bits < 0 ? bits ^ std::numeric_limits<int32_t>::max() : bits; }
 
-// The largest integer in [low, high] for which `holds`, which does up to it and at low.
+// Returns the largest integer in [low, high] for which `holds` is true. `holds` must be true at low
+// and monotone: true up to some integer and false above it.
 template <typename F>
 int32_t largest(int32_t low, int32_t high, const F& holds) {
   while (low < high) {
@@ -34,7 +35,7 @@ struct Row {
   int32_t top_k;
 };
 
-// `order` and `weights` are room for v numbers, rounded up to whole vectors.
+// `order` and `weights` are scratch space for v numbers, rounded up to whole vectors.
 int32_t sample_row(const Row& in, int64_t v, int32_t* order, float* weights) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const int64_t padded = (v + kLanes - 1) / kLanes * kLanes;
@@ -46,7 +47,7 @@ int32_t sample_row(const Row& in, int64_t v, int32_t* order, float* weights) {
       x = u + (x - u) * in.scale;
     }
     x = x / in.temperature;
-    // Lanes beyond the row are below everything.
+    // Lanes beyond the row sort below every logit.
     for (int64_t k = std::max<int64_t>(0, v - i); k < kLanes; ++k) x[k] = -kInf;
     high = x > high ? x : high;
     low = x < low ? x : low;
@@ -102,29 +103,30 @@ int32_t sample_row(const Row& in, int64_t v, int32_t* order, float* weights) {
       store(weights + i, kept);
     }
   }
-  // The draw: the first token at which the running sum exceeds the target, by blocks and then
-  // within one. Rounding may leave the target at the end of the sums; then it is the last token of
-  // positive weight that was passed.
-  float rest = in.uniform * sum(total);
+  // Choose the first token at which the running sum of weights exceeds the target, by blocks and
+  // then within a block. If rounding leaves the target at or beyond the end of the sums, choose the
+  // last token of positive weight that was passed.
+  float remaining = in.uniform * sum(total);
   int64_t chosen = 0;
   for (int64_t i = 0; i < padded; i += kLanes) {
     const float block = sum(load(weights + i));
-    const bool here = rest < block;
+    const bool in_block = remaining < block;
     for (int64_t k = i; block > 0 && k < i + kLanes; ++k) {
       if (weights[k] <= 0) continue;
       chosen = k;
-      if (here && rest < weights[k]) return k;
-      if (here) rest -= weights[k];
+      if (in_block && remaining < weights[k]) return k;
+      if (in_block) remaining -= weights[k];
     }
-    if (here) break;
-    rest -= block;
+    if (in_block) break;
+    remaining -= block;
   }
   return chosen;
 }
 
 ffi::Error sample_impl(ffi::ThreadPool pool, F32 logits, F32 uniform, F32 cfg_scale,
-                       F32 temperature, I32 top_k, F32 top_p, F32 min_p, ffi::ResultBuffer<ffi::S32> token,
-                       ffi::ResultBuffer<ffi::S32> order, ffi::ResultBuffer<ffi::F32> weights) {
+                       F32 temperature, I32 top_k, F32 top_p, F32 min_p,
+                       ffi::ResultBuffer<ffi::S32> token, ffi::ResultBuffer<ffi::S32> order,
+                       ffi::ResultBuffer<ffi::F32> weights) {
   const int64_t b = uniform.dimensions()[0], v = logits.dimensions()[1];
   const int64_t padded = order->dimensions()[1];
   const bool guided = logits.dimensions()[0] == 2 * b;

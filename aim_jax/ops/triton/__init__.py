@@ -1,27 +1,29 @@
-"""The decode step, the prefix scans and the sampler as fused CUDA kernels, written in Triton.
+"""Fused Triton kernels for NVIDIA GPUs: the decode step, the prefix scans and the sampler.
 
-Nothing imports it before its kernels are asked for; it needs the `cuda` extra, but no GPU to
+The package is imported only when its kernels are used. It needs the `cuda` extra, but no GPU to
 import, lower or compile ahead of time. Every function is a plain JAX function that works inside
-`jit`, `lax.scan` and `shard_map`; none has a derivative or a batching rule.
+`jit`, `lax.scan` and `shard_map`; none is differentiable or has a batching rule.
 
-Shared conventions. L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n
-state, g groups, w convolution width, T tokens, d model, v vocabulary.
+Axes: L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
+convolution width, T tokens, d model, v vocabulary.
 
-- Parameters and caches lead with the layer axis L and are passed whole, with the layer as an
-  int32 scalar: a slice taken by XLA would be a copy.
-- Caches are updated in place (`input_output_aliases`): use the returned array, donate the given
-  one. Only the current layer's part of it is read or written.
-- Arithmetic is float32; arrays may be float32 or bfloat16, except where a docstring says more.
-- The convolution's cache is a ring of the last w inputs: the input of position t is in slot t mod
-  w. Zeros start a sequence; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
-- `compute_capability` (80, 90, ...) selects the architecture; None is the present device's.
+Conventions:
+
+- Parameters and caches have a leading layer axis L. They are passed whole, with the layer as an
+  int32 scalar, because XLA would copy a slice.
+- Caches are updated in place (`input_output_aliases`): donate the argument and use the returned
+  array. Only the current layer's part is read or written.
+- Arithmetic is float32. Arrays may be float32 or bfloat16, unless a docstring says otherwise.
+- The convolution's cache is a ring buffer of the last w inputs, with the input of position t in
+  slot t mod w. It starts as zeros; `aim_jax.ops.conv_ring` makes one from the inputs of a prefix.
+- `compute_capability` (80, 90, ...) selects the architecture; None is the current device's.
 """
 
 from aim_jax.ops.triton_availability import cause_of
 
 try:
     from aim_jax.ops.triton import launch  # noqa: F401  (the only module that imports jax_triton)
-except Exception as error:  # a jax-triton made for another JAX can fail in any way
+except Exception as error:  # a jax-triton for another version of JAX can fail in any way
     raise ImportError(f"aim_jax.ops.triton: {cause_of(error)}") from error
 
 from aim_jax.ops.triton.dual import dual_step

@@ -6,13 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def silu(x):
+    """Compute x * sigmoid(x)."""
     return x / (1 + tl.exp(-x))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), to the last digits also where it is small."""
-    # log(1 + u) would lose the digits of a small u, and small steps are the rule. With s = u /
+    """Compute log(1 + exp(x)) as max(x, 0) + log1p(exp(-|x|)), accurate also for small results."""
+    # log(1 + u) would lose the digits of a small u, and step sizes are usually small. With s = u /
     # (2 + u) <= 1/3, log1p(u) = 2 artanh(s), whose series needs seven terms for float32.
     u = tl.exp(-tl.abs(x))
     s = u / (2 + u)
@@ -25,11 +26,17 @@ def softplus(x):
 
 @triton.jit
 def convolve(inputs, ring, weight, bias, position, channel, mask, c: tl.constexpr, w: tl.constexpr):
-    """silu(bias + sum_k weight_k input_{t - (w - 1) + k}) at t = position, for some channels.
+    """Compute silu(bias + sum_k weight_k input_{t - (w - 1) + k}) at t = position.
 
     Args:
-      inputs: this position's inputs (c,). ring: the last w inputs (w, c). weight (w, c), bias (c,).
-      channel: which channels; mask: which of these exist.
+      inputs: this position's inputs (c,).
+      ring: ring buffer of the last w inputs (w, c).
+      weight: filters (w, c).
+      bias: (c,).
+      position: position t.
+      channel: indices of the channels to compute.
+      mask: False for indices that are not channels.
+      c, w: number of channels, convolution width.
 
     Returns:
       The inputs of this position, and the result, both float32.
@@ -37,7 +44,7 @@ def convolve(inputs, ring, weight, bias, position, channel, mask, c: tl.constexp
     now = tl.load(inputs + channel, mask=mask, other=0).to(tl.float32)
     y = tl.load(bias + channel, mask=mask, other=0).to(tl.float32)
     for k in tl.static_range(w - 1):
-        slot = (position + 1 + k) % w  # of position - (w - 1) + k
+        slot = (position + 1 + k) % w  # slot of position - (w - 1) + k
         tap = tl.load(weight + k * c + channel, mask=mask, other=0).to(tl.float32)
         y += tap * tl.load(ring + slot * c + channel, mask=mask, other=0).to(tl.float32)
     y += tl.load(weight + (w - 1) * c + channel, mask=mask, other=0).to(tl.float32) * now

@@ -1,4 +1,4 @@
-"""One decode step of a Mamba-2 layer in the dual form: a cache of tokens instead of a state."""
+"""Decode step of a Mamba-2 layer in the dual form: a cache of past inputs instead of a state."""
 
 import jax
 import triton
@@ -18,7 +18,10 @@ def dual_step_kernel(
     T: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A program is (HEADS heads of one group, a row). `conv_in` is `conv`, and so on."""
+    """Run the step; a program handles HEADS heads of one group in one row.
+
+    `conv_in` shares its buffer with `conv`, and so do the other pairs.
+    """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     e: tl.constexpr = h * p
     c: tl.constexpr = e + 2 * g * n
@@ -35,15 +38,15 @@ def dual_step_kernel(
     head = block * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, BLOCK_P)
     j = tl.arange(0, BLOCK_N)
-    there = j < n
+    n_mask = j < n
     group = (block * HEADS) // (h // g)
     x_channel = head[:, None] * p + i[None, :]
-    here = tl.broadcast_to((i < p)[None, :], [HEADS, BLOCK_P])
+    p_mask = tl.broadcast_to((i < p)[None, :], [HEADS, BLOCK_P])
     B_channel = e + group * n + j
     C_channel = B_channel + g * n
-    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
-    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, there, c, w)
-    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, there, c, w)
+    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, p_mask, c, w)
+    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, n_mask, c, w)
+    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, n_mask, c, w)
 
     dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
     dt = softplus(dt)
@@ -52,17 +55,17 @@ def dual_step_kernel(
     a_t += dt * tl.load(A + layer * h + head)
     now = dt[:, None] * x
 
-    # Programs share the windows and the rows of B with the one that stores the new ones. They read
-    # slots other than t mod w (see `mamba2_step_kernel`) and rows before t, never what is stored.
-    writer = there & ((block * HEADS) % (h // g) == 0)
+    # Programs of a group read the same ring buffers and rows of B that one of them updates. This is
+    # not a race: they read slots other than t mod w (see `mamba2_step_kernel`) and rows before t.
+    writer = n_mask & ((block * HEADS) % (h // g) == 0)
     slot = ring + (t % w) * c
-    tl.store(slot + x_channel, x_now, mask=here)
+    tl.store(slot + x_channel, x_now, mask=p_mask)
     tl.store(slot + B_channel, B_now, mask=writer)
     tl.store(slot + C_channel, C_now, mask=writer)
     input_row = inputs + cell * T * e + x_channel
     B_row = B_cache + cell * T * g * n + group * n + j
     tl.store(a_row + t * h, a_t)
-    tl.store(input_row + t * e, now, mask=here)
+    tl.store(input_row + t * e, now, mask=p_mask)
     tl.store(B_row + t * g * n, B, mask=writer)
 
     out = tl.sum(C * B, axis=0) * now  # s = t
@@ -70,22 +73,22 @@ def dual_step_kernel(
         s = start + tl.arange(0, BLOCK_T)
         past = s < t
         B_s = tl.load(
-            B_row[None, :] + s[:, None] * (g * n), mask=past[:, None] & there[None, :], other=0
+            B_row[None, :] + s[:, None] * (g * n), mask=past[:, None] & n_mask[None, :], other=0
         )
         score = tl.sum(B_s.to(tl.float32) * C[None, :], axis=1)
         a_s = tl.load(a_row[None, :] + s[:, None] * h, mask=past[:, None], other=0)
         weight_s = score[:, None] * tl.exp(a_t[None, :] - a_s)
         input_s = tl.load(
             input_row[None, :, :] + s[:, None, None] * e,
-            mask=past[:, None, None] & here[None, :, :],
+            mask=past[:, None, None] & p_mask[None, :, :],
             other=0,
         )
         out += tl.sum(weight_s[:, :, None] * input_s.to(tl.float32), axis=0)
 
     out += tl.load(D + layer * h + head)[:, None] * x
-    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
-    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
-    tl.store(y + row * e + x_channel, out * scale, mask=here)
+    out *= silu(tl.load(z_row + x_channel, mask=p_mask, other=0).to(tl.float32))
+    scale = tl.load(norm_scale + layer * e + x_channel, mask=p_mask, other=0)
+    tl.store(y + row * e + x_channel, out * scale, mask=p_mask)
     square = tl.sum(tl.sum(out * out, axis=1), axis=0)
     tl.store(sum_squares + row * tl.num_programs(0) + block, square)
 
@@ -108,11 +111,14 @@ def dual_step(
     heads_per_program=None,
     compute_capability=None,
 ):
-    """`aim_jax.ops.dual_step` as one kernel, which updates caches in place.
+    """Run `aim_jax.ops.dual_step` as one kernel, which updates caches in place.
 
-    Args, results and errors are described there. `heads_per_program` is a power of two that divides
-    h / g: heads in one program share the products C . B, fewer of them make more programs; None
-    chooses by the number of rows. `compute_capability`: see the package.
+    See there for the other arguments, results and errors.
+
+    Args:
+      heads_per_program: power of two that divides h / g. Heads in one program share the products
+        C . B; fewer of them give more programs. None chooses by the number of rows.
+      compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_mamba2_step(
         "dual_step",

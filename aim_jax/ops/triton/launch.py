@@ -1,4 +1,4 @@
-"""What all kernels share: the call from JAX, and block sizes."""
+"""Launching of Triton kernels from JAX, and choice of their block sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,24 @@ from jax_triton.triton_lib import (
     triton_kernel_call_p,
 )
 
-# Of kernels whose caller does not say: None is that of the present device. To lower or compile
-# ahead of time what calls kernels from deep inside, set it.
+# Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
+# to lower or compile, ahead of time, functions that call kernels indirectly.
 default_compute_capability = None
 
 TARGET = "triton_kernel_call_ffi"
 
 
 def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, **options):
-    """Calls a Triton kernel: its arguments are `arrays`, `outputs`, then constants by name.
+    """Call a Triton kernel; its arguments are `arrays`, `outputs`, then constants by name.
 
     Args:
       kernel: a `triton.jit` function.
       *arrays: inputs; integers become int32 scalars.
       outputs: shape and dtype of every output, in the kernel's order.
-      grid: programs along up to three axes.
-      aliases: pairs (input, output) by index that share a buffer.
+      grid: number of programs along up to three axes.
+      aliases: pairs of indices (input, output) that share a buffer.
       compute_capability: 80, 90, ...; None is `default_compute_capability`.
-      **options: constants of the kernel, and num_warps, num_stages, enable_fp_fusion of
+      **options: constants of the kernel, and num_warps, num_stages and enable_fp_fusion of
         `jax_triton.triton_call`.
 
     Returns:
@@ -50,11 +50,11 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, 
 
 
 def lower(context, *arrays, **params):
-    """What `triton_call` becomes in a CUDA program; other callers' calls are left as they are.
+    """Lower `triton_call` to XLA's typed custom-call interface; keep other callers' calls.
 
-    jax-triton 0.3 writes calls of XLA's old interface, which stay out of CUDA graphs: the host
-    launches every kernel. jaxlib has the same call in the typed interface, marked as fit for
-    graphs, and with it the whole body of a decode loop becomes one.
+    jax-triton 0.3 emits calls of XLA's old interface, which cannot enter CUDA graphs, so the host
+    launches every kernel. jaxlib has the same call in the typed interface, marked as compatible
+    with graphs. With it, the whole body of a decode loop becomes one graph.
     """
     outputs = triton_kernel_call_lowering(get_cuda_backend, context, *arrays, **params)
     if params["custom_call_target_name"] == TARGET:
@@ -69,15 +69,16 @@ mlir.register_lowering(triton_kernel_call_p, lower, platform="cuda")
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):
-    """The largest power of two of channels per program that leaves `enough` programs.
+    """Return the number of channels per program: the largest power of two with enough programs.
 
-    Few rows need small blocks to occupy the whole GPU; with many rows a large block repeats less
-    of the work that its programs share.
+    Few rows need small blocks to occupy the whole GPU. With many rows, large blocks repeat less of
+    the work that programs have in common.
 
     Args:
-      channels: size of the axis to be split.
-      programs: programs without splitting it.
-      smallest, enough: no block below the first, no split once there are `enough` programs.
+      channels: size of the axis to split.
+      programs: number of programs without splitting it.
+      smallest: smallest block size.
+      enough: number of programs at which splitting stops.
     """
     block = triton.next_power_of_2(channels)
     while block > smallest and programs * triton.cdiv(channels, block) < enough:
@@ -86,5 +87,5 @@ def split_channels(channels, programs, *, smallest=8, enough=512):
 
 
 def warps_for(elements, *, per_warp=1024):
-    """Warps of a program that holds `elements` values in registers: 1 to 16, a power of two."""
+    """Return the number of warps, a power of two up to 16, for `elements` values in registers."""
     return min(max(triton.next_power_of_2(triton.cdiv(elements, per_warp)), 1), 16)

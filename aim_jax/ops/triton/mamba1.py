@@ -1,4 +1,4 @@
-"""One decode step of a Mamba-1 layer: the convolution, and, after x_proj, the state."""
+"""Decode step of a Mamba-1 layer: the convolution and, after x_proj and dt_proj, the state."""
 
 import jax
 import triton
@@ -14,7 +14,10 @@ def conv_step_kernel(
     projected, conv_weight, conv_bias, layer, position, conv_in, y, conv,
     q: tl.constexpr, c: tl.constexpr, w: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a row). `conv_in` is `conv`."""
+    """Run the step; a program handles a block of channels in one row.
+
+    `conv_in` shares its buffer with `conv`.
+    """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     layer = tl.load(layer).to(tl.int64)
     t = tl.load(position)
@@ -29,9 +32,10 @@ def conv_step_kernel(
 def conv_step(
     projected, conv_cache, layer, position, *, conv_weight, conv_bias, compute_capability=None
 ):
-    """`aim_jax.ops.conv_step` as one kernel.
+    """Run `aim_jax.ops.conv_step` as one kernel; see there for arguments, results and errors.
 
-    Args, results and errors are described there; `compute_capability` in the package.
+    Args:
+      compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_axes(
         "conv_step",
@@ -61,36 +65,41 @@ def mamba1_step_kernel(
     q: tl.constexpr, k: tl.constexpr, e: tl.constexpr, n: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a row). `state_in` is `state`."""
+    """Run the step; a program handles a block of channels in one row.
+
+    `state_in` shares its buffer with `state`.
+    """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     layer = tl.load(layer).to(tl.int64)
     i = block * BLOCK_E + tl.arange(0, BLOCK_E)
     j = tl.arange(0, BLOCK_N)
-    here, there = i < e, j < n
-    inside = here[:, None] & there[None, :]
-    within = i[:, None] * n + j[None, :]
-    tile = state + (layer * tl.num_programs(1) + row) * e * n + within
-    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
+    e_mask = i < e
+    n_mask = j < n
+    tile_mask = e_mask[:, None] & n_mask[None, :]
+    offset = i[:, None] * n + j[None, :]
+    tile = state + (layer * tl.num_programs(1) + row) * e * n + offset
+    S = tl.load(tile, mask=tile_mask, other=0).to(tl.float32)
 
     C_row = BC + row * k + (k - n)
-    B = tl.load(C_row - n + j, mask=there, other=0).to(tl.float32)
-    C = tl.load(C_row + j, mask=there, other=0).to(tl.float32)
-    x = tl.load(x + row * e + i, mask=here, other=0).to(tl.float32)
-    z = tl.load(projected + row * q + (q - e) + i, mask=here, other=0).to(tl.float32)
-    dt = tl.load(dt + row * e + i, mask=here, other=0).to(tl.float32)
-    dt = softplus(dt + tl.load(dt_bias + layer * e + i, mask=here, other=0))
-    A = tl.load(A + layer * e * n + within, mask=inside, other=0)
+    B = tl.load(C_row - n + j, mask=n_mask, other=0).to(tl.float32)
+    C = tl.load(C_row + j, mask=n_mask, other=0).to(tl.float32)
+    x = tl.load(x + row * e + i, mask=e_mask, other=0).to(tl.float32)
+    z = tl.load(projected + row * q + (q - e) + i, mask=e_mask, other=0).to(tl.float32)
+    dt = tl.load(dt + row * e + i, mask=e_mask, other=0).to(tl.float32)
+    dt = softplus(dt + tl.load(dt_bias + layer * e + i, mask=e_mask, other=0))
+    A = tl.load(A + layer * e * n + offset, mask=tile_mask, other=0)
 
     S = tl.exp(dt[:, None] * A) * S + (dt * x)[:, None] * B[None, :]
-    tl.store(tile, S, mask=inside)
-    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * e + i, mask=here, other=0) * x
-    tl.store(y + row * e + i, out * silu(z), mask=here)
+    tl.store(tile, S, mask=tile_mask)
+    out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * e + i, mask=e_mask, other=0) * x
+    tl.store(y + row * e + i, out * silu(z), mask=e_mask)
 
 
 def mamba1_step(x, dt, BC, projected, state, layer, *, dt_bias, A, D, compute_capability=None):
-    """`aim_jax.ops.mamba1_step` as one kernel.
+    """Run `aim_jax.ops.mamba1_step` as one kernel; see there for arguments, results and errors.
 
-    Args, results and errors are described there; `compute_capability` in the package.
+    Args:
+      compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_axes(
         "mamba1_step",
@@ -106,7 +115,8 @@ def mamba1_step(x, dt, BC, projected, state, layer, *, dt_bias, A, D, compute_ca
     b, e, n, k, q = (sizes[axis] for axis in "benkq")
     require(k >= 2 * n, f"mamba1_step: BC has {k} columns, expected at least 2 n = {2 * n}")
     require(q >= e, f"mamba1_step: projected has {q} columns, expected at least e = {e}")
-    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
+    block = min(split_channels(e, b, smallest=32), 128)
+    block_n = triton.next_power_of_2(n)
     return launch(
         mamba1_step_kernel,
         x, dt, BC, projected, dt_bias, A, D, layer, state,

@@ -1,4 +1,4 @@
-"""One decode step of a Mamba-2 layer in the recurrent form, from in_proj to out_proj."""
+"""Decode step of a Mamba-2 layer in the recurrent form, from in_proj to out_proj."""
 
 import jax
 import triton
@@ -17,7 +17,10 @@ def mamba2_step_kernel(
     h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, g: tl.constexpr, w: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a head, a row). `conv_in` is `conv`, and so on."""
+    """Run the step; a program handles a block of channels of one head in one row.
+
+    `conv_in` shares its buffer with `conv`, and `state_in` with `state`.
+    """
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     e: tl.constexpr = h * p
     c: tl.constexpr = e + 2 * g * n
@@ -33,38 +36,39 @@ def mamba2_step_kernel(
 
     i = block * BLOCK_P + tl.arange(0, BLOCK_P)
     j = tl.arange(0, BLOCK_N)
-    here, there = i < p, j < n
+    p_mask = i < p
+    n_mask = j < n
     tile = state + (cell * h + head) * p * n + (i[:, None] * n + j[None, :])
-    inside = here[:, None] & there[None, :]
-    # Most of the traffic, so it is asked for first.
-    S = tl.load(tile, mask=inside, other=0).to(tl.float32)
+    tile_mask = p_mask[:, None] & n_mask[None, :]
+    # Most of the memory traffic, so it is loaded first.
+    S = tl.load(tile, mask=tile_mask, other=0).to(tl.float32)
 
     group = head // (h // g)
     x_channel = head * p + i
     B_channel = e + group * n + j
     C_channel = B_channel + g * n
-    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, here, c, w)
-    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, there, c, w)
-    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, there, c, w)
+    x_now, x = convolve(conv_row, ring, weight, bias, t, x_channel, p_mask, c, w)
+    B_now, B = convolve(conv_row, ring, weight, bias, t, B_channel, n_mask, c, w)
+    C_now, C = convolve(conv_row, ring, weight, bias, t, C_channel, n_mask, c, w)
     dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
     dt = softplus(dt)
     decay = tl.exp(dt * tl.load(A + layer * h + head))
 
     S = decay * S + (dt * x)[:, None] * B[None, :]
     out = tl.sum(S * C[None, :], axis=1) + tl.load(D + layer * h + head) * x
-    out *= silu(tl.load(z_row + x_channel, mask=here, other=0).to(tl.float32))
-    scale = tl.load(norm_scale + layer * e + x_channel, mask=here, other=0)
+    out *= silu(tl.load(z_row + x_channel, mask=p_mask, other=0).to(tl.float32))
+    scale = tl.load(norm_scale + layer * e + x_channel, mask=p_mask, other=0)
 
-    tl.store(tile, S, mask=inside)
-    tl.store(y + row * e + x_channel, out * scale, mask=here)
+    tl.store(tile, S, mask=tile_mask)
+    tl.store(y + row * e + x_channel, out * scale, mask=p_mask)
     parts = tl.num_programs(0)
     tl.store(sum_squares + (row * h + head) * parts + block, tl.sum(out * out, axis=0))
-    # All heads of a group read the same windows of B and C while one of them stores the new input.
-    # That is no race: the store goes to slot t mod w, and the reads, of positions t - 1 to t -
-    # (w - 1), go to the other w - 1 slots.
+    # All heads of a group read the same ring buffers of B and C while one of them stores the new
+    # input. This is not a race: the store goes to slot t mod w, and the reads go to the other w - 1
+    # slots, which hold positions t - 1 to t - (w - 1).
     slot = ring + (t % w) * c
-    writer = there & (head % (h // g) == 0) & (block == 0)
-    tl.store(slot + x_channel, x_now, mask=here)
+    writer = n_mask & (head % (h // g) == 0) & (block == 0)
+    tl.store(slot + x_channel, x_now, mask=p_mask)
     tl.store(slot + B_channel, B_now, mask=writer)
     tl.store(slot + C_channel, C_now, mask=writer)
 
@@ -84,9 +88,12 @@ def mamba2_step(
     norm_scale,
     compute_capability=None,
 ):
-    """`aim_jax.ops.mamba2_step` as one kernel, which updates caches in place.
+    """Run `aim_jax.ops.mamba2_step` as one kernel, which updates caches in place.
 
-    Args, results and errors are described there; `compute_capability` in the package.
+    See there for the other arguments, results and errors.
+
+    Args:
+      compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_mamba2_step(
         "mamba2_step",

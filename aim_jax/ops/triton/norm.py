@@ -1,4 +1,4 @@
-"""The seam between two mixers: gate, add, norm and modulation in one pass over the residual."""
+"""Gate, residual add, norm and modulation between two mixers, in one pass over the residual."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ def add_norm_modulate_kernel(
     GATE: tl.constexpr, GATE_OFFSET: tl.constexpr, parts: tl.constexpr, e: tl.constexpr,
     eps: tl.constexpr, mixer_eps: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A program is a row. `residual_in` is `residual`."""
+    """Run the operation; a program handles one row.
+
+    `residual_in` shares its buffer with `residual`.
+    """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     layer = tl.load(layer).to(tl.int64)
@@ -24,18 +27,18 @@ def add_norm_modulate_kernel(
     inside = i < d
 
     update = tl.load(hidden + row * d + i, mask=inside, other=0).to(tl.float32)
-    old = inside
+    has_stream = inside
     if GATE >= 0:
         source = layer + GATE_OFFSET
-        old = inside & (source >= 0)
+        has_stream = inside & (source >= 0)
         gate_row = modulation + ((source * rows + row) * m + GATE) * d
-        update *= tl.load(gate_row + i, mask=old, other=1).to(tl.float32)
+        update *= tl.load(gate_row + i, mask=has_stream, other=1).to(tl.float32)
         if parts > 0:
             part = tl.arange(0, BLOCK_PARTS)
             squares = tl.load(sum_squares + row * parts + part, mask=part < parts, other=0)
             rstd = tl.rsqrt(tl.sum(squares, axis=0) / e + mixer_eps)
             update *= tl.where(source >= 0, rstd, 1.0)
-    r = tl.load(residual + row * d + i, mask=old, other=0) + update
+    r = tl.load(residual + row * d + i, mask=has_stream, other=0) + update
     tl.store(residual + row * d + i, r, mask=inside)
 
     scale = tl.load(norm_scale + layer * d + i, mask=inside, other=0).to(tl.float32)
@@ -64,9 +67,12 @@ def add_norm_modulate(
     dtype=None,
     compute_capability=None,
 ):
-    """`aim_jax.ops.add_norm_modulate` as one kernel, which updates the residual in place.
+    """Run `aim_jax.ops.add_norm_modulate` as one kernel, which updates the residual in place.
 
-    Args, results and errors are described there; `compute_capability` in the package.
+    See there for the other arguments, results and errors.
+
+    Args:
+      compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_axes(
         "add_norm_modulate",
@@ -80,7 +86,8 @@ def add_norm_modulate(
     parts = sizes.get("s", 0)
     require(
         all(0 <= part < m for part in (shift, scale, 0 if gate is None else gate)),
-        f"add_norm_modulate: parts {shift}, {scale}, {gate} of a modulation of {m} parts",
+        f"add_norm_modulate: shift={shift}, scale={scale}, gate={gate}, "
+        f"but modulation has {m} parts",
     )
     require(
         not parts or (inner and gate is not None),
@@ -94,7 +101,7 @@ def add_norm_modulate(
     return launch(
         add_norm_modulate_kernel,
         hidden, residual, norm_scale, modulation,
-        sum_squares if parts else hidden,  # not read without parts
+        sum_squares if parts else hidden,  # a placeholder that is not read
         layer,
         outputs=[jax.ShapeDtypeStruct((b, d), dtype or hidden.dtype), residual],
         aliases=((1, 1),),

@@ -1,4 +1,4 @@
-"""Scans of whole sequences, so that a given prefix is read by one kernel per layer."""
+"""Scans of whole sequences, which read a prefix with one kernel per layer."""
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,21 @@ def ssd_prefill_kernel(
     GATE: tl.constexpr, SOFTPLUS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a head, a row). `state_in` is `state`.
+    """Run the scan; a program handles a block of channels of one head in one row.
 
-    The state is updated where it lies, a block of n at a time: it stays in the cache, and registers
-    suffice for any n.
+    `state_in` shares its buffer with `state`. The state is updated in place, a block of n at a
+    time, so that it stays in the GPU's cache and registers suffice for any n.
     """
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (h // g)
     q = tl.arange(0, BLOCK_L)
     i = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    here = i < p
+    p_mask = i < p
     causal = q[:, None] >= q[None, :]
     A = tl.load(A + head)
     D = tl.load(D + head)
     dt_bias = tl.load(dt_bias + head)
-    # From here on 32-bit offsets within a row suffice; they take half the registers.
+    # From here on, 32-bit offsets within a row suffice and take half the registers.
     x += (row * l * h + head) * p
     y += (row * l * h + head) * p
     z += (row * l * h + head) * p
@@ -43,16 +43,16 @@ def ssd_prefill_kernel(
 
     for start in range(0, l, BLOCK_L):
         t = start + q
-        real = t < l
-        dt_t = tl.load(dt + t * h, mask=real, other=0).to(tl.float32) + dt_bias
+        t_mask = t < l
+        dt_t = tl.load(dt + t * h, mask=t_mask, other=0).to(tl.float32) + dt_bias
         if SOFTPLUS:
             dt_t = softplus(dt_t)
-        dt_t = tl.where(real, dt_t, 0.0)  # neither decays the state nor adds to it
+        dt_t = tl.where(t_mask, dt_t, 0.0)  # neither decays the state nor adds to it
         a = tl.cumsum(dt_t * A, axis=0)
         total = tl.sum(dt_t * A, axis=0)
         channel = t[:, None] * (h * p) + i[None, :]
-        in_x = real[:, None] & here[None, :]
-        x_t = tl.load(x + channel, mask=in_x, other=0).to(tl.float32)
+        x_mask = t_mask[:, None] & p_mask[None, :]
+        x_t = tl.load(x + channel, mask=x_mask, other=0).to(tl.float32)
         now = dt_t[:, None] * x_t
         outgoing = tl.exp(total - a)[:, None] * now
 
@@ -61,25 +61,25 @@ def ssd_prefill_kernel(
         for first in range(0, n, BLOCK_N):
             j = first + tl.arange(0, BLOCK_N)
             vector = t[:, None] * (g * n) + j[None, :]
-            in_B = real[:, None] & (j < n)[None, :]
-            B_t = tl.load(B + vector, mask=in_B, other=0).to(tl.float32)
-            C_t = tl.load(C + vector, mask=in_B, other=0).to(tl.float32)
+            B_mask = t_mask[:, None] & (j < n)[None, :]
+            B_t = tl.load(B + vector, mask=B_mask, other=0).to(tl.float32)
+            C_t = tl.load(C + vector, mask=B_mask, other=0).to(tl.float32)
             tile = j[:, None] + i[None, :] * n
-            inside = (j < n)[:, None] & here[None, :]
-            S = tl.load(state + tile, mask=inside, other=0)
+            tile_mask = (j < n)[:, None] & p_mask[None, :]
+            S = tl.load(state + tile, mask=tile_mask, other=0)
             scores = tl.dot(C_t, tl.trans(B_t), scores, input_precision="tf32x3")
             carried = tl.dot(C_t, S, carried, input_precision="tf32x3")
             S = tl.exp(total) * S
             S = tl.dot(tl.trans(B_t), outgoing, S, input_precision="tf32x3")
-            tl.store(state + tile, S, mask=inside)
+            tl.store(state + tile, S, mask=tile_mask)
 
         decay = tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
         out = tl.dot(scores * decay, now, input_precision="tf32x3")
         out += tl.exp(a)[:, None] * carried + D * x_t
         if GATE:
-            out *= silu(tl.load(z + channel, mask=in_x, other=0).to(tl.float32))
-        tl.store(y + channel, out, mask=in_x)
-        # The next chunk may read an element of the state in another thread than wrote it.
+            out *= silu(tl.load(z + channel, mask=x_mask, other=0).to(tl.float32))
+        tl.store(y + channel, out, mask=x_mask)
+        # In the next chunk, a thread may read an element of the state that another thread wrote.
         tl.debug_barrier()
 
 
@@ -98,11 +98,11 @@ def ssd_prefill(
     chunk_size=32,
     compute_capability=None,
 ):
-    """`aim_jax.ops.ssd_scan` as one kernel: products within chunks, a state carried between them.
+    """Run `aim_jax.ops.ssd_scan` as one kernel: products in chunks, a state carried between them.
 
-    The chunks of a head follow each other in one program. Products run on tensor cores, every
-    float32 split into two TF32 numbers, and accumulate in float32. (Dao and Gu 2024, sec. 6;
-    equations in `ssd_scan`.)
+    One program processes the chunks of a head in order. Products run on tensor cores, with every
+    float32 split into two TF32 numbers, and accumulate in float32. (Dao and Gu 2024, section 6; see
+    `aim_jax.ops.ssd_scan` for the equations.)
 
     Args:
       x: inputs (b, l, h, p).
@@ -112,17 +112,18 @@ def ssd_prefill(
       D: optional skip weights (h,).
       z: optional gates, like x.
       dt_bias: optional bias of dt (h,).
-      dt_softplus: whether softplus is applied to dt.
-      initial_state: optional state before the first position (b, h, p, n); zeros when None. If it
-        is float32 it becomes the final state in place.
-      chunk_size: largest chunk length, rounded to a power of two from 16; above 32 registers spill.
-      compute_capability: see the package.
+      dt_softplus: apply softplus to dt.
+      initial_state: optional state before the first position (b, h, p, n); zeros when None. A
+        float32 state is overwritten with the final state in place.
+      chunk_size: largest chunk length, rounded to a power of two of at least 16; above 32 registers
+        spill.
+      compute_capability: see `aim_jax.ops.triton`.
 
     Returns:
       y like x, and the state after the last position (b, h, p, n) float32.
 
     Raises:
-      ValueError: the shapes do not fit together, or chunk_size is not positive.
+      ValueError: the shapes do not match, or chunk_size is not positive.
     """
     sizes = bind_ssd("ssd_prefill", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
@@ -136,7 +137,7 @@ def ssd_prefill(
         ssd_prefill_kernel,
         x, dt, A, B, C,
         zeros if D is None else D,
-        x if z is None else z,  # not read without a gate
+        x if z is None else z,  # a placeholder, not read without a gate
         zeros if dt_bias is None else dt_bias,
         initial_state,
         outputs=[x, initial_state],
@@ -157,34 +158,36 @@ def selective_scan_prefill_kernel(
     GATE: tl.constexpr, SOFTPLUS: tl.constexpr, START: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program is (a block of channels, a row); its state stays in registers."""
+    """Run the scan; a program handles a block of channels in one row, its state in registers."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = block * BLOCK_E + tl.arange(0, BLOCK_E)
     j = tl.arange(0, BLOCK_N)
-    here, there = i < e, j < n
-    inside = here[:, None] & there[None, :]
-    within = i[:, None] * n + j[None, :]
-    A = tl.load(A + within, mask=inside, other=0)
-    D = tl.load(D + i, mask=here, other=0)
-    dt_bias = tl.load(dt_bias + i, mask=here, other=0)
+    e_mask = i < e
+    n_mask = j < n
+    tile_mask = e_mask[:, None] & n_mask[None, :]
+    offset = i[:, None] * n + j[None, :]
+    A = tl.load(A + offset, mask=tile_mask, other=0)
+    D = tl.load(D + i, mask=e_mask, other=0)
+    dt_bias = tl.load(dt_bias + i, mask=e_mask, other=0)
     S = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
     if START:
-        S = tl.load(initial_state + row * e * n + within, mask=inside, other=0).to(tl.float32)
+        S = tl.load(initial_state + row * e * n + offset, mask=tile_mask, other=0).to(tl.float32)
 
     for t in range(l):
-        channel, vector = (row * l + t) * e + i, (row * l + t) * n + j
-        x_t = tl.load(x + channel, mask=here, other=0).to(tl.float32)
-        dt_t = tl.load(dt + channel, mask=here, other=0).to(tl.float32) + dt_bias
-        B_t = tl.load(B + vector, mask=there, other=0).to(tl.float32)
-        C_t = tl.load(C + vector, mask=there, other=0).to(tl.float32)
+        channel = (row * l + t) * e + i
+        vector = (row * l + t) * n + j
+        x_t = tl.load(x + channel, mask=e_mask, other=0).to(tl.float32)
+        dt_t = tl.load(dt + channel, mask=e_mask, other=0).to(tl.float32) + dt_bias
+        B_t = tl.load(B + vector, mask=n_mask, other=0).to(tl.float32)
+        C_t = tl.load(C + vector, mask=n_mask, other=0).to(tl.float32)
         if SOFTPLUS:
             dt_t = softplus(dt_t)
         S = tl.exp(dt_t[:, None] * A) * S + (dt_t * x_t)[:, None] * B_t[None, :]
         out = tl.sum(S * C_t[None, :], axis=1) + D * x_t
         if GATE:
-            out *= silu(tl.load(z + channel, mask=here, other=0).to(tl.float32))
-        tl.store(y + channel, out, mask=here)
-    tl.store(state + row * e * n + within, S, mask=inside)
+            out *= silu(tl.load(z + channel, mask=e_mask, other=0).to(tl.float32))
+        tl.store(y + channel, out, mask=e_mask)
+    tl.store(state + row * e * n + offset, S, mask=tile_mask)
 
 
 def selective_scan_prefill(
@@ -201,10 +204,11 @@ def selective_scan_prefill(
     initial_state=None,
     compute_capability=None,
 ):
-    """`aim_jax.ops.selective_scan` as one kernel: the recurrence itself, its state in registers.
+    """Run `aim_jax.ops.selective_scan` as one kernel: a recurrence with its state in registers.
 
-    Every program walks along the sequence with a block of channels, so no state but the last
-    reaches memory. (Gu and Dao 2023, alg. 2 and sec. 3.3; equations in `selective_scan`.)
+    Every program steps through the sequence with a block of channels, so only the final state is
+    written to memory. (Gu and Dao 2023, algorithm 2 and section 3.3; see
+    `aim_jax.ops.selective_scan` for the equations.)
 
     Args:
       x: inputs (b, l, e).
@@ -214,29 +218,30 @@ def selective_scan_prefill(
       D: optional skip weights (e,).
       z: optional gates, like x.
       dt_bias: optional bias of dt (e,).
-      dt_softplus: whether softplus is applied to dt.
+      dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, e, n); zeros when None.
-      compute_capability: see the package.
+      compute_capability: see `aim_jax.ops.triton`.
 
     Returns:
       y like x, and the state after the last position (b, e, n) float32.
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     sizes = bind_selective_scan(
         "selective_scan_prefill", x, dt, A, B, C, D, z, dt_bias, initial_state
     )
     b, l, e, n = (sizes[axis] for axis in "blen")
     zeros = jnp.zeros(e, jnp.float32)
-    block, block_n = min(split_channels(e, b, smallest=32), 128), triton.next_power_of_2(n)
+    block = min(split_channels(e, b, smallest=32), 128)
+    block_n = triton.next_power_of_2(n)
     return launch(
         selective_scan_prefill_kernel,
         x, dt, A, B, C,
         zeros if D is None else D,
-        x if z is None else z,  # not read without a gate
+        x if z is None else z,  # a placeholder, not read without a gate
         zeros if dt_bias is None else dt_bias,
-        x if initial_state is None else initial_state,  # not read without a start
+        x if initial_state is None else initial_state,  # a placeholder, not read without a state
         outputs=[x, jax.ShapeDtypeStruct((b, e, n), jnp.float32)],
         grid=(triton.cdiv(e, block), b),
         num_warps=warps_for(block * block_n),

@@ -1,4 +1,4 @@
-"""One token per image from the logits: guidance, temperature, filters and draw in one kernel."""
+"""Sampling of one token per image: guidance, temperature, filters and choice in one kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,25 @@ from aim_jax.ops.triton.launch import launch, warps_for
 
 @triton.jit
 def flip(bits):
-    """Maps the bits of floats to integers of the same order, and back: it is its own inverse."""
+    """Map the bits of floats to integers in the same order; the function is its own inverse."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def key_of(x):
+    """Map floats to integer keys in the same order."""
     return flip(x.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def float_of(key):
+    """Map keys of `key_of` back to floats."""
     return flip(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def between(low, high):
-    """The mean of two integers, rounded down, without overflow."""
+    """Compute the mean of two integers, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)
 
 
@@ -36,7 +38,7 @@ def sample_kernel(
     logits, uniform, cfg_scale, temperature, top_k, top_p, min_p, token,
     v: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """A program is an image."""
+    """Sample a token; a program handles one image."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < v
@@ -49,8 +51,8 @@ def sample_kernel(
     x = tl.where(inside, x, float("-inf"))
     largest = tl.max(x, axis=0)
 
-    # Top-k: the largest threshold that k logits reach, found in the order of floats, where 32
-    # halvings find any float exactly. Invariant: k logits reach `low`, fewer reach `high`.
+    # Top-k: the largest threshold that at least k logits reach. 32 bisections of the integer keys
+    # find any float exactly. Invariant: at least k logits reach `low`, fewer reach `high`.
     k = tl.load(top_k + row)
     k = tl.where(k < 1, v, k)
     low = key_of(tl.min(tl.where(inside, x, float("inf")), axis=0))
@@ -62,8 +64,9 @@ def sample_kernel(
         high = tl.where(reached, high, middle)
     threshold = float_of(low)
 
-    # Top-p: the smallest threshold at and below which more than 1 - p of the remaining probability
-    # lies. Invariant: that holds at `high` (or it is the largest logit) and not at `low`.
+    # Top-p: the smallest threshold such that logits up to and including it hold more than 1 - p of
+    # the remaining probability. Invariant: this is true of `high` (or `high` is the largest logit)
+    # and false of `low`.
     p = tl.load(top_p + row)
     weight = tl.where(x >= threshold, tl.exp(x - largest), 0.0)
     excess = (1 - p) * tl.sum(weight, axis=0)
@@ -74,13 +77,14 @@ def sample_kernel(
         low = tl.where(reached, low, middle)
         high = tl.where(reached, middle, high)
     threshold = tl.where(p < 1, float_of(high), threshold)
-    # Min-p: the largest logit stays, so the weight of the most likely token is 1.
+    # Min-p: the filters keep the largest logit, so the weight of the most likely token is 1.
     weight = tl.where((x >= threshold) & (weight >= tl.load(min_p + row)), weight, 0.0)
 
-    # The draw: the first token up to which the weights sum to more than the target. All such sums
-    # run over the whole row in one order, with later weights as zeros; so they never fall as the
-    # token grows, and a token of weight zero leaves them as they are and is not found. Invariant:
-    # the sum up to `high` is above the target, the one up to `low` is not.
+    # Choose the first token whose running sum of weights exceeds the target. Every running sum is
+    # taken over the whole row in the same order, with later weights set to zero. The sums therefore
+    # never decrease with the token, and a token of weight zero is never chosen, because it does not
+    # change the sum. Invariant: the sum up to `high` exceeds the target, the sum up to `low` does
+    # not.
     total = tl.sum(weight, axis=0)
     target = tl.minimum(tl.load(uniform + row) * total, float_of(key_of(total) - 1))
     low, high = -1, v - 1
@@ -95,32 +99,34 @@ def sample_kernel(
 def sample(
     logits, uniform, cfg_scale, temperature, top_k, top_p, min_p, *, compute_capability=None
 ):
-    """Draws one token per image, as `aim_jax.sampling.logits.sample` does.
+    """Sample one token per image, like `aim_jax.sampling.logits.sample`.
 
         x     = uncond + (cond - uncond) cfg_scale
         x     = filter_logits(x / temperature, top_k, top_p, min_p)
         token = the first i with sum_{j <= i} exp(x_j) > uniform sum_j exp(x_j)
 
-    Neither the filters need a sort nor the draw a running sum: thresholds and token are found by
+    The kernel needs neither a sort nor a cumulative sum: it finds thresholds and token by
     bisection, with the row in registers. Ties at a threshold are kept. A token whose probability
-    tail equals 1 - p to float32 rounding may fall on either side of it, as it may in any order of
-    summation, and so may the token where the running sum equals the target. A token that the
-    filters remove is never drawn.
+    tail equals 1 - p to float32 rounding may fall on either side, as with any order of summation,
+    and so may the token where the running sum equals the target. A token that the filters remove is
+    never sampled.
 
     Args:
       logits: (2 b, v), all conditional rows before all null-class rows, or (b, v) without guidance.
-      uniform: (b,) float32, uniform in [0, 1): the randomness of this token of every image. It is
-        an argument so that its maker sees to it that an image's randomness is a function of its
-        seed, index and position alone.
-      cfg_scale, temperature, top_k, top_p, min_p: () or (b,). top_k: int, 0 keeps all. top_p: in
-        (0, 1], 1 keeps all. min_p: in [0, 1], 0 keeps all.
-      compute_capability: see the package.
+      uniform: (b,) float32, uniform in [0, 1): the randomness of this token of every image. The
+        caller derives it from the image's seed and index and the position only.
+      cfg_scale: () or (b,), guidance scale.
+      temperature: () or (b,).
+      top_k: int () or (b,); 0 keeps all tokens.
+      top_p: () or (b,), in (0, 1]; 1 keeps all tokens.
+      min_p: () or (b,), in [0, 1]; 0 keeps all tokens.
+      compute_capability: see `aim_jax.ops.triton`.
 
     Returns:
-      int32 (b,).
+      Tokens, int32 (b,).
 
     Raises:
-      ValueError: the shapes do not fit together.
+      ValueError: the shapes do not match.
     """
     sizes = bind_axes("sample", uniform=(uniform, "b"), logits=(logits, "rv"))
     b, r, v = (sizes[axis] for axis in "brv")
