@@ -3,7 +3,7 @@
 Needs the tokenizer of the recipe folder_vq, in runs/vq or --config.tokenizer. Model size and steps
 are chosen from the content of the folder, and printed.
 
-aim-jax train --config folder:pictures --workdir runs/aim
+aim-jax train --config folder:images --workdir runs/aim
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 Image size, channels, codebook size and steps are chosen from the content of the folder, and
 printed. Every field can be overridden, as in other recipes.
 
-aim-jax train_vq --config folder_vq:pictures --workdir runs/vq
+aim-jax train_vq --config folder_vq:images --workdir runs/vq
 """
 
 from ml_collections import ConfigDict

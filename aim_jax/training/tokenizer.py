@@ -99,9 +99,9 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
     adversary = None
     if recipe.losses.adversarial:
         images = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
-        params_d = recipe.discriminator.init(jax.random.fold_in(key, 2), images)["params"]
-        params_d = name_axes(params_d, parts)
-        adversary = Discriminator(params_d, recipe.optimizer.init(params_d))
+        adversary_params = recipe.discriminator.init(jax.random.fold_in(key, 2), images)["params"]
+        adversary_params = name_axes(adversary_params, parts)
+        adversary = Discriminator(adversary_params, recipe.optimizer.init(adversary_params))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
