@@ -380,7 +380,7 @@ def _give_back_freed_memory() -> None:
 def _large_alone(leaves: dict) -> Iterator[dict]:
     """Yield groups of arrays to restore together: large ones alone, largest first, then the rest.
 
-    An array needs its size a second time while it is unpacked, so large ones must not share a group.
+    An array needs its size a second time while it is unpacked, so large ones do not share a group.
     """
     large = {k: x for k, x in leaves.items() if x.size * x.dtype.itemsize > LARGE_BYTES}
     for key in sorted(large, key=lambda key: -large[key].size):

@@ -202,7 +202,7 @@ def _shape_reader(what: str, shapes: Mapping, prefix: str) -> Callable[[str, int
 
 
 def _count(shapes: Mapping, pattern: str) -> int:
-    """Count the different numbers that the pattern matches in the keys, which must be 0, 1, 2, ..."""
+    """Count the distinct numbers that the pattern matches in the keys; they must be 0, 1, 2, ..."""
     numbers = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
     if numbers != set(range(len(numbers))):
         raise ValueError(

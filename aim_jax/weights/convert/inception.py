@@ -47,7 +47,7 @@ PARTS = {
 
 
 def load_inception(path: str | os.PathLike) -> dict:
-    """Load the parameters of `aim_jax.models.inception.Inception` from any file of the 2015 network.
+    """Load parameters of `aim_jax.models.inception.Inception` from any file of the 2015 network.
 
     Args:
       path: A file as described by `EXPECTED`. The last layer may be missing, which rules out the
