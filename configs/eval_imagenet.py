@@ -3,7 +3,7 @@ r"""Evaluation as published for ImageNet at 256 pixels (arXiv 2408.12245, table 
 aim-jax evaluate --config eval_imagenet --checkpoint models/aim_b \
     --reference VIRTUAL_imagenet256_labeled.npz --inception FILE
 
-The reference is that of the ADM evaluator: the statistics of the complete training set, and 10,000
+The reference comes from the ADM evaluator: the statistics of the complete training set, and 10,000
 images. Published FID: 3.52 (B), 2.83 (L), 2.56 (XL), 2.21 (1B). aim-jax sweep searches for the
 guidance that suits a model.
 """

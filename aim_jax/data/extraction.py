@@ -333,7 +333,8 @@ def extract_codes(
     done = 0
     encoded = _encode(encode_fn, source, views, batch_size, pieces, workers)
     for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
-        codes, labels = [], []
+        codes = []
+        labels = []
         for _, some_codes, some_labels in group:
             codes.append(some_codes)
             labels.append(some_labels)

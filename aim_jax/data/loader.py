@@ -243,7 +243,7 @@ def index_batches(
 ) -> Prefetched:
     """Return an iterator over `gather(indices, seeds)` for batches of indices into example sets.
 
-    Order, parts and end are those of `image_batches`. In training, several sets are each shuffled
+    Order, parts and end are as in `image_batches`. In training, several sets are each shuffled
     and repeated separately, and mixed in fixed proportions.
 
     Args:

@@ -319,7 +319,8 @@ def token_batches(
         labels = np.empty(len(indices), np.int32)
         owners = np.searchsorted(starts, indices, side="right") - 1
         for owner in np.unique(owners):
-            here, cache = np.flatnonzero(owners == owner), caches[owner]
+            here = np.flatnonzero(owners == owner)
+            cache = caches[owner]
             views = np.zeros(len(here), int) if seeds is None else seeds[here] % len(cache.views)
             codes[here], labels[here] = cache.take(indices[here] - starts[owner], views)
         return {"codes": codes, "labels": labels}

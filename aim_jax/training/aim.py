@@ -104,7 +104,8 @@ def eval_step(
     """Return the `EvalMetrics` of the real examples of a padded batch."""
 
     def measure(part):
-        codes, labels = part["codes"], part["labels"]
+        codes = part["codes"]
+        labels = part["labels"]
         nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
         return EvalMetrics.single_from_model_output(
             val_loss=nats.mean(axis=-1), mask=part["weights"]
@@ -164,7 +165,8 @@ class Setup:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             self._state, self._shardings,
         )  # fmt: skip
-        codes, sharding = self._batch, batch_sharding(self.mesh)
+        codes = self._batch
+        sharding = batch_sharding(self.mesh)
         labels = jax.ShapeDtypeStruct(codes.shape[:1], jnp.int32, sharding=sharding)
         return state, {"codes": codes.update(sharding=sharding), "labels": labels}
 
@@ -185,7 +187,9 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     loop.check_reports(config)
     settings = SamplingConfig(**{name: config.sample[name] for name in SETTINGS})
     setup = Setup(config)
-    mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
+    mesh = setup.mesh
+    model_config = setup.model
+    share = batch_share(mesh)
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
     data = open_codes(config, tokenizer, share)

@@ -228,7 +228,8 @@ def _checksums(path: Path) -> dict[str, list[int]]:
         size = crc = 0
         with file.open("rb") as opened:
             while data := opened.read(CHUNK_BYTES):
-                size, crc = size + len(data), zlib.crc32(data, crc)
+                size += len(data)
+                crc = zlib.crc32(data, crc)
         sums[str(file.relative_to(path))] = [size, crc]
     return sums
 
@@ -259,7 +260,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
-        before, after = flatten(old), flatten(new)
+        before = flatten(old)
+        after = flatten(new)
         changed = {
             key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
             for key in sorted(before.keys() | after.keys())

@@ -151,7 +151,9 @@ class StepLog:
         }
         if self._mfu:
             speed["mfu"] = steps_per_second * self._mfu
-        self._step, self._time, self._waited = step, now, 0.0
+        self._step = step
+        self._time = now
+        self._waited = 0.0
         scalars = means | speed
         self._writer.write(step, scalars)
         skipped = means.pop("skipped", 0.0)
@@ -203,7 +205,8 @@ class Profiler:
                     f"config.profile={steps!r}: expected FIRST:LAST, two step numbers from 1 on, "
                     "such as 10:15."
                 )
-            self._first, self._last = int(match[1]), int(match[2])
+            self._first = int(match[1])
+            self._last = int(match[2])
 
     def before(self, step: int, metrics: dict | None) -> None:
         """Start the trace if this is its first step.

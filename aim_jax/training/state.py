@@ -54,15 +54,15 @@ class TrainState:
     def with_params(self, params: Any) -> "TrainState":
         """Return the state with new parameters, given as host arrays, and their averages reset."""
 
-        def place(old: jax.Array, new: np.ndarray) -> jax.Array:
+        def to_device(old: jax.Array, new: np.ndarray) -> jax.Array:
             new = np.asarray(new, old.dtype)  # every process has the complete array
             return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
 
-        # `place` reads by index, so a larger array would be cropped silently.
+        # `to_device` reads by index, so a larger array would be cropped silently.
         chex.assert_trees_all_equal_shapes(self.params, params)
-        placed = jax.tree.map(place, self.params, params)
-        ema = None if self.ema is None else jax.tree.map(place, self.ema, params)
-        return self.replace(params=placed, ema=ema)
+        device_params = jax.tree.map(to_device, self.params, params)
+        ema = None if self.ema is None else jax.tree.map(to_device, self.ema, params)
+        return self.replace(params=device_params, ema=ema)
 
     def step_key(self) -> jax.Array:
         """Return the random key of the next step."""

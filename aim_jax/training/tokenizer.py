@@ -287,7 +287,9 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     loop.check_reports(config)
     setup = Setup(config)
     spec = image_spec(config.data)
-    mesh, recipe, share = setup.mesh, setup.recipe, batch_share(setup.mesh)
+    mesh = setup.mesh
+    recipe = setup.recipe
+    share = batch_share(mesh)
     sources = {
         split: open_images(config.data.name, split, config.data.dir or None)
         for split in ("train", "validation")

@@ -1,4 +1,4 @@
-"""Trained models: self-describing directories on disk, and what they hold in memory.
+"""Trained models: self-describing directories on disk, and their contents in memory.
 
 A model directory holds `model.json` (configurations, class names, sampling defaults, provenance)
 and the parameters of one or both parts as `aim/` and `vq/`, written by Orbax.

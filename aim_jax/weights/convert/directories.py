@@ -125,7 +125,8 @@ def _config(
     # Refuse impossible sizes before anything is built from them.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     for field in dataclasses.fields(shape):
-        value, kind = getattr(shape, field.name), type(field.default)
+        value = getattr(shape, field.name)
+        kind = type(field.default)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
         if isinstance(value, int) and value > size:
@@ -396,7 +397,7 @@ def _cast(tensors: Iterable, shapes: Mapping, prefix: str) -> Iterator[tuple[str
 
 def _read_history(directory: Path) -> np.ndarray:
     """Return the official buffer of codebook usage: the converted one, or an unused one."""
-    kept = directory / LEFTOVERS
-    if kept.is_file():
-        return np.asarray(files.open_weights(kept).tensors[rules.USAGE_HISTORY])
+    buffers = directory / LEFTOVERS
+    if buffers.is_file():
+        return np.asarray(files.open_weights(buffers).tensors[rules.USAGE_HISTORY])
     return np.zeros(HISTORY_LENGTH, np.float32)

@@ -29,7 +29,8 @@ from safetensors.numpy import save_file
 from aim_jax.utils.files import replacing
 from aim_jax.weights.pretrained import flatten
 
-SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
 CONFIG = "config.json"
 # File names that a directory may hold, in order of preference.
 HUB_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")

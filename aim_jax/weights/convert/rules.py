@@ -21,7 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 
-AIM_PREFIX, VQ_PREFIX = "mamba.", "vqvae."
+AIM_PREFIX = "mamba."
+VQ_PREFIX = "vqvae."
 TOKEN_EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"
 TIED_HEAD = "mamba.lm_head.weight"
 USAGE_HISTORY = "vqvae.quantize.codebook_used"
