@@ -1,4 +1,4 @@
-"""Recipes, one file per experiment, beside their defaults.
+"""Recipes, one file per experiment, and their defaults.
 
-`--config NAME` takes the name of a file here that has a `get_config`.
+`--config NAME` takes the name of a file in this package that defines `get_config`.
 """

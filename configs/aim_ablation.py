@@ -1,12 +1,12 @@
-"""The ablations of AiM-L (arXiv 2408.12245, section 4.3), one variant each, given after a colon.
+"""Ablations of AiM-L (arXiv 2408.12245, section 4.3); the variant is named after a colon.
 
 no_position  without position embeddings    adaln_layer   adaLN on every layer ("adaLN-full")
 adaln_single one map for all layers         groups_2, groups_4, groups_8   adaLN-Group; 4 is AiM-L
-mamba1       Mamba-1 mixers, state of 16    ema           averaged parameters, decay 0.9999
+mamba1       Mamba-1 mixers, d_state 16     ema           averaged parameters, decay 0.9999
 
 The paper's FID with guidance (tables 3 and 4): adaLN-single 2.95, adaLN 2.89, adaLN-Group 2.83. Its
-3.41 and 3.34, without and with positions, are of models without adaLN, which are not here:
-no_position has adaLN-Group and no published figure.
+3.41 and 3.34, without and with positions, belong to models without adaLN, which this package does
+not have: no_position has adaLN-Group and no published figure.
 
 aim-jax train --config aim_ablation:groups_8 --workdir runs/groups_8
 """
@@ -22,15 +22,16 @@ MODEL = {
     "groups_2": {"num_groups": 2},
     "groups_4": {"num_groups": 4},
     "groups_8": {"num_groups": 8},
-    # The exact scan of Mamba-1 keeps a state per channel: short chunks bound its memory.
+    # The exact scan of Mamba-1 keeps a state per channel; short chunks limit its memory.
     "mamba1": {"mixer": "mamba1", "d_state": 16, "chunk_size": 32},
     "ema": {},
 }
 
 
 def get_config(variant: str = "groups_4") -> ConfigDict:
+    """Return the configuration of one variant."""
     if variant not in MODEL:
-        raise ValueError(f"variant {variant!r}; expected one of {', '.join(MODEL)}.")
+        raise ValueError(f"unknown variant {variant!r}; expected one of {', '.join(MODEL)}.")
     config = imagenet_recipe("L", epochs=300)
     config.model.update(MODEL[variant])
     if variant == "ema":

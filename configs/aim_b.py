@@ -1,12 +1,13 @@
 """AiM-B (148M parameters) on ImageNet 256x256 (arXiv 2408.12245, table 2: FID 3.52, IS 250.1).
 
 300 epochs of global batch 2048, 384 million images; learning rate 1e-4 per 256 images, linear
-decay, bfloat16. Modelled time (the page Training at scale): 22 hours on a v5e-16 (352 chip hours).
+decay, bfloat16. Modelled time (documentation page Training at scale): 22 hours on a v5e-16 (352
+chip hours).
 
 aim-jax train --config aim_b --workdir runs/aim_b --config.accumulate=4
 
-accumulate=4 fits there, and is what that time is modelled with; aim-jax compile
---search finds one that fits other machines.
+The time is modelled with accumulate=4, which fits a v5e-16. For other machines,
+aim-jax compile --search finds a value that fits.
 """
 
 from ml_collections import ConfigDict
@@ -15,4 +16,5 @@ from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     return imagenet_recipe("B", epochs=300)

@@ -1,6 +1,6 @@
-"""Fine-tunes converted AiM-B weights on your pictures: class folders, encoded beforehand.
+r"""Fine-tuning of converted AiM-B weights on your images: class folders, encoded in advance.
 
-A tenth of the learning rate for 20 epochs of 50,000 pictures, averaged parameters, and the
+20 epochs of 50,000 images at a tenth of the learning rate, with averaged parameters and the
 positions that the weights were trained with. Another number of classes gets a new class table.
 
 aim-jax train --config aim_finetune --workdir runs/mine \
@@ -14,6 +14,7 @@ from aim_jax.configs.defaults import imagenet_recipe
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     config = imagenet_recipe("B", epochs=300)
     config.init = config.tokenizer = "models/aim_b"
     config.codes = "codes/mine"

@@ -1,4 +1,4 @@
-"""AiM small on CIFAR-10: 64 tokens, 10 classes.
+"""Small AiM on CIFAR-10: 64 tokens, 10 classes.
 
 aim-jax train --config cifar10 --workdir runs/cifar10
 """
@@ -9,6 +9,7 @@ from aim_jax.configs.defaults import aim_defaults
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     config = aim_defaults()
     config.tokenizer = "runs/cifar10_vq_full"
     config.codes = "codes/cifar10"

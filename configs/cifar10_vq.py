@@ -1,9 +1,9 @@
-"""Tokenizer f4 for CIFAR-10: 32x32 colour, 64 tokens of 1024 codes.
+r"""Tokenizer f4 for CIFAR-10: 32x32 colour images, 64 tokens, 1024 codebook entries.
 
 aim-jax train_vq --config cifar10_vq --workdir runs/cifar10_vq
 
-After a colon, which part: whole (the default), with the squared error alone; or full, which goes on
-from there with LPIPS and a discriminator:
+The part is named after a colon: whole (the default) trains with the squared error alone; full
+continues from its weights with LPIPS and a discriminator:
 
 aim-jax train_vq --config cifar10_vq:full --workdir runs/cifar10_vq_full \
   --config.lpips=lpips.safetensors
@@ -17,8 +17,9 @@ PARTS = ("whole", "full")
 
 
 def get_config(part: str = "whole") -> ConfigDict:
+    """Return the configuration of one part."""
     if part not in PARTS:
-        raise ValueError(f"part {part!r}; expected one of {', '.join(PARTS)}.")
+        raise ValueError(f"unknown part {part!r}; expected one of {', '.join(PARTS)}.")
     full = part == "full"
     config = vq_defaults()
     config.batch_size = 32
@@ -42,5 +43,5 @@ def get_config(part: str = "whole") -> ConfigDict:
         config.init = "runs/cifar10_vq"
         config.loss.perceptual = 1.0
         config.loss.adversarial = 0.5
-        config.discriminator.depth = 2  # at depth 3 a patch is larger than the picture
+        config.discriminator.depth = 2  # at depth 3 a patch is larger than the image
     return config

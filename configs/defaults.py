@@ -1,4 +1,4 @@
-"""Defaults of training and evaluation. Files in `configs/` start from these and change little.
+"""Defaults of training and evaluation, which the recipes in `configs/` start from.
 
 A configuration describes a run; modules never see it. Every field can be overridden on the command
 line: `--config.optimizer.lr=3e-4`.
@@ -22,13 +22,13 @@ def _common() -> ConfigDict:
     config.eval_every = 1000
     config.sample_every = 1000
     config.save_every = 1000
-    config.export_every = 0  # steps between exports of the model directory; 0: at the end only
-    config.keep = 2  # newest checkpoints kept
+    config.export_every = 0  # steps between exports of the model directory; 0: only at the end
+    config.keep = 2  # number of newest checkpoints to keep
     config.profile = ""  # "FIRST:LAST" steps to trace into workdir/profile
     config.ema_decay = 0.0  # 0: no averaged copy of the parameters
     config.accumulate = 1  # micro-batches per step
     config.init = ""  # model directory or bundled model whose weights training starts from
-    config.export_dtype = "float32"  # storage type of the exported model directory
+    config.export_dtype = "float32"  # storage dtype of the exported model directory
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
@@ -40,34 +40,34 @@ def _common() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0  # 0: no clipping
     config.optimizer.spike_factor = 0.0  # skip gradients this many times the usual norm; 0: off
-    config.optimizer.skip_limit = 10  # skipped steps in a row that end the run
+    config.optimizer.skip_limit = 10  # number of consecutive skipped steps that ends the run
 
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # see aim_jax.data.open_images
-    config.data.dir = ""  # a directory with the pictures; "": tensorflow-datasets' default
+    config.data.dir = ""  # directory of the images; "": the default of tensorflow-datasets
     config.data.image_size = 256
     config.data.channels = 3
     config.data.fit = "resize"  # or "pad"
-    config.data.resize_size = 0  # shorter side before the crop; 0: as the pipeline defaults
+    config.data.resize_size = 0  # shorter side before the crop; 0: default of the pipeline
     config.data.random_crop = False
     config.data.random_flip = False
-    config.data.workers = 0  # processes that decode pictures; 0 uses threads
+    config.data.workers = 0  # processes that decode images; 0 uses threads
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices along the batch; -1: all that are left
+    config.mesh.data = -1  # devices along the batch; -1: all remaining devices
     config.mesh.model = 1  # devices along heads, inner channels and vocabulary
-    config.mesh.slices = 1  # slices of a TPU pod, or other groups of devices, along the batch too
+    config.mesh.slices = 1  # slices of a TPU pod, or other device groups, also along the batch
     config.mesh.fsdp = False  # shard the embed axis of parameters over "data" as well
     return config
 
 
 def aim_defaults() -> ConfigDict:
-    """Training of AiM on codes."""
+    """Return the defaults of training AiM on tokens."""
     config = _common()
     config.stage = "aim"
     config.tokenizer = ""  # model directory of the tokenizer, or the name of a bundled model
     # Directory with train/ and validation/ token caches, or several to mix: "codes/a,codes/b:0.5"
-    # draws pictures of b half as often as those of a. "": encode pictures on the way.
+    # samples images of b half as often as those of a. "": encode images on the fly.
     config.codes = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
@@ -75,7 +75,7 @@ def aim_defaults() -> ConfigDict:
 
 
 def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
-    """The paper's training on ImageNet at 256 pixels (arXiv 2408.12245, section 4.1).
+    """Return the paper's training recipe for ImageNet at 256 pixels (arXiv 2408.12245, 4.1).
 
     AdamW with betas 0.9 and 0.95 and weight decay 0.05, learning rate 1e-4 per 256 images of a
     global batch of 2048, linear decay without warm-up, class dropout 0.1, bfloat16, no averaged
@@ -83,7 +83,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 
     Args:
       size: "B", "L", "XL" or "1B".
-      epochs: over the 1,281,167 training images.
+      epochs: Passes over the 1,281,167 training images.
     """
     from aim_jax.models import PRESETS
 
@@ -97,7 +97,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
     config.optimizer.lr = 1e-4 * config.batch_size / 256
     config.mesh.fsdp = True
     config.model.update(dataclasses.asdict(PRESETS[size]))
-    # How it is computed; benchmarks/footprints.py compares the choices.
+    # Choices of computation only; benchmarks/footprints.py compares them.
     config.model.compute_dtype = "bfloat16"
     config.model.chunk_size = 256
     config.model.remat = "dots"
@@ -105,7 +105,7 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
 
 
 def vq_defaults() -> ConfigDict:
-    """Training of the VQ tokenizer on pictures, with the pixels' squared error alone."""
+    """Return the defaults of training the VQ tokenizer on images, with the squared error alone."""
     from aim_jax.models.config import VQConfig
     from aim_jax.training.losses import LossConfig
 
@@ -118,39 +118,40 @@ def vq_defaults() -> ConfigDict:
     config.loss = ConfigDict(dataclasses.asdict(LossConfig()))
     config.discriminator = ConfigDict({"ch": 64, "depth": 3})  # fields of PatchGAN
     config.lpips = ""  # weights of the perceptual loss; "": the file that AIM_JAX_LPIPS names
-    config.restart_codes = 0  # steps between new beginnings of codes out of use; 0: never
-    config.decoder_only = False  # keeps config.init's encoder and codebook, and so its codes
-    # Weights of the network of FID, for rFID at every evaluation; "": none.
+    config.restart_codes = 0  # steps between resets of dead codes; 0: never
+    config.decoder_only = False  # keep config.init's encoder and codebook, and so its tokens
+    # Weights of the Inception network, for rFID at every evaluation; "": none.
     config.inception = ""
     config.sample = ConfigDict({"images": 16})
     return config
 
 
 def eval_defaults() -> ConfigDict:
-    """Evaluation of a model. Sampling settings that are not given are the model's own."""
+    """Return the defaults of evaluation; unset sampling settings are those of the model."""
     config = ConfigDict()
     config.stage = "eval"
     config.num_samples = 10_000
-    config.batch_size = 64  # of each process
+    config.batch_size = 64  # per process
     config.seed = 0
-    config.neighbour_images = 10_000  # of either set, for precision, recall, KID and neighbours
+    config.neighbour_images = 10_000  # per set, for precision, recall, KID and neighbours
     config.sample = ConfigDict()
     for name, setting in SETTINGS.items():
         config.sample[name] = placeholder(setting.kind)
     config.sample.cfg_schedule = "constant"
-    # How the pictures of a reference are fitted where the model does not say.
+    # Preprocessing of the reference images where the model does not define it.
     config.data = _common().data
     config.data.image_size = 0
-    for name in ("name", "workers", "random_crop", "random_flip"):  # of training alone
+    for name in ("name", "workers", "random_crop", "random_flip"):  # used in training only
         del config.data[name]
     return config
 
 
 def llamagen_recipe() -> ConfigDict:
-    """The training of LlamaGen's tokenizers on ImageNet at 256 pixels (arXiv 2406.06525, 2.1).
+    """Return LlamaGen's training recipe of tokenizers on ImageNet at 256 pixels.
 
-    40 epochs of batch 128 are 400k steps: squared error and LPIPS, from step 20,000 on also a
-    discriminator. Needs the weights of LPIPS (config.lpips).
+    The source is arXiv 2406.06525, section 2.1. 400k steps of batch 128 are 40 epochs. The losses
+    are squared error and LPIPS and, from step 20,000 on, a discriminator. Needs the weights of
+    LPIPS (config.lpips).
     """
     config = vq_defaults()
     config.steps = 400_000

@@ -1,6 +1,6 @@
-"""Evaluation with 10,000 images: enough to compare models on one machine, biased against 50,000.
+r"""Evaluation with 10,000 images, to compare models on one machine; biased against 50,000.
 
-aim-jax evaluate --config eval --checkpoint cifar10 \\
+aim-jax evaluate --config eval --checkpoint cifar10 \
     --reference cifar10:train --inception FILE
 """
 
@@ -10,4 +10,5 @@ from aim_jax.configs.defaults import eval_defaults
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     return eval_defaults()

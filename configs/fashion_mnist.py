@@ -1,4 +1,4 @@
-"""AiM small on Fashion-MNIST: 64 tokens, 10 classes.
+"""Small AiM on Fashion-MNIST: 64 tokens, 10 classes.
 
 aim-jax train --config fashion_mnist --workdir runs/fashion_mnist
 """
@@ -9,6 +9,7 @@ from aim_jax.configs.defaults import aim_defaults
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     config = aim_defaults()
     config.tokenizer = "runs/fashion_mnist_vq"
     config.codes = "codes/fashion_mnist"

@@ -1,4 +1,4 @@
-"""Tokenizer f4 for Fashion-MNIST: 28x28 grey, padded to 32x32, 64 tokens of 512 codes.
+"""Tokenizer f4 for Fashion-MNIST: grey 28x28 images padded to 32x32, 64 tokens, 512 entries.
 
 aim-jax train_vq --config fashion_mnist_vq --workdir runs/fashion_mnist_vq
 """
@@ -9,6 +9,7 @@ from aim_jax.configs.defaults import vq_defaults
 
 
 def get_config() -> ConfigDict:
+    """Return the configuration."""
     config = vq_defaults()
     config.batch_size = 32
     config.steps = 1000

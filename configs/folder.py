@@ -1,9 +1,9 @@
-"""AiM on your pictures, whose folder of class folders is named after a colon.
+"""AiM on your images, in a folder of class folders that is named after a colon.
 
-Needs the tokenizer of the recipe folder_vq, in runs/vq or --config.tokenizer. Size and steps are
-chosen from what is in the folder, and printed.
+Needs the tokenizer of the recipe folder_vq, in runs/vq or --config.tokenizer. Model size and steps
+are chosen from the content of the folder, and printed.
 
-aim-jax train --config folder:pictures --workdir runs/aim
+aim-jax train --config folder:images --workdir runs/aim
 """
 
 from ml_collections import ConfigDict
@@ -12,4 +12,5 @@ from aim_jax.configs.from_folder import aim_config
 
 
 def get_config(directory: str = "") -> ConfigDict:
+    """Return the configuration for a folder of class folders."""
     return aim_config(directory)

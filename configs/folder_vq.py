@@ -1,9 +1,9 @@
-"""A tokenizer for your pictures, whose folder of class folders is named after a colon.
+"""Tokenizer for your images, in a folder of class folders that is named after a colon.
 
-Size, channels, codes and steps are chosen from what is in it, and printed; every field can be
-overridden as always.
+Image size, channels, codebook size and steps are chosen from the content of the folder, and
+printed. Every field can be overridden, as in other recipes.
 
-aim-jax train_vq --config folder_vq:pictures --workdir runs/vq
+aim-jax train_vq --config folder_vq:images --workdir runs/vq
 """
 
 from ml_collections import ConfigDict
@@ -12,4 +12,5 @@ from aim_jax.configs.from_folder import vq_config
 
 
 def get_config(directory: str = "") -> ConfigDict:
+    """Return the configuration for a folder of class folders."""
     return vq_config(directory)

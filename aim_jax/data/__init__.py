@@ -1,4 +1,4 @@
-"""Pictures, token caches and resumable batches of both."""
+"""Image datasets, token caches, and resumable batches of both."""
 
 from aim_jax.data.datasets import open_images
 from aim_jax.data.extraction import (

@@ -1,4 +1,4 @@
-"""Data sets by name: plain files, class folders and TensorFlow Datasets."""
+"""Datasets by name: plain files, class folders and TensorFlow Datasets."""
 
 import functools
 import gzip
@@ -29,7 +29,7 @@ from aim_jax.data.sources import (
 SPLITS = ("train", "validation", "test")
 KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
 
-# Held-out share of "train": for data sets that ship no validation split, and for class folders.
+# Held-out shares of "train": for datasets that ship no validation split, and for class folders.
 TAIL_FRACTION = 0.02
 VALIDATION_FRACTION = 0.05
 
@@ -65,42 +65,42 @@ CIFAR10_RECORD = 1 + 3 * 32 * 32
 def open_images(
     name: str, split: str = "train", data_dir: str | os.PathLike | None = None
 ) -> ImageSource:
-    """Opens a split of a data set of labelled pictures.
+    """Open a split of a dataset of labelled images.
 
-    Without `data_dir` the data set comes from TensorFlow Datasets, downloaded and prepared as
-    array_record on first use (TensorFlow itself is not needed). With `data_dir`, one of these
+    Without `data_dir`, the dataset comes from TensorFlow Datasets. It is downloaded and prepared as
+    array_record on first use; TensorFlow itself is not needed. With `data_dir`, one of these
     layouts is recognised by its content:
 
     * Fashion-MNIST's four `*-ubyte.gz` files (name "fashion_mnist");
     * CIFAR-10's binary batches, `data_batch_1.bin` ... `test_batch.bin` (name "cifar10");
-    * a prepared array_record data set: its version folder, or a tfds `data_dir` that holds
+    * a prepared array_record dataset: its version folder, or a tfds `data_dir` that holds
       `name/version`;
     * ImageNet's tar files or folders (name "imagenet2012"; see `imagenet.open_imagenet`);
     * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*`, or just
       `CLASS/*` (any name).
 
-    A data set without a validation split gets one taken from "train", the same on every run: the
+    A dataset without a validation split gets one taken from "train", the same on every run: the
     last 2 % of its examples, or 5 % of each class for class folders (chosen by file name). The
-    official "test" split is never touched by this.
+    official "test" split is never used for this.
 
     Args:
       name: "fashion_mnist", "cifar10", "imagenet2012", another tfds name, or "folder".
       split: "train", "validation" or "test".
-      data_dir: Where the pictures are; see above.
+      data_dir: Directory of the images, in one of the layouts above.
 
     Returns:
       An `ImageSource`.
 
     Raises:
-      ValueError: unknown split or data set, or folders with missing or empty classes.
-      FileNotFoundError: `data_dir` or files of its layout are missing.
+      ValueError: The split or dataset is unknown, or class folders are missing or empty.
+      FileNotFoundError: `data_dir` or a file of its layout is missing.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if data_dir is None:
         if name == "folder":
             raise ValueError(
-                "data set 'folder' needs its directory, with one folder per class (--data DIR)"
+                "dataset 'folder' needs its directory, with one folder per class (--data DIR)"
             )
         return _open_tfds(name, split, _tfds_builder(name, None))
     root = Path(data_dir).expanduser()
@@ -117,9 +117,9 @@ def open_images(
     if name == "folder" or _is_class_root(root):
         return _open_folder(name, root, split)
     raise FileNotFoundError(
-        f"{root} holds nothing that is known for {name!r}: expected Fashion-MNIST's .gz files, "
-        "CIFAR-10's binary batches, a prepared array_record data set of TensorFlow Datasets, or "
-        "one folder of pictures per class"
+        f"{root} holds no known layout for {name!r}: expected Fashion-MNIST's .gz files, "
+        "CIFAR-10's binary batches, a prepared array_record dataset of TensorFlow Datasets, or "
+        "one folder of images per class"
     )
 
 
@@ -135,7 +135,7 @@ def _fashion_mnist_files(prefix: str) -> list[str]:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Reads a gzipped idx file of unsigned bytes: 0, 0, 8, rank, big-endian sizes, data."""
+    """Read a gzipped idx file of unsigned bytes: 0, 0, 8, rank, big-endian sizes, data."""
     try:
         with gzip.open(path) as file:
             data = file.read()
@@ -144,7 +144,7 @@ def _read_idx(path: Path) -> np.ndarray:
     rank = data[3] if data[:3] == b"\x00\x00\x08" else 0
     shape = tuple(np.frombuffer(data, ">i4", rank, 4).tolist())
     if not rank or len(data) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{path} is not a whole idx file of unsigned bytes")
+        raise ValueError(f"{path} is not a complete idx file of unsigned bytes")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
@@ -155,7 +155,7 @@ def _open_cifar10(root: Path, split: str) -> ImageSource:
         size = path.stat().st_size
         if size == 0 or size % CIFAR10_RECORD:
             raise ValueError(
-                f"{path} is damaged: its {size} bytes are no multiple of {CIFAR10_RECORD}"
+                f"{path} is damaged: its size of {size} bytes is not a multiple of {CIFAR10_RECORD}"
             )
     images, labels = _parse_cifar10([np.fromfile(path, np.uint8) for path in files])
     return _tail_split("cifar10", split, CIFAR10_CLASSES, images, labels)
@@ -174,7 +174,7 @@ def _parse_cifar10(batches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _require(files: list[Path], root: Path) -> None:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{root} lacks {', '.join(missing)}")
+        raise FileNotFoundError(f"{root} is missing {', '.join(missing)}")
 
 
 def _tail_split(
@@ -200,44 +200,49 @@ def _is_class_root(root: Path) -> bool:
 
 def _open_folder(name: str, root: Path, split: str) -> ImageSource:
     train = root / "train" if (root / "train").is_dir() else root
-    given = {"train": train}
+    split_folders = {"train": train}
     if train is not root:
         for folder in folders(root):
             key = {"val": "validation", "valid": "validation"}.get(folder.name, folder.name)
-            given.setdefault(key, folder)
-    if split == "test" and "test" not in given:
+            split_folders.setdefault(key, folder)
+    if split == "test" and "test" not in split_folders:
         raise ValueError(f"{root} has no test split: expected a folder {root / 'test'}")
 
     class_names = tuple(folder.name for folder in folders(train))
     if not class_names:
-        raise ValueError(f"{train} has no class folders: expected one folder of pictures per class")
-    where = given.get(split, train)
-    odd = sorted({folder.name for folder in folders(where)} ^ set(class_names))
-    if odd:
+        raise ValueError(f"{train} has no class folders: expected one folder of images per class")
+    split_folder = split_folders.get(split, train)
+    unmatched = sorted({folder.name for folder in folders(split_folder)} ^ set(class_names))
+    if unmatched:
         raise ValueError(
-            f"{where} and {train} differ in their class folders: only one has {', '.join(odd)}"
+            f"{split_folder} and {train} differ in their class folders: only one of them has "
+            f"{', '.join(unmatched)}"
         )
 
-    files = [images_in(where / class_name) for class_name in class_names]
-    empty = [str(where / c) for c, paths in zip(class_names, files, strict=True) if not paths]
+    files = [images_in(split_folder / class_name) for class_name in class_names]
+    empty = [
+        str(split_folder / class_name)
+        for class_name, paths in zip(class_names, files, strict=True)
+        if not paths
+    ]
     if empty:
         raise ValueError(
-            f"{len(empty)} class folders hold no pictures: {', '.join(empty[:10])}; "
-            "remove them or fill them"
+            f"{len(empty)} class folders hold no images: {', '.join(empty[:10])}; "
+            "remove them or add images"
         )
-    if split != "test" and "validation" not in given:
-        files = [_folder_share(paths, where, split) for paths in files]
+    if split != "test" and "validation" not in split_folders:
+        files = [_folder_share(paths, split_folder, split) for paths in files]
     paths = [path for group in files for path in group]
     labels = [label for label, group in enumerate(files) for _ in group]
     if not paths:
         raise ValueError(
-            f"{root} has too few pictures to hold out a validation split: one in every class"
+            f"{root} has too few images to hold out a validation split: one in every class"
         )
     return FolderImages(name, split, class_names, paths, labels)
 
 
 def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
-    """The part of one class that belongs to `split`, by the hash of the files' names."""
+    """Return the files of one class that belong to `split`, chosen by the hash of their names."""
 
     def digest(path: str) -> bytes:
         return hashlib.sha256(os.path.relpath(path, root).replace(os.sep, "/").encode()).digest()
@@ -248,7 +253,7 @@ def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
 
 
 def _tfds_builder(name: str, root: Path | None) -> Any:
-    """A tfds builder whose data set lies on disk as array_record."""
+    """Return a tfds builder whose dataset is on disk as array_record."""
     import tensorflow_datasets as tfds
 
     if root is not None:
@@ -257,13 +262,13 @@ def _tfds_builder(name: str, root: Path | None) -> Any:
             prepared = sorted(root.glob(f"{name}/**/dataset_info.json"))[-1].parent
         builder = tfds.builder_from_directory(prepared)
         if builder.name != name.partition("/")[0]:
-            raise ValueError(f"{prepared} holds the data set {builder.name!r}, not {name!r}")
+            raise ValueError(f"{prepared} holds the dataset {builder.name!r}, not {name!r}")
     else:
         try:
             builder = tfds.builder(name, file_format="array_record")
-        except ValueError as error:  # not in the catalog, or not even a name
+        except ValueError as error:  # not in the catalog, or not a valid name
             raise ValueError(
-                f"unknown data set {name!r}: it is no folder here, and no name of the TensorFlow "
+                f"unknown dataset {name!r}: it is neither a folder nor a name in the TensorFlow "
                 "Datasets catalog such as 'fashion_mnist', 'cifar10' or 'imagenet2012' "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
@@ -277,8 +282,8 @@ def _tfds_builder(name: str, root: Path | None) -> Any:
 
 
 def _prepare(name: str, builder: Any) -> None:
-    """Downloads and prepares a tfds data set unless that is done."""
-    # For these two tfds itself would unpack, read and encode the pictures by TensorFlow.
+    """Download and prepare a tfds dataset unless that is done already."""
+    # For these two datasets, tfds itself would unpack, read and encode the images with TensorFlow.
     if name == "fashion_mnist":
         builder._split_generators = functools.partial(_fashion_mnist_examples, builder)
     elif name == "cifar10":
@@ -288,9 +293,9 @@ def _prepare(name: str, builder: Any) -> None:
     except Exception as error:
         raise FileNotFoundError(
             f"{name!r} is not in {builder.data_dir}, and tfds could not download and prepare it: "
-            f"{error}\nPass a data_dir that holds it. If TensorFlow is what is missing, prepare it "
-            f"once where that is installed (tfds build {name} --file_format=array_record); reading "
-            "it needs none"
+            f"{error}\nPass a data_dir that holds it. If TensorFlow is missing, prepare the "
+            f"dataset once where it is installed (tfds build {name} --file_format=array_record); "
+            "reading needs no TensorFlow"
         ) from error
 
 
@@ -332,19 +337,21 @@ def _cifar10_examples(builder: Any, dl_manager: Any) -> dict[str, Iterator]:
 def _open_tfds(name: str, split: str, builder: Any) -> ImageSource:
     import tensorflow_datasets as tfds
 
-    features, splits = builder.info.features, builder.info.splits
+    features = builder.info.features
+    splits = builder.info.splits
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-        raise ValueError(f"data set {name!r} has no 'image' and class 'label' features")
+        raise ValueError(f"dataset {name!r} has no 'image' and class 'label' features")
     tfds_split = split
     if split != "test" and "validation" not in splits:
         cut = _tail_start(splits["train"].num_examples)
         tfds_split = f"train[:{cut}]" if split == "train" else f"train[{cut}:]"
     elif split not in splits:
-        raise ValueError(f"data set {name!r} has no split {split!r}: it has {sorted(splits)}")
-    # Pictures are decoded here, so that all sources read the same file in the same way.
+        raise ValueError(f"dataset {name!r} has no split {split!r}: it has {sorted(splits)}")
+    # Images are decoded by this package, so that all sources decode the same file identically.
     undecoded = {"image": tfds.decode.SkipDecoding()}
     data_source = builder.as_data_source(split=tfds_split, decoders=undecoded)
-    class_names, shape = tuple(features["label"].names), features["image"].shape
+    class_names = tuple(features["label"].names)
+    shape = features["image"].shape
     if class_names == imagenet.wordnet_ids():
         class_names = imagenet.imagenet_classes()
     return TfdsImages(name, split, class_names, data_source, shape)

@@ -1,7 +1,7 @@
-"""Making of token caches: pictures cut into views, encoded, and written shard by shard.
+"""Creation of token caches: images are cut into views, encoded, and written shard by shard.
 
-Shards depend on nothing but their number, so several processes can share them, and an interrupted
-extraction goes on with those that are missing.
+A shard depends only on its number. Several processes can therefore share the work, and an
+interrupted extraction resumes with the missing shards.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from aim_jax.utils.files import replacing
 
 VIEWS = ("centre", "centre_flip", "ten_crop")
 
-# Where a crop lies in the spare room: of height, of width.
+# Position of a crop as a fraction of the spare height and of the spare width.
 CROPS = {
     "centre": (1 / 2, 1 / 2),
     "top_left": (0, 0),
@@ -46,7 +46,7 @@ CROPS = {
 
 
 class View(NamedTuple):
-    """One square cut out of a square picture."""
+    """A square cut out of a square image."""
 
     name: str
     top: int
@@ -56,12 +56,12 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The views of a picture, and the square that they are cut from.
+    """The views of an image, and the square that they are cut from.
 
     Attributes:
-      size: Side S of every view.
-      square: How a picture becomes the square (R, R), R >= S.
-      views: Where in it they lie. The first is the centre, unmirrored.
+      size: Side S of every view, in pixels.
+      square: Preprocessing of an image into the square (R, R), R >= S.
+      views: Positions in the square. The first view is the centre, not mirrored.
     """
 
     size: int
@@ -75,11 +75,11 @@ class Views:
 
     @property
     def pictures(self) -> dict[str, Any]:
-        """How pictures are prepared, as plain values for a cache's records."""
+        """Preprocessing of the images as plain values, for a cache's manifest."""
         return dataclasses.asdict(self.square) | {"crop_size": self.size}
 
     def cut(self, squares: np.ndarray) -> Iterator[np.ndarray]:
-        """Cuts (b, R, R, C) into one (b, S, S, C) after the other."""
+        """Cut (b, R, R, C) into the views, one array (b, S, S, C) at a time."""
         for view in self.views:
             rows, columns = (slice(start, start + self.size) for start in (view.top, view.left))
             crop = squares[:, rows, columns]
@@ -87,17 +87,19 @@ class Views:
 
 
 def make_views(kind: str, spec: ImageSpec, crop_range: float = 1.1) -> Views:
-    """The views of a kind.
+    """Return the views of a kind.
 
-    "centre" is the centre crop of `spec`; "centre_flip" is it and its mirror image; "ten_crop" is
-    the centre and the four corners of a larger square, and their mirror images. The larger square
-    has the side int(S * crop_range), to which the shorter side of a picture is scaled (LlamaGen has
-    one cache of 1.1 and one of 1.05).
+    "centre" is the centre crop of `spec`. "centre_flip" is the centre crop and its mirror image.
+    "ten_crop" is the centre and the four corners of a larger square, and their mirror images. The
+    shorter side of an image is scaled to the side of the larger square, int(S * crop_range).
+    LlamaGen makes one cache with a crop range of 1.1 and one with 1.05.
 
     Raises:
-      ValueError: unknown kind, or ten crops of pictures that are padded or too small for them.
+      ValueError: The kind is unknown; or ten crops are requested of padded images, or with a
+        `crop_range` that leaves no room for them.
     """
-    size, spec = spec.image_size, dataclasses.replace(spec, random_crop=False, random_flip=False)
+    size = spec.image_size
+    spec = dataclasses.replace(spec, random_crop=False, random_flip=False)
     if kind in ("centre", "centre_flip"):
         centre = View("centre", 0, 0, False)
         flip = View("flip", 0, 0, True)
@@ -121,35 +123,35 @@ def make_views(kind: str, spec: ImageSpec, crop_range: float = 1.1) -> Views:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """ "3/16", the third of sixteen parts -> (2, 16); "" is all: (0, 1).
+    """Parse a part such as "3/16", the third of sixteen, into (2, 16); "" is everything, (0, 1).
 
     Raises:
-      ValueError: it is not of that form, or out of range.
+      ValueError: The text does not have this form, or the number is out of range.
     """
     number, slash, count = (text or "1/1").partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"part {text!r} is none: expected such as 3/16, from 1/16 to 16/16")
+        raise ValueError(f"invalid part {text!r}: expected the form 3/16, from 1/16 to 16/16")
     return int(number) - 1, int(count)
 
 
 class CacheWriter:
-    """Writes a token cache shard by shard; `TokenCache.open` takes it when it is finished.
+    """Writer of a token cache, shard by shard; `TokenCache.open` reads the finished cache.
 
     Args:
-      out_dir: Where to put it: new, empty, or with a part of the same cache.
+      out_dir: Directory to write to: new, empty, or with a part of the same cache.
       tokenizer: The tokenizer's `fingerprint`.
-      vocab_size: Codes lie in [0, vocab_size).
+      vocab_size: Number of codebook entries; tokens lie in [0, vocab_size).
       grid: Rows and columns of the token grid; t is their product.
       class_names: One name per label.
       views: One name per view, such as ("centre", "flip").
-      num_examples: How many there will be.
-      dataset, split, pictures: Name of the data set, its split, and how its pictures were prepared:
-        for the record, and compared when a cache is continued.
+      num_examples: Number of examples in the finished cache.
+      dataset, split, pictures: Name of the dataset, its split, and the preprocessing of its images.
+        They are recorded, and compared when an extraction resumes.
       tokenizer_name: A readable name of the tokenizer, for error messages.
       shard_size: Examples per shard.
 
     Raises:
-      ValueError: no examples; or `out_dir` has other files, or a part of another cache.
+      ValueError: There are no examples, or `out_dir` has other files or a part of another cache.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class CacheWriter:
         shard_size: int = 16384,
     ):
         if num_examples < 1:
-            raise ValueError(f"no examples to write into the token cache {out_dir}")
+            raise ValueError(f"there are no examples to write into the token cache {out_dir}")
         self.path = Path(out_dir)
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -192,23 +194,24 @@ class CacheWriter:
         self._claim()
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet."""
+        """Return the numbers of the shards that are not written yet."""
         return sorted(set(range(len(self.ranges))) - find_shards(self.path).keys())
 
     def write(self, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:
-        """Writes one shard; it appears when it is whole.
+        """Write one shard atomically.
 
         Args:
-          shard: Its number.
-          codes: Integers (n, views, t), n the length of `ranges[shard]`.
+          shard: Number of the shard.
+          codes: Tokens, integers (n, views, t), where n is the length of `ranges[shard]`.
           labels: Integers (n,).
 
         Raises:
-          ValueError: shapes, codes or labels do not agree with the rest.
+          ValueError: A shape, token or label does not agree with the manifest.
         """
         rows = np.empty(len(self.ranges[shard]), row_type(self.manifest))
         self._check(codes, labels, rows["codes"].shape, self.ranges[shard].start)
-        rows["codes"], rows["label"] = codes, labels
+        rows["codes"] = codes
+        rows["label"] = labels
         buffer = io.BytesIO()
         np.save(buffer, rows)
         data = buffer.getbuffer()
@@ -216,10 +219,10 @@ class CacheWriter:
         self._put(name, data)
 
     def finish(self) -> list[int]:
-        """Completes the cache if every shard is there and whole; returns those that are missing.
+        """Complete the cache if every shard is present and intact; return the missing shards.
 
         Raises:
-          ValueError: a shard is damaged.
+          ValueError: A shard is damaged.
         """
         missing = self.missing()
         if not missing:
@@ -227,38 +230,38 @@ class CacheWriter:
             check_shards([self.path / name for name in names])
             self._claim()
             self._put(MANIFEST, _json(self.manifest | {"shards": names}))
-            # What killed processes left, and shards that two processes made.
+            # Partial files of killed processes, and shards that two processes made.
             for file in (*self.path.glob(".shard-*.partial"), *self.path.glob("shard-*.npy")):
                 if file.name not in names:
                     file.unlink(missing_ok=True)
         return missing
 
     def _claim(self) -> None:
-        """Leaves the manifest, or finds an equal one."""
-        # Listed before the manifest is looked for: another process puts it there before any shard.
+        """Write the manifest, or check that the one on disk agrees with it."""
+        # List files before looking for the manifest: another process writes it before any shard.
         in_use = self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*")))
         if not (self.path / MANIFEST).is_file():
             if in_use:
                 raise ValueError(
-                    f"{self.path} already exists and is no token cache: remove it, or write the "
+                    f"{self.path} already exists and is not a token cache: remove it, or write the "
                     "token cache elsewhere"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self._put(MANIFEST, _json(self.manifest))
             return
-        there = read_manifest(self.path)
+        stored = read_manifest(self.path)
         # The same tokenizer may be named by another path.
-        differ = [
-            f"{field}: {_short(there.get(field))} there, {_short(value)} here"
+        differences = [
+            f"{field}: {_short(stored.get(field))} on disk, {_short(value)} requested"
             for field, value in self.manifest.items()
-            if field != "tokenizer_name" and there.get(field) != value
+            if field != "tokenizer_name" and stored.get(field) != value
         ]
-        if differ and find_shards(self.path):
+        if differences and find_shards(self.path):
             raise ValueError(
-                f"{self.path} holds another token cache ({'; '.join(differ)}): give what it was "
-                "begun with, remove it, or write elsewhere"
+                f"{self.path} holds another token cache ({'; '.join(differences)}): use the "
+                "settings it was started with, remove it, or write elsewhere"
             )
-        if differ:
+        if differences:
             self._put(MANIFEST, _json(self.manifest))
 
     def _check(
@@ -272,9 +275,9 @@ class CacheWriter:
         vocab_size = self.manifest["vocab_size"]
         if codes.min() < 0 or codes.max() >= vocab_size:
             raise ValueError(
-                f"codes reach from {codes.min()} to {codes.max()}, expected 0 to {vocab_size - 1}"
+                f"tokens range from {codes.min()} to {codes.max()}, expected 0 to {vocab_size - 1}"
             )
-        check_labels(labels, len(self.manifest["class_names"]), f"examples from {start} on")
+        check_labels(labels, len(self.manifest["class_names"]), f"examples from {start} onwards")
 
     def _put(self, name: str, data: bytes | memoryview) -> None:
         with replacing(self.path / name) as partial:
@@ -301,23 +304,23 @@ def extract_codes(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encodes the pictures of all shards that are missing, or of this process's part of them.
+    """Encode the images of all missing shards, or of one process's part of them.
 
-    Pictures are decoded ahead of time while others are encoded.
+    Images are decoded ahead of time while others are encoded.
 
     Args:
-      encode_fn: Maps float32 (batch_size, S, S, C) to codes (batch_size, t). Its batch never
-        changes size: the last one of a shard is filled up, and the filling dropped.
-      source: The pictures.
-      views: What to encode of each.
-      writer: Where the codes go.
-      batch_size: Pictures per call.
-      part: (i, n) takes every n-th shard from the i-th on.
-      workers: Processes that decode pictures; 0 uses threads of this one.
-      progress: Called with the numbers of pictures done and in all, after each batch.
+      encode_fn: Maps float32 (batch_size, S, S, C) to tokens (batch_size, t). Its batch size never
+        changes: the last batch of a shard is padded, and the padding dropped.
+      source: The images.
+      views: The views to encode of each image.
+      writer: Destination of the tokens.
+      batch_size: Images per call.
+      part: (i, n) takes every n-th shard, starting with the i-th.
+      workers: Processes that decode images; 0 uses threads of this process.
+      progress: Called after each batch with the number of images done and the total.
 
     Raises:
-      ValueError: the first picture does not suit `views`, or one cannot be read.
+      ValueError: The first image does not fit `views`, or an image cannot be read.
     """
     preprocess(source[0]["image"], views.square)
     shards = [shard for shard in writer.missing() if shard % part[1] == part[0]]
@@ -326,10 +329,12 @@ def extract_codes(
         for shard in shards
         for start in range(0, len(writer.ranges[shard]), batch_size)
     ]
-    total, done = sum(len(piece) for _, piece in pieces), 0
+    total = sum(len(piece) for _, piece in pieces)
+    done = 0
     encoded = _encode(encode_fn, source, views, batch_size, pieces, workers)
     for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
-        codes, labels = [], []
+        codes = []
+        labels = []
         for _, some_codes, some_labels in group:
             codes.append(some_codes)
             labels.append(some_labels)
@@ -347,8 +352,9 @@ def _encode(
     pieces: Sequence[tuple[int, range]],
     workers: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Shard, codes (n, views, t) and labels (n,) of every piece; one piece ahead on the device."""
-    side, channels = views.square.image_size, views.square.channels
+    """Yield shard, tokens (n, views, t) and labels (n,) of every piece, one encoded ahead."""
+    side = views.square.image_size
+    channels = views.square.channels
 
     def load(number: int) -> dict[str, np.ndarray]:
         indices = pieces[number][1]

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012) as it is downloaded: the tar files, read in place, or folders of pictures.
+"""ImageNet (ILSVRC 2012) as downloaded: tar files, which are read in place, or image folders.
 
 A class is the index of its WordNet id among the 1000 sorted ids, as in torchvision, DiT, LlamaGen
-and AiM. The devkit numbers the classes otherwise (ILSVRC2012_ID) and is not needed here:
-tensorflow-datasets ships the sorted ids, and the id of every validation picture.
+and AiM. The devkit numbers the classes differently (ILSVRC2012_ID) and is not needed:
+tensorflow-datasets ships the sorted ids, and the id of every validation image.
 """
 
 import functools
@@ -34,23 +34,23 @@ TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.t
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
-# A tar ends in two blocks of zeros.
+# A tar file ends in two blocks of zeros.
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1000 classes of ImageNet, in the order of their WordNet ids."""
+    """Return the names of the 1000 classes of ImageNet, in the order of their WordNet ids."""
     file = resources.files("aim_jax.data") / "imagenet_classes.txt"
     return tuple(file.read_text().splitlines())
 
 
 def wordnet_ids() -> tuple[str, ...]:
-    """WordNet ids of the 1000 classes, sorted: `wordnet_ids()[label]`."""
+    """Return the sorted WordNet ids of the 1000 classes: `wordnet_ids()[label]`."""
     return _shipped("labels.txt")
 
 
 def validation_ids() -> tuple[str, ...]:
-    """WordNet ids of the 50,000 validation pictures, in the order of their numbers."""
+    """Return the WordNet ids of the 50,000 validation images, in the order of their numbers."""
     return _shipped("validation_labels.txt")
 
 
@@ -61,9 +61,9 @@ def _shipped(file: str) -> tuple[str, ...]:
 
 
 class TarImages(ImageSource):
-    """Pictures inside an uncompressed tar file, read in place and decoded when read.
+    """Images inside an uncompressed tar file, read in place and decoded on access.
 
-    `offsets` and `sizes`, int64 (N,), say where in the file they are; `labels` is int32 (N,).
+    `offsets` and `sizes`, int64 (N,), locate the images in the file; `labels` is int32 (N,).
     """
 
     def __init__(
@@ -94,22 +94,22 @@ class TarImages(ImageSource):
 
 
 def open_imagenet(root: Path, split: str) -> ImageSource:
-    """Opens a split of ImageNet in a directory with its tar files or its folders.
+    """Open a split of ImageNet in a directory with its tar files or its folders.
 
     Args:
-      root: It holds, for each split that is opened, `train/ID/*.JPEG` or ILSVRC2012_img_train.tar;
-        `val/ID/*.JPEG`, `val/ILSVRC2012_val_*.JPEG` or ILSVRC2012_img_val.tar (ID: a WordNet id;
-        "validation" is as good as "val"). Folders come first. When a tar file is opened for the
-        first time, its index is written beside it (`*.index.npz`).
+      root: Directory that holds `train/ID/*.JPEG` or ILSVRC2012_img_train.tar to open "train", and
+        `val/ID/*.JPEG`, `val/ILSVRC2012_val_*.JPEG` or ILSVRC2012_img_val.tar to open "validation"
+        (ID: a WordNet id; the folder may be named "validation" too). Folders take precedence. When
+        a tar file is opened for the first time, its index is written beside it (`*.index.npz`).
       split: "train" or "validation".
 
     Raises:
-      FileNotFoundError: `root` holds none of these.
-      ValueError: the split is "test", whose labels are not public; classes are missing or unknown;
-        a tar file is cut short or damaged.
+      FileNotFoundError: `root` holds neither the folder nor the tar file of the split.
+      ValueError: The split is "test", whose labels are not public; classes are missing or unknown;
+        or a tar file is truncated or damaged.
     """
     if split not in TARS:
-        raise ValueError("ImageNet has no labels for its test pictures: use train or validation")
+        raise ValueError("ImageNet has no labels for its test images: use train or validation")
     tar = root / TARS[split]
     folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if folder is not None:
@@ -118,7 +118,7 @@ def open_imagenet(root: Path, split: str) -> ImageSource:
     if tar.is_file():
         return TarImages(NAME, split, imagenet_classes(), tar, **_tar_index(tar, split))
     raise FileNotFoundError(
-        f"{root} lacks the {split} pictures of ImageNet: expected {tar.name}, or a folder "
+        f"{root} has no {split} images of ImageNet: expected {tar.name}, or a folder "
         f"{FOLDERS[split][0]}/ with one folder per class, named by its WordNet id"
     )
 
@@ -127,49 +127,53 @@ def _in_folder(folder: Path, split: str) -> tuple[list[str], np.ndarray]:
     if split == "validation" and any(map(is_image, os.listdir(folder))):
         paths = images_in(folder)
         return paths, _numbered_labels([os.path.basename(path) for path in paths], folder)
-    found = [(group.name, path) for group in folders(folder) for path in images_in(group)]
-    return [path for _, path in found], _grouped_labels([group for group, _ in found], folder)
+    grouped = [(group.name, path) for group in folders(folder) for path in images_in(group)]
+    return [path for _, path in grouped], _grouped_labels([group for group, _ in grouped], folder)
 
 
-def _grouped_labels(groups: Sequence[str], where: Path) -> np.ndarray:
-    """Labels of the WordNet ids of the groups that the pictures lie in."""
+def _grouped_labels(groups: Sequence[str], source: Path) -> np.ndarray:
+    """Return labels from the WordNet ids of the groups (folders or inner tars) of the images."""
     label_of = {wordnet_id: label for label, wordnet_id in enumerate(wordnet_ids())}
-    for problem, odd in (
-        ("holds no pictures of the classes", label_of.keys() - set(groups)),
-        ("has pictures in groups that are no classes", set(groups) - label_of.keys()),
+    for problem, unmatched in (
+        ("holds no images of the classes", label_of.keys() - set(groups)),
+        ("has images in groups that are not classes", set(groups) - label_of.keys()),
     ):
-        if odd:
-            listed = ", ".join([*sorted(odd)[:5], "..."][: len(odd) + (len(odd) > 5)])
+        if unmatched:
+            count = len(unmatched)
+            listed = ", ".join([*sorted(unmatched)[:5], "..."][: count + (count > 5)])
             raise ValueError(
-                f"{where} {problem} of ImageNet: {listed} ({len(odd)}). All 1000 WordNet ids are "
-                "expected; for a part of ImageNet use folders and the data set name 'folder'"
+                f"{source} {problem} of ImageNet: {listed} ({count}). All 1000 WordNet ids are "
+                "expected; for a part of ImageNet use folders and the dataset name 'folder'"
             )
     return np.array([label_of[group] for group in groups], np.int32)
 
 
-def _numbered_labels(names: Sequence[str], where: Path) -> np.ndarray:
-    """Labels of validation pictures from the numbers in their names."""
+def _numbered_labels(names: Sequence[str], source: Path) -> np.ndarray:
+    """Return labels of validation images from the numbers in their file names."""
     label_of = {wordnet_id: label for label, wordnet_id in enumerate(wordnet_ids())}
     labels = [label_of[wordnet_id] for wordnet_id in validation_ids()]
     numbers = [int(m[1]) if (m := NUMBERED.fullmatch(name)) else 0 for name in names]
     for name, number in zip(names, numbers, strict=True):
         if not 1 <= number <= len(labels):
             raise ValueError(
-                f"{name!r} in {where} is no validation picture of ImageNet: expected "
+                f"{name!r} in {source} is not a validation image of ImageNet: expected "
                 f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(labels):08d}.JPEG"
             )
     return np.array([labels[number - 1] for number in numbers], np.int32)
 
 
 def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
-    """Where the pictures of a tar file are: from the index beside it, which is made once."""
+    """Return offsets, sizes and labels of the images of a tar file, from the index beside it.
+
+    The index is created if it does not exist or belongs to another version of the tar file.
+    """
     file = tar.with_name(f"{tar.name}.index.npz")
     status = tar.stat()
     stamp = np.array([status.st_size, status.st_mtime_ns])
     if file.is_file():
         try:
-            with np.load(file, allow_pickle=False) as kept:
-                index = dict(kept)
+            with np.load(file, allow_pickle=False) as saved:
+                index = dict(saved)
             if np.array_equal(index.pop("stamp"), stamp):
                 return index
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
@@ -182,42 +186,43 @@ def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
     except OSError as error:
         raise OSError(
             f"cannot write the index {file}: {error.strerror}. Link the tar file (ln -s) into a "
-            "directory that can be written to, and use that"
+            "writable directory, and use that directory"
         ) from error
     return index
 
 
 def _make_tar_index(tar: Path, split: str, size: int) -> dict[str, np.ndarray]:
-    """Reads the headers of a tar file, in the order of the pictures' names."""
+    """Read the headers of a tar file and return its index, sorted by group and name."""
     with open(tar, "rb") as file:
         file.seek(max(0, size - len(TAR_END)))
         if file.read() != TAR_END:
-            raise ValueError(f"{tar} is cut short ({size} bytes): download it again")
-    progress, total = Progress(f"indexing {tar.name}", "MB"), -(-size // 10**6)
-    found = []
+            raise ValueError(f"{tar} is truncated ({size} bytes): download it again")
+    progress = Progress(f"indexing {tar.name}", "MB")
+    total = -(-size // 10**6)
+    members = []
     try:
         for member in _members(tar):
-            found.append(member)
+            members.append(member)
             progress(member[2] // 10**6, total)
     except tarfile.TarError as error:
         raise ValueError(
-            f"cannot read {tar}: {error}; expected the tar file as it is downloaded"
+            f"cannot read {tar}: {error}; expected the tar file as downloaded"
         ) from error
     progress(total, total)
-    groups, names, offsets, sizes = zip(*sorted(found), strict=True) if found else ((),) * 4
+    groups, names, offsets, sizes = zip(*sorted(members), strict=True) if members else ((),) * 4
     labels = _grouped_labels(groups, tar) if split == "train" else _numbered_labels(names, tar)
     return {"offsets": np.array(offsets), "sizes": np.array(sizes), "labels": labels}
 
 
 def _members(tar: Path) -> Iterator[tuple[str, str, int, int]]:
-    """Group, name, offset and size of every picture of a tar of pictures, or of tars of them."""
+    """Yield group, name, offset and size of every image in a tar file, including nested tars."""
     with tarfile.open(tar, "r:") as outer:
         for member in outer:
             if member.name.endswith(".tar"):
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                    for picture in inner:
-                        if is_image(picture.name):
-                            offset = member.offset_data + picture.offset_data
-                            yield member.name[: -len(".tar")], picture.name, offset, picture.size
+                    for image in inner:
+                        if is_image(image.name):
+                            offset = member.offset_data + image.offset_data
+                            yield member.name[: -len(".tar")], image.name, offset, image.size
             elif is_image(member.name):
                 yield "", member.name, member.offset_data, member.size

@@ -1,8 +1,8 @@
 """Seeded, resumable batches, made with Grain.
 
-Grain draws the indices and one random generator per batch; a single function then gathers the
+Grain supplies the indices and one random generator per batch. A single function then gathers the
 batch, so the cost in Python is per batch rather than per example. Batch k is a pure function of
-(seed, k): the whole state of an iterator is the number of batches it has given out.
+(seed, k): the complete state of an iterator is the number of batches it has returned.
 """
 
 import itertools
@@ -28,46 +28,46 @@ from aim_jax.data.sources import (
 )
 from aim_jax.utils.logging import Progress
 
-# Between the seeds of sets that are mixed, so that two of one size never follow the same order.
+# Distance between the seeds of mixed sets, so that two of equal size never follow the same order.
 SEED_STEP = 0x9E3779B1
 
-# Picture files that a thread checks before it reports.
+# Image files that a thread checks before it reports.
 CHECKED_AT_ONCE = 1024
 
 
 def check_images(
     source: ImageSource, spec: ImageSpec | None = None, *, decode_limit: int = 20_000
 ) -> None:
-    """Looks for bad pictures and labels before long work starts.
+    """Check images and labels before long work starts.
 
-    Every file of a folder has its header read, and up to `decode_limit` files, evenly spaced, are
-    decoded in full. Labels are checked wherever they are known without decoding; of other sources
-    64 examples, evenly spaced, are read.
+    The header of every file of a folder is read, and up to `decode_limit` evenly spaced files are
+    decoded in full. Labels are checked wherever they are known without decoding; of other sources,
+    64 evenly spaced examples are read.
 
     Args:
-      source: What `open_images` returned.
-      spec: What the pictures are to become; with fit="pad" they must not be too large for it.
-      decode_limit: How many files of a folder to decode.
+      source: An image source from `open_images`.
+      spec: Preprocessing that the images must suit; with fit="pad" they must not be too large.
+      decode_limit: Number of files of a folder to decode.
 
     Raises:
-      ValueError: no pictures; labels out of range; or files that are damaged or too large, of
-        which it names up to ten.
+      ValueError: There are no images, labels are out of range, or files are damaged or too large
+        (up to ten of them are named).
     """
     if not len(source):
-        raise ValueError(f"{source.name} has no pictures in its split {source.split!r}")
+        raise ValueError(f"{source.name} has no images in its split {source.split!r}")
     if isinstance(source, FolderImages):
         check_labels(source.labels, len(source.class_names), source.name)
         _check_files(source.paths, spec, decode_limit)
         return
     if isinstance(source, ArrayImages):
         check_labels(source.labels, len(source.class_names), source.name)
-        first = [source[0]]
+        examples = [source[0]]
     else:
-        first = [source[i] for i in range(0, len(source), -(-len(source) // 64))]
-        labels = np.array([example["label"] for example in first])
+        examples = [source[i] for i in range(0, len(source), -(-len(source) // 64))]
+        labels = np.array([example["label"] for example in examples])
         check_labels(labels, len(source.class_names), source.name)
     if spec is not None:
-        for example in first:
+        for example in examples:
             preprocess(example["image"], spec)
 
 
@@ -90,33 +90,36 @@ def _check_files(paths: list[str], spec: ImageSpec | None, decode_limit: int) ->
         return None
 
     def problems(start: int) -> list[str]:
-        found = map(problem, range(start, min(start + CHECKED_AT_ONCE, len(paths))))
-        return [text for text in found if text is not None]
+        messages = map(problem, range(start, min(start + CHECKED_AT_ONCE, len(paths))))
+        return [text for text in messages if text is not None]
 
-    progress, bad = Progress("checking the pictures"), []
+    progress = Progress("checking the images")
+    bad = []
     starts = range(0, len(paths), CHECKED_AT_ONCE)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start, found in zip(starts, pool.map(problems, starts), strict=True):
-            bad += found
+        for start, messages in zip(starts, pool.map(problems, starts), strict=True):
+            bad += messages
             if len(starts) > 10:
                 progress(min(start + CHECKED_AT_ONCE, len(paths)), len(paths))
     bad.sort()
     if bad:
         raise ValueError(
-            f"{len(bad)} of {len(paths)} pictures cannot be used; repair or remove them:\n  "
+            f"{len(bad)} of {len(paths)} images cannot be used; repair or remove them:\n  "
             + "\n  ".join(bad[:10] + ["..."] * (len(bad) > 10))
         )
 
 
 class Prefetched(Iterator):
-    """Iterates over a dataset in order; threads, or processes, make the elements ahead of time.
+    """Iterator over a dataset in order; threads or processes prepare the elements ahead of time.
 
-    The state is the number of elements given out, whatever makes them: Grain's own iterators have
-    one per worker, which fits no other number of workers.
+    The state is the number of elements returned so far, independent of how they are prepared.
+    Grain's own iterators keep one state per worker, which fits no other number of workers.
     """
 
     def __init__(self, dataset: grain.MapDataset, threads: int, workers: int = 0):
-        self._dataset, self._threads, self._workers = dataset, threads, workers
+        self._dataset = dataset
+        self._threads = threads
+        self._workers = workers
         self._next = 0
         self._elements: grain.DatasetIterator | None = None
 
@@ -128,16 +131,16 @@ class Prefetched(Iterator):
         return element
 
     def get_state(self) -> dict[str, int]:
-        """Where the iterator is, as JSON has it."""
+        """Return the position of the iterator as a JSON value."""
         return {"next_index": self._next}
 
     def set_state(self, state: dict) -> None:
-        """Goes to where an iterator over the same dataset was."""
+        """Move to the position of an iterator over the same dataset."""
         self.close()
         self._next = int(state["next_index"])
 
     def close(self) -> None:
-        """Ends threads and processes; the next element starts new ones."""
+        """Stop threads and processes; the next element starts new ones."""
         if self._elements is not None:
             self._elements.close()
         self._elements = None
@@ -147,7 +150,7 @@ class Prefetched(Iterator):
             grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads + 1)
         )
         if self._workers:
-            # Grain reads its own flags when it starts workers; outside absl.app they are unparsed.
+            # Grain reads its own flags when it starts workers; outside absl.app none are parsed.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             ahead = ahead.mp_prefetch(
@@ -157,7 +160,7 @@ class Prefetched(Iterator):
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
-    """A terminal's Ctrl-C goes to workers too; they end with their program, after it has saved."""
+    """Ignore a terminal's Ctrl-C in workers; they end with their program, after it has saved."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -173,30 +176,30 @@ def image_batches(
     shard_count: int = 1,
     workers: int = 0,
 ) -> Prefetched:
-    """Iterates over batches of pictures.
+    """Return an iterator over batches of images.
 
-    In training the examples are shuffled anew each epoch, without end, batches run across the
-    boundary of epochs, and `spec`'s augmentation applies. Otherwise it is one pass in order,
-    without augmentation, whose last batch may be short.
+    In training the examples are reshuffled in each epoch without end, batches cross the boundary of
+    epochs, and the augmentation of `spec` applies. Otherwise the iterator makes one pass in order,
+    without augmentation, and the last batch may be short.
 
     Args:
-      source: The pictures.
-      spec: How they become inputs.
-      batch_size: Examples per whole batch; a multiple of `shard_count`.
-      seed: Of order and augmentation, in [0, 2**32).
-      train: See above.
-      shard_index: Which part of every batch to take, for processes that share them: the parts
-        together are the whole batches, in order and augmentation too. Outside training a part of
-        the last one may be empty.
+      source: The images.
+      spec: Preprocessing of the images.
+      batch_size: Examples per batch of all parts; a multiple of `shard_count`.
+      seed: Seed of order and augmentation, in [0, 2**32).
+      train: Shuffle, repeat and augment, or make one pass in order.
+      shard_index: The part of every batch to return, for processes that share the batches. The
+        parts together are the batches of a single process, in order and augmentation too. Outside
+        training, a part of the last batch may be empty.
       shard_count: Number of parts.
-      workers: Processes that decode and augment; 0 uses threads of this one.
+      workers: Processes that decode and augment; 0 uses threads of this process.
 
     Returns:
       An iterator of `{"images": float32 (b, S, S, C), "labels": int32 (b,)}`, where b is
       `batch_size / shard_count`, with `get_state` and `set_state` for an exact resume.
 
     Raises:
-      ValueError: bad sizes, or the first picture does not suit `spec`.
+      ValueError: The sizes are invalid, or the first image does not suit `spec`.
     """
     if len(source):
         preprocess(source[0]["image"], spec)
@@ -238,20 +241,20 @@ def index_batches(
     threads: int = 1,
     workers: int = 0,
 ) -> Prefetched:
-    """Iterates over `gather(indices, seeds)` for batches of indices into sets of examples.
+    """Return an iterator over `gather(indices, seeds)` for batches of indices into example sets.
 
-    The order, the parts and the end are those of `image_batches`. In training, several sets are
-    shuffled and repeated each by itself, and dealt out in fixed proportions.
+    Order, parts and end are as in `image_batches`. In training, several sets are each shuffled
+    and repeated separately, and mixed in fixed proportions.
 
     Args:
-      sizes: Examples of each set; an index counts through all of them.
+      sizes: Examples of each set; an index counts through all sets.
       gather: Makes a batch of indices and seeds. The seeds, one per example in [0, 2**63), are for
-        its augmentation; None outside training.
-      weights: How often an example of each set is drawn, relative to the others (to a hundredth of
-        the smallest set's share); equally often by default.
+        augmentation; they are None outside training.
+      weights: Relative frequency of an example of each set (precise to a hundredth of the smallest
+        set's share); equal by default.
 
     Raises:
-      ValueError: no examples, or sizes that do not fit together.
+      ValueError: There are no examples, or the sizes do not fit together.
     """
     if not sizes or min(sizes) < 1:
         raise ValueError("there are no examples to make batches of")
@@ -269,8 +272,8 @@ def index_batches(
     share = batch_size // shard_count
     rows = slice(shard_index * share, (shard_index + 1) * share)
 
-    def draw(batch: np.ndarray, rng: np.random.Generator) -> Any:
-        # Drawn for the whole batch, so that it does not matter how many processes share it.
+    def gather_with_seeds(batch: np.ndarray, rng: np.random.Generator) -> Any:
+        # Seeds are sampled for the full batch, so they do not depend on the number of processes.
         return gather(batch[rows], rng.integers(2**63, size=len(batch))[rows])
 
     if train:
@@ -281,7 +284,9 @@ def index_batches(
         ]
         shares = np.multiply(sizes, weights or 1).tolist()
         indices = endless[0] if len(sizes) == 1 else grain.MapDataset.mix(endless, shares)
-        batches = indices.batch(batch_size, batch_fn=np.array).random_map(draw, seed=seed)
+        batches = indices.batch(batch_size, batch_fn=np.array).random_map(
+            gather_with_seeds, seed=seed
+        )
     else:
         indices = grain.MapDataset.range(sum(sizes))
         batches = indices.batch(batch_size, batch_fn=np.array).map(

@@ -1,4 +1,4 @@
-"""From images of any size to model inputs: fitting, augmentation, scaling to [-1, 1]."""
+"""Conversion of images of any size to model inputs: fitting, augmentation, scaling to [-1, 1]."""
 
 import dataclasses
 from typing import Literal
@@ -7,23 +7,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-# The smallest share of the shorter side that a random crop of unspecified scale keeps.
+# Smallest fraction of the shorter side that a random crop keeps when `resize_size` is not set.
 MIN_CROP = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How pictures become model inputs.
+    """Preprocessing of images into model inputs.
 
     Attributes:
-      image_size: Side S of the square result.
-      channels: 1 (grey) or 3 (RGB); pictures of the other kind are converted.
-      fit: "resize" scales the shorter side and crops; "pad" centres the untouched picture on
-        black.
-      resize_size: Length the shorter side is scaled to before the crop; `image_size` by default.
-      random_crop: Crop at a random place in training. Without `resize_size` the shorter side is
-        also drawn, from [S, S / 0.8].
-      random_flip: Mirror half of the pictures in training.
+      image_size: Side S of the square result, in pixels.
+      channels: 1 (grey) or 3 (RGB); images of the other kind are converted.
+      fit: "resize" scales the shorter side and crops; "pad" centres the unscaled image on black.
+      resize_size: Length that the shorter side is scaled to before the crop; `image_size` by
+        default.
+      random_crop: Crop at a random position in training. Without `resize_size`, the shorter side is
+        also random, in [S, S / 0.8].
+      random_flip: Mirror half of the images in training.
     """
 
     image_size: int
@@ -51,22 +51,22 @@ class ImageSpec:
 def preprocess(
     image: np.ndarray, spec: ImageSpec, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Turns one picture into a model input.
+    """Convert one image to a model input.
 
     Args:
       image: uint8 (H, W, C), C 1 or 3.
-      spec: What to make of it.
-      rng: Draws the crop and the mirroring; None takes the centre crop, unmirrored.
+      spec: Fitting, channels and augmentation of the result.
+      rng: Generator of the random crop and flip; None takes the centre crop without a flip.
 
     Returns:
       float32 (S, S, channels) in [-1, 1]: x / 127.5 - 1.
 
     Raises:
-      ValueError: the picture is not of that kind, or does not fit into the square of fit="pad".
+      ValueError: The image has another dtype or shape, or is too large for fit="pad".
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(
-            f"expected a uint8 picture of shape (H, W, 1) or (H, W, 3), "
+            f"expected a uint8 image of shape (H, W, 1) or (H, W, 3), "
             f"got {image.dtype} {image.shape}"
         )
     if spec.fit == "pad":
@@ -96,9 +96,9 @@ def _resize(image: np.ndarray, shorter: int) -> np.ndarray:
         return image
     scale = shorter / min(height, width)
     size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
-    # Pillow widens the bicubic kernel when it shrinks a picture, which is what avoids aliasing.
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    resized = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    # When Pillow shrinks an image it widens the bicubic kernel, which avoids aliasing.
+    pil_image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(pil_image.resize(size, Image.Resampling.BICUBIC))
     return resized[..., None] if resized.ndim == 2 else resized
 
 
@@ -116,10 +116,11 @@ def _pad(image: np.ndarray, size: int) -> np.ndarray:
         return image
     if height > size or width > size:
         raise ValueError(
-            f"a picture of {height}x{width} does not fit into {size}x{size}: "
+            f"an image of {height}x{width} does not fit into {size}x{size}: "
             "use a larger image_size, or fit='resize'"
         )
-    top, left = (size - height) // 2, (size - width) // 2
+    top = (size - height) // 2
+    left = (size - width) // 2
     canvas = np.zeros((size, size, channels), np.uint8)
     canvas[top : top + height, left : left + width] = image
     return canvas
@@ -136,12 +137,12 @@ def _convert(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def describe_data(data: ConfigDict) -> dict:
-    """A data section as plain values for a model's records, without the place on this machine."""
+    """Return a data section as plain values for a model's records, without its local directory."""
     return {k: v for k, v in data.to_dict().items() if k != "dir"}
 
 
 def image_spec(data: ConfigDict) -> ImageSpec:
-    """The `ImageSpec` that a data section describes."""
+    """Return the `ImageSpec` that a data section describes."""
     return ImageSpec(
         image_size=data.image_size,
         channels=data.channels,

@@ -1,4 +1,4 @@
-"""Labelled pictures with random access: in memory, in files, in TensorFlow Datasets."""
+"""Sources of labelled images with random access: memory, files and TensorFlow Datasets."""
 
 import abc
 import io
@@ -14,22 +14,22 @@ from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-# Decoded tfds pictures up to this size in all are kept in memory.
+# Total bytes up to which decoded tfds images are kept in memory.
 KEEP_BYTES = 2**30
-# What Pillow raises at damaged files.
+# Exceptions that Pillow raises on damaged files.
 UNREADABLE = (
     OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError
 )  # fmt: skip
 
 
 class ImageSource(abc.ABC):
-    """Random access to labelled pictures.
+    """Random access to labelled images.
 
-    `len(source)` is the number of pictures and `source[i]` is
+    `len(source)` is the number of images and `source[i]` is
     `{"image": uint8 (H, W, C), "label": int}` with C 1 or 3.
 
     Attributes:
-      name: Data set name, as given to `open_images`.
+      name: Dataset name, as passed to `open_images`.
       split: "train", "validation" or "test".
       class_names: One name per label, in label order.
     """
@@ -41,11 +41,11 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Return the number of images."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Picture and label of an index in [0, len)."""
+        """Return the image and label at an index in [0, len)."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -58,7 +58,7 @@ class ImageSource(abc.ABC):
 
 
 class ArrayImages(ImageSource):
-    """Pictures held in memory: `images` uint8 (N, H, W, C) and `labels` (N,)."""
+    """Images held in memory: `images` uint8 (N, H, W, C) and `labels` (N,)."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class ArrayImages(ImageSource):
         super().__init__(name, split, class_names)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
-                f"{name}: expected uint8 pictures of shape (N, H, W, C), "
+                f"{name}: expected uint8 images of shape (N, H, W, C), "
                 f"got {images.dtype} {images.shape}"
             )
         if len(images) != len(labels):
-            raise ValueError(f"{name}: {len(images)} pictures but {len(labels)} labels")
+            raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels")
         self.images = images
         self.labels = np.asarray(labels, np.int32)
 
@@ -87,9 +87,9 @@ class ArrayImages(ImageSource):
 
 
 class FolderImages(ImageSource):
-    """Picture files with the labels of the class folders they lie in; decoded when read.
+    """Image files labelled by their class folders, decoded on access.
 
-    `as_stored`: see `decode_image`.
+    `as_stored` is passed to `decode_image`.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class FolderImages(ImageSource):
 class TfdsImages(ImageSource):
     """A random-access tfds data source of undecoded `image` and `label` features.
 
-    Pictures of one small size stay in memory once they are decoded (`shape` is theirs): reading
-    them again would cost more than keeping them.
+    If all images have one size (`shape`) and are small enough in total, they stay in memory once
+    decoded: decoding them again would cost more than keeping them.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class TfdsImages(ImageSource):
         image = decode_image(io.BytesIO(record["image"]), f"{index} of {self.name}", as_stored=True)
         label = int(record["label"])
         if self._images is not None:
-            # The label marks the picture as present, so it comes second.
+            # The label marks the image as present, so it is written second.
             self._images[index] = image
             self._labels[index] = label
         return {"image": image, "label": label}
@@ -157,41 +157,43 @@ class TfdsImages(ImageSource):
 def decode_image(
     file: str | os.PathLike | IO[bytes], name: str, as_stored: bool = False
 ) -> np.ndarray:
-    """Decodes a picture file to uint8 (H, W, C): C is 1 for grey ones and 3 for all others.
+    """Decode an image file to uint8 (H, W, C), with C 1 for grey images and 3 for all others.
 
     Args:
-      file: Path, or open file.
-      name: What to call it in an error.
-      as_stored: Whether to ignore what viewers obey: the orientation that a camera noted (EXIF),
-        and transparency, which is white otherwise. Published pipelines read ImageNet like that.
+      file: Path or open file.
+      name: Name of the image in error messages.
+      as_stored: Ignore the EXIF orientation and transparency, as published pipelines do for
+        ImageNet. Otherwise the image is rotated as EXIF says, and transparent pixels become white.
 
     Raises:
-      ValueError: it is no readable picture, or has more than eight bits per channel.
+      ValueError: The file is not a readable image, or has more than eight bits per channel.
     """
     try:
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its mode {image.mode} is not 8 bits per channel")
             mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            shown: Image.Image = image
+            converted: Image.Image = image
             if not as_stored:
-                # Pillow writes the notes anew when it turns a picture, and fails where they are
-                # damaged; only one of them matters.
-                notes = image.getexif()
-                for tag in set(notes) - {ExifTags.Base.Orientation}:
-                    del notes[tag]
+                # When Pillow rotates an image, it rewrites all EXIF tags and fails on damaged ones.
+                # Only the orientation matters here.
+                exif = image.getexif()
+                for tag in set(exif) - {ExifTags.Base.Orientation}:
+                    del exif[tag]
                 ImageOps.exif_transpose(image, in_place=True)
-                if shown.has_transparency_data:
-                    shown = shown.convert("RGBA")
-                    shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-            pixels = np.asarray(shown.convert(mode))
+                if converted.has_transparency_data:
+                    converted = converted.convert("RGBA")
+                    converted = Image.alpha_composite(
+                        Image.new("RGBA", converted.size, "white"), converted
+                    )
+            pixels = np.asarray(converted.convert(mode))
     except UNREADABLE as error:
-        raise ValueError(f"cannot read the picture {name}: {error}") from error
+        raise ValueError(f"cannot read the image {name}: {error}") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
-    """Raises ValueError, naming examples, unless every label lies in [0, num_classes)."""
+    """Raise ValueError, naming examples, unless every label lies in [0, num_classes)."""
     labels = np.asarray(labels)
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
@@ -202,20 +204,20 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones."""
+    """Return the subfolders of a folder, sorted, without hidden ones."""
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is a picture: by its ending, and not hidden."""
+    """Return whether a file name has the suffix of an image and is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def images_in(folder: Path) -> list[str]:
-    """Paths of the pictures in a folder and the folders in it, sorted."""
+    """Return the sorted paths of the images in a folder and its subfolders."""
     return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
+        os.path.join(directory, name)
+        for directory, _, names in os.walk(folder)
         for name in names
         if is_image(name)
     )

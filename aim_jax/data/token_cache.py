@@ -1,10 +1,10 @@
-"""Token caches: the codes of a data set under one tokenizer, on disk, and batches of them.
+"""Token caches: the tokens of a dataset under one tokenizer, on disk, and batches of them.
 
 A cache is a directory with `manifest.json` and one `.npy` file per shard. A row of a shard is one
-example: its label, and its codes (views, t), where a view is one crop of a picture. Shards are
-mapped into memory, so a batch costs the pages it touches, and processes of one machine share them.
-The name of a shard holds the SHA-256 of its content. The manifest is there from the beginning, and
-names the shards when all of them are.
+example: its label, and its tokens (views, t), where a view is one crop of an image. Shards are
+mapped into memory, so a batch costs only the pages it touches, and processes of one machine share
+them. The name of a shard holds the SHA-256 of its content. The manifest is written first, and lists
+the shards once all of them exist.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ FIELDS = {
 
 
 def fingerprint(config: Any, params: Mapping[str, Any]) -> str:
-    """Identifies a tokenizer by its configuration and weights.
+    """Return a fingerprint of a tokenizer's configuration and weights.
 
     Args:
-      config: Its configuration: a dataclass or a mapping, of what JSON can hold.
+      config: Configuration of the tokenizer: a dataclass or mapping of JSON values.
       params: Nested dicts of arrays.
 
     Returns:
       Hexadecimal SHA-256 over the sorted configuration and the path, type, shape and bytes of each
-      array in order of its path.
+      array, ordered by path.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
@@ -63,29 +63,30 @@ def fingerprint(config: Any, params: Mapping[str, Any]) -> str:
 
 
 def row_type(manifest: Mapping[str, Any]) -> np.dtype:
-    """What a shard has one of per example: `label` int32, `codes` uint16 or uint32 (views, t)."""
+    """Return the dtype of a shard's rows: `label` int32, `codes` uint16 or uint32 (views, t)."""
     shape = len(manifest["views"]), manifest["num_tokens"]
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     return np.dtype([("label", "<i4"), ("codes", dtype, shape)])
 
 
 def shard_ranges(manifest: Mapping[str, Any]) -> list[range]:
-    """The examples of every shard: `shard_size` each, fewer in the last one."""
-    size, total = manifest["shard_size"], manifest["num_examples"]
+    """Return the range of examples of every shard: `shard_size` each, fewer in the last one."""
+    size = manifest["shard_size"]
+    total = manifest["num_examples"]
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A token cache, mapped into memory: any example at any time.
+    """Token cache mapped into memory, with random access to its examples.
 
     `len(cache)` is the number of examples and `cache[i]` is `{"codes": uint16 or uint32 (views, t),
     "label": int}`.
 
     Attributes:
       shards: Structured arrays (n,) of `row_type`.
-      manifest: What `manifest.json` says.
-      path: Where it came from.
+      manifest: Content of `manifest.json`.
+      path: Directory of the cache.
     """
 
     shards: Sequence[np.ndarray]
@@ -102,14 +103,14 @@ class TokenCache:
     def take(
         self, indices: np.ndarray, views: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and labels of examples.
+        """Return tokens and labels of examples.
 
         Args:
           indices: int (b,), in [0, len).
-          views: int (b,), the view of each to take; None takes all of them.
+          views: int (b,), the view to take of each example; None takes all views.
 
         Returns:
-          `(codes, labels int32 (b,))`; codes are (b, t), or (b, views, t) without `views`.
+          `(codes, labels int32 (b,))`; the tokens are (b, t), or (b, views, t) without `views`.
         """
         labels = np.empty(len(indices), np.int32)
         shape = self.shards[0].dtype["codes"].shape[0 if views is None else 1 :]
@@ -134,12 +135,12 @@ class TokenCache:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per picture, t."""
+        """Tokens per image, t."""
         return self.manifest["num_tokens"]
 
     @property
     def vocab_size(self) -> int:
-        """Number of codes of the tokenizer."""
+        """Number of codebook entries of the tokenizer."""
         return self.manifest["vocab_size"]
 
     @property
@@ -149,18 +150,18 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: str | os.PathLike, expected_tokenizer: str | None = None) -> "TokenCache":
-        """Maps a cache into memory, after its checksums were computed and compared.
+        """Map a cache into memory after verifying its checksums.
 
-        Reading all of it once is what makes later random access fast, where memory suffices.
+        Reading every shard once makes later random access fast, if memory suffices.
 
         Args:
-          path: Its directory.
-          expected_tokenizer: `fingerprint` of the tokenizer in use; None takes any.
+          path: Directory of the cache.
+          expected_tokenizer: `fingerprint` of the tokenizer in use; None accepts any.
 
         Raises:
-          FileNotFoundError: there is no cache, or a shard is missing.
-          ValueError: another tokenizer made it, it is not finished, or the manifest or a shard is
-            damaged.
+          FileNotFoundError: There is no cache, or a shard is missing.
+          ValueError: Another tokenizer made the cache, the cache is not finished, or the manifest
+            or a shard is damaged.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -169,80 +170,86 @@ class TokenCache:
             raise ValueError(
                 f"the token cache {path} was made with the tokenizer {manifest['tokenizer']}"
                 f"{name}, but the tokenizer in use is {expected_tokenizer}: use that tokenizer, "
-                "or make a cache with this one by aim-jax extract_codes"
+                "or make a cache with this one (aim-jax extract_codes)"
             )
         if "shards" not in manifest:
             raise ValueError(
                 f"the token cache {path} is not finished: {len(find_shards(path))} of "
-                f"{len(shard_ranges(manifest))} shards are there. Repeat the "
-                "aim-jax extract_codes that began it"
+                f"{len(shard_ranges(manifest))} shards exist. Repeat the aim-jax extract_codes "
+                "command that started it"
             )
         files = [path / name for name in manifest["shards"]]
         check_shards(files)
         shards = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
         for file, shard, examples in zip(files, shards, shard_ranges(manifest), strict=True):
             if (shard.dtype, shard.shape) != (row_type(manifest), (len(examples),)):
-                raise ValueError(f"{file} holds {shard.dtype} {shard.shape}, not {len(examples)}")
+                raise ValueError(
+                    f"{file} holds {shard.dtype} {shard.shape}, expected "
+                    f"{row_type(manifest)} ({len(examples)},)"
+                )
         return cls(shards, manifest, path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a cache, finished or not; without `shards` it is not finished.
+    """Return the manifest of a cache; an unfinished cache has no `shards` in it.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged, or describes another format.
+      FileNotFoundError: There is no manifest.
+      ValueError: The manifest is damaged, or describes another format.
     """
     file = path / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} is not a token cache (it has no {MANIFEST}): make one by aim-jax extract_codes"
+            f"{path} is not a token cache (it has no {MANIFEST}): make one with "
+            "aim-jax extract_codes"
         )
     try:
         manifest = json.loads(file.read_text())
-        kind = manifest["format"], manifest["version"]
+        version = manifest["format"], manifest["version"]
         missing = sorted(FIELDS - manifest.keys())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
-    if kind != (FORMAT, VERSION):
+    if version != (FORMAT, VERSION):
         raise ValueError(
-            f"{file} describes {kind}, expected {(FORMAT, VERSION)}: remove {path} and make it "
-            "again by aim-jax extract_codes"
+            f"{file} describes {version}, expected {(FORMAT, VERSION)}: remove {path} and make it "
+            "again with aim-jax extract_codes"
         )
     if missing:
-        raise ValueError(f"{file} is damaged: it lacks {', '.join(missing)}")
+        raise ValueError(f"{file} is damaged: it is missing {', '.join(missing)}")
     expected = len(shard_ranges(manifest))
     if len(manifest.get("shards", range(expected))) != expected:
         raise ValueError(
-            f"{file} is damaged: it names {len(manifest['shards'])} shards, not {expected}"
+            f"{file} is damaged: it lists {len(manifest['shards'])} shards, expected {expected}"
         )
     return manifest
 
 
 def shard_name(number: int, sha256: str) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}-{sha256}.npy"
 
 
 def find_shards(path: Path) -> dict[int, str]:
-    """File names of the shards in a directory, by number."""
+    """Return the file names of the shards in a directory, by number."""
     return {int(file.name.split("-")[1]): file.name for file in sorted(path.glob("shard-*.npy"))}
 
 
 def check_shards(files: Sequence[Path]) -> None:
-    """Compares the content of shards with the SHA-256 in their names.
+    """Verify the content of shards against the SHA-256 in their names.
 
     Raises:
-      FileNotFoundError: a shard is missing.
-      ValueError: a shard is damaged.
+      FileNotFoundError: A shard is missing.
+      ValueError: A shard is damaged.
     """
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
-                f"the shard {file} is missing: repeat the aim-jax extract_codes that made it"
+                f"the shard {file} is missing: "
+                "repeat the aim-jax extract_codes command of its cache"
             )
     total = sum(file.stat().st_size for file in files)
-    progress, done = Progress(f"checking {files[0].parent}", "MB"), 0
+    progress = Progress(f"checking {files[0].parent}", "MB")
+    done = 0
     quick = total < 2**28
 
     def digest(file: Path) -> str:
@@ -250,11 +257,11 @@ def check_shards(files: Sequence[Path]) -> None:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, found in zip(files, pool.map(digest, files), strict=True):
-            if found not in file.name:
+        for file, actual in zip(files, pool.map(digest, files), strict=True):
+            if actual not in file.name:
                 raise ValueError(
-                    f"the shard {file} is damaged (its SHA-256 is not that in its name): remove it "
-                    "and repeat the aim-jax extract_codes that made it"
+                    f"the shard {file} is damaged (its SHA-256 differs from its name): remove it "
+                    "and repeat the aim-jax extract_codes command that made it"
                 )
             done += file.stat().st_size
             if not quick:
@@ -262,7 +269,7 @@ def check_shards(files: Sequence[Path]) -> None:
 
 
 def check_alike(caches: Sequence[TokenCache]) -> None:
-    """Raises ValueError unless all caches have the tokenizer, grid and classes of the first."""
+    """Raise ValueError unless all caches have the tokenizer, grid and classes of the first."""
     first = caches[0]
     for cache, field in itertools.product(
         caches[1:], ("tokenizer", "vocab_size", "grid", "class_names")
@@ -285,20 +292,19 @@ def token_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Prefetched:
-    """Iterates over batches of codes, in the order of `image_batches`.
+    """Return an iterator over batches of tokens, in the order of `image_batches`.
 
-    In training each draw takes one of the views at random; otherwise it is the first. Several
-    caches are shuffled and repeated each by itself, and dealt out in fixed proportions: every
-    example of a cache is drawn once before one of them comes again.
+    In training, one of the views of each example is chosen at random; otherwise the first view is
+    used. Several caches are each shuffled and repeated separately, and mixed in fixed proportions:
+    every example of a cache is returned once before one of them is repeated.
 
     Args:
-      caches: The codes; alike, see `check_alike`.
-      batch_size: Examples per whole batch; a multiple of `shard_count`.
-      weights: How often an example of each cache is drawn, relative to the others; equally often by
-        default.
-      seed: Of order and views, in [0, 2**32).
+      caches: The caches, which must agree as `check_alike` demands.
+      batch_size: Examples per batch of all parts; a multiple of `shard_count`.
+      weights: Relative frequency of an example of each cache; equal by default.
+      seed: Seed of order and views, in [0, 2**32).
       train: Shuffled and endless, or one pass in order.
-      shard_index, shard_count: Which part of every batch to take; see `image_batches`.
+      shard_index, shard_count: The part of every batch to return; see `image_batches`.
 
     Returns:
       A resumable iterator of `{"codes": int32 (b, t), "labels": int32 (b,)}`, where b is
@@ -313,7 +319,8 @@ def token_batches(
         labels = np.empty(len(indices), np.int32)
         owners = np.searchsorted(starts, indices, side="right") - 1
         for owner in np.unique(owners):
-            here, cache = np.flatnonzero(owners == owner), caches[owner]
+            here = np.flatnonzero(owners == owner)
+            cache = caches[owner]
             views = np.zeros(len(here), int) if seeds is None else seeds[here] % len(cache.views)
             codes[here], labels[here] = cache.take(indices[here] - starts[owner], views)
         return {"codes": codes, "labels": labels}

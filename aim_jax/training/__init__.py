@@ -1,1 +1,1 @@
-"""Training."""
+"""Training of AiM and of the VQ tokenizer."""

@@ -1,4 +1,4 @@
-"""Training of AiM: next-code prediction under a class label (arXiv 2408.12245, section 3)."""
+"""Training of AiM: class-conditional next-token prediction (arXiv 2408.12245, section 3)."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ from aim_jax.weights.tokenizer import open_tokenizer
 def create_train_state(
     config: AiMConfig, optimizer: optax.GradientTransformation, seed: int, ema: bool = False
 ) -> TrainState:
-    """A fresh state; parameters (and their copies in it) are boxed with their logical axes."""
+    """Create a fresh state; parameters and their copies are boxed with their logical axes."""
     key = random_key(seed)
     params = init_params(config, jax.random.fold_in(key, 1))
     return TrainState(
@@ -66,7 +66,7 @@ def create_train_state(
 def loss_fn(
     params: Any, batch: dict, rng: jax.Array, config: AiMConfig
 ) -> tuple[jax.Array, tuple[dict, None]]:
-    """Mean cross entropy of all codes, in nats per token, with class and token dropout."""
+    """Return the mean cross entropy in nats per token, with class and token dropout."""
     nats = AiM(config).apply(
         {"params": params}, batch["codes"], batch["labels"], train=True,
         rngs={"dropout": rng}, method="cross_entropy",
@@ -84,7 +84,7 @@ def train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict]:
-    """One optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
+    """Run one optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
     rng = state.step_key()
     grad_fn = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
     grads, metrics, _ = accumulated_grads(grad_fn, state.params, batch, rng, accumulate)
@@ -92,7 +92,7 @@ def train_step(
     return state, metrics | report
 
 
-# Of held-out images; val_loss is in nats per token.
+# Metrics of held-out images; val_loss is in nats per token.
 EvalMetrics = clu_metrics.Collection.create(
     val_loss=clu_metrics.Average.from_output("val_loss"),
 )
@@ -101,10 +101,11 @@ EvalMetrics = clu_metrics.Collection.create(
 def eval_step(
     params: Any, batch: dict, *, config: AiMConfig, accumulate: int = 1
 ) -> clu_metrics.Collection:
-    """`EvalMetrics` of the real examples of a padded batch."""
+    """Return the `EvalMetrics` of the real examples of a padded batch."""
 
     def measure(part):
-        codes, labels = part["codes"], part["labels"]
+        codes = part["codes"]
+        labels = part["labels"]
         nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
         return EvalMetrics.single_from_model_output(
             val_loss=nats.mean(axis=-1), mask=part["weights"]
@@ -114,18 +115,21 @@ def eval_step(
 
 
 class Setup:
-    """What a configuration means on a mesh; the mesh may be of devices that are not here.
+    """The model, optimizer and jitted steps of a configuration on a mesh.
+
+    The mesh may consist of devices that are not attached.
 
     Attributes:
       model: AiMConfig.
       optimizer: optax transformation.
-      mesh, rules: devices, and what is sharded over which of their axes.
-      new_state: makes a fresh, boxed TrainState.
-      train_step: jitted (state, batch) -> (state, metrics); consumes the state.
-      eval_step: jitted (params, padded batch) -> `EvalMetrics`.
+      mesh: The devices.
+      rules: The mesh axes that each logical axis is sharded over.
+      new_state: Creates a fresh, boxed TrainState.
+      train_step: Jitted (state, batch) -> (state, metrics); donates the state.
+      eval_step: Jitted (params, padded batch) -> `EvalMetrics`.
 
     Raises:
-      ValueError: model, optimizer, batch and mesh do not fit together.
+      ValueError: Model, optimizer, batch and mesh do not fit together.
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
@@ -156,33 +160,36 @@ class Setup:
         )  # fmt: skip
 
     def abstract_arguments(self) -> tuple[TrainState, dict]:
-        """Shapes, dtypes and shardings of what `train_step` takes."""
+        """Return shapes, dtypes and shardings of the arguments of `train_step`."""
         state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             self._state, self._shardings,
         )  # fmt: skip
-        codes, sharding = self._batch, batch_sharding(self.mesh)
+        codes = self._batch
+        sharding = batch_sharding(self.mesh)
         labels = jax.ShapeDtypeStruct(codes.shape[:1], jnp.int32, sharding=sharding)
         return state, {"codes": codes.update(sharding=sharding), "labels": labels}
 
 
 def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
-    """Trains as the configuration says, and leaves checkpoints, metrics, samples and a model.
+    """Train an AiM, and write checkpoints, metrics, samples and a model directory to the workdir.
 
     Args:
-      config: see `aim_jax.configs.defaults.aim_defaults`.
-      workdir: of this run alone; an interrupted run in it resumes.
-      callbacks: called after those of the configuration.
+      config: Configuration; see `aim_jax.configs.defaults.aim_defaults`.
+      workdir: Directory of this run alone; an interrupted run in it resumes.
+      callbacks: Called after those of the configuration.
 
     Raises:
-      ValueError, FileNotFoundError: a configuration, cache or workdir that does not fit, before
+      ValueError, FileNotFoundError: A configuration, cache or workdir does not fit. Raised before
         any work starts.
     """
     workdir = Path(workdir)
     loop.check_reports(config)
     settings = SamplingConfig(**{name: config.sample[name] for name in SETTINGS})
     setup = Setup(config)
-    mesh, model_config, share = setup.mesh, setup.model, batch_share(setup.mesh)
+    mesh = setup.mesh
+    model_config = setup.model
+    share = batch_share(mesh)
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
     data = open_codes(config, tokenizer, share)
@@ -201,12 +208,12 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     )
     say(parameter_table(state.params))
     if data.unigram_entropy is not None:
-        say(f"unigram entropy of the codes: {data.unigram_entropy:.3f} nats per token")
+        say(f"unigram entropy of the tokens: {data.unigram_entropy:.3f} nats per token")
 
     def evaluate(state):
         batches = data.validation_batches()
-        one = lambda batch: setup.eval_step(state.eval_params, data.encode(batch))  # noqa: E731
-        return loop.weighted_means(one, batches, config.batch_size // share[1], mesh)
+        step = lambda batch: setup.eval_step(state.eval_params, data.encode(batch))  # noqa: E731
+        return loop.weighted_means(step, batches, config.batch_size // share[1], mesh)
 
     def as_model(state: TrainState) -> Pretrained:
         return Pretrained(
@@ -245,28 +252,29 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
 
 
 def open_start(name_or_path: str, config: AiMConfig) -> dict:
-    """Parameters of a trained AiM, made to fit the model to train; says what had to be changed.
+    """Load the parameters of a trained AiM, adapt them to the model to train, and log the changes.
 
     Raises:
-      FileNotFoundError, ValueError: no such model, it holds no AiM, or one of another shape.
+      FileNotFoundError, ValueError: There is no such model, it holds no AiM, or an AiM of another
+        shape.
     """
     start = load_pretrained(name_or_path, as_stored=True)
     if start.aim_params is None or start.aim_config is None:
-        raise ValueError(f"config.init={name_or_path!r} holds no AiM.")
+        raise ValueError(f"config.init={name_or_path!r} holds no AiM; name a model that has one.")
     params, changes = adapt_aim(start.aim_params, start.aim_config, config)
     say("\n  ".join([f"weights of {name_or_path}", *changes]))
     return params
 
 
 def check_fit(model: AiMConfig, tokenizer: Pretrained, data: CodeData | EncodedImages) -> None:
-    """Raises ValueError where model, tokenizer and data disagree in a size."""
-    for name, ours, theirs, whose in (
+    """Raise ValueError where model, tokenizer and data disagree in a size."""
+    for name, value, expected, owner in (
         ("vocab_size", model.vocab_size, tokenizer.vq()[0].n_embed, "the tokenizer's codebook"),
         ("vocab_size", model.vocab_size, data.vocab_size, "the data"),
         ("num_tokens", model.num_tokens, data.num_tokens, "the data"),
         ("num_classes", model.num_classes, len(data.class_names), "the data"),
     ):
-        if ours != theirs:
+        if value != expected:
             raise ValueError(
-                f"config.model.{name}={ours}, but {whose} has {theirs}; set it to {theirs}."
+                f"config.model.{name}={value}, but {owner} has {expected}; set it to {expected}."
             )

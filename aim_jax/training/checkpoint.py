@@ -1,6 +1,6 @@
-"""The checkpoints of training runs, with Orbax: a run that goes on repeats itself exactly.
+"""Checkpoints of training runs, with Orbax: a resumed run repeats an uninterrupted one exactly.
 
-A run directory holds `run.json` (its configuration) and `checkpoints/<step>`.
+A workdir holds `run.json` (the configuration) and `checkpoints/<step>`.
 """
 
 import contextlib
@@ -28,11 +28,12 @@ from aim_jax.utils.logging import say
 from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
-CHUNK_BYTES = 8 * 2**20  # read at once
-# Settings that may change when a run goes on: length, reports, places, devices and how it computes,
-# and the two that tame a run whose loss spikes; not what it learns. (A tokenizer's batch norm,
-# adaptive weight and entropy are of a micro-batch, so that `accumulate` touches them; it may change
-# because a run may have to go on with less memory.)
+CHUNK_BYTES = 8 * 2**20  # size of a read
+# Settings that may change when a run resumes: its length, reports, paths, devices, the method of
+# computation, and the two settings that help against loss spikes (optimizer.lr and
+# optimizer.clip_norm). Settings that decide what a model learns may not change. `accumulate` does
+# affect a tokenizer's batch norm, adaptive weight and entropy, which are computed per micro-batch;
+# it may change because a run may have to resume with less memory.
 RESUMABLE = (
     "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
     "profile", "codes", "data.dir", "data.workers", "inception", "lpips", "init", "export_dtype",
@@ -49,10 +50,10 @@ class SaveError(OSError):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run: state and data iterator, the newest `keep` of them.
+    """Checkpoints of one training run: state and data iterator, the newest `keep` of them.
 
-    Each has a list of its files with sizes and CRC-32, by which `restore_newest` tells whether one
-    is whole before any process reads it.
+    Each checkpoint has a list of its files with sizes and CRC-32. `restore_newest` verifies the
+    list before any process reads the checkpoint.
     """
 
     FILES = "files.json"
@@ -68,49 +69,51 @@ class RunCheckpoints:
         self._closed = threading.Event()
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint."""
+        """Return the step of the newest checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, iterator: Prefetched) -> None:
-        """Saves in the background; a checkpoint counts only once all of it is written.
+        """Save in the background; a checkpoint is valid only once it is completely written.
 
         Raises:
-          SaveError: this or the save before failed; older checkpoints are as they were.
+          SaveError: This or the previous save failed; older checkpoints are unchanged.
         """
         if step == self.latest_step():
             return
-        # Where the iterator is does not depend on the number of processes, so that of one will do.
+        # The iterator's state does not depend on the number of processes, so one state is enough.
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
         )
-        self.wait()  # a new save may delete the one before, which has to be listed until then
+        self.wait()  # a new save may delete the previous checkpoint, whose list must be written
         with self._save_errors():
             self._manager.save(step, args=args)
         self._lister = threading.Thread(target=self._list_files, args=(step,), daemon=True)
         self._lister.start()
 
     def wait(self) -> None:
-        """Waits for the last save.
+        """Wait for the last save.
 
         Raises:
-          SaveError: it failed.
+          SaveError: The save failed.
         """
         with self._save_errors():
             self._manager.wait_until_finished()
         self._join_lister()
 
     def restore_newest(self, state: Any, iterator: Prefetched) -> tuple[int, Any]:
-        """Step and state of the newest whole checkpoint; step 0 and `state` where there is none.
+        """Restore the newest intact checkpoint; return its step and state.
 
-        Sets the iterator to where it was. Damaged checkpoints are reported and moved to `damaged/`
-        in the workdir.
+        Without any checkpoint, step 0 and the `state` argument are returned. The iterator is moved
+        to its saved position. Damaged checkpoints are reported and moved to `damaged/` in the
+        workdir.
 
         Args:
-          state: of the same shapes; the result takes its shardings. Where there is a checkpoint its
-            arrays are freed, so that there is room for those that are read.
+          state: State of the same shapes; the result takes its shardings. If there is a checkpoint,
+            the arrays of `state` are freed to make room for the restored ones.
+          iterator: The run's data iterator.
 
         Raises:
-          ValueError: there are checkpoints, but none is whole.
+          ValueError: There are checkpoints, but all of them are damaged.
         """
         damaged = {}
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -125,10 +128,10 @@ class RunCheckpoints:
             )
             try:
                 restored = self._manager.restore(step, args=args)
-            except jax.errors.JaxRuntimeError:  # of the device, not of the files
+            except jax.errors.JaxRuntimeError:  # a failure of the device, not of the files
                 raise
-            except Exception as error:  # of TensorStore, of many kinds
-                # With a list its files are known to be whole. Of several processes the others wait.
+            except Exception as error:  # TensorStore raises many kinds
+                # Files with a list are known to be intact. With several processes, others wait.
                 if (self.directory / str(step) / self.FILES).exists() or jax.process_count() > 1:
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -140,25 +143,26 @@ class RunCheckpoints:
             return step, restored["state"]
         if damaged:
             raise ValueError(
-                f"no checkpoint in {self.directory} is whole ({'; '.join(damaged.values())}). They "
-                "are in damaged/ beside it now; the same command starts from the beginning."
+                f"every checkpoint in {self.directory} is damaged "
+                f"({'; '.join(damaged.values())}). They were moved to damaged/ beside it; the same "
+                "command starts from the beginning."
             )
         return 0, state
 
     def close(self) -> None:
-        """Ends the background work; a failure of the last save is not reported here."""
+        """Stop the background work; a failure of the last save is not reported here."""
         self._closed.set()
         self._join_lister()
         self._manager.close()
 
     def _list_files(self, step: int) -> None:
-        """Writes the list of a checkpoint's files as soon as it has its final name."""
+        """Write the list of a checkpoint's files as soon as the checkpoint has its final name."""
         path = self.directory / str(step)
         while not path.exists():
             if self._closed.wait(self.POLL_SECONDS):
                 return
         if jax.process_index() == 0:
-            # Orbax may delete it meanwhile, and it must not come back: nothing here makes it.
+            # Orbax may delete the checkpoint meanwhile; do not recreate its directory.
             with contextlib.suppress(FileNotFoundError):
                 partial = path / f".{self.FILES}.partial"
                 partial.write_text(json.dumps(_checksums(path), indent=1) + "\n")
@@ -170,19 +174,20 @@ class RunCheckpoints:
             self._lister = None
 
     def _problem(self, step: int) -> str:
-        """What is wrong with the files of a checkpoint; all processes get the same answer."""
+        """Return a description of damaged or missing files, or ""; all processes get the same."""
         problem = ""
         if jax.process_index() == 0:
-            path, listed = self.directory / str(step), {}
+            path = self.directory / str(step)
+            listed = {}
             with contextlib.suppress(FileNotFoundError):  # killed right after the save
                 try:
                     listed = json.loads((path / self.FILES).read_text())
                 except ValueError:
-                    listed = {self.FILES: "cut short"}
-            found = _checksums(path) if listed else {}
-            wrong = sorted(name for name in listed if found.get(name) != listed[name])
+                    listed = {self.FILES: "truncated"}
+            actual = _checksums(path) if listed else {}
+            wrong = sorted(name for name in listed if actual.get(name) != listed[name])
             if wrong:
-                state = "damaged" if wrong[0] in found else "missing"
+                state = "damaged" if wrong[0] in actual else "missing"
                 problem = f"step {step}: {state}: {wrong[0]}"
                 problem += f" and {len(wrong) - 1} more files" if wrong[1:] else ""
         if jax.process_count() == 1:
@@ -191,7 +196,7 @@ class RunCheckpoints:
         return multihost_utils.broadcast_one_to_all(text).tobytes().decode(errors="replace").strip()
 
     def _set_aside(self, step: int, problem: str) -> None:
-        say(f"checkpoint of {problem}; trying the one before")
+        say(f"skipping checkpoint {problem}; trying the previous one")
         if jax.process_index() == 0:
             target = self.directory.with_name("damaged") / str(step)
             shutil.rmtree(target, ignore_errors=True)
@@ -206,71 +211,75 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            whole = [int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()]
-            newest = f"step {max(whole)}" if whole else "none yet"
+            complete = [int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()]
+            newest = f"step {max(complete)}" if complete else "none yet"
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise SaveError(
-                f"a checkpoint could not be written into {self.directory} ({reason}). The newest "
-                f"whole one: {newest}. Make room or mend the disk, and run the same command again."
+                f"cannot write a checkpoint to {self.directory} ({reason}). Newest complete "
+                f"checkpoint: {newest}. Free disk space or fix the disk, and run the same command "
+                "again."
             ) from error
 
 
 def _checksums(path: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file under a directory."""
+    """Return the size and CRC-32 of every file under a directory."""
     sums = {}
     for file in filter(Path.is_file, path.rglob("*")):
         size = crc = 0
         with file.open("rb") as opened:
             while data := opened.read(CHUNK_BYTES):
-                size, crc = size + len(data), zlib.crc32(data, crc)
+                size += len(data)
+                crc = zlib.crc32(data, crc)
         sums[str(file.relative_to(path))] = [size, crc]
     return sums
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this directory would go on from a checkpoint, named by its step.
+    """Return whether a run in this directory would resume from a checkpoint.
 
-    What a save that was cut short leaves has a longer name.
+    Complete checkpoints are named by their step; an interrupted save leaves a longer name.
     """
     return any(path.name.isdecimal() for path in (Path(workdir) / "checkpoints").glob("*"))
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Marks a directory as that of this run, or checks that it already is.
+    """Mark a workdir as that of this run, or check that it already is.
 
-    A run that has no checkpoint yet starts from the beginning, with whatever settings.
+    A run without a checkpoint starts from the beginning, with any settings.
 
     Raises:
-      ValueError: the directory has checkpoints of a run with other settings (each one is named), or
-        of an unknown run.
+      ValueError: The directory has checkpoints of a run with other settings (each difference is
+        named), or of an unknown run.
     """
     workdir = Path(workdir)
-    file, new = workdir / RUN_FILE, json.loads(config.to_json_best_effort())
-    goes_on = has_checkpoint(workdir)
-    if goes_on and file.exists():
+    file = workdir / RUN_FILE
+    new = json.loads(config.to_json_best_effort())
+    resumes = has_checkpoint(workdir)
+    if resumes and file.exists():
         old = json.loads(file.read_text())
-        # Of an older version a run named those fields of its model alone that are no defaults.
+        # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
-        before, after = flatten(old), flatten(new)
+        before = flatten(old)
+        after = flatten(new)
         changed = {
             key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
             for key in sorted(before.keys() | after.keys())
-            # A run of an older version has no entry for what is off by default.
+            # Older versions have no entry for a setting that is off by default.
             if (before.get(key) or None) != (after.get(key) or None)
         }
         other = [line for key, line in changed.items() if key not in RESUMABLE]
         if other:
             raise ValueError(
-                f"{workdir} is the workdir of another run; settings that differ (there -> here): "
-                f"{'; '.join(other)}. Use another --workdir, or the settings of that run."
+                f"{workdir} is the workdir of another run; settings that differ (its value -> "
+                f"yours): {'; '.join(other)}. Use another --workdir, or the settings of that run."
             )
         if changed:
-            say(f"the run goes on with other settings: {'; '.join(changed.values())}")
-    elif goes_on:
+            say(f"the run resumes with changed settings: {'; '.join(changed.values())}")
+    elif resumes:
         raise ValueError(
-            f"{workdir} holds checkpoints but no {RUN_FILE}, so it is not known which run they "
-            "belong to; use another --workdir."
+            f"{workdir} holds checkpoints but no {RUN_FILE}, so the run they belong to is unknown; "
+            "use another --workdir."
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of held-out pictures: means, rFID, pairs of pictures."""
+"""Evaluation of a tokenizer on held-out images: mean metrics, rFID, and a grid of examples."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -37,10 +37,11 @@ from aim_jax.utils.logging import Progress
 def eval_step(
     params: dict, batch: dict, lpips_params: dict | None, *, config: VQConfig, accumulate: int = 1
 ) -> metrics.Collection:
-    """Metrics of the real examples of a padded batch: squared error, PSNR, LPIPS, code counts.
+    """Return metrics of the real examples of a padded batch.
 
-    PSNR is that of the 8-bit images, in dB, per image; LPIPS only with its weights; `codes` is
-    how often each code occurs in an image.
+    They are the squared error, the PSNR of the 8-bit images in dB per image, LPIPS (only if its
+    weights are given), and `codes`, the mean number of times each codebook entry occurs in an
+    image.
     """
     return summed(lambda part: _measure(params, part, lpips_params, config), batch, accumulate)
 
@@ -48,7 +49,8 @@ def eval_step(
 def _measure(
     params: dict, batch: dict, lpips_params: dict | None, config: VQConfig
 ) -> metrics.Collection:
-    images, weights = batch["images"], batch["weights"]
+    images = batch["images"]
+    weights = batch["weights"]
     recon, quantized = VQModel(config).apply({"params": params}, images)
     per_image = {}
     if lpips_params is not None:
@@ -66,13 +68,15 @@ def _measure(
 
 
 class HeldOut:
-    """What a tokenizer makes of held-out pictures.
+    """Evaluator of a tokenizer on held-out images.
 
     Args:
-      config: see `aim_jax.configs.defaults.vq_defaults`. model, mesh: of the run.
-      batches: (part) -> one pass over this part of every batch, or over this process's own.
-      count: pictures in all.
-      lpips_params, extract: for LPIPS and for rFID, which are left out without them.
+      config: Configuration of the run; see `aim_jax.configs.defaults.vq_defaults`.
+      model, mesh: Tokenizer and mesh of the run.
+      batches: (part) -> one pass over this part of every batch; by default this process's own part.
+      count: Total number of images.
+      lpips_params: Weights of LPIPS, which is left out if they are None.
+      extract: Feature extractor for rFID, which is left out if it is None.
     """
 
     def __init__(
@@ -85,8 +89,12 @@ class HeldOut:
         lpips_params: dict | None,
         extract: FeatureExtractor | None,
     ):
-        self._batches, self._count, self._mesh = batches, count, mesh
-        self._lpips, self._extract, self._parts = lpips_params, extract, batch_share(mesh)[1]
+        self._batches = batches
+        self._count = count
+        self._mesh = mesh
+        self._lpips = lpips_params
+        self._extract = extract
+        self._parts = batch_share(mesh)[1]
         self._size = config.batch_size // self._parts
         accumulate = config.accumulate
         self._measure = jax.jit(functools.partial(eval_step, config=model, accumulate=accumulate))
@@ -100,31 +108,31 @@ class HeldOut:
 
         self._decoded = jax.jit(decoded)
         self._batch_decoded = jax.jit(decoded_in_parts, out_shardings=batch_sharding(mesh))
-        # The first part in all processes: a program over all devices takes the same from each.
-        self._shown = next(iter(batches(part=0)))["images"][: config.sample.images]
+        # Every process takes the first part: a program over all devices needs equal inputs.
+        self._examples = next(iter(batches(part=0)))["images"][: config.sample.images]
         self._real: Gaussian | None = None
 
     def measure(self, params: dict) -> dict[str, float]:
-        """Means of `eval_step`, use of the codebook, and val_rfid."""
+        """Return the means of `eval_step`, the codebook usage, and val_rfid."""
         measure = lambda batch: self._measure(params, batch, self._lpips)  # noqa: E731
         means = loop.weighted_means(measure, self._batches(), self._size, self._mesh)
-        use = codebook_use(means.pop("codes"))
-        means |= {f"val_{name}": value for name, value in use.items()}
+        usage = codebook_use(means.pop("codes"))
+        means |= {f"val_{name}": value for name, value in usage.items()}
         if self._extract is not None:
-            made = self._gaussian(self._extract, self._reconstructions(params))
+            generated = self._gaussian(self._extract, self._reconstructions(params))
             if self._real is None:
-                pictures = (to_uint8(batch["images"]) for batch in self._batches())
-                self._real = self._gaussian(self._extract, pictures)
-            means["val_rfid"] = frechet_distance(self._real, made)
+                images = (to_uint8(batch["images"]) for batch in self._batches())
+                self._real = self._gaussian(self._extract, images)
+            means["val_rfid"] = frechet_distance(self._real, generated)
         return means
 
     def draw(self, params: dict, path: Path) -> None:
-        """Writes pairs of pictures and reconstructions."""
-        shown = self._shown
-        decoded = to_host(self._decoded(params, shown))
+        """Write a grid of original images above their reconstructions."""
+        examples = self._examples
+        decoded = to_host(self._decoded(params, examples))
         if jax.process_index() == 0:
-            pairs = np.concatenate([np.asarray(to_uint8(shown)), decoded])
-            save_png(make_grid(pairs, len(shown), ["original", "decoded"]), path)
+            pairs = np.concatenate([np.asarray(to_uint8(examples)), decoded])
+            save_png(make_grid(pairs, len(examples), ["original", "decoded"]), path)
 
     def _reconstructions(self, params: dict) -> Iterator[np.ndarray]:
         for batch in self._batches():
@@ -132,10 +140,11 @@ class HeldOut:
             yield local_rows(self._batch_decoded(params, images))[: len(batch["labels"])]
 
     def _gaussian(
-        self, extract: FeatureExtractor, pictures: Iterable[jax.Array | np.ndarray]
+        self, extract: FeatureExtractor, batches: Iterable[jax.Array | np.ndarray]
     ) -> Gaussian:
-        moments, progress = Moments(NUM_FEATURES), Progress("features for rFID")
-        for rows in pictures:
-            moments.add(np.asarray(extract(np.asarray(rows)).pool))
+        moments = Moments(NUM_FEATURES)
+        progress = Progress("features for rFID")
+        for images in batches:
+            moments.add(np.asarray(extract(np.asarray(images)).pool))
             progress(min(moments.count * self._parts, self._count), self._count)
         return over_processes(moments).gaussian()

@@ -1,4 +1,4 @@
-"""The codes that AiM is trained on: from token caches, or of pictures encoded on the way."""
+"""Training tokens of AiM, from token caches or from images encoded on the fly."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from aim_jax.weights.tokenizer import tokenizer_fingerprint
 
 
 def parse_codes(text: str) -> list[tuple[Path, float]]:
-    """ "codes/a,codes/b:0.5" -> the directories, and how often their pictures are drawn.
+    """Parse "codes/a,codes/b:0.5" into directories and the sampling weights of their examples.
 
     Raises:
-      ValueError: a weight is no positive number.
+      ValueError: A weight is not a positive number.
     """
 
     def parse(item: str) -> tuple[Path, float]:
@@ -42,8 +42,8 @@ def parse_codes(text: str) -> list[tuple[Path, float]]:
             number = 0
         if not path or not 0 < number < math.inf:
             raise ValueError(
-                f"config.codes={text!r}: {item!r} is not a directory, or DIRECTORY:WEIGHT with a "
-                "positive number"
+                f"config.codes={text!r}: expected DIRECTORY or DIRECTORY:WEIGHT with a positive "
+                f"number, got {item!r}"
             )
         return Path(path), number
 
@@ -51,11 +51,11 @@ def parse_codes(text: str) -> list[tuple[Path, float]]:
 
 
 class CodeData:
-    """Training codes from one token cache or several, and validation codes from the first.
+    """Training tokens from one or several token caches, and validation tokens from the first.
 
     Attributes:
-      unigram_entropy: nats per token of the marginal distribution of (the first cache's) codes:
-        what a model that ignores class, position and context would reach.
+      unigram_entropy: Nats per token of the marginal distribution of the first cache's tokens: the
+        loss of a model that ignores class, position and context.
     """
 
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
@@ -64,24 +64,26 @@ class CodeData:
         self._train = [TokenCache.open(path / "train", expected) for path in paths]
         self._validation = TokenCache.open(paths[0] / "validation", expected)
         check_alike([*self._train, self._validation])
-        self._config, self._share = config, share
+        self._config = config
+        self._share = share
         first = self._train[0]
         self.class_names = first.class_names
-        self.num_tokens, self.vocab_size = first.num_tokens, first.vocab_size
+        self.num_tokens = first.num_tokens
+        self.vocab_size = first.vocab_size
         self.train_size = sum(len(cache) for cache in self._train)
         self.validation_size = len(self._validation)
         self.unigram_entropy = unigram_entropy(first)
 
     def encode(self, batch: dict, after: Any = None) -> dict:
-        """The batch as it is: it holds codes already."""
+        """Return the batch unchanged, because it already holds tokens."""
         return batch
 
     def train_batches(self) -> Prefetched:
-        """Endless shuffled batches of this process."""
+        """Return endless shuffled batches of this process."""
         return self._batches(self._train, weights=self._weights, train=True)
 
     def validation_batches(self) -> Prefetched:
-        """One pass over this process's share of the validation codes."""
+        """Return one pass over this process's share of the validation tokens."""
         return self._batches([self._validation], train=False)
 
     def _batches(
@@ -94,7 +96,7 @@ class CodeData:
 
 
 def unigram_entropy(cache: TokenCache) -> float:
-    """Nats per token of the marginal distribution of the codes of 16,384 evenly spaced pictures."""
+    """Return the entropy, in nats per token, of the tokens of up to 16,384 evenly spaced images."""
     codes, _ = cache.take(np.linspace(0, len(cache) - 1, min(2**14, len(cache))).astype(int))
     frequency = np.bincount(codes.ravel(), minlength=cache.vocab_size)
     p = frequency[frequency > 0] / frequency.sum()
@@ -102,7 +104,7 @@ def unigram_entropy(cache: TokenCache) -> float:
 
 
 class EncodedImages:
-    """Training and validation pictures, encoded by the frozen tokenizer as they are needed."""
+    """Training and validation images, encoded by the frozen tokenizer as they are needed."""
 
     unigram_entropy = None
 
@@ -110,7 +112,9 @@ class EncodedImages:
         data = config.data
         vq, self._params = tokenizer.vq()
         check_pictures_fit(vq, data)
-        self._config, self._spec, self._share = config, image_spec(data), share
+        self._config = config
+        self._spec = image_spec(data)
+        self._share = share
         self._train, self._validation = (
             open_images(data.name, split, data.dir or None) for split in ("train", "validation")
         )
@@ -119,34 +123,41 @@ class EncodedImages:
         self.class_names = self._train.class_names
         self.num_tokens = (data.image_size // vq.downsampling) ** 2
         self.vocab_size = vq.n_embed
-        self.train_size, self.validation_size = len(self._train), len(self._validation)
+        self.train_size = len(self._train)
+        self.validation_size = len(self._validation)
 
         def encode(params: dict, images: jax.Array) -> jax.Array:
-            def one(part: jax.Array) -> jax.Array:
+            def encode_part(part: jax.Array) -> jax.Array:
                 return VQModel(vq).apply({"params": params}, part, method="encode_to_tokens")
 
-            return joined(jax.lax.map(one, micro_batches(images, config.accumulate)))
+            return joined(jax.lax.map(encode_part, micro_batches(images, config.accumulate)))
 
         self._encode = jax.jit(encode)
 
     def encode(self, batch: dict, after: Any = None) -> dict:
-        """The batch with `codes` in the place of `images`; `after` is what was started before."""
-        # Devices of one CPU share its threads. Two programs at once may wait for each other for
-        # ever: this one for threads that an all-reduce of the step before holds.
-        crowded = jax.default_backend() == "cpu" and jax.local_device_count() > 1
-        if crowded:
+        """Return the batch with `codes` in place of `images`.
+
+        Args:
+          batch: `images` (b, H, W, c), and other arrays that are passed through.
+          after: Results of the previous step. Encoding waits for them if one process has several
+            CPU devices.
+        """
+        # CPU devices of one process share its threads. Two programs at the same time may deadlock:
+        # this one waits for threads that an all-reduce of the previous step holds.
+        shared_threads = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+        if shared_threads:
             jax.block_until_ready(after)
         codes = self._encode(self._params, batch["images"])
-        if crowded:
+        if shared_threads:
             jax.block_until_ready(codes)
         return {k: v for k, v in batch.items() if k != "images"} | {"codes": codes}
 
     def train_batches(self) -> Prefetched:
-        """Endless shuffled batches of this process."""
+        """Return endless shuffled batches of this process."""
         return self._batches(self._train, train=True)
 
     def validation_batches(self) -> Prefetched:
-        """One pass over this process's share of the validation pictures."""
+        """Return one pass over this process's share of the validation images."""
         return self._batches(self._validation, train=False)
 
     def _batches(self, source: ImageSource, train: bool) -> Prefetched:
@@ -160,16 +171,17 @@ class EncodedImages:
 def open_codes(
     config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]
 ) -> CodeData | EncodedImages:
-    """The data that a configuration names: token caches, or pictures to encode on the way.
+    """Open the data that a configuration names: token caches, or images to encode on the fly.
 
     Args:
-      share: which part of every batch to take, and of how many; see `batch_share`.
+      share: Index of this process's part of every batch, and the number of parts; see
+        `batch_share`.
     """
     return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
 
 
 def check_pictures_fit(model: VQConfig, data: ConfigDict) -> None:
-    """Raises ValueError where a tokenizer and the pictures disagree."""
+    """Raise ValueError where a tokenizer and the images disagree in channels or size."""
     if {model.in_channels, model.out_channels} != {data.channels}:
         raise ValueError(
             f"config.data.channels={data.channels}, but the tokenizer has in_channels="

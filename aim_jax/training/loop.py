@@ -1,4 +1,4 @@
-"""The loop that both training programs run: restore, step, report, call what is due."""
+"""Training loop of AiM and the tokenizer: restore, step, report, and call what is due."""
 
 import dataclasses
 import functools
@@ -24,16 +24,17 @@ from aim_jax.weights.pretrained import EXPORT_DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees.
+    """Arguments of a callback.
 
     Attributes:
-      step: optimizer steps done.
-      last: whether this is the last step of the run.
-      state: after this step. The next step consumes its arrays: copy what has to outlive the call.
-      workdir: of the run.
-      scalars: newest value of every scalar written since this callback was last called: means of
+      step: Optimizer steps done.
+      last: Whether this is the last step of the run.
+      state: State after this step. The next step donates its arrays: copy what has to outlive the
+        call.
+      workdir: Directory of the run.
+      scalars: Newest value of every scalar written since the last call of this callback: means of
         the metrics since the last report, speed, evaluation results.
-      write: takes more scalars of this step for metrics.jsonl and TensorBoard, and shows them to
+      write: Writes more scalars of this step to metrics.jsonl and TensorBoard, and passes them to
         the other callbacks.
     """
 
@@ -47,14 +48,15 @@ class StepInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """A callback, and how often the loop calls it.
+    """A callback and its interval in steps.
 
-    All processes call it, after the same steps. The training rate leaves out the time it takes.
+    All processes call it, after the same steps. The training rate excludes the time it takes.
 
     Attributes:
-      steps: between two calls, counted from step 0 of the run, also when it resumes; 0: no calls.
-      callback: its errors end the run.
-      at_end: call it after the last step too, if that is not a multiple of `steps`.
+      steps: Steps between two calls, counted from step 0 of the run even if it resumes; 0 disables
+        the callback.
+      callback: Function to call. An exception it raises ends the run.
+      at_end: Also call it after the last step if that is not a multiple of `steps`.
     """
 
     steps: int
@@ -62,18 +64,18 @@ class Every:
     at_end: bool = True
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to call it after this step."""
+        """Return whether to call the callback after this step."""
         return self.steps != 0 and (step % self.steps == 0 or (last and self.at_end))
 
 
 class Callbacks:
-    """Calls the callbacks that are due, in their order.
+    """Caller of the callbacks that are due, in their order.
 
     Args:
-      pairs: of interval and callback.
-      last_step: of the run.
-      workdir: of the run.
-      writer: where the scalars go that callbacks write.
+      pairs: Callbacks with their intervals.
+      last_step: Last step of the run.
+      workdir: Directory of the run.
+      writer: Destination of the scalars that callbacks write.
     """
 
     def __init__(
@@ -86,12 +88,12 @@ class Callbacks:
         self._unseen: list[dict[str, float]] = [{} for _ in pairs]
 
     def show(self, scalars: dict[str, float]) -> None:
-        """Keeps scalars for the next call of every callback."""
+        """Keep scalars for the next call of every callback."""
         for unseen in self._unseen:
             unseen.update(scalars)
 
     def call(self, step: int, state: TrainState) -> None:
-        """Calls what is due after this step."""
+        """Call the callbacks that are due after this step."""
 
         def write(scalars):
             scalars = {name: float(value) for name, value in scalars.items()}
@@ -111,22 +113,22 @@ def run_callbacks(
     sample: Callable[[TrainState, Path], None],
     export: Callable[[TrainState], None],
 ) -> list[Every]:
-    """The callbacks of both training programs, at the intervals of their configuration.
+    """Return the callbacks of both training programs, with the intervals of the configuration.
 
     Args:
-      evaluate: state -> scalars on held-out data.
-      sample: (state, path) writes an image.
-      export: state writes the model directory.
+      evaluate: Maps the state to scalars on held-out data.
+      sample: Given (state, path), writes an image.
+      export: Given the state, writes the model directory.
     """
 
     def evaluate_and_write(info: StepInfo) -> None:
         scalars = evaluate(info.state)
         info.write(scalars)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        say(f"step {info.step}  {shown}")
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        say(f"step {info.step}  {listed}")
 
     def export_between(info: StepInfo) -> None:
-        if not info.last:  # the loop exports at the end, once the last checkpoint is whole
+        if not info.last:  # the loop exports at the end, once the last checkpoint is complete
             export(info.state)
 
     def write_samples(info: StepInfo) -> None:
@@ -141,15 +143,15 @@ def run_callbacks(
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one training program gives to the loop.
+    """The parts of the loop that one training program supplies.
 
     Attributes:
-      train_step: (state, batch) -> (state, metrics: scalars, among them those of `apply_gradients`
-        and "loss").
-      batches: endless iterator of NumPy batches, which says where it is and goes there.
-      callbacks: called in this order, after the checkpoint of the same step.
-      export: state writes the model directory, at the end of the run.
-      flops: of one example's forward and backward pass, or None.
+      train_step: (state, batch) -> (state, metrics). The metrics are scalars, which include "loss"
+        and those of `apply_gradients`.
+      batches: Endless iterator of NumPy batches, which can save and restore its position.
+      callbacks: Called in this order, after the checkpoint of the same step.
+      export: Given the state, writes the model directory at the end of the run.
+      flops: FLOPs of one example's forward and backward pass, or None.
     """
 
     train_step: Callable
@@ -160,7 +162,7 @@ class Stage:
 
 
 def check_reports(config: ConfigDict) -> None:
-    """Raises ValueError for what a run would otherwise stumble over when it samples or exports."""
+    """Raise ValueError for settings that would fail only later, in a report, sample or export."""
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"config.seed={config.seed}: expected 0 to 2**31 - 1.")
     if config.export_dtype not in EXPORT_DTYPES:
@@ -170,8 +172,8 @@ def check_reports(config: ConfigDict) -> None:
         )
     if config.log_every < 1:
         raise ValueError(
-            f"config.log_every={config.log_every}; expected 1 or more: until a report the metrics "
-            "of every step are kept."
+            f"config.log_every={config.log_every}; expected 1 or more, because the metrics of "
+            "every step are kept until a report."
         )
     if config.keep < 1:
         raise ValueError(f"config.keep={config.keep}; expected 1 checkpoint or more.")
@@ -183,15 +185,15 @@ def check_reports(config: ConfigDict) -> None:
 def run(
     config: ConfigDict, workdir: Path, mesh: Mesh, state: TrainState, stage: Stage
 ) -> TrainState:
-    """Trains to `config.steps`, from the newest whole checkpoint in `workdir` if there is one.
+    """Train to `config.steps`, from the newest intact checkpoint in `workdir` if there is one.
 
-    Stops early, after saving, on SIGTERM (sent to any of the processes) or Ctrl-C: the state that
-    is returned then has fewer steps. A run that resumes repeats an uninterrupted one bit for bit.
+    Training stops early, after a save, on SIGTERM (sent to any of the processes) or Ctrl-C; the
+    returned state then has fewer steps. A resumed run repeats an uninterrupted one bit for bit.
 
     Raises:
-      ValueError: config.profile cannot be read, or every checkpoint is damaged.
-      BadStepsError: too many steps in a row had to be skipped.
-      SaveError: a checkpoint could not be written.
+      ValueError: config.profile is malformed, or every checkpoint is damaged.
+      BadStepsError: Too many steps in a row were skipped.
+      SaveError: A checkpoint could not be written.
     """
     workdir = Path(workdir)
     profiler = Profiler(config.profile, workdir / "profile")
@@ -206,19 +208,20 @@ def run(
         log.check()
         checkpoints.save(step, state, stage.batches)
 
-    # First: no failure of another callback loses the checkpoint.
+    # Saving comes first, so that the failure of another callback does not lose the checkpoint.
     saving = Every(config.save_every, lambda info: save(info.step, info.state))
     callbacks = Callbacks([saving, *stage.callbacks], config.steps, workdir, writer)
-    stop, reported = StopSignal(step), None
+    stop = StopSignal(step)
+    metrics_of_step = None
     try:
         while step < config.steps and not stop.reached(step):
             with log.waiting():
                 batch = shard_batch(next(stage.batches), mesh)
-            profiler.before(step + 1, reported)
-            state, reported = stage.train_step(state, batch)
+            profiler.before(step + 1, metrics_of_step)
+            state, metrics_of_step = stage.train_step(state, batch)
             step += 1
-            log.add(step, reported)
-            profiler.after(step, reported)
+            log.add(step, metrics_of_step)
+            profiler.after(step, metrics_of_step)
             if step in (1, config.steps) or step % config.log_every == 0:
                 callbacks.show(log.report(step))
             with log.pause():
@@ -230,7 +233,7 @@ def run(
             say(f"{stop.received}: saved step {step}; the same command resumes from there.")
         if step == config.steps or stop.received == "SIGINT":
             stage.export(state)
-        # Process 0 alone writes models and lists of files; JAX aborts it when the others have left.
+        # Only process 0 writes models and file lists; JAX aborts it once the others have exited.
         wait_for_all("the end of the run")
     finally:
         stop.restore()
@@ -241,28 +244,28 @@ def run(
 
 
 def pad_batch(batch: dict, size: int) -> dict:
-    """A batch filled up with zeros to `size` examples; `weights` is 1 for real ones, else 0."""
+    """Pad a batch with zeros to `size` examples; `weights` is 1 for real examples and 0 else."""
     count = len(batch["labels"])
     padded = {k: np.pad(v, [(0, size - count)] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
     return padded | {"weights": (np.arange(size) < count).astype(np.float32)}
 
 
 def weighted_means(eval_step: Callable, batches: Iterable[dict], size: int, mesh: Mesh) -> dict:
-    """Means over all examples of one pass over a data set.
+    """Return the means of metrics over all examples of one pass over a dataset.
 
     Args:
-      eval_step: padded batch -> `clu.metrics.Collection` of its real examples.
-      batches: one pass over this process's share; shorter last batch allowed.
-      size: examples per batch on this process.
+      eval_step: Maps a padded batch to the `clu.metrics.Collection` of its real examples.
+      batches: One pass over this process's share; the last batch may be shorter.
+      size: Examples per batch on this process.
     """
 
     def measure(batch: dict) -> metrics.Collection:
-        found = eval_step(shard_batch(pad_batch(batch, size), mesh))
-        # Merged on the host, in float64: float32 loses digits over the batches of a large set.
-        # Fetched one by one, so that nothing is under way when the next batch is encoded; see
+        collection = eval_step(shard_batch(pad_batch(batch, size), mesh))
+        # Merged on the host in float64, because float32 loses digits over many batches. Fetched one
+        # by one, so that no computation is running when the next batch is encoded; see
         # `EncodedImages.encode`.
-        return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), collection)
 
     return functools.reduce(
-        lambda total, found: total.merge(found), map(measure, batches)
+        lambda total, collection: total.merge(collection), map(measure, batches)
     ).compute()

@@ -1,8 +1,8 @@
-"""What the tokenizer is trained with: reconstruction, perceptual, adversarial and codebook losses.
+"""Tokenizer losses: reconstruction, perceptual, adversarial and codebook.
 
-The recipe of LlamaGen (arXiv 2406.06525, section 2.1), which is that of VQGAN (arXiv 2012.09841,
-section 3.1): a discriminator is trained beside the tokenizer, and its part in the tokenizer's loss
-is weighted by how strongly the other parts pull at the decoder's last layer.
+The recipe is that of LlamaGen (arXiv 2406.06525, section 2.1), which follows VQGAN (arXiv
+2012.09841, section 3.1). A discriminator is trained beside the tokenizer. The weight of the
+adversarial loss follows the ratio of the gradients at the decoder's last layer.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class LossConfig:
     """Weights of the losses; the codebook's are in `VQConfig`.
 
     Attributes:
-      l1, l2: of the mean absolute and squared error of pixels in [-1, 1].
-      perceptual: of LPIPS; 0 needs no network.
-      adversarial: of what the discriminator says; 0 trains none.
-      adversarial_start: step from which the discriminator is trained and listened to.
-      adaptive: whether the adversarial weight is also scaled by the ratio of the gradients at the
-        decoder's last layer (arXiv 2012.09841, equation 7).
+      l1, l2: Weights of the mean absolute and squared error of pixels in [-1, 1].
+      perceptual: Weight of LPIPS; 0 needs no LPIPS network.
+      adversarial: Weight of the adversarial loss; 0 trains no discriminator.
+      adversarial_start: Step from which the discriminator is trained and its loss used.
+      adaptive: Also scale the adversarial weight by the ratio of the gradients at the decoder's
+        last layer (arXiv 2012.09841, equation 7).
     """
 
     l1: float = 0.0
@@ -46,20 +46,20 @@ class LossConfig:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)}; expected 0 or more.")
         if not self.l1 + self.l2 + self.perceptual:
             raise ValueError(
-                "config.loss: l1, l2 and perceptual are all 0, so nothing says what a "
-                "reconstruction should look like; set one of them, l2=1.0 for example."
+                "config.loss: l1, l2 and perceptual are all 0, so no loss compares reconstructions "
+                "with images; set one of them, for example l2=1.0."
             )
 
     def check_size(self, side: int, discriminator: PatchGAN) -> None:
-        """Raises ValueError where pictures of `side` pixels are too small for the networks."""
+        """Raise ValueError where images of `side` pixels are too small for the networks."""
         if self.perceptual and side < MIN_SIDE:
             raise ValueError(
-                f"config.loss.perceptual needs pictures of {MIN_SIDE} pixels or more, not {side}; "
+                f"config.loss.perceptual needs images of {MIN_SIDE} pixels or more, not {side}; "
                 "set it to 0."
             )
         if self.adversarial and side < discriminator.min_side:
             raise ValueError(
-                f"config.discriminator.depth={discriminator.depth} needs pictures of "
+                f"config.discriminator.depth={discriminator.depth} needs images of "
                 f"{discriminator.min_side} pixels or more, not {side}; lower it, or set "
                 "config.loss.adversarial to 0."
             )
@@ -67,13 +67,14 @@ class LossConfig:
 
 @dataclass
 class Adversary:
-    """What the discriminator says of a batch.
+    """Losses and gradients of the discriminator on a batch.
 
     Attributes:
-      loss: () of the tokenizer: minus the mean logit of decoded pictures.
-      pull: its gradient with respect to the decoded pictures.
-      hinge: () the discriminator's own loss; grads: its gradient.
-      real, fake: () mean logits.
+      loss: () adversarial loss of the tokenizer: minus the mean logit of decoded images.
+      pull: Gradient of `loss` with respect to the decoded images.
+      hinge: () loss of the discriminator.
+      grads: Gradient of `hinge` with respect to the discriminator's parameters.
+      real, fake: () mean logits of real and decoded images.
     """
 
     loss: jax.Array
@@ -85,20 +86,20 @@ class Adversary:
 
 
 def reconstruction_loss(recon: jax.Array, images: jax.Array, l1: float, l2: float) -> jax.Array:
-    """l1 mean(|recon - images|) + l2 mean((recon - images)^2)."""
-    chex.assert_equal_shape([recon, images])  # others may broadcast, to a wrong mean
+    """Return l1 mean(|recon - images|) + l2 mean((recon - images)^2)."""
+    chex.assert_equal_shape([recon, images])  # other shapes may broadcast to a wrong mean
     error = recon - images
     return l1 * jnp.mean(jnp.abs(error)) + l2 * jnp.mean(jnp.square(error))
 
 
 def judge(module: PatchGAN, params: dict, recon: jax.Array, images: jax.Array) -> Adversary:
-    """Hinge losses (arXiv 1705.02894) of the discriminator and, through it, of the tokenizer.
+    """Compute the hinge losses (arXiv 1705.02894) of the discriminator and of the tokenizer.
 
     Args:
-      recon, images: (b, H, W, c), decoded and real.
+      recon, images: (b, H, W, c), decoded and real images.
     """
 
-    def fooling(recon: jax.Array) -> jax.Array:
+    def generator_loss(recon: jax.Array) -> jax.Array:
         return -jnp.mean(module.apply({"params": params}, recon))
 
     def hinge(params: dict) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -107,9 +108,9 @@ def judge(module: PatchGAN, params: dict, recon: jax.Array, images: jax.Array) -
         loss = 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
         return loss, (jnp.mean(real), jnp.mean(fake))
 
-    loss, pull = jax.value_and_grad(fooling)(recon)
-    (own, (real, fake)), grads = jax.value_and_grad(hinge, has_aux=True)(params)
-    return Adversary(loss, pull, own, grads, real, fake)
+    loss, pull = jax.value_and_grad(generator_loss)(recon)
+    (hinge_loss, (real, fake)), grads = jax.value_and_grad(hinge, has_aux=True)(params)
+    return Adversary(loss, pull, hinge_loss, grads, real, fake)
 
 
 def gradients(
@@ -124,16 +125,17 @@ def gradients(
     step: jax.Array,
     decoder_only: bool = False,
 ) -> tuple[dict, tuple[dict, jax.Array]]:
-    """Gradients of tokenizer and discriminator, each of its own loss, on a batch of `images`.
+    """Compute gradients of tokenizer and discriminator, each of its own loss, on a batch.
 
-    The decoder is differentiated once: the gradients of all losses on its pictures are added first.
+    The decoder is differentiated once: the gradients of all losses with respect to its images are
+    added first.
 
     Args:
       params: "vq" and, with an adversarial loss, "discriminator".
       batch: "images" (b, H, W, c) in [-1, 1].
-      lpips_params: see `aim_jax.weights.convert.lpips.load_lpips`; needed with a perceptual loss.
+      lpips_params: See `aim_jax.weights.convert.lpips.load_lpips`; needed with a perceptual loss.
       step: () optimizer steps done.
-      decoder_only: gradients of the encoder and the codebook are zero, and cost nothing.
+      decoder_only: The gradients of the encoder and the codebook are zero, and cost nothing.
 
     Returns:
       (gradients like params, (metrics, indices (b, t))).
@@ -150,15 +152,15 @@ def gradients(
         return (recon, codebook), quantized
 
     def fidelity(recon: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        found = {"rec_loss": reconstruction_loss(recon, images, losses.l1, losses.l2)}
-        total = found["rec_loss"]
+        terms = {"rec_loss": reconstruction_loss(recon, images, losses.l1, losses.l2)}
+        total = terms["rec_loss"]
         if losses.perceptual:
             if lpips_params is None:
                 raise ValueError("config.loss.perceptual needs the weights of LPIPS.")
             distances = lpips(lpips_params, recon, images, model.compute_dtype)
-            found["lpips"] = distances.mean()
-            total += losses.perceptual * found["lpips"]
-        return total, found
+            terms["lpips"] = distances.mean()
+            total += losses.perceptual * terms["lpips"]
+        return total, terms
 
     (recon, codebook), backward, quantized = jax.vjp(reconstruct, params["vq"], has_aux=True)
     (loss, metrics), pull = jax.value_and_grad(fidelity, has_aux=True)(recon)
@@ -186,12 +188,12 @@ def adaptive_weight(
     pull: jax.Array,
     adversarial_pull: jax.Array,
 ) -> jax.Array:
-    """Ratio of the two gradients' norms at the decoder's last layer, at most 10,000.
+    """Return the ratio of the two gradients' norms at the decoder's last layer, at most 10,000.
 
     Args:
-      backward: cotangents of (pictures, codebook loss) -> (gradient of the tokenizer,). What it
-        computes of the other layers is not used, so XLA leaves it out.
-      pull, adversarial_pull: gradients with respect to the pictures.
+      backward: Maps cotangents of (images, codebook loss) to (gradient of the tokenizer,). The
+        gradients of the other layers are not used, so XLA leaves them out.
+      pull, adversarial_pull: Gradients of the losses with respect to the images.
     """
 
     def norm(pull: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a running program shows and obeys: metrics, progress, signals."""
+"""Monitoring of a training run: metrics, progress, profiling and stop signals."""
 
 import contextlib
 import json
@@ -17,30 +17,30 @@ from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import duration, say
 
-AHEAD = 2  # steps that the host may give to the device before the first of them is done
+AHEAD = 2  # steps that the host may dispatch before the first of them is done
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and TensorBoard, on the first process only."""
+    """Writer of scalars to `metrics.jsonl` and TensorBoard, on the first process only."""
 
     def __init__(self, workdir: Path, first_step: int = 0):
         self._active = jax.process_index() == 0
         if not self._active:
             return
         self._path = Path(workdir) / "metrics.jsonl"
-        # A resumed run repeats the steps after its checkpoint; their first record is dropped.
+        # A resumed run repeats the steps after its checkpoint; drop their first records.
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= first_step]
             with replacing(self._path) as partial:
                 partial.write_text("".join(kept))
-        from tensorboardX import SummaryWriter  # brings torch in where it is installed: seconds
+        from tensorboardX import SummaryWriter  # imports torch if installed, which takes seconds
 
         directory = str(Path(workdir) / "tensorboard")
         self._board = SummaryWriter(directory, purge_step=first_step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Records the scalars of a step."""
+        """Record the scalars of a step."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in scalars.items()}
@@ -50,7 +50,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes TensorBoard's file."""
+        """Close TensorBoard's file."""
         if self._active:
             self._board.close()
 
@@ -59,22 +59,25 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
-        return math.inf  # a line cut short by a kill
+        return math.inf  # a line truncated when the process was killed
 
 
 class BadStepsError(RuntimeError):
-    """Too many training steps in a row had gradients that could not be used."""
+    """Too many training steps in a row were skipped because of their gradients."""
 
 
 class StepLog:
-    """Collects the metrics of every step, the device at work all the time; reports their means.
+    """Collector of the metrics of every step, which reports their means.
+
+    Metrics stay on the device until a report, so that the device stays busy.
 
     Args:
-      writer: where reports go.
-      steps, first_step: of the run, and where it starts now.
-      examples_per_step: of all devices together.
-      skip_limit: skipped steps in a row that end the run.
-      mfu: model FLOPs utilisation at one step per second, or None where it is not known.
+      writer: Destination of the reports.
+      steps: Last step of the run.
+      first_step: Step from which the run starts or resumes.
+      examples_per_step: Examples per step on all devices together.
+      skip_limit: Number of consecutive skipped steps that ends the run.
+      mfu: Model FLOPs utilisation at one step per second, or None if unknown.
     """
 
     def __init__(
@@ -86,23 +89,30 @@ class StepLog:
         skip_limit: int,
         mfu: float | None = None,
     ):
-        self._writer, self._steps, self._examples = writer, steps, examples_per_step
-        self._skip_limit, self._mfu = skip_limit, mfu
+        self._writer = writer
+        self._steps = steps
+        self._examples = examples_per_step
+        self._skip_limit = skip_limit
+        self._mfu = mfu
         self._pending: list[tuple[int, dict]] = []
-        self._step, self._time, self._waited = first_step, time.perf_counter(), 0.0
+        self._step = first_step
+        self._time = time.perf_counter()
+        self._waited = 0.0
 
     def add(self, step: int, metrics: dict) -> None:
-        """Keeps the (device) metrics of one step; waits for those of `AHEAD` steps before.
+        """Keep the (device) metrics of one step; wait for those of the step `AHEAD` steps earlier.
 
-        A host that runs further ahead gains nothing, and has to wait for all those steps when it is
-        told to save and end.
+        A host that runs further ahead gains nothing, and would have to wait for all those steps
+        before it can save and stop.
         """
         self._pending.append((step, metrics))
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD][1])
 
     def check(self) -> dict[str, float]:
-        """Means of the pending metrics over the steps that were not skipped; counts as they are.
+        """Return the means of the pending metrics over the steps that were not skipped.
+
+        The number of skipped steps is returned as it is.
 
         Raises:
           BadStepsError: `skip_limit` steps in a row were skipped.
@@ -111,11 +121,11 @@ class StepLog:
         for step, metrics in fetched:
             if metrics["skipped_in_a_row"] >= self._skip_limit:
                 raise BadStepsError(
-                    f"step {step} is the last of {self._skip_limit} in a row that were skipped "
-                    "because their gradient is not finite or spikes (its loss is "
-                    f"{metrics['loss']:.4g}, its gradient's norm {metrics['grad_norm']:.4g}). "
-                    "Lower optimizer.lr or set optimizer.clip_norm, and continue from the last "
-                    "checkpoint, or raise optimizer.skip_limit."
+                    f"step {step} is the last of {self._skip_limit} consecutive steps that were "
+                    "skipped because their gradient is not finite or spikes (loss "
+                    f"{metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}). Lower "
+                    "optimizer.lr or set optimizer.clip_norm, and resume from the last checkpoint, "
+                    "or raise optimizer.skip_limit."
                 )
         if not fetched:
             return {}
@@ -125,10 +135,10 @@ class StepLog:
         return {name: float(np.mean([m[name] for m in used])) for name in names} | counts
 
     def report(self, step: int) -> dict[str, float]:
-        """Writes the means since the last report, and prints a line with rate and time left.
+        """Write the means since the last report, and print a line with rate and time left.
 
         Returns:
-          What it wrote.
+          The scalars written.
         """
         means = self.check()
         self._pending.clear()
@@ -141,19 +151,21 @@ class StepLog:
         }
         if self._mfu:
             speed["mfu"] = steps_per_second * self._mfu
-        self._step, self._time, self._waited = step, now, 0.0
+        self._step = step
+        self._time = now
+        self._waited = 0.0
         scalars = means | speed
         self._writer.write(step, scalars)
         skipped = means.pop("skipped", 0.0)
         ordered = sorted(means, key=lambda name: name != "loss")
-        shown = [f"{name} {means[name]:.4g}" for name in ordered]
+        parts = [f"{name} {means[name]:.4g}" for name in ordered]
         if skipped:
-            shown.append(f"skipped {skipped:.0f}")
-        shown.append(f"{speed['examples_per_second']:.0f} images/s")
+            parts.append(f"skipped {skipped:.0f}")
+        parts.append(f"{speed['examples_per_second']:.0f} images/s")
         if self._mfu:
-            shown.append(f"MFU {speed['mfu']:.1%}")
-        left = (self._steps - step) / steps_per_second
-        line = f"step {step}/{self._steps}  {'  '.join(shown)}  ETA {duration(left)}"
+            parts.append(f"MFU {speed['mfu']:.1%}")
+        remaining = (self._steps - step) / steps_per_second
+        line = f"step {step}/{self._steps}  {'  '.join(parts)}  ETA {duration(remaining)}"
         say(line)
         if jax.process_index() == 0:
             platform.work_unit().set_notes(line)
@@ -161,43 +173,47 @@ class StepLog:
 
     @contextlib.contextmanager
     def pause(self):
-        """Leaves the time inside the block (evaluation, samples) out of the training rate."""
+        """Exclude the time inside the block (evaluation, samples) from the training rate."""
         start = time.perf_counter()
         yield
         self._time += time.perf_counter() - start
 
     @contextlib.contextmanager
     def waiting(self):
-        """Counts the time inside the block as waiting for input."""
+        """Count the time inside the block as waiting for input."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
 
 class Profiler:
-    """Traces the steps that "FIRST:LAST" names, for TensorBoard or Perfetto; "" traces none.
+    """Profiler of the steps "FIRST:LAST", for TensorBoard or Perfetto; "" traces none.
 
     Raises:
-      ValueError: the text is something else, or the steps are in the wrong order.
+      ValueError: The text is malformed, or the last step is before the first.
     """
 
     def __init__(self, steps: str, directory: Path):
-        self._directory, self._active = directory, False
-        self._first, self._last = 0, 0
+        self._directory = directory
+        self._active = False
+        self._first = 0
+        self._last = 0
         if steps:
             match = re.fullmatch(r"([1-9]\d*):(\d+)", steps)
             if not match or int(match[2]) < int(match[1]):
                 raise ValueError(
-                    f"config.profile={steps!r}: expected FIRST:LAST, the numbers of two steps from "
-                    "1 on, as 10:15."
+                    f"config.profile={steps!r}: expected FIRST:LAST, two step numbers from 1 on, "
+                    "such as 10:15."
                 )
-            self._first, self._last = int(match[1]), int(match[2])
+            self._first = int(match[1])
+            self._last = int(match[2])
 
     def before(self, step: int, metrics: dict | None) -> None:
-        """Starts the trace if this is its first step.
+        """Start the trace if this is its first step.
 
         Args:
-          metrics: of the step before, which is waited for; None before the first one.
+          step: The step about to run.
+          metrics: Metrics of the previous step, which is waited for; None before the first step.
         """
         if step == self._first:
             jax.block_until_ready(metrics)
@@ -205,35 +221,36 @@ class Profiler:
             self._active = True
 
     def after(self, step: int, metrics: dict) -> None:
-        """Ends the trace if this was its last step."""
+        """Stop the trace if this was its last step."""
         if step == self._last and self._active:
             jax.block_until_ready(metrics)
             self.close()
-            say(f"trace of steps {self._first} to {self._last} in {self._directory}")
+            say(f"trace of steps {self._first} to {self._last} written to {self._directory}")
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Stop a running trace."""
         if self._active:
             jax.profiler.stop_trace()
             self._active = False
 
 
 class StopSignal:
-    """Turns SIGTERM, and a first Ctrl-C of a single process, into an end between two steps.
+    """Handler that turns SIGTERM, and a single process's first Ctrl-C, into a stop between steps.
 
-    Several processes have to stop after the same step, whichever of them got the signal: JAX's
-    preemption service takes SIGTERM there, and lets them agree.
+    Several processes have to stop after the same step, whichever of them got the signal. There,
+    JAX's preemption service handles SIGTERM and lets the processes agree.
 
     Args:
-      step: from which the run goes on.
+      step: Step from which the run starts or resumes.
     """
 
     def __init__(self, step: int = 0):
         self.received: str | None = None
         caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._previous = {s: signal.signal(s, self._receive) for s in caught}
-        # They agree on the step after the last that any of them has asked for: on 1 if the signal
-        # came before the first was asked for, which a run that goes on would never come to.
+        # The processes agree on the step after the last one that any of them has asked about. If
+        # the signal came before the first question, that is step 1, which a resumed run never
+        # reaches. So ask about step 1 first.
         if step > 1:
             wait_for_all("the first step")
             self.reached(1)
@@ -245,12 +262,12 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now; to be asked before every step, on all processes."""
+        """Return whether to stop now; call it before every step, on all processes."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.received = "SIGTERM"
         return self.received is not None
 
     def restore(self) -> None:
-        """Puts the former handlers back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Optimizer: AdamW with an explicit decay mask, schedules, clipping, accumulation, EMA, a guard."""
+"""Optimizer: AdamW with a decay mask, schedules, clipping, accumulation, EMA and a step guard."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,61 +11,64 @@ from ml_collections import ConfigDict
 from aim_jax.parallel.sharding import joined, micro_batches
 from aim_jax.training.state import TrainState
 
-# Arrays with two or more dimensions in the unstacked model. A_log is left out as its authors do.
+# Arrays with two or more dimensions in the unstacked model, except A_log, as in the Mamba authors'
+# code.
 DECAYED = ("kernel", "embedding", "table")
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay acts on: matrices, convolutions, embeddings, tables."""
+    """Return True for the leaves with weight decay: kernels, embeddings and tables."""
 
     def is_decayed(path: tuple, _: Any) -> bool:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        return names[-1] in DECAYED  # a box of logical axes adds an entry of another kind
+        return names[-1] in DECAYED  # a box of logical axes adds an entry of another type
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a constant, linear or cosine course to end_lr.
+    """Return a schedule of linear warm-up, then constant, linear or cosine decay to end_lr.
 
     Args:
       config: `lr`, `end_lr`, `warmup_steps`, `schedule`.
-      steps: steps in all.
+      steps: Total number of steps.
 
     Raises:
-      ValueError: an unknown schedule, or a warm-up longer than the training.
+      ValueError: The schedule is unknown, or the warm-up is longer than the run.
     """
-    rest = steps - config.warmup_steps
-    if rest < 0:
+    remaining = steps - config.warmup_steps
+    if remaining < 0:
         raise ValueError(
             f"optimizer.warmup_steps={config.warmup_steps} exceeds the {steps} steps of the run."
         )
-    rest = max(rest, 1)
-    courses = {
+    remaining = max(remaining, 1)
+    schedules = {
         "constant": lambda: optax.constant_schedule(config.lr),
-        "linear": lambda: optax.linear_schedule(config.lr, config.end_lr, rest),
+        "linear": lambda: optax.linear_schedule(config.lr, config.end_lr, remaining),
         "cosine": lambda: optax.cosine_decay_schedule(
-            config.lr, rest, config.end_lr / config.lr if config.lr else 0.0
+            config.lr, remaining, config.end_lr / config.lr if config.lr else 0.0
         ),
     }
-    if config.schedule not in courses:
+    if config.schedule not in schedules:
         raise ValueError(
-            f"optimizer.schedule={config.schedule!r}; expected one of {sorted(courses)}."
+            f"optimizer.schedule={config.schedule!r}; expected one of {sorted(schedules)}."
         )
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
-    course = courses[config.schedule]()
+    schedule = schedules[config.schedule]()
     if not config.warmup_steps:
-        return course
-    return optax.join_schedules([warmup, course], [config.warmup_steps])
+        return schedule
+    return optax.join_schedules([warmup, schedule], [config.warmup_steps])
 
 
 def make_optimizer(
     config: ConfigDict, steps: int, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm, without bad steps.
+    """Return AdamW (arXiv 1711.05101) after clipping by the global norm, skipping bad steps.
 
     Args:
-      frozen: top-level names of parameters that stay as they are.
+      config: The optimizer section of a configuration.
+      steps: Total number of steps.
+      frozen: Top-level names of parameters that are not updated.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
@@ -76,8 +79,8 @@ def make_optimizer(
         mask=decay_mask,
     )
     if frozen:
-        held = lambda params: {name: name in frozen for name in params}  # noqa: E731
-        adamw = optax.chain(adamw, optax.masked(optax.set_to_zero(), held))
+        is_frozen = lambda params: {name: name in frozen for name in params}  # noqa: E731
+        adamw = optax.chain(adamw, optax.masked(optax.set_to_zero(), is_frozen))
     return skip_bad_steps(optax.chain(clip, adamw), config.spike_factor)
 
 
@@ -85,9 +88,11 @@ class GuardState(NamedTuple):
     """State of `skip_bad_steps`.
 
     Attributes:
-      inner: of the optimizer it guards.
+      inner: State of the guarded optimizer.
       usual_norm: () running mean of the norms of the gradients that were used.
-      used, skipped, in_a_row: () int32, steps used and skipped, and skipped since the last used.
+      used: () int32, steps used.
+      skipped: () int32, steps skipped.
+      in_a_row: () int32, steps skipped since the last used one.
     """
 
     inner: Any
@@ -97,19 +102,20 @@ class GuardState(NamedTuple):
     in_a_row: jax.Array
 
 
-# Steps until the running mean of the norm is trusted, and over about how many it runs.
-GUARD_WARMUP, GUARD_MEMORY = 100, 100
+# Steps before the running mean of the norm is trusted, and its approximate length in steps.
+GUARD_WARMUP = 100
+GUARD_MEMORY = 100
 
 
 def skip_bad_steps(
     inner: optax.GradientTransformation, spike_factor: float
 ) -> optax.GradientTransformation:
-    """Leaves parameters and moments alone where the gradient is not finite or suddenly large.
+    """Keep parameters and moments unchanged where the gradient is not finite or spikes.
 
     Args:
-      inner: the optimizer.
-      spike_factor: norm, in multiples of its running mean, from which a gradient is skipped; 0
-        skips only what is not finite.
+      inner: The optimizer to guard.
+      spike_factor: Multiple of its running mean from which the gradient norm is a spike; 0 skips
+        only gradients that are not finite.
     """
 
     def init(params: Any) -> GuardState:
@@ -143,10 +149,13 @@ def skip_bad_steps(
 def apply_gradients(
     state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after an optimizer step, and what to report of it.
+    """Apply an optimizer step; return the new state and the scalars to report.
 
     Args:
-      optimizer: from `make_optimizer`.
+      state: State before the step.
+      grads: Gradients with respect to `state.params`.
+      optimizer: From `make_optimizer`.
+      ema_decay: Decay of the averaged parameters; see `update_ema`.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -163,13 +172,15 @@ def accumulated_grads(
     rng: jax.Array,
     parts: int,
 ) -> tuple[Any, dict, Any]:
-    """Mean of the gradients `grad_fn(params, batch, rng)` of a batch that is taken in `parts`.
+    """Average the gradients `grad_fn(params, batch, rng)` over equal micro-batches of a batch.
 
     Args:
-      grad_fn: returns (gradients, (metrics, outputs)): means over the examples it was given, and
-        arrays with one row per example; `jax.grad(loss_fn, has_aux=True)` is one.
-      batch: arrays with a leading batch axis divisible by `parts`.
-      parts: number of equal micro-batches that are differentiated one after the other.
+      grad_fn: Returns (gradients, (metrics, outputs)): means over the examples of its batch, and
+        arrays with one row per example. `jax.grad(loss_fn, has_aux=True)` is such a function.
+      params: Parameters to differentiate with respect to.
+      batch: Arrays with a leading batch axis divisible by `parts`.
+      rng: Random key, split among the micro-batches.
+      parts: Number of micro-batches, which are differentiated one after the other.
 
     Returns:
       (grads, metrics, outputs): means over the micro-batches, and the outputs of all examples.
@@ -194,10 +205,10 @@ def accumulated_grads(
 
 
 def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """ema <- ema + (1 - r) * (params - ema) with r = min(decay, (1 + step) / (10 + step)).
+    """Move the average by (1 - r) * (params - ema), where r = min(decay, (1 + step) / (10 + step)).
 
-    The rate grows with the steps, so that the average forgets the random start. What stands still
-    stays as it is, bit by bit. None stays None.
+    r grows with the steps, so that the average forgets the random initialisation. Parameters that
+    do not change keep their average, bit by bit. None stays None.
     """
     if ema is None:
         return None

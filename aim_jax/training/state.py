@@ -1,4 +1,4 @@
-"""The state that a training run carries from step to step."""
+"""State that a training run carries from step to step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ from aim_jax.utils.random import GENERATOR
 
 @dataclass
 class Discriminator:
-    """The tokenizer's adversary, which is trained beside it.
+    """Discriminator of the tokenizer, which is trained beside it.
 
     Attributes:
       params: float32 parameters.
-      opt_state: state of its own optimizer.
+      opt_state: State of its own optimizer.
     """
 
     params: Any
@@ -25,16 +25,16 @@ class Discriminator:
 
 @dataclass
 class TrainState:
-    """Everything that a run carries from step to step.
+    """State that a training run carries from step to step.
 
     Attributes:
       step: () int32, optimizer steps done.
       params: float32 parameters.
-      opt_state: state of the optimizer.
-      ema: averaged parameters, or None.
-      rng: (2,) uint32, data of the key from which the randomness of every step is folded.
-      history: (65536,) int32 codes seen last (tokenizer), or None.
-      discriminator: parameters and optimizer state of the tokenizer's adversary, or None.
+      opt_state: State of the optimizer.
+      ema: Averaged parameters, or None.
+      rng: (2,) uint32, data of the key that the keys of all steps are folded from.
+      history: (65536,) int32, the most recent tokens (tokenizer training), or None.
+      discriminator: Parameters and optimizer state of the discriminator, or None.
     """
 
     step: jax.Array
@@ -45,29 +45,31 @@ class TrainState:
     history: jax.Array | None = None
     discriminator: Discriminator | None = None
 
-    if TYPE_CHECKING:  # flax.struct.dataclass adds it, which type checkers do not see
+    if TYPE_CHECKING:  # added by flax.struct.dataclass, which type checkers do not see
 
-        def replace(self, **changes: Any) -> "TrainState": ...
+        def replace(self, **changes: Any) -> "TrainState":
+            """Return the state with some fields replaced."""
+            ...
 
     def with_params(self, params: Any) -> "TrainState":
-        """The state with other parameters, given as host arrays, and with the averages of those."""
+        """Return the state with new parameters, given as host arrays, and their averages reset."""
 
-        def place(old: jax.Array, new: np.ndarray) -> jax.Array:
-            new = np.asarray(new, old.dtype)  # of which every process has the whole
-            return jax.make_array_from_callback(old.shape, old.sharding, lambda at: new[at])
+        def to_device(old: jax.Array, new: np.ndarray) -> jax.Array:
+            new = np.asarray(new, old.dtype)  # every process has the complete array
+            return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
 
-        # `place` reads by index: a larger array would be cut without a word.
+        # `to_device` reads by index, so a larger array would be cropped silently.
         chex.assert_trees_all_equal_shapes(self.params, params)
-        placed = jax.tree.map(place, self.params, params)
-        ema = None if self.ema is None else jax.tree.map(place, self.ema, params)
-        return self.replace(params=placed, ema=ema)
+        device_params = jax.tree.map(to_device, self.params, params)
+        ema = None if self.ema is None else jax.tree.map(to_device, self.ema, params)
+        return self.replace(params=device_params, ema=ema)
 
     def step_key(self) -> jax.Array:
-        """The key of the randomness of the next step."""
+        """Return the random key of the next step."""
         key = jax.random.wrap_key_data(self.rng, impl=GENERATOR)
         return jax.random.fold_in(key, self.step)
 
     @property
     def eval_params(self) -> Any:
-        """Parameters to evaluate, sample with and export: the averaged ones if there are any."""
+        """Parameters to evaluate, sample and export: the averaged ones if there are any."""
         return self.params if self.ema is None else self.ema

@@ -1,4 +1,4 @@
-"""Training of the VQ tokenizer (arXiv 2406.06525, section 2.1); its losses are in `vq_loss`."""
+"""Training of the VQ tokenizer (arXiv 2406.06525, section 2.1); its losses are in `losses`."""
 
 import dataclasses
 import functools
@@ -62,17 +62,17 @@ from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a tokenizer is trained.
+    """Settings of a tokenizer's training step.
 
     Attributes:
-      model: of the tokenizer.
-      optimizer: of the tokenizer, and another one like it of the discriminator.
-      losses: see `vq_loss`.
-      discriminator: trained if losses.adversarial is not 0.
-      accumulate: micro-batches per step.
-      ema_decay: of the averaged copy of the parameters; 0: none.
-      restart_codes: steps between new beginnings of codes out of use; 0: never.
-      decoder_only: whether the encoder and the codebook, and so the codes, stay as they are.
+      model: Configuration of the tokenizer.
+      optimizer: Optimizer of the tokenizer; the discriminator has a separate one like it.
+      losses: Weights of the losses.
+      discriminator: Trained if losses.adversarial is not 0.
+      accumulate: Micro-batches per step.
+      ema_decay: Decay of the averaged copy of the parameters; 0 keeps no copy.
+      restart_codes: Steps between resets of dead codes; 0 disables them.
+      decoder_only: Keep the encoder and the codebook, and therefore the tokens, unchanged.
     """
 
     model: VQConfig
@@ -86,19 +86,22 @@ class Recipe:
 
 
 def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 1) -> TrainState:
-    """A fresh state, with an empty history of codes; parameters are boxed with logical axes.
+    """Create a fresh state with an empty token history; parameters are boxed with logical axes.
 
     Args:
-      parts: devices that an axis is to be split over with FSDP.
+      recipe: Settings of the training step.
+      seed: Seed of the parameters and of the run's randomness.
+      image_size: Side of the images in pixels.
+      parts: Number of devices that FSDP splits an axis over.
     """
     key = random_key(seed)
     params = name_axes(init_params(recipe.model, jax.random.fold_in(key, 1)), parts)
     adversary = None
     if recipe.losses.adversarial:
-        pictures = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
-        found = recipe.discriminator.init(jax.random.fold_in(key, 2), pictures)["params"]
-        found = name_axes(found, parts)
-        adversary = Discriminator(found, recipe.optimizer.init(found))
+        images = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
+        adversary_params = recipe.discriminator.init(jax.random.fold_in(key, 2), images)["params"]
+        adversary_params = name_axes(adversary_params, parts)
+        adversary = Discriminator(adversary_params, recipe.optimizer.init(adversary_params))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -111,7 +114,7 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
 
 
 def name_axes(params: Any, parts: int) -> Any:
-    """Boxes parameters: the output channels of kernels are what FSDP splits, if `parts` divides."""
+    """Box parameters so that FSDP splits output channels of kernels that `parts` divides."""
 
     def box(leaf: jax.Array) -> Any:
         if leaf.ndim < 2 or leaf.shape[-1] % parts:
@@ -124,9 +127,10 @@ def name_axes(params: Any, parts: int) -> Any:
 def train_step(
     state: TrainState, batch: dict, lpips_params: dict | None, *, recipe: Recipe
 ) -> tuple[TrainState, dict]:
-    """One step of tokenizer and discriminator on a batch of `images` (b, H, W, c) in [-1, 1]."""
-    rng, optimizer = state.step_key(), recipe.optimizer
-    # With FSDP the kernels are gathered here, and their gradients are split again below.
+    """Run one step of tokenizer and discriminator on `images` (b, H, W, c) in [-1, 1]."""
+    rng = state.step_key()
+    optimizer = recipe.optimizer
+    # With FSDP the kernels are gathered here, and their gradients are sharded again below.
     params = {"vq": jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), state.params)}
     if state.discriminator is not None:
         params["discriminator"] = state.discriminator.params
@@ -146,16 +150,16 @@ def train_step(
             grads["discriminator"], adversary.opt_state, adversary.params
         )
         new = Discriminator(optax.apply_updates(adversary.params, updates), opt_state)
-        # Until its start its optimizer stands still as well: warmup, moments, the usual norm.
+        # Before adversarial_start its optimizer does not move: warm-up, moments and usual norm.
         started = state.step > recipe.losses.adversarial_start
         new = jax.tree.map(lambda new, old: jnp.where(started, new, old), new, adversary)
         state = state.replace(discriminator=new)
-        # Its optimizer guards itself; a run whose discriminator stands still has to end as well.
+        # This optimizer skips bad steps too; a run whose discriminator is stuck must end as well.
         bad = jnp.maximum(report["skipped_in_a_row"], new.opt_state.in_a_row)
         report |= {"skipped": report["skipped"] + new.opt_state.skipped, "skipped_in_a_row": bad}
     state = state.replace(history=history)
     if recipe.restart_codes:
-        # Only once the whole history is of this run.
+        # Only once the complete history comes from this run.
         known = state.step >= math.ceil(HISTORY_LENGTH / indices.size)
         state = jax.lax.cond(
             known & (state.step % recipe.restart_codes == 0),
@@ -169,7 +173,7 @@ def train_step(
 def restart(
     state: TrainState, images: jax.Array, params: Any, key: jax.Array, recipe: Recipe
 ) -> TrainState:
-    """The state with codes that are out of use begun anew from what `images` are encoded to."""
+    """Replace dead codebook entries by encoder outputs of `images`; return the new state."""
     config = recipe.model
 
     def encode(part):
@@ -179,26 +183,29 @@ def restart(
     vectors = vectors.reshape(-1, config.embed_dim)
     vectors = unit(vectors) if config.l2_norm else vectors
 
-    def mend(params):
+    def reset(params):
         book = restart_dead_codes(params["quantize"]["embedding"], state.history, vectors, key)
         return params | {"quantize": {"embedding": book}}
 
-    ema = None if state.ema is None else mend(state.ema)
-    return state.replace(params=mend(state.params), ema=ema)
+    ema = None if state.ema is None else reset(state.ema)
+    return state.replace(params=reset(state.params), ema=ema)
 
 
 def open_start(
     name_or_path: str, config: VQConfig, decoder_only: bool = False, export_dtype: str = "float32"
 ) -> dict:
-    """Parameters of a trained tokenizer of the same shape.
+    """Load the parameters of a trained tokenizer of the same shape.
 
     Raises:
-      FileNotFoundError, ValueError: no such model, it holds no tokenizer, or one of another shape;
-        with `decoder_only` also where its codes would change by how they are computed or stored.
+      FileNotFoundError, ValueError: There is no such model, it holds no tokenizer, or a tokenizer
+        of another shape. With `decoder_only`, also if its tokens would change by another compute or
+        storage dtype.
     """
     start = load_pretrained(name_or_path, as_stored=True)
     if start.vq_params is None or start.vq_config is None:
-        raise ValueError(f"config.init={name_or_path!r} holds no tokenizer.")
+        raise ValueError(
+            f"config.init={name_or_path!r} holds no tokenizer; name a model that has one."
+        )
     check_same(start.vq_config, config, VQ_SHAPE)
     if decoder_only:
         check_codes_stay(start, config, export_dtype)
@@ -207,33 +214,35 @@ def open_start(
 
 
 def check_codes_stay(start: Pretrained, config: VQConfig, export_dtype: str) -> None:
-    """Raises ValueError where the encoder of `start` would be rounded in another way."""
+    """Raise ValueError if the encoder of `start` would be rounded differently."""
     vq_config, vq_params = start.vq()
-    theirs = vq_config.compute_dtype
-    if theirs != config.compute_dtype:
+    compute_dtype = vq_config.compute_dtype
+    if compute_dtype != config.compute_dtype:
         raise ValueError(
-            f"config.decoder_only=True keeps the codes, but {start.name} encodes in {theirs}; set "
-            f"config.model.compute_dtype={theirs}."
+            f"config.decoder_only=True keeps the tokens, but {start.name} encodes in "
+            f"{compute_dtype}; set config.model.compute_dtype={compute_dtype}."
         )
-    stored = {x.dtype for x in jax.tree.leaves(encoder_params(vq_params))}
-    narrow = [x for x in stored if jnp.promote_types(x, export_dtype) != jnp.dtype(export_dtype)]
+    dtypes = {x.dtype for x in jax.tree.leaves(encoder_params(vq_params))}
+    narrow = [x for x in dtypes if jnp.promote_types(x, export_dtype) != jnp.dtype(export_dtype)]
     if narrow:
         raise ValueError(
-            f"config.decoder_only=True keeps the codes, but {start.name} is stored in {narrow[0]}; "
-            f"set config.export_dtype={narrow[0]}."
+            f"config.decoder_only=True keeps the tokens, but {start.name} is stored in "
+            f"{narrow[0]}; set config.export_dtype={narrow[0]}."
         )
 
 
 class Setup:
-    """What a configuration means on the devices of this run.
+    """The recipe and jitted training step of a configuration on the devices of this run.
 
     Attributes:
-      recipe: see `Recipe`. mesh, rules: devices, and what is sharded over which of their axes.
-      new_state: makes a fresh, boxed TrainState.
-      train_step: jitted (state, batch, lpips_params) -> (state, metrics); consumes the state.
+      recipe: Settings of the training step.
+      mesh: The devices.
+      rules: The mesh axes that each logical axis is sharded over.
+      new_state: Creates a fresh, boxed TrainState.
+      train_step: Jitted (state, batch, lpips_params) -> (state, metrics); donates the state.
 
     Raises:
-      ValueError: tokenizer, losses, pictures, batch and mesh do not fit together.
+      ValueError: Tokenizer, losses, images, batch and mesh do not fit together.
     """
 
     def __init__(self, config: ConfigDict):
@@ -255,29 +264,32 @@ class Setup:
             create_train_state, self.recipe, config.seed, config.data.image_size,
             self.mesh.shape["data"],
         )  # fmt: skip
-        placed = shardings(jax.eval_shape(self.new_state), self.mesh, self.rules)
+        state_shardings = shardings(jax.eval_shape(self.new_state), self.mesh, self.rules)
         self.train_step = sharded_jit(
             functools.partial(train_step, recipe=self.recipe), self.mesh, self.rules,
-            donate_argnums=0, out_shardings=(placed, None),
+            donate_argnums=0, out_shardings=(state_shardings, None),
         )  # fmt: skip
 
 
 def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
-    """Trains as the configuration says, and leaves checkpoints, metrics, images and a model.
+    """Train a tokenizer, and write checkpoints, metrics, images and a model directory to workdir.
 
     Args:
-      config: see `aim_jax.configs.defaults.vq_defaults`.
-      workdir: of this run alone; an interrupted run in it resumes.
-      callbacks: called after those of the configuration.
+      config: Configuration; see `aim_jax.configs.defaults.vq_defaults`.
+      workdir: Directory of this run alone; an interrupted run in it resumes.
+      callbacks: Called after those of the configuration.
 
     Raises:
-      ValueError, FileNotFoundError: a configuration, data set or workdir that does not fit, before
+      ValueError, FileNotFoundError: A configuration, dataset or workdir does not fit. Raised before
         any work starts.
     """
     workdir = Path(workdir)
     loop.check_reports(config)
-    setup, spec = Setup(config), image_spec(config.data)
-    mesh, recipe, share = setup.mesh, setup.recipe, batch_share(setup.mesh)
+    setup = Setup(config)
+    spec = image_spec(config.data)
+    mesh = setup.mesh
+    recipe = setup.recipe
+    share = batch_share(mesh)
     sources = {
         split: open_images(config.data.name, split, config.data.dir or None)
         for split in ("train", "validation")
@@ -342,13 +354,15 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
 
 
 def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
-    """Weights of the perceptual loss from `path`, or else from the file that AIM_JAX_LPIPS names.
+    """Load the weights of LPIPS from `path`, or else from the file that AIM_JAX_LPIPS names.
 
     Returns:
-      None where no file is named, or the pictures are too small for it, and the losses need none.
+      The weights; or None if no file is named or the images are too small for LPIPS, and the losses
+      need none.
 
     Raises:
-      FileNotFoundError, ValueError: they need one and there is none, or it is not LPIPS.
+      FileNotFoundError, ValueError: The losses need LPIPS and no file is named, or the file is
+        missing or not LPIPS.
     """
     path = path or os.environ.get("AIM_JAX_LPIPS", "")
     if path and image_size >= MIN_SIDE:
@@ -356,24 +370,24 @@ def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
     if losses.perceptual:
         raise ValueError(
             f"config.loss.perceptual={losses.perceptual} needs the weights of LPIPS: set "
-            f"config.lpips or AIM_JAX_LPIPS to {EXPECTED}. The documentation's page Training a "
-            "tokenizer says where they are. Without them set config.loss.perceptual=0."
+            f"config.lpips or AIM_JAX_LPIPS to {EXPECTED}. The page Training a tokenizer of the "
+            "documentation says where to get them. Without them set config.loss.perceptual=0."
         )
     return None
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError where the batch or the tokenizer does not fit the mesh."""
+    """Raise ValueError if the batch or the tokenizer does not fit the mesh."""
     check_batch(config.batch_size, config.accumulate, mesh)
     if mesh.shape["model"] > 1:
         raise ValueError(
-            f"config.mesh.model={mesh.shape['model']}: tokenizers are split over the batch, and "
-            "with config.mesh.fsdp=True their parameters too; leave config.mesh.model at 1."
+            f"config.mesh.model={mesh.shape['model']}: tokenizers are split over the batch only "
+            "(with config.mesh.fsdp=True, their parameters too); set config.mesh.model=1."
         )
 
 
 def check_decoder_only(config: ConfigDict) -> None:
-    """Raises ValueError where the encoder is to stay, but there is none, or codes would change."""
+    """Raise ValueError if config.decoder_only is set without init, or with restart_codes."""
     if config.decoder_only and not config.init:
         raise ValueError(
             "config.decoder_only=True keeps the encoder and codebook of a trained tokenizer; name "

@@ -1,4 +1,4 @@
-"""Model directories on the Hugging Face hub, which needs the extra `hub`."""
+"""Model directories on the Hugging Face hub; needs the extra `hub`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,21 +6,21 @@ from pathlib import Path
 from types import ModuleType
 
 PREFIX = "hf://"
-# What a model directory is made of; nothing else of a repository is fetched or uploaded.
+# Files of a model directory; nothing else of a repository is downloaded or uploaded.
 PATTERNS = ["model.json", "README.md", "official_buffers.safetensors", "aim/*", "vq/*"]
 
 
 def download(address: str) -> Path:
-    """Fetches a model directory from the hub, or finds it in the hub's cache.
+    """Download a model directory from the hub, or return it from the hub's local cache.
 
-    Nothing of it is run: parameters are arrays, the rest is JSON.
+    Nothing that is downloaded is executed: parameters are arrays, the rest is JSON.
 
     Args:
       address: "hf://owner/name" or "hf://owner/name@revision".
 
     Raises:
-      ValueError: the address is malformed, or huggingface_hub is not installed.
-      FileNotFoundError: no such repository or revision, or no network and nothing in the cache.
+      ValueError: The address is malformed, or huggingface_hub is not installed.
+      FileNotFoundError: There is no such repository or revision, or no network and no cached copy.
     """
     name, _, revision = address.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
@@ -30,8 +30,8 @@ def download(address: str) -> Path:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
     except hub.errors.LocalEntryNotFoundError:
         raise FileNotFoundError(
-            f"{address}: the hub cannot be reached, and the model is not in its cache. Connect "
-            f"once, or fetch it elsewhere (hf download {name} --local-dir DIR) and load DIR."
+            f"{address}: the hub cannot be reached, and the model is not in its cache. Connect to "
+            f"the network, or run hf download {name} --local-dir DIR elsewhere and load DIR."
         ) from None
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
         raise FileNotFoundError(
@@ -41,11 +41,11 @@ def download(address: str) -> Path:
 
 
 def prepare(repository: str) -> None:
-    """Makes the repository "owner/name" if need be.
+    """Create the repository "owner/name" if it does not exist.
 
     Raises:
       ValueError: huggingface_hub is not installed.
-      OSError: the hub cannot be reached, or refuses.
+      OSError: The hub cannot be reached, or refuses the request.
     """
     hub = import_hub()
     with _failures_of(repository, "Log in with hf auth login, and try again."):
@@ -53,10 +53,10 @@ def prepare(repository: str) -> None:
 
 
 def upload(directory: Path, repository: str) -> None:
-    """Uploads a model directory to a repository that is there; errors are those of `prepare`."""
+    """Upload a model directory to an existing repository; raises the errors of `prepare`."""
     hub = import_hub()
-    again = f"{directory} is whole; hf upload {repository} {directory} tries again."
-    with _failures_of(repository, again):
+    advice = f"{directory} is complete; retry with hf upload {repository} {directory}."
+    with _failures_of(repository, advice):
         hub.upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS)
 
 
@@ -64,12 +64,12 @@ def upload(directory: Path, repository: str) -> None:
 def _failures_of(repository: str, advice: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # its errors, or those of whichever HTTP library it has
+    except Exception as error:  # of the hub, or of the HTTP library that it uses
         raise OSError(f"hf://{repository}: {error} {advice}") from None
 
 
 def import_hub() -> ModuleType:
-    """The module huggingface_hub; ValueError that names the extra where it is not installed."""
+    """Return the module huggingface_hub; raise ValueError naming the extra if it is missing."""
     try:
         import huggingface_hub
         import huggingface_hub.errors

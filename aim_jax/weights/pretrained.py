@@ -1,4 +1,4 @@
-"""Trained models: self-describing directories on disk, and what they hold in memory.
+"""Trained models: self-describing directories on disk, and their contents in memory.
 
 A model directory holds `model.json` (configurations, class names, sampling defaults, provenance)
 and the parameters of one or both parts as `aim/` and `vq/`, written by Orbax.
@@ -30,28 +30,28 @@ from aim_jax.weights import hub
 
 MODEL_FILE = "model.json"
 FORMAT_VERSION = 1
-CHUNK_BYTES = 8 * 2**20  # written at once
-LARGE_BYTES = 64 * 2**20  # read alone
-EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # what parameters are stored in
-MOST_CLASSES = 20  # of a model with many, those that programs draw and name unasked
+CHUNK_BYTES = 8 * 2**20  # size of a write
+LARGE_BYTES = 64 * 2**20  # larger arrays are read one at a time
+EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # storage dtypes of parameters
+MOST_CLASSES = 20  # classes of a large model that programs sample and list by default
 
 
 def flatten(tree: dict) -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
+    """Flatten nested dicts to one dict with dotted keys."""
     return flatten_dict(tree, sep=".")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model directory in memory; a part that it lacks is None.
+    """A model directory in memory; missing parts are None.
 
     Attributes:
-      name: where it came from.
-      aim_config, aim_params: the autoregressive model; float32 unless loaded as stored.
-      vq_config, vq_params: the tokenizer; float32 unless loaded as stored.
-      class_names: one per class, or empty.
-      sampling: its own values of fields of `aim_jax.sampling.SamplingConfig`.
-      info: everything else that the directory says of itself (data set, image size, provenance).
+      name: Name or path that the model was loaded from.
+      aim_config, aim_params: The autoregressive model; float32 unless loaded as stored.
+      vq_config, vq_params: The tokenizer; float32 unless loaded as stored.
+      class_names: One name per class, or empty.
+      sampling: The model's own values of fields of `aim_jax.sampling.SamplingConfig`.
+      info: Further metadata of the directory (dataset, image size, provenance).
     """
 
     name: str
@@ -69,54 +69,55 @@ class Pretrained:
         if self.aim_config.vocab_size != self.vq_config.n_embed:
             raise ValueError(
                 f"{self.name}: the AiM has a vocabulary of {self.aim_config.vocab_size}, but the "
-                f"tokenizer has {self.vq_config.n_embed} codes; they do not belong together."
+                f"tokenizer has {self.vq_config.n_embed} codebook entries; they do not belong "
+                "together."
             )
 
     def aim(self) -> tuple[AiMConfig, dict]:
-        """Configuration and parameters of the autoregressive model.
+        """Return configuration and parameters of the autoregressive model.
 
         Raises:
-          ValueError: the model has none.
+          ValueError: The model has no AiM.
         """
         if self.aim_config is None or self.aim_params is None:
             raise ValueError(f"{self.name} holds no AiM.")
         return self.aim_config, self.aim_params
 
     def vq(self) -> tuple[VQConfig, dict]:
-        """Configuration and parameters of the tokenizer.
+        """Return configuration and parameters of the tokenizer.
 
         Raises:
-          ValueError: the model has none.
+          ValueError: The model has no tokenizer.
         """
         if self.vq_config is None or self.vq_params is None:
             raise ValueError(f"{self.name} holds no tokenizer.")
         return self.vq_config, self.vq_params
 
     def with_position_offset(self, offset: int) -> "Pretrained":
-        """The same model with position row j + `offset` for code j; see `AiMConfig`."""
+        """Return the model with position row j + `offset` for token j; see `AiMConfig`."""
         if self.aim_config is None:
             raise ValueError(f"{self.name} holds no AiM, so it has no positions.")
         config = dataclasses.replace(self.aim_config, position_offset=offset)
         return dataclasses.replace(self, aim_config=config)
 
     def with_tokenizer(self, other: "Pretrained") -> "Pretrained":
-        """The same AiM with another tokenizer of the same codes, whose decoder was trained on.
+        """Return the model with another tokenizer of the same tokens, whose decoder was trained on.
 
         Raises:
-          ValueError: `other` has no tokenizer, or one whose codes mean something else.
+          ValueError: `other` has no tokenizer, or its tokens have another meaning.
         """
         if self.vq_params is None or other.vq_params is None:
-            raise ValueError(f"{self.name} and {other.name}: expected a tokenizer in both.")
-        ours, theirs = (
+            raise ValueError(f"{self.name} and {other.name}: both must hold a tokenizer.")
+        own, others = (
             flatten(vq.encoder_params(params)) for params in (self.vq_params, other.vq_params)
         )
-        same = ours.keys() == theirs.keys()
+        same = own.keys() == others.keys()
         dtypes = {m.vq_config.compute_dtype for m in (self, other) if m.vq_config is not None}
         same &= len(dtypes) == 1
-        if not same or not all(np.array_equal(ours[name], theirs[name]) for name in ours):
+        if not same or not all(np.array_equal(own[name], others[name]) for name in own):
             raise ValueError(
                 f"{other.name} has another encoder, codebook or compute dtype than {self.name}, so "
-                "that its codes mean something else. Train its decoder with config.init and "
+                "its tokens have another meaning. Train its decoder with config.init and "
                 "config.decoder_only=True."
             )
         info = self.info | {k: other.info[k] for k in ("data", "vq_steps") if k in other.info}
@@ -125,7 +126,7 @@ class Pretrained:
         )
 
     def with_compute_dtype(self, dtype: str) -> "Pretrained":
-        """The same model, both parts, computing in "float32" or "bfloat16"."""
+        """Return the model with both parts computing in "float32" or "bfloat16"."""
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute dtype {dtype!r}: expected float32 or bfloat16.")
         changed = {
@@ -137,28 +138,28 @@ class Pretrained:
 
 
 def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
-    """Class names or numbers -> ids; nothing given means all, or the first 20 of many.
+    """Return the class ids of names or numbers; without any, all ids, or the first 20 of many.
 
-    Names are compared without case; underscores and spaces are the same. What is a name is never
-    taken as a number.
+    Names are compared without case, and underscores count as spaces. An item that is a class name
+    is never read as a number.
 
     Raises:
-      ValueError: an unknown name or a number out of range, with what there is; or a model without
-        an AiM.
+      ValueError: A name is unknown or a number out of range; the message lists the known classes.
+        Or the model holds no AiM.
     """
     if model.aim_config is None:
-        raise ValueError(f"{model.name} holds a tokenizer alone; what samples is an AiM.")
+        raise ValueError(f"{model.name} holds only a tokenizer; sampling needs an AiM.")
     count = model.aim_config.num_classes
     if not classes:
         return list(range(min(count, MOST_CLASSES)))
-    plain = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
-    by_name = {plain(name): i for i, name in enumerate(model.class_names)}
+    normalize = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
+    by_name = {normalize(name): i for i, name in enumerate(model.class_names)}
     ids = []
     for item in classes:
-        number = by_name.get(plain(item), int(item) if item.strip().isdecimal() else -1)
+        number = by_name.get(normalize(item), int(item) if item.strip().isdecimal() else -1)
         if not 0 <= number < count:
             known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
-            raise ValueError(f"unknown class {item!r}; {model.name} knows {known}.")
+            raise ValueError(f"unknown class {item!r}; {model.name} has the classes {known}.")
         ids.append(number)
     return ids
 
@@ -166,19 +167,20 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
 def save_model(
     path: str | os.PathLike, model: Pretrained, dtype: str | None = "float32", files: Mapping = {}
 ) -> Path:
-    """Writes a model directory; it appears, or replaces an older one, only when it is whole.
+    """Write a model directory atomically, replacing an older one.
 
-    Where there are several processes all of them call this, and the first one writes.
+    With several processes, all of them call this function, and the first one writes.
 
     Args:
-      path: the directory.
-      model: what to write; parameters that are NumPy arrays already are written without a copy.
-      dtype: storage type of the parameters, such as "float16" for half the size; None keeps theirs.
-      files: further files, by name: functions that write to the path they are given.
+      path: The directory.
+      model: Model to write. Parameters that are NumPy arrays are written without a copy.
+      dtype: Storage dtype of the parameters, such as "float16" for half the size; None keeps the
+        dtypes of the parameters.
+      files: Further files by name: functions that write to the path they are called with.
 
     Raises:
-      FileExistsError: the path is something else than a model directory or an empty one.
-      ValueError: another dtype than float32, float16 or bfloat16.
+      FileExistsError: The path is neither a model directory nor an empty directory.
+      ValueError: The dtype is not float32, float16 or bfloat16.
     """
     path = Path(path).absolute()
     if dtype not in (None, *EXPORT_DTYPES):
@@ -188,7 +190,7 @@ def save_model(
         and not (path / MODEL_FILE).is_file()
         and (not path.is_dir() or any(path.iterdir()))
     ):
-        raise FileExistsError(f"{path} exists, and is no model directory; name another one.")
+        raise FileExistsError(f"{path} exists and is not a model directory; choose another path.")
     if jax.process_count() > 1:
         params = {name: to_host(getattr(model, name)) for name in ("aim_params", "vq_params")}
         model = dataclasses.replace(model, **params)
@@ -199,11 +201,11 @@ def save_model(
 
 def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mapping) -> None:
     leaves = jax.tree.leaves((model.aim_params, model.vq_params))
-    stored = [dtype] if dtype else sorted({str(x.dtype) for x in leaves})
+    dtypes = [dtype] if dtype else sorted({str(x.dtype) for x in leaves})
     content = {
         "format": "aim_jax model",
         "version": FORMAT_VERSION,
-        "dtype": stored[0] if len(stored) == 1 else stored,
+        "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
         "aim": model.aim_config and dataclasses.asdict(model.aim_config),
         "vq": model.vq_config and dataclasses.asdict(model.vq_config),
         "class_names": list(model.class_names),
@@ -216,25 +218,25 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
             if params is not None:
                 _save_params(partial / part, params, dtype)
         for file in partial.rglob("commit_success.txt"):
-            file.write_text("")  # Orbax notes the local path there, which is nobody's business
+            file.write_text("")  # Orbax writes the local path there, which should stay private
         for name, write in files.items():
             write(partial / name)
         (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def bundled_models() -> dict[str, Path]:
-    """Models that come with the package, by name."""
+    """Return the directories of the models that come with the package, by name."""
     root = Path(str(resources.files("aim_jax"))) / "bundled"
     return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{MODEL_FILE}"))}
 
 
 def find_model(name_or_path: str | os.PathLike) -> Path:
-    """The model directory that a bundled name, a directory, a workdir or a hub address means.
+    """Return the model directory of a bundled name, a directory, a workdir or a hub address.
 
     Raises:
-      FileNotFoundError: no such model.
+      FileNotFoundError: There is no such model.
     """
-    if str(name_or_path).startswith(hub.PREFIX):  # the network is used only when it is asked for
+    if str(name_or_path).startswith(hub.PREFIX):  # only these need the network
         name_or_path = hub.download(str(name_or_path))
     bundled = bundled_models()
     path = bundled.get(str(name_or_path), Path(name_or_path))
@@ -249,18 +251,18 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
 
 
 def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False) -> Pretrained:
-    """Loads a bundled model by name, or a model directory.
+    """Load a bundled model by name, or a model directory.
 
     Args:
-      name_or_path: "fashion_mnist", "cifar10", ...; a model directory; or a training workdir, whose
-        newest exported model (`model/`) is taken; or "hf://owner/name[@revision]" on the hub, which
-        needs the extra `hub` and is fetched once.
-      as_stored: parameters as NumPy arrays in the types that they are stored in, instead of float32
-        on the first device.
+      name_or_path: "fashion_mnist", "cifar10", ...; a model directory; a training workdir, whose
+        newest exported model (`model/`) is loaded; or "hf://owner/name[@revision]" on the hub,
+        which needs the extra `hub` and is downloaded once.
+      as_stored: Return parameters as NumPy arrays in their stored dtypes, instead of float32 on the
+        first device.
 
     Raises:
-      FileNotFoundError: no such model.
-      ValueError: the directory is not a whole model of a version that this library reads.
+      FileNotFoundError: There is no such model.
+      ValueError: The directory is incomplete, or of a version that this library cannot read.
     """
     path = find_model(name_or_path)
     try:
@@ -269,7 +271,8 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
             raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}")
         aim_config = content["aim"] and AiMConfig(**content["aim"])
         vq_config = content["vq"] and VQConfig(**content["vq"])
-        class_names, info = tuple(content["class_names"]), content["info"]
+        class_names = tuple(content["class_names"])
+        info = content["info"]
         sampling = dict(content["sampling"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
@@ -289,19 +292,19 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree by the string of their path."""
+    """Return the leaves of a tree by the string of their path."""
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
-    """Reads and writes parameter trees without holding a second copy of them.
+    """Return a checkpointer of parameter trees that holds no second copy of them.
 
-    Orbax copies NumPy arrays before it saves them, because it usually saves while they change. With
-    `alone` the first process works without waiting for others.
+    Orbax copies NumPy arrays before it saves them, because they usually change during a save. With
+    `alone`, the first process works without waiting for others.
     """
     processes = {"primary_host": 0, "active_processes": {0}} if alone else {}
     options = ocp.options.MultiprocessingOptions(**processes, barrier_sync_key_prefix="model")
-    # One process writes: it takes replicated arrays from one device instead of a share from each,
+    # One process writes. It takes replicated arrays from one device instead of a part from each,
     # for which Orbax would compile and run a slice per array and device.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -318,7 +321,7 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
     params = nn.unbox(params)
     if dtype is not None:
         params = jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
-    # A whole array is packed in memory before it is written, so large ones go in pieces.
+    # An array is packed in memory before it is written, so large arrays are written in chunks.
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     args = ocp.args.PyTreeSave(
         params, save_args=save_args, ocdbt_target_data_file_size=2 * CHUNK_BYTES
@@ -330,19 +333,20 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
 def _load_params(
     path: Path, init_params: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
 ) -> dict:
-    """Parameters, checked against the shapes that the configuration asks for."""
+    """Load parameters after checking them against the shapes of the configuration."""
     abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     if not path.is_dir():
-        raise ValueError(f"{path} is missing; the model directory is not whole.")
+        raise ValueError(f"{path} is missing; the model directory is incomplete.")
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path.absolute()).item_metadata
-        found, wanted = by_path(stored.tree), by_path(abstract)
-        wrong = [f"{k}: missing" for k in sorted(wanted.keys() - found.keys())]
-        wrong += [f"{k}: unexpected" for k in sorted(found.keys() - wanted.keys())]
+        actual = by_path(stored.tree)
+        expected = by_path(abstract)
+        wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]
+        wrong += [f"{k}: unexpected" for k in sorted(actual.keys() - expected.keys())]
         wrong += [
-            f"{k}: shape {tuple(found[k].shape)}, expected {wanted[k].shape}"
-            for k in sorted(wanted.keys() & found.keys())
-            if tuple(found[k].shape) != wanted[k].shape
+            f"{k}: shape {tuple(actual[k].shape)}, expected {expected[k].shape}"
+            for k in sorted(expected.keys() & actual.keys())
+            if tuple(actual[k].shape) != expected[k].shape
         ]
         if wrong:
             raise ValueError(
@@ -350,7 +354,7 @@ def _load_params(
                 f"{'; '.join(wrong[:5])}"
             )
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        how = (
+        restore_args = (
             ocp.RestoreArgs(restore_type=np.ndarray)
             if as_stored
             else ocp.ArrayRestoreArgs(dtype=jnp.float32, sharding=sharding)
@@ -359,7 +363,7 @@ def _load_params(
         for group in _large_alone(flatten_dict(abstract)):
             args = ocp.args.PyTreeRestore(
                 unflatten_dict(group),
-                restore_args=unflatten_dict(dict.fromkeys(group, how)),
+                restore_args=unflatten_dict(dict.fromkeys(group, restore_args)),
                 partial_restore=True,
             )
             restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
@@ -368,15 +372,15 @@ def _load_params(
 
 
 def _give_back_freed_memory() -> None:
-    """glibc keeps what threads freed, which adds up with every large array."""
+    """Return freed memory to the system; glibc keeps it otherwise, which adds up over arrays."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _large_alone(leaves: dict) -> Iterator[dict]:
-    """Groups of arrays to restore together: every large one alone, largest first, then the rest.
+    """Yield groups of arrays to restore together: large ones alone, largest first, then the rest.
 
-    While it is unpacked an array needs its size again, so not all of them may be at once.
+    An array needs its size a second time while it is unpacked, so large ones do not share a group.
     """
     large = {k: x for k, x in leaves.items() if x.size * x.dtype.itemsize > LARGE_BYTES}
     for key in sorted(large, key=lambda key: -large[key].size):

@@ -1,4 +1,4 @@
-"""Model directories for others: with a card, and on the hub if wanted."""
+"""Publication of model directories: with a model card, and optionally on the Hugging Face hub."""
 
 import dataclasses
 import functools
@@ -23,22 +23,23 @@ def publish(
     repository: str = "",
     tokenizer: str | os.PathLike = "",
 ) -> Path:
-    """Writes a model directory with its card, and uploads it if a repository is named.
+    """Write a model directory with its card, and upload it if a repository is named.
 
     Args:
-      checkpoint: see `find_model`.
-      out: directory to make.
-      report: of `aim_jax.evaluation.evaluate.evaluate`, for the card.
+      checkpoint: Model to publish; see `find_model`.
+      out: Directory to create.
+      report: Report of `aim_jax.evaluation.evaluate.evaluate` for the card.
       repository: "owner/name" on the hub; "" uploads nothing.
-      tokenizer: what takes the place of the model's own; see `Pretrained.with_tokenizer`.
+      tokenizer: Model directory whose tokenizer replaces the model's own; see
+        `Pretrained.with_tokenizer`.
 
     Raises:
-      FileExistsError: out exists.
-      ValueError: the codes of the tokenizer are others.
+      FileExistsError: `out` exists.
+      ValueError: The tokens of the other tokenizer differ from those of the model's own.
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} exists; name another directory.")
+        raise FileExistsError(f"{out} exists; choose another directory.")
     source = find_model(checkpoint)
     model = load_pretrained(source, as_stored=True)
     files: dict[str, Callable] = {}
@@ -47,7 +48,7 @@ def publish(
     if tokenizer:
         model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
     if repository:
-        prepare(repository)  # makes it, so only once there is a model
+        prepare(repository)  # creates the repository, so only once the model is known to load
     model = dataclasses.replace(model, name=str(checkpoint))
     card = model_card(model, report, repository)
     files["README.md"] = lambda file: file.write_text(card)
@@ -58,7 +59,7 @@ def publish(
 
 
 def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:
-    """Markdown with the hub's header: what the model is, how it is used, how good it is."""
+    """Return a Markdown model card with the hub's header: contents, usage and evaluation."""
     load = f"{PREFIX}{repository}" if repository else "DIRECTORY"
     title = repository.rpartition("/")[2] or Path(model.name).resolve().name
     parts = {"AiM": model.aim_params, "tokenizer": model.vq_params}
@@ -78,11 +79,11 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         c = model.aim_config
         lines.append(
             f"| AiM | {c.n_layer} layers of width {c.d_model}, {c.mixer}, adaLN {c.adaln}, "
-            f"{c.num_tokens} tokens of {c.vocab_size} |"
+            f"{c.num_tokens} tokens, vocabulary of {c.vocab_size} |"
         )
     if model.vq_config is not None:
         v = model.vq_config
-        lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codes |")
+        lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codebook entries |")
     if model.class_names:
         lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
     lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
@@ -90,8 +91,8 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
     if report is not None:
         lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
-        given = {**report["settings"], **report["environment"]}
-        lines += ["", "; ".join(f"{k} {v}" for k, v in given.items()) + "."]
+        conditions = {**report["settings"], **report["environment"]}
+        lines += ["", "; ".join(f"{k} {v}" for k, v in conditions.items()) + "."]
         lines += ["", *(f"- {note}" for note in report["notes"])]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory: opening, encoding with it, and its fingerprint."""
+"""Tokenizer of a model directory: loading, encoding and fingerprint."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,25 +14,26 @@ from aim_jax.weights.pretrained import Pretrained, load_pretrained
 
 
 def open_tokenizer(name_or_path: str) -> Pretrained:
-    """The tokenizer of a model directory.
+    """Load the tokenizer of a model directory.
 
     Raises:
-      ValueError: none was given, or the directory holds no tokenizer.
+      ValueError: No model is named, or the directory holds no tokenizer.
     """
     if not name_or_path:
         raise ValueError(
-            "config.tokenizer is empty: give the model directory of a trained tokenizer "
-            "(--config.tokenizer=DIR, made by aim-jax train_vq), or a bundled model's name."
+            "config.tokenizer is empty: set it to the model directory of a trained tokenizer "
+            "(--config.tokenizer=DIR, made by aim-jax train_vq), or to a bundled model's name."
         )
     tokenizer = load_pretrained(name_or_path)
-    tokenizer.vq()  # raises where there is none
+    tokenizer.vq()  # raises if there is none
     return tokenizer
 
 
 def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Array], int]:
-    """A function from float32 pictures (b, S, S, C) to codes (b, t), and the number of devices.
+    """Return an encoder on this process's devices, and the number of devices.
 
-    The devices of this process share every batch, so that b is a multiple of their number.
+    The encoder maps float32 images (b, S, S, C) to tokens (b, t). The devices share every batch, so
+    b must be a multiple of their number.
     """
     mesh = make_mesh(devices=jax.local_devices())
     config, params = tokenizer.vq()
@@ -44,7 +45,7 @@ def local_encoder(tokenizer: Pretrained) -> tuple[Callable[[np.ndarray], jax.Arr
 
 
 def tokenizer_fingerprint(tokenizer: Pretrained) -> str:
-    """The `fingerprint` of what codes depend on; decoder and training may be others."""
+    """Return the `fingerprint` of everything that tokens depend on; the decoder is not included."""
     config, params = tokenizer.vq()
     fields = dataclasses.asdict(config)
     for name in ("out_channels", "beta", "entropy_loss_ratio", "dropout"):

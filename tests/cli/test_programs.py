@@ -236,7 +236,7 @@ def test_models_take_the_place_of_models_alone(tiny_model, tmp_path):
     save_model(tmp_path / "empty", tiny_model)  # an older model
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="mine exists, and is no model directory"):
+    with pytest.raises(FileExistsError, match="mine exists and is not a model directory"):
         save_model(tmp_path / "mine", tiny_model)
     with pytest.raises(ValueError, match="dtype='int8': expected one of float32"):
         save_model(tmp_path / "new", tiny_model, "int8")

@@ -109,16 +109,16 @@ def test_cifar10_files(tmp_path, rng):
 def test_missing_files_are_named(tmp_path, rng):
     write_fashion_mnist(tmp_path / "fashion", rng)
     (tmp_path / "fashion" / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks train-labels-idx1-ubyte\.gz"):
+    with pytest.raises(FileNotFoundError, match=r"is missing train-labels-idx1-ubyte\.gz"):
         open_images("fashion_mnist", "train", tmp_path / "fashion")
     write_cifar10(tmp_path / "cifar", rng)
     (tmp_path / "cifar" / "data_batch_3.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks data_batch_3\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"is missing data_batch_3\.bin"):
         open_images("cifar10", "validation", tmp_path / "cifar")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_images("cifar10", "train", tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
-    with pytest.raises(FileNotFoundError, match="nothing that is known for 'cifar10'"):
+    with pytest.raises(FileNotFoundError, match="no known layout for 'cifar10'"):
         open_images("cifar10", "train", tmp_path / "other")
 
 
@@ -130,7 +130,7 @@ def test_damaged_files_are_named(tmp_path, rng):
     with pytest.raises(ValueError, match=f"cannot unpack {file}"):
         open_images("fashion_mnist", "train", tmp_path / "fashion")
     file.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(ValueError, match="not a whole idx file"):
+    with pytest.raises(ValueError, match="not a complete idx file"):
         open_images("fashion_mnist", "train", tmp_path / "fashion")
     write_cifar10(tmp_path / "cifar", rng)
     file = tmp_path / "cifar" / "data_batch_2.bin"
@@ -155,7 +155,7 @@ def test_label_out_of_range(tmp_path, rng):
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         open_images("cifar10", "dev")
-    with pytest.raises(ValueError, match="unknown data set 'no_such_data'"):
+    with pytest.raises(ValueError, match="unknown dataset 'no_such_data'"):
         open_images("no_such_data", "train")
     with pytest.raises(ValueError, match="needs its directory"):
         open_images("folder", "train")
@@ -200,7 +200,7 @@ def test_split_folders(tmp_path, rng, validation):
     sizes = [len(open_images("pets", s, tmp_path)) for s in ("train", "validation", "test")]
     assert sizes == [6, 4, 2]
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
-    with pytest.raises(ValueError, match="only one has b, c"):
+    with pytest.raises(ValueError, match="only one of them has b, c"):
         open_images("pets", "test", tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_folder_without_classes_or_pictures(tmp_path, rng):
         open_images("folder", "train", tmp_path)
     write_folder(tmp_path, rng, ["cat"], 3)
     (tmp_path / "dog").mkdir()
-    with pytest.raises(ValueError, match=f"hold no pictures: {tmp_path / 'dog'}"):
+    with pytest.raises(ValueError, match=f"hold no images: {tmp_path / 'dog'}"):
         open_images("folder", "train", tmp_path)
 
 
@@ -219,12 +219,12 @@ def test_corrupt_pictures_are_named(tmp_path, rng):
     broken, cut = Path(source.paths[4]), Path(source.paths[7])
     broken.write_bytes(b"no picture at all")
     cut.write_bytes(cut.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=rf"2 of 11 pictures(.|\n)*{broken}(.|\n)*{cut}"):
+    with pytest.raises(ValueError, match=rf"2 of 11 images(.|\n)*{broken}(.|\n)*{cut}"):
         check_images(source)
-    with pytest.raises(ValueError, match=f"cannot read the picture {broken}"):
+    with pytest.raises(ValueError, match=f"cannot read the image {broken}"):
         source[4]
     # Beyond the limit only headers are read.
-    with pytest.raises(ValueError, match="1 of 11 pictures"):
+    with pytest.raises(ValueError, match="1 of 11 images"):
         check_images(source, decode_limit=1)
 
 
@@ -384,26 +384,26 @@ def test_the_index_of_a_tar_is_made_once(imagenet_files, monkeypatch):
 
 def test_bad_imagenet_files_are_named(imagenet_files, tmp_path):
     tars, _ = imagenet_files
-    with pytest.raises(FileNotFoundError, match=r"lacks the train .*: expected ILSVRC2012_img_tr"):
+    with pytest.raises(FileNotFoundError, match=r"has no train .*: expected ILSVRC2012_img_tr"):
         open_images("imagenet2012", "train", tmp_path)
-    with pytest.raises(ValueError, match="no labels for its test pictures"):
+    with pytest.raises(ValueError, match="no labels for its test images"):
         open_images("imagenet2012", "test", tmp_path)
     cut = tmp_path / "ILSVRC2012_img_train.tar"
     whole = (tars / cut.name).read_bytes()
     cut.write_bytes(whole[:-20480])
-    with pytest.raises(ValueError, match=f"{cut} is cut short"):
+    with pytest.raises(ValueError, match=f"{cut} is truncated"):
         open_images("imagenet2012", "train", tmp_path)
     cut.write_bytes(b"no tar" * 500 + bytes(1024))
     with pytest.raises(ValueError, match=f"cannot read {cut}"):
         open_images("imagenet2012", "train", tmp_path)
     with tarfile.open(cut, "w") as archive:
         add(archive, "n01440764/n01440764_1.JPEG", JPEG.getvalue())
-    with pytest.raises(ValueError, match=rf"{cut} holds no pictures of the classes .*\(1000\)"):
+    with pytest.raises(ValueError, match=rf"{cut} holds no images of the classes .*\(1000\)"):
         open_images("imagenet2012", "train", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [cut.name]
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "ILSVRC2012_val_00050001.JPEG").write_bytes(JPEG.getvalue())
-    with pytest.raises(ValueError, match=r"50001.JPEG' in .* is no validation picture"):
+    with pytest.raises(ValueError, match=r"50001.JPEG' in .* is not a validation image"):
         open_images("imagenet2012", "validation", tmp_path)
 
 
@@ -552,7 +552,7 @@ def test_bad_specs_and_pictures():
         ImageSpec(8, resize_size=6)
     with pytest.raises(ValueError, match="fit='pad' takes neither"):
         ImageSpec(8, fit="pad", random_crop=True)
-    with pytest.raises(ValueError, match="expected a uint8 picture"):
+    with pytest.raises(ValueError, match="expected a uint8 image"):
         preprocess(np.zeros((8, 8, 3), np.float32), ImageSpec(8))
 
 
@@ -688,7 +688,7 @@ def test_an_error_while_reading_names_the_picture(tmp_path, rng):
     write_folder(tmp_path, rng, ["cat"], 6)
     source = open_images("folder", "train", tmp_path)
     Path(source.paths[3]).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"cannot read the picture {source.paths[3]}"):
+    with pytest.raises(ValueError, match=f"cannot read the image {source.paths[3]}"):
         list(image_batches(source, ImageSpec(4), 2, train=False))
 
 

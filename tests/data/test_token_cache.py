@@ -161,7 +161,7 @@ def test_a_cache_that_is_not_finished_is_refused_and_continued(tmp_path, made, p
         ("shard_size", 5),
     ):
         with pytest.raises(
-            ValueError, match=f"holds another token cache .{field}: .* there, .* here"
+            ValueError, match=f"holds another token cache .{field}: .* on disk, .* requested"
         ):
             writer_of(half, **{field: value})
     writer = writer_of(half, tokenizer_name="the same by another path")
@@ -186,11 +186,11 @@ def test_missing_and_damaged_manifests(path, tmp_path):
 
     with pytest.raises(ValueError, match="is damaged"):
         opened_with(json.dumps(manifest)[:-20])
-    with pytest.raises(ValueError, match="is damaged: it lacks grid"):
+    with pytest.raises(ValueError, match="is damaged: it is missing grid"):
         opened_with(json.dumps({k: v for k, v in manifest.items() if k != "grid"}))
-    with pytest.raises(ValueError, match="names 3 shards, not 4"):
+    with pytest.raises(ValueError, match="lists 3 shards, expected 4"):
         opened_with(json.dumps(manifest | {"num_examples": 13}))
-    with pytest.raises(ValueError, match=r"holds .* not 3"):
+    with pytest.raises(ValueError, match=r"holds .* expected .* \(3,\)"):
         opened_with(json.dumps(manifest | {"num_examples": 11}))
     with pytest.raises(ValueError, match=r"1\), expected .*token cache.* 2\): remove .* again"):
         opened_with(json.dumps(manifest | {"version": 1}))
@@ -214,7 +214,7 @@ def test_bad_codes_leave_nothing_behind(tmp_path, made):
 
 def test_other_directories_are_kept(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"{tmp_path} already exists and is no token cache"):
+    with pytest.raises(ValueError, match=f"{tmp_path} already exists and is not a token cache"):
         writer_of(tmp_path)
     assert list(content(tmp_path)) == ["notes.txt"]
 
@@ -439,7 +439,7 @@ def test_an_interrupted_extraction_goes_on(tmp_path, pets):
 def test_parts_are_numbered_from_one():
     assert [parse_part(text) for text in ("", "1/1", "3/16")] == [(0, 1), (0, 1), (2, 16)]
     for wrong in ("0/2", "3/2", "1", "a/b", "1/2/3"):
-        with pytest.raises(ValueError, match="expected such as 3/16"):
+        with pytest.raises(ValueError, match="expected the form 3/16"):
             parse_part(wrong)
 
 

@@ -281,7 +281,7 @@ def test_pictures_smaller_than_the_samples_are_not_enlarged_unasked(config, tmp_
     padded = references.open_set(str(tmp_path), None, config, made)
     assert padded.fitted == "28 x 28 to 32 x 32, pad"
     np.testing.assert_array_equal(padded.take([0])[0, 2:-2, 2:-2, 0], pictures[0])
-    with pytest.raises(ValueError, match=r"unknown data set './none': it is no folder here"):
+    with pytest.raises(ValueError, match=r"unknown dataset './none': it is neither a folder"):
         references.open_set("./none", None, config)
 
 

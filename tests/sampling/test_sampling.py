@@ -289,7 +289,7 @@ def test_generate_returns_pictures_and_is_deterministic(tiny_model):
         ([0], {"min_p": 1.5}, r"min_p=1.5: expected in \[0, 1\]"),
         ([0], {"cfg_scale": 1e39}, "cfg_scale=1e\\+39: expected a finite number"),
         ([0], {"temperature": 1e-46}, "temperature=1e-46: expected a positive number"),
-        (["castle"], {}, "unknown class 'castle'; tiny knows boat, house, old tree"),
+        (["castle"], {}, "unknown class 'castle'; tiny has the classes boat, house, old tree"),
     ],
 )
 def test_settings_out_of_range_are_refused(tiny_model, labels, settings, message):

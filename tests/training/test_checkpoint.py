@@ -88,7 +88,7 @@ def test_directory_of_another_configuration_is_refused(tiny_model_dir, tmp_path,
 def test_incomplete_directory_is_refused(tiny_model_dir, tmp_path):
     copy = edited(tiny_model_dir, tmp_path)
     shutil.rmtree(copy / "vq")
-    with pytest.raises(ValueError, match="not whole"):
+    with pytest.raises(ValueError, match="incomplete"):
         load_pretrained(copy)
 
 

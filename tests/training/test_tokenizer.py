@@ -287,9 +287,9 @@ def test_impossible_losses_are_refused():
         LossConfig(l2=0.0, adversarial=1.0)
     with pytest.raises(ValueError, match=r"config.loss.l1=-1"):
         LossConfig(l1=-1)
-    with pytest.raises(ValueError, match="perceptual needs pictures of 16"):
+    with pytest.raises(ValueError, match="perceptual needs images of 16"):
         LossConfig(perceptual=1.0).check_size(12, CRITIC)
-    with pytest.raises(ValueError, match="depth=3 needs pictures of 24"):
+    with pytest.raises(ValueError, match="depth=3 needs images of 24"):
         LossConfig(adversarial=1.0).check_size(16, PatchGAN())
 
 
@@ -443,8 +443,8 @@ def test_what_is_missing_is_said_before_the_run(config, tmp_path, monkeypatch):
     for change, message in (
         ({"loss.perceptual": 1.0}, "needs the weights of LPIPS"),
         ({"lpips": str(tmp_path / "none.pth")}, "no such file"),
-        ({"mesh.model": 2}, "leave config.mesh.model at 1"),
-        ({"discriminator.depth": 3}, "needs pictures of 24"),
+        ({"mesh.model": 2}, "set config.mesh.model=1"),
+        ({"discriminator.depth": 3}, "needs images of 24"),
         ({"decoder_only": True}, "name one in config.init"),
         ({"decoder_only": True, "init": "cifar10", "restart_codes": 5}, "set config.restart_codes"),
         ({"inception": str(tmp_path / "none.pt")}, "Inception"),

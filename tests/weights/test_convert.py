@@ -200,7 +200,7 @@ def test_shapes_of_the_published_models_tell_their_configuration(config):
         ("embeddings.word_embeddings.weight", (0, 64), "expected 2 axes"),
         ("layers.0.mixer.A_log", (8, 2), r"A_log: shape \(8, 2\), expected 1 axes"),
         ("layers.0.mixer.A_log", (7,), "A_log: a size of 128 is not a multiple of 7"),
-        ("layers.99.norm.weight", (64,), "4 of them, numbered up to 99"),
+        ("layers.99.norm.weight", (64,), "found 4 numbers up to 99"),
     ],
 )
 def test_strange_shapes_are_named(key, shape, message):
@@ -303,7 +303,7 @@ def test_numbers_too_large_for_a_cast_are_refused(weights, tmp_path):
     with pytest.raises(ValueError, match=r"layers.1.mixer.D: too large for float16"):
         convert.to_jax(tmp_path / "large.safetensors", tmp_path / "model", dtype="float16")
     convert.to_jax(tmp_path / "large.safetensors", tmp_path / "model")
-    with pytest.raises(ValueError, match=r"layers.1.mixer.D: holds numbers that float16 cannot"):
+    with pytest.raises(ValueError, match=r"layers.1.mixer.D: holds values that float16 cannot"):
         convert.to_torch(tmp_path / "model", tmp_path / "back.safetensors", "float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.safetensors", "model"]
 
@@ -365,7 +365,7 @@ def test_a_tokenizer_of_its_own_file(weights, tmp_path, capsys):
         "vq.safetensors",
     ]
     convert.to_jax(weights, tmp_path / "other", vq=alone)
-    assert "is left aside" in capsys.readouterr().err
+    assert "ignoring the tokenizer in" in capsys.readouterr().err
     tokenizer = load_pretrained(convert.to_jax(alone, tmp_path / "tokenizer"))
     assert tokenizer.aim_config is None and tokenizer.info["data"]["image_size"] == 256
     with pytest.raises(ValueError, match="holds no tokenizer"):
@@ -574,34 +574,34 @@ KEY = "mamba.backbone.norm_f.weight"
 SAFETENSORS = {
     "empty": (b"", "neither a safetensors file nor a zip"),
     "short": (b"\x08\0\0", "neither a safetensors file nor a zip"),
-    "web page": (b"<!DOCTYPE html><html>", r"it starts with 3c 21 44 4f.*downloaded again"),
+    "web page": (b"<!DOCTYPE html><html>", r"it starts with 3c 21 44 4f.*download the file again"),
     "header beyond the end": (header({KEY: entry([1], [0, 4])}, b"1234", 10**6), "1,000,000 bytes"),
-    "header of exabytes": (header({}, length=2**62), "is said to have"),
+    "header of exabytes": (header({}, length=2**62), "claims to have"),
     "not JSON": (header(b"{nonsense"), "not readable JSON"),
     "deep JSON": (header(b'{"a":' * 100_000), "not readable JSON"),
     "not UTF-8": (header(b'{"\xff\xfe":1}'), "not readable JSON"),
     "duplicate key": (
         header('{{"{0}":{1},"{0}":{1}}}'.format(KEY, json.dumps(entry([1], [0, 4]))).encode()),
-        f"{KEY} stands there twice",
+        f"{KEY} occurs twice",
     ),
-    "cut": (header({KEY: entry([4], [0, 16])}, b"12345678"), "not a whole safetensors file"),
-    "trailing": (header({KEY: entry([1], [0, 4])}, b"12345678"), "not a whole safetensors file"),
-    "offsets beyond": (header({KEY: entry([1], [0, 400])}, b"1234"), "not a whole safetensors"),
-    "offsets backwards": (header({KEY: entry([1], [4, 0])}, b"1234"), "not a whole safetensors"),
+    "cut": (header({KEY: entry([4], [0, 16])}, b"12345678"), "not a complete safetensors"),
+    "trailing": (header({KEY: entry([1], [0, 4])}, b"12345678"), "not a complete safetensors"),
+    "offsets beyond": (header({KEY: entry([1], [0, 400])}, b"1234"), "not a complete safetensors"),
+    "offsets backwards": (header({KEY: entry([1], [4, 0])}, b"1234"), "not a complete safetensors"),
     "overlap": (
         header({KEY: entry([1], [0, 4]), "b": entry([1], [0, 4])}, b"1234"),
-        "not a whole safetensors file",
+        "not a complete safetensors",
     ),
-    "shape lies": (header({KEY: entry([1000], [0, 4])}, b"1234"), "not a whole safetensors file"),
+    "shape lies": (header({KEY: entry([1000], [0, 4])}, b"1234"), "not a complete safetensors"),
     "shape overflows": (
         header({KEY: entry([2**40, 2**40], [0, 4])}, b"1234"),
-        "not a whole safetensors file",
+        "not a complete safetensors",
     ),
-    "negative shape": (header({KEY: entry([-1], [0, 4])}, b"1234"), "not a whole safetensors"),
-    "unknown type": (header({KEY: entry([1], [0, 4], "F33")}, b"1234"), "not a whole safetensors"),
+    "negative shape": (header({KEY: entry([-1], [0, 4])}, b"1234"), "not a complete safetensors"),
+    "unknown type": (header({KEY: entry([1], [0, 4], "F33")}, b"1234"), "complete safetensors"),
     "no weights": (header({"w": entry([1], [0, 4])}, b"1234"), "belong neither to AiM"),
     "nothing": (header({}), "holds neither an AiM nor a tokenizer"),
-    "complex type": (header({KEY: entry([1], [0, 8], "C64")}, b"12345678"), "no weights: .*C64"),
+    "complex type": (header({KEY: entry([1], [0, 8], "C64")}, b"12345678"), "dtypes: .*C64"),
 }
 
 
@@ -639,14 +639,14 @@ def test_hostile_configurations(weights, tmp_path):
         (folder / "config.json").write_text(text)
         refused(folder, tmp_path, message)
 
-    check("[1]", "expected a JSON object, found list")
+    check("[1]", "expected a JSON object, got list")
     check("{", "is not readable JSON")
-    check('{"d_model": 1, "d_model": 2}', "d_model stands there twice")
+    check('{"d_model": 1, "d_model": 2}', "d_model occurs twice")
     check(fits | {"d_model": "16"}, r"config.json: .*d_model='16'; expected an integer")
-    check(fits | {"n_layer": 10**9}, "n_layer=1000000000 is more than all weights")
-    check(fits | {"d_model": 10**9}, "is more than all weights")
+    check(fits | {"n_layer": 10**9}, "n_layer=1000000000 exceeds the total number of weights")
+    check(fits | {"d_model": 10**9}, "exceeds the total number of weights")
     check(fits | {"d_model": 10**30}, "expected an integer from 1 to")
-    check(fits | {"n_layer": 200}, "n_layer=200 is more than all tensors")
+    check(fits | {"n_layer": 200}, "n_layer=200 exceeds the total number of tensors")
     check(fits | {"n_layer": -1}, "n_layer=-1; expected an integer")
     check(fits | {"n_layer": 3}, r"layers.2.norm.weight: missing, expected \(16,\)")
     check(fits | {"num_classes": 4}, r"embedding_table.*shape \(4, 16\), expected \(5, 16\)")
@@ -728,15 +728,15 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
 def test_zip_files_that_torch_does_not_write(tmp_path):
     content = pickle.dumps({}, 2) + bytes(1000)
     packed = torch_zip(tmp_path / "packed.bin", content, zipfile.ZIP_DEFLATED)
-    refused(packed, tmp_path, "holds packed entries")
+    refused(packed, tmp_path, "holds compressed entries")
     twice = torch_zip(tmp_path / "twice.bin", content, twice=True)
     refused(twice, tmp_path, "entries of the same name")
     whole = torch_zip(tmp_path / "whole.bin", content).read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 3):
         (tmp_path / "cut.bin").write_bytes(whole[:size])
-        refused(tmp_path / "cut.bin", tmp_path, "is not a whole zip file")
+        refused(tmp_path / "cut.bin", tmp_path, "is not a complete zip file")
     (tmp_path / "old.bin").write_bytes(pickle.dumps({"a": 1}, 2))
-    refused(tmp_path / "old.bin", tmp_path, "must be saved anew")
+    refused(tmp_path / "old.bin", tmp_path, "Save files of old torch versions again")
 
 
 def test_without_torch_the_message_says_what_to_do(tmp_path, monkeypatch, weights):
@@ -812,16 +812,16 @@ def test_hostile_pickles(weights, tmp_path):
     for name, content, message in (
         ("number", 7, "expected tensors by name"),
         ("empty", {}, "expected tensors by name"),
-        ("list", {"model": [1, 2]}, "entries that are no tensors: model"),
-        ("mixed", good | {"epoch": 3}, "entries that are no tensors: epoch"),
-        ("int keys", {3: t.zeros(2)}, "entries that are no tensors: 3"),
-        ("sparse", good | {"mamba.x": t.eye(3).to_sparse()}, "no plain weights"),
-        ("meta", good | {"mamba.x": t.zeros(3, device="meta")}, "no plain weights"),
-        ("complex", good | {"mamba.x": t.zeros(3, dtype=t.complex64)}, "no plain weights"),
+        ("list", {"model": [1, 2]}, "entries that are not tensors: model"),
+        ("mixed", good | {"epoch": 3}, "entries that are not tensors: epoch"),
+        ("int keys", {3: t.zeros(2)}, "entries that are not tensors: 3"),
+        ("sparse", good | {"mamba.x": t.eye(3).to_sparse()}, "kinds of tensors"),
+        ("meta", good | {"mamba.x": t.zeros(3, device="meta")}, "kinds of tensors"),
+        ("complex", good | {"mamba.x": t.zeros(3, dtype=t.complex64)}, "kinds of tensors"),
         ("huge", good | {KEY: t.zeros(1).expand(10**13)}, "declares more numbers than its"),
         ("views", {f"mamba.{i}": t.zeros(1000).view(10, 100) for i in range(3)} | dict.fromkeys(
             (f"mamba.v{i}" for i in range(9)), t.zeros(10**5)), "many views of the same"),
-        ("twice", good | {f"module.{KEY}": good[KEY]}, "is there under two names"),
+        ("twice", good | {f"module.{KEY}": good[KEY]}, "occurs under two names"),
     ):  # fmt: skip
         path = tmp_path / f"{name}.bin"
         t.save(content, path)

@@ -64,8 +64,8 @@ def test_published_model_is_loaded_by_its_address(hub, tiny_model, tiny_model_di
     card = (out / "README.md").read_text()
     for text in (
         "# tiny", 'load_pretrained("hf://someone/tiny")', "| fid | 12.346 |", "0.1 ± 0.01",
-        "boat, house, old tree", "4 tokens of 16", "f2, 16 codes", "Few samples.",
-        "reference cifar10, test; commit abc", "cfg_scale 2.0",
+        "boat, house, old tree", "4 tokens, vocabulary of 16", "f2, 16 codebook entries",
+        "Few samples.", "reference cifar10, test; commit abc", "cfg_scale 2.0",
     ):  # fmt: skip
         assert text in card, text
     model = load_pretrained("hf://someone/tiny@v1")
@@ -106,7 +106,7 @@ def test_a_failed_upload_says_how_to_go_on(hub, tiny_model_dir, tmp_path, monkey
     client = sys.modules["huggingface_hub"]
     monkeypatch.setattr(client, "upload_folder", fail)
     out = tmp_path / "out"
-    with pytest.raises(OSError, match=f"connection refused .* hf upload someone/tiny {out} tries"):
+    with pytest.raises(OSError, match=f"connection refused .* hf upload someone/tiny {out}"):
         publish(tiny_model_dir, out, repository="someone/tiny")
     assert load_pretrained(out).class_names
     monkeypatch.setattr(client, "create_repo", fail)

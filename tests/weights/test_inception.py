@@ -333,9 +333,9 @@ def test_other_files_are_refused(weights, params, tmp_path):
         load_inception(save_tensors(broken, tmp_path / "nan.safetensors"))
     whole = (tmp_path / "wide.pb").read_bytes()
     for name, content, message in (
-        ("cut.pb", whole[: len(whole) // 2], "is not a frozen TensorFlow graph.*cut short"),
+        ("cut.pb", whole[: len(whole) // 2], "is not a frozen TensorFlow graph.*truncated"),
         ("none.onnx", b"", "is not an ONNX model"),
-        ("group.pb", _varint(1 << 3 | 3) + b"xx", "a field of kind 3"),
+        ("group.pb", _varint(1 << 3 | 3) + b"xx", "a field of unknown wire type 3"),
         ("page.pth", b"<html>", "neither a safetensors file nor a zip file"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -353,7 +353,7 @@ def test_a_tensor_has_no_more_than_what_is_stored():
         (np.broadcast_to(stored[:1], 1000), (1000,), (1,)),  # a view, which says it has 1000
         (stored[::2], (3,), (1,)),
     ):
-        with pytest.raises(ValueError, match="stored"):
+        with pytest.raises(ValueError, match="storage"):
             graphs._tensor(storage, 0, shape, strides)
 
 
@@ -366,7 +366,7 @@ def test_nothing_of_a_torchscript_archive_is_run(tmp_path):
             return print, ("run!",)
 
     path = write_torchscript({"conv": {"weight": np.zeros(1)}}, tmp_path / "evil.pt", Evil)
-    with pytest.raises(WeightsError, match=r"names \w+.print"):
+    with pytest.raises(WeightsError, match=r"refers to \w+.print"):
         load_inception(path)
 
     class Wide:
@@ -383,8 +383,8 @@ def test_nothing_of_a_torchscript_archive_is_run(tmp_path):
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
         for name in source.namelist():
             out.writestr(name, source.read(name))
-    with pytest.raises(WeightsError, match=r"data\.pkl is packed"):
+    with pytest.raises(WeightsError, match=r"data\.pkl is compressed"):
         load_inception(packed)
     path = write_torchscript({"conv": {"weight": np.zeros(1)}}, tmp_path / "wide.pt", Wide)
-    with pytest.raises(WeightsError, match="larger than what is stored"):
+    with pytest.raises(WeightsError, match="larger than its storage"):
         load_inception(path)

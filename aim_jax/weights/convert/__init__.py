@@ -1,7 +1,7 @@
-"""Official PyTorch weights as ours, and ours as official ones.
+"""Conversion between official PyTorch weights and the parameters of this library.
 
 `rules` maps tensors, `configs` maps configurations, `files` reads and writes files, and
-`directories` turns a whole checkpoint into a model directory and back.
+`directories` converts complete checkpoints to model directories and back.
 """
 
 from aim_jax.weights.convert.configs import (

@@ -1,4 +1,4 @@
-"""Shapes of the published models: from their config.json, from their tensors, and back."""
+"""Configurations of the published models: read from config.json, inferred, and written back."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ from typing import Any
 
 from aim_jax.models.config import AiMConfig, VQConfig
 
-# Options of the official configurations: ours by name; those with a single value that this library
-# has; and those without effect on converted weights (initialisation, choice of kernels, dropout
-# that the official code accepts and never applies).
+# Options of the official configurations are of three kinds: mapped to fields of this library; fixed
+# to the only value that this library supports; or free, without effect on converted weights
+# (initialisation, choice of kernels, dropout that the official code accepts and never applies).
 _AIM_FIELDS = {
     name: name
     for name in (
@@ -48,15 +48,15 @@ _VQ_FREE = {"show_usage"}
 
 
 def aim_config_from_official(config: Mapping, **overrides: Any) -> AiMConfig:
-    """The shape of an official AiM.
+    """Return the configuration of an official AiM.
 
     Args:
-      config: the flat config.json beside the official weights.
-      **overrides: fields of AiMConfig to set besides. `position_offset` is 1 unless given, which
-        is how the official sampler places codes; the official training forward is 0.
+      config: The flat config.json of the official weights.
+      **overrides: Further fields of AiMConfig to set. `position_offset` is 1 by default, which is
+        how the official sampler places tokens; it is 0 in the official training forward pass.
 
     Raises:
-      ValueError: an option is missing, unknown, or has a value that this library does not support.
+      ValueError: An option is missing, unknown, or has a value that this library does not support.
     """
     config = dict(config)
     mixer = dict(config.pop("ssm_cfg", None) or {})
@@ -81,10 +81,14 @@ def aim_config_from_official(config: Mapping, **overrides: Any) -> AiMConfig:
 
 
 def vq_config_from_official(config: Mapping, **overrides: Any) -> VQConfig:
-    """The shape of an official tokenizer, from its flat config.json; `overrides` are set besides.
+    """Return the configuration of an official tokenizer from its flat config.json.
+
+    Args:
+      config: The flat config.json.
+      **overrides: Further fields of VQConfig to set.
 
     Raises:
-      ValueError: an option is unknown or not supported.
+      ValueError: An option is unknown or not supported.
     """
     names = {name: name for name in _VQ_FIELDS}
     return VQConfig(**(_read("config", dict(config), names, {}, _VQ_FREE) | overrides))
@@ -98,32 +102,33 @@ def _read(
     free: set[str],
     required: Sequence[str] = (),
 ) -> dict:
-    """Our fields of an official configuration; raises ValueError for what does not fit."""
+    """Return the fields of this library that an official configuration sets, after checking it."""
     known = fields.keys() | fixed.keys() | free
-    unknown, missing = sorted(config.keys() - known), sorted(set(required) - config.keys())
+    unknown = sorted(config.keys() - known)
+    missing = sorted(set(required) - config.keys())
     if unknown:
-        raise ValueError(f"{what}: unknown options {unknown}; known are {sorted(known)}.")
+        raise ValueError(f"{what}: unknown options {unknown}; known options: {sorted(known)}.")
     if missing:
         raise ValueError(f"{what}: options {missing} are missing.")
     for name, value in fixed.items():
-        given = config.get(name, value)
-        if (list(given) if isinstance(given, tuple) else given) != value:
-            raise ValueError(f"{what}: {name}={given!r} is not supported; expected {value!r}.")
+        actual = config.get(name, value)
+        if (list(actual) if isinstance(actual, tuple) else actual) != value:
+            raise ValueError(f"{what}: {name}={actual!r} is not supported; expected {value!r}.")
     return {ours: config[name] for name, ours in fields.items() if name in config}
 
 
 def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides: Any) -> AiMConfig:
-    """The shape of an official AiM whose config.json is missing, from its tensors.
+    """Infer the configuration of an official AiM without a config.json from its tensors.
 
-    Everything that shapes tell is read from them. With Mamba-2 they give the product of `ngroups`
-    and `d_state` only; one group is assumed, as in every published model.
+    Every field that the shapes determine is read from them. For Mamba-2 they give only the product
+    of `ngroups` and `d_state`; one group is assumed, as in every published model.
 
     Args:
-      shapes: by official key.
-      **overrides: fields of AiMConfig to set besides; `position_offset` is 1 unless given.
+      shapes: Shapes by official key.
+      **overrides: Further fields of AiMConfig to set; `position_offset` is 1 by default.
 
     Raises:
-      ValueError: naming a tensor that is missing or has a strange number of axes or size.
+      ValueError: A tensor is missing, or has an unexpected number of axes or size.
     """
     shape = _shape_reader("AiM", shapes, "mamba.backbone.")
     vocab_size, d = shape("embeddings.word_embeddings.weight", 2)
@@ -157,13 +162,14 @@ def infer_aim_config(shapes: Mapping[str, tuple[int, ...]], **overrides: Any) ->
 
 
 def infer_vq_config(shapes: Mapping[str, tuple[int, ...]], **overrides: Any) -> VQConfig:
-    """The shape of an official tokenizer from its tensors; `overrides` are set besides.
+    """Infer the configuration of an official tokenizer from its tensors.
 
     Args:
-      shapes: by official key.
+      shapes: Shapes by official key.
+      **overrides: Further fields of VQConfig to set.
 
     Raises:
-      ValueError: naming a tensor that is missing or has a strange number of axes or size.
+      ValueError: A tensor is missing, or has an unexpected number of axes or size.
     """
     shape = _shape_reader("tokenizer", shapes, "vqvae.")
     ch, in_channels, *_ = shape("encoder.conv_in.weight", 4)
@@ -196,13 +202,14 @@ def _shape_reader(what: str, shapes: Mapping, prefix: str) -> Callable[[str, int
 
 
 def _count(shapes: Mapping, pattern: str) -> int:
-    """How many different numbers the pattern finds in the keys: 0, 1, 2, ... without a gap."""
-    found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
-    if found != set(range(len(found))):
+    """Count the distinct numbers that the pattern matches in the keys; they must be 0, 1, 2, ..."""
+    numbers = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    if numbers != set(range(len(numbers))):
         raise ValueError(
-            f"{pattern.replace(chr(92), '')}: {len(found)} of them, numbered up to {max(found)}."
+            f"{pattern.replace(chr(92), '')}: found {len(numbers)} numbers up to {max(numbers)}; "
+            "expected 0, 1, 2, ... without gaps."
         )
-    return len(found)
+    return len(numbers)
 
 
 def _divide(size: int, unit: int, what: str) -> int:
@@ -212,13 +219,13 @@ def _divide(size: int, unit: int, what: str) -> int:
 
 
 def official_aim_config(config: AiMConfig) -> dict:
-    """The flat config.json of an official AiM of this shape; inverse of `aim_config_from_official`.
+    """Return the flat config.json of an official AiM; inverse of `aim_config_from_official`.
 
-    Fields without an official counterpart (position offset, class dropout, dtypes, what changes
-    speed only) are left out.
+    Fields without an official counterpart (position offset, class dropout, dtypes, fields that
+    affect speed only) are left out.
 
     Raises:
-      ValueError: a model without position embeddings, which the official one always has, or with
+      ValueError: The model has no position embeddings, which the official one always has, or
         another epsilon in its norms.
     """
     if not config.positions:
@@ -229,7 +236,7 @@ def official_aim_config(config: AiMConfig) -> dict:
         )
     layer = config.mixer.capitalize()
     flat = {name: getattr(config, ours) for name, ours in _AIM_FIELDS.items()}
-    names = [name for name in _MIXER_FIELDS[layer] if name != "chunk_size"]  # speed only
+    names = [name for name in _MIXER_FIELDS[layer] if name != "chunk_size"]  # affects speed only
     mixer = {name: getattr(config, name) for name in names}
     return (
         flat
@@ -239,5 +246,5 @@ def official_aim_config(config: AiMConfig) -> dict:
 
 
 def official_vq_config(config: VQConfig) -> dict:
-    """The flat config of an official tokenizer; inverse of `vq_config_from_official`."""
+    """Return the flat config of an official tokenizer; inverse of `vq_config_from_official`."""
     return {name: getattr(config, name) for name in _VQ_FIELDS}

@@ -1,4 +1,4 @@
-"""Whole checkpoints: official files into a model directory, and a model directory into them."""
+"""Conversion of complete checkpoints: official files to model directories, and back."""
 
 import dataclasses
 import itertools
@@ -24,15 +24,15 @@ from aim_jax.weights.convert import configs, files, rules
 from aim_jax.weights.convert.files import LazyTensor, WeightsError
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
-# Official tensors that are no weights, kept beside them so that the way back gives the same file.
+# Official tensors that are not weights; kept so that the conversion back gives the same file.
 LEFTOVERS = "official_buffers.safetensors"
-# What the authors sample with (README of the official code).
+# Sampling settings of the authors (README of the official code).
 SAMPLING = {"cfg_scale": 5.0, "temperature": 1.0, "top_k": 600, "top_p": 0.98}
-# Checkpoints of a part alone leave its prefix out.
+# Checkpoints of a single part omit its prefix.
 AIM_MODULES = ("backbone", "lm_head")
 VQ_MODULES = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
-BESIDES = {rules.TIED_HEAD, rules.USAGE_HISTORY}  # no parameters of their own
-WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
+BESIDES = {rules.TIED_HEAD, rules.USAGE_HISTORY}  # not parameters of their own
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of data-parallel and of compiled modules
 
 Config = TypeVar("Config", AiMConfig, VQConfig)
 
@@ -40,14 +40,14 @@ Config = TypeVar("Config", AiMConfig, VQConfig)
 def official_keys(
     tensors: Mapping[str, LazyTensor], where: str | os.PathLike
 ) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """Tensors of AiM and of the tokenizer by official key, whatever a training program prepended.
+    """Split tensors into those of AiM and of the tokenizer, by official key without wrappers.
 
     Raises:
-      WeightsError: keys of neither part, or two that become one.
+      WeightsError: Keys belong to neither part, or two keys become the same.
     """
     aim: dict[str, LazyTensor] = {}
     vq: dict[str, LazyTensor] = {}
-    strange = []
+    unknown = []
     seen = set()
     for key, tensor in tensors.items():
         name = key
@@ -59,33 +59,33 @@ def official_keys(
         elif first in VQ_MODULES:
             name = rules.VQ_PREFIX + name
         if name in seen:
-            raise WeightsError(f"{where}: {key} is there under two names.")
+            raise WeightsError(f"{where}: {key} occurs under two names.")
         seen.add(name)
         if name.startswith(rules.AIM_PREFIX):
             aim[name] = tensor
         elif name.startswith(rules.VQ_PREFIX):
             vq[name] = tensor
         else:
-            strange.append(key)
-    if strange:
+            unknown.append(key)
+    if unknown:
         raise WeightsError(
-            f"{where}: {len(strange)} keys belong neither to AiM ({rules.AIM_PREFIX}*) nor to its "
-            f"tokenizer ({rules.VQ_PREFIX}*): {', '.join(sorted(strange)[:10])}"
+            f"{where}: {len(unknown)} keys belong neither to AiM ({rules.AIM_PREFIX}*) nor to its "
+            f"tokenizer ({rules.VQ_PREFIX}*): {', '.join(sorted(unknown)[:10])}"
         )
     return aim, vq
 
 
 def load_official(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Reads official weights whole.
+    """Read official weights completely.
 
     Args:
-      path: see `open_weights`.
+      path: See `open_weights`.
 
     Returns:
       The tensors of AiM and those of the tokenizer, by official key; one of them may be empty.
 
     Raises:
-      FileNotFoundError, WeightsError: as `open_weights`; or keys that belong to neither part.
+      FileNotFoundError, WeightsError: See `open_weights`; or keys belong to neither part.
     """
     aim, vq = official_keys(files.open_weights(path).tensors, path)
     return _arrays(aim), _arrays(vq)
@@ -96,14 +96,14 @@ def _arrays(tensors: Mapping[str, LazyTensor]) -> dict[str, np.ndarray]:
 
 
 def aim_config(tensors: Mapping, config: Mapping | None, **overrides: Any) -> AiMConfig:
-    """Shape of an AiM from its config.json if there is one, else from its tensors."""
+    """Return the configuration of an AiM from its config.json if present, else its tensors."""
     return _config(
         tensors, config, configs.aim_config_from_official, configs.infer_aim_config, **overrides
     )
 
 
 def vq_config(tensors: Mapping, config: Mapping | None) -> VQConfig:
-    """Shape of a tokenizer from its config.json if there is one, else from its tensors."""
+    """Return the configuration of a tokenizer from its config.json if present, else its tensors."""
     return _config(tensors, config, configs.vq_config_from_official, configs.infer_vq_config)
 
 
@@ -120,19 +120,24 @@ def _config(
             return infer(shapes, **overrides)
         shape = read(config, **overrides)
     except (TypeError, OverflowError, ValueError) as error:
-        where = "" if config is None else f"{files.CONFIG}: "
-        raise WeightsError(f"{where}{str(error).rstrip('.')}.") from None
-    # Before anything is built from a size that no file could fill.
+        prefix = "" if config is None else f"{files.CONFIG}: "
+        raise WeightsError(f"{prefix}{str(error).rstrip('.')}.") from None
+    # Refuse impossible sizes before anything is built from them.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     for field in dataclasses.fields(shape):
-        value, kind = getattr(shape, field.name), type(field.default)
+        value = getattr(shape, field.name)
+        kind = type(field.default)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
         if isinstance(value, int) and value > size:
-            raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all weights.")
+            raise WeightsError(
+                f"{files.CONFIG}: {field.name}={value} exceeds the total number of weights."
+            )
         depth: Any = len(value) if isinstance(value, tuple) else value
         if field.name in ("n_layer", "num_res_blocks", "ch_mult") and depth > len(tensors):
-            raise WeightsError(f"{files.CONFIG}: {field.name}={value} is more than all tensors.")
+            raise WeightsError(
+                f"{files.CONFIG}: {field.name}={value} exceeds the total number of tensors."
+            )
     return shape
 
 
@@ -149,24 +154,24 @@ def to_jax(
     dtype: str | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> Path:
-    """Converts official weights into a model directory, which appears only when it is whole.
+    """Convert official weights into a model directory, which is written atomically.
 
-    Never holds more than the parameters and one tensor.
+    Memory holds at most the parameters and one tensor.
 
     Args:
       weights: AiM with or without its tokenizer, or a tokenizer alone; see `open_weights`.
-      out: the model directory to make.
-      vq: tokenizer to take instead of the one in `weights`.
-      config: config.json of `weights`, if it does not lie beside them.
+      out: Model directory to create.
+      vq: Tokenizer to use instead of the one in `weights`.
+      config: config.json of `weights`, if it is not beside them.
       position_offset: 1 samples as the official sampler does, 0 as the official training does.
-      adaln, num_groups: another adaLN arrangement, see `rearrange_adaln`.
-      approximate: allows an arrangement that changes the model.
-      dtype: storage type; None keeps that of the file.
-      class_names: by default those of ImageNet where there are 1000 classes, else none.
+      adaln, num_groups: Another adaLN arrangement; see `rearrange_adaln`.
+      approximate: Allow an arrangement that changes the model.
+      dtype: Storage dtype; None keeps the dtypes of the file.
+      class_names: By default the names of ImageNet for 1000 classes, else none.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      WeightsError, ValueError: `out` exists, or the files or the tensors in them are not those of a
+      FileNotFoundError: A file is missing.
+      WeightsError, ValueError: `out` exists, or the files or their tensors are not those of a
         model.
     """
     _check_free(Path(out))
@@ -179,7 +184,9 @@ def to_jax(
     classes = model.aim_config.num_classes if model.aim_config else 0
     names = imagenet_classes() if class_names is None and classes == 1000 else class_names or ()
     if names and len(names) != classes:
-        raise WeightsError(f"{len(names)} class names for {classes} classes.")
+        raise WeightsError(
+            f"{len(names)} class names for {classes} classes; expected one per class."
+        )
 
     changes: dict[str, Any] = {"class_names": tuple(names), "sampling": dict(SAMPLING)}
     with ThreadPoolExecutor(1) as pool:
@@ -203,15 +210,15 @@ def to_jax(
         }
     model = dataclasses.replace(model, **changes)
     info = {"data": _describe_data(model), "provenance": provenance}
-    leftovers: dict[str, Callable[[Path], None]] = {}
+    extra_files: dict[str, Callable[[Path], None]] = {}
     if rules.USAGE_HISTORY in tokenizer.tensors:
         history = np.asarray(tokenizer.tensors[rules.USAGE_HISTORY])
-        leftovers[LEFTOVERS] = lambda path: _write_history(path, history)
-    return save_model(out, dataclasses.replace(model, info=info), None, leftovers)
+        extra_files[LEFTOVERS] = lambda path: _write_history(path, history)
+    return save_model(out, dataclasses.replace(model, info=info), None, extra_files)
 
 
 class Part(NamedTuple):
-    """Tensors of AiM or of a tokenizer by official key, and their config.json if there is one."""
+    """Tensors of AiM or of a tokenizer by official key, and their config.json or None."""
 
     tensors: dict[str, LazyTensor]
     config: dict | None
@@ -222,32 +229,32 @@ def _open_parts(
     vq: str | os.PathLike | None,
     config: str | os.PathLike | None,
 ) -> tuple[Part, Part, tuple[Path, ...]]:
-    """AiM, its tokenizer (either may be empty), and the files that they come from."""
+    """Return AiM, its tokenizer (either may be empty), and the files that they come from."""
     opened = files.open_weights(weights)
-    flat = opened.config if config is None else files.read_json(Path(config))
+    content = opened.config if config is None else files.read_json(Path(config))
     aim_tensors, vq_tensors = official_keys(opened.tensors, weights)
     if not aim_tensors and not vq_tensors:
         raise WeightsError(f"{weights}: holds neither an AiM nor a tokenizer.")
-    aim = Part(aim_tensors, flat)
+    aim = Part(aim_tensors, content)
     if vq is None:
-        # A file with both parts describes its AiM only.
-        return aim, Part(vq_tensors, None if aim_tensors else flat), opened.files
+        # The config.json of a file with both parts describes only the AiM.
+        return aim, Part(vq_tensors, None if aim_tensors else content), opened.files
     other = files.open_weights(vq)
-    unused, tensors = official_keys(other.tensors, vq)
+    other_aim, tensors = official_keys(other.tensors, vq)
     if not tensors:
         raise WeightsError(f"{vq}: holds no tokenizer.")
     if not aim_tensors:
-        raise WeightsError(f"{weights}: holds no AiM for which {vq} would be the tokenizer.")
+        raise WeightsError(f"{weights}: holds no AiM that the tokenizer {vq} could belong to.")
     if vq_tensors:
-        say(f"the tokenizer in {weights} is left aside for {vq}")
-    if unused:
-        say(f"the AiM in {vq} is left aside for {weights}")
-    return aim, Part(tensors, None if unused else other.config), (*opened.files, *other.files)
+        say(f"ignoring the tokenizer in {weights} in favour of {vq}")
+    if other_aim:
+        say(f"ignoring the AiM in {vq} in favour of {weights}")
+    return aim, Part(tensors, None if other_aim else other.config), (*opened.files, *other.files)
 
 
 def _check_free(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise WeightsError(f"{out} exists already; remove it, or choose another place.")
+        raise WeightsError(f"{out} exists already; remove it, or choose another path.")
 
 
 def _describe(what: str, tensors: Mapping, config: AiMConfig | VQConfig) -> None:
@@ -265,7 +272,7 @@ def _rearrange(
             f"maps would change by {error:.1%}; allow it with approximate (as a start for "
             "training), or choose 'layer', which is exact."
         )
-    say(f"adaLN rewritten; relative error of its maps: {error:.3g}")
+    say(f"adaLN rearranged; relative error of its maps: {error:.3g}")
     return params, target
 
 
@@ -275,7 +282,7 @@ def _write_history(path: Path, history: np.ndarray) -> None:
 
 
 def _describe_data(model: Pretrained) -> dict:
-    """Pictures that the model is for: those of ImageNet, at the size of its code grid."""
+    """Return the data section of the model's images: ImageNet, at the size of its token grid."""
     factor = model.vq_config.downsampling if model.vq_config else 16
     side = math.isqrt(model.aim_config.num_tokens) * factor if model.aim_config else 256
     return {
@@ -292,20 +299,20 @@ def _describe_data(model: Pretrained) -> dict:
 def to_torch(
     checkpoint: str | os.PathLike, out: str | os.PathLike, dtype: str | None = None
 ) -> Path:
-    """Converts a model directory into official weights, which appear only when they are whole.
+    """Convert a model directory into official weights, which are written atomically.
 
     Args:
-      checkpoint: model directory, training workdir or bundled model.
-      out: by its ending
-        *.safetensors: every part, as the hub holds them, with the tied output matrix left out;
-        *.bin: every part, as a pickle of torch, output matrix included;
-        *.pt: the tokenizer alone, as LlamaGen holds it: a pickle {"model": ...} without prefixes;
-        no ending: a directory with config.json and model.safetensors, which the official
-        `from_pretrained` takes.
-      dtype: of the tensors; None keeps the stored one.
+      checkpoint: Model directory, training workdir or bundled model.
+      out: File or directory to create. The suffix determines the format:
+        *.safetensors: every part, as on the hub, without the tied output matrix;
+        *.bin: every part, as a torch pickle, with the output matrix;
+        *.pt: the tokenizer alone, as in LlamaGen: a pickle {"model": ...} without prefixes;
+        no suffix: a directory with config.json and model.safetensors, which the official
+        `from_pretrained` reads.
+      dtype: Dtype of the tensors; None keeps the stored one.
 
     Raises:
-      WeightsError: `out` exists or has another ending, a pickle is asked for without torch, or the
+      WeightsError: `out` exists or has another suffix, a pickle is requested without torch, or the
         model lacks the part.
     """
     out = Path(out)
@@ -317,11 +324,11 @@ def to_torch(
     directory = find_model(checkpoint)
     model = load_pretrained(checkpoint, as_stored=True)
     if out.suffix == ".pt" and not model.vq_config:
-        raise WeightsError(f"{checkpoint}: holds no tokenizer, which is what *.pt files are for.")
+        raise WeightsError(f"{checkpoint}: holds no tokenizer, but *.pt files need one.")
     if model.vq_config and not model.vq_config.l2_norm and (model.aim_config or out.suffix):
         raise WeightsError(
-            f"{checkpoint}: its tokenizer has l2_norm=False, which can only be said in the "
-            "config.json of a directory with a tokenizer alone."
+            f"{checkpoint}: its tokenizer has l2_norm=False, which only the config.json of "
+            "a directory with a tokenizer alone can record."
         )
 
     parts: list[tuple[AiMConfig | VQConfig, dict]] = []
@@ -358,9 +365,9 @@ def to_torch(
             work / files.SAFETENSORS,
             {key.removeprefix(prefix): shape for key, shape in shapes.items()},
             _cast(itertools.chain(*streams), shapes, prefix),
-            {"format": "pt"} | tied,  # this entry is how the hub's loader finds the tied matrix
+            {"format": "pt"} | tied,  # tells the hub's loader where the tied matrix is
         )
-        del model, parts, streams  # a pickle is made from the file, not from a second copy
+        del model, parts, streams  # a pickle is made from the file, without a second copy in memory
         if out.suffix == "":
             (work / files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             os.replace(work, out)
@@ -378,19 +385,19 @@ def to_torch(
 
 
 def _cast(tensors: Iterable, shapes: Mapping, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(key without prefix, array in the announced type), refusing what does not fit the type."""
+    """Yield (key without prefix, array in the announced dtype); refuse values that overflow it."""
     for key, tensor in tensors:
         dtype = shapes[key][1]
         with np.errstate(over="ignore"):
             cast = tensor.astype(dtype, copy=False)
         if not np.isfinite(cast).all():
-            raise WeightsError(f"{key}: holds numbers that {dtype} cannot.")
+            raise WeightsError(f"{key}: holds values that {dtype} cannot represent.")
         yield key.removeprefix(prefix), cast
 
 
 def _read_history(directory: Path) -> np.ndarray:
-    """The official buffer of codebook usage: the one that was converted, or an unused one."""
-    kept = directory / LEFTOVERS
-    if kept.is_file():
-        return np.asarray(files.open_weights(kept).tensors[rules.USAGE_HISTORY])
+    """Return the official buffer of codebook usage: the converted one, or an unused one."""
+    buffers = directory / LEFTOVERS
+    if buffers.is_file():
+        return np.asarray(files.open_weights(buffers).tensors[rules.USAGE_HISTORY])
     return np.zeros(HISTORY_LENGTH, np.float32)

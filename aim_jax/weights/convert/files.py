@@ -1,7 +1,8 @@
-"""Files of PyTorch weights, read tensor by tensor and refused whole if anything in them is wrong.
+"""Files of PyTorch weights, read tensor by tensor, and refused completely if any part is invalid.
 
-A checkpoint may be larger than half of the memory, so nothing here holds more than one tensor of
-it. Files are untrusted: a pickle is only read by torch's weights-only loader, which runs no code.
+A checkpoint may be larger than half of the memory, so this module never holds more than one tensor
+of it. Files are untrusted: a pickle is only read by torch's weights-only loader, which runs no
+code.
 """
 
 import argparse
@@ -28,13 +29,14 @@ from safetensors.numpy import save_file
 from aim_jax.utils.files import replacing
 from aim_jax.weights.pretrained import flatten
 
-SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS = "model.safetensors"
+TORCH = "pytorch_model.bin"
 CONFIG = "config.json"
-# What a directory may hold, best first.
+# File names that a directory may hold, in order of preference.
 HUB_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-REOPEN_AFTER = 128 * 2**20  # bytes read through one memory map before it is made anew
+REOPEN_AFTER = 128 * 2**20  # bytes read through a memory map before it is opened again
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -52,15 +54,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightsError(ValueError):
-    """A file of weights that is damaged, hostile, or not what was expected."""
+    """A file of weights is damaged, hostile, or not of the expected kind."""
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is read from its file whenever it is turned into an array.
+    """A tensor that is read from its file whenever it is converted to an array.
 
     Attributes:
-      shape, dtype: of the array.
-      read: returns it, as a copy of its own.
+      shape, dtype: Shape and dtype of the array.
+      read: Returns the array, as a separate copy.
     """
 
     shape: tuple[int, ...]
@@ -76,9 +78,9 @@ class WeightFiles(NamedTuple):
     """An opened checkpoint.
 
     Attributes:
-      tensors: by the key in the file.
-      files: the files that hold them.
-      config: content of the config.json beside them, or None.
+      tensors: Tensors by the key in the file.
+      files: Files that hold the tensors.
+      config: Content of the config.json beside them, or None.
     """
 
     tensors: dict[str, LazyTensor]
@@ -87,58 +89,58 @@ class WeightFiles(NamedTuple):
 
 
 def open_weights(path: str | os.PathLike) -> WeightFiles:
-    """Opens weights without reading any tensor.
+    """Open weights without reading any tensor.
 
     Args:
-      path: a .safetensors file; a zip pickle of torch (.bin, .pt, .pth); an index of several such
+      path: A .safetensors file; a zip pickle of torch (.bin, .pt, .pth); an index of several such
         files (*.index.json); or a directory that holds one of them under its usual name.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      WeightsError: the file is not what it says, or reading it would need torch and there is none.
+      FileNotFoundError: There is no such file.
+      WeightsError: The file is invalid, or reading it needs torch, which is not installed.
     """
     path = Path(path)
     if _kind(path) == "directory":
-        found = [path / name for name in HUB_FILES if _kind(path / name, missing=True)]
-        if not found:
+        candidates = [path / name for name in HUB_FILES if _kind(path / name, missing=True)]
+        if not candidates:
             raise FileNotFoundError(
-                f"{path}: holds no weights; expected one of {', '.join(HUB_FILES)}, or give the "
-                "file itself."
+                f"{path}: holds no weights; expected one of {', '.join(HUB_FILES)}, or the path of "
+                "the file itself."
             )
-        path = found[0]
-    # Only the names of the hub say that a config.json beside them is theirs.
-    beside = path.parent / CONFIG
-    belongs = path.name in HUB_FILES and _kind(beside, missing=True)
-    config = read_json(beside) if belongs else None
+        path = candidates[0]
+    # A config.json belongs to the weights only if they have one of the hub's names.
+    config_file = path.parent / CONFIG
+    belongs = path.name in HUB_FILES and _kind(config_file, missing=True)
+    config = read_json(config_file) if belongs else None
     if path.name.endswith(".index.json"):
         return _open_index(path)._replace(config=config)
     return WeightFiles(_open_file(path), (path,), config)
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; WeightsError if it is none, or names something twice."""
+    """Read the JSON object in a file; raise WeightsError if it is none, or repeats a name."""
     return _parse_json(path.read_bytes(), path)
 
 
-def _parse_json(text: bytes, where: str | Path) -> dict:
+def _parse_json(text: bytes, source: str | Path) -> dict:
     def unique(pairs: list[tuple[str, Any]]) -> dict:
-        # Which of two entries of one name counts depends on the reader, so neither may.
+        # Readers differ in which of two entries of one name they use, so reject both.
         twice = [name for name, count in Counter(k for k, _ in pairs).items() if count > 1]
         if twice:
-            raise ValueError(f"{', '.join(twice[:5])} stands there twice")
+            raise ValueError(f"{', '.join(twice[:5])} occurs twice")
         return dict(pairs)
 
     try:
         content = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{where}: is not readable JSON ({error}).") from None
+        raise WeightsError(f"{source}: is not readable JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{where}: expected a JSON object, found {type(content).__name__}.")
+        raise WeightsError(f"{source}: expected a JSON object, got {type(content).__name__}.")
     return content
 
 
 def _kind(path: Path, missing: bool = False) -> str | None:
-    """ "file" or "directory"; None where `missing` is allowed and nothing is there."""
+    """Return "file" or "directory"; or None if `missing` is allowed and the path does not exist."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -146,8 +148,8 @@ def _kind(path: Path, missing: bool = False) -> str | None:
             return None
         raise FileNotFoundError(f"{path}: no such file or directory.") from None
     except OSError as error:
-        why = "is a symbolic link in a loop" if error.errno == errno.ELOOP else error.strerror
-        raise WeightsError(f"{path}: {why}.") from None
+        reason = "is a symbolic link in a loop" if error.errno == errno.ELOOP else error.strerror
+        raise WeightsError(f"{path}: {reason}.") from None
     except ValueError as error:  # a null character in the name
         raise WeightsError(f"{str(path)!r}: {error}.") from None
     if stat.S_ISDIR(mode):
@@ -168,18 +170,18 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         return _open_safetensors(path)
     raise WeightsError(
         f"{path}: is neither a safetensors file nor a zip file of torch.save (it starts with "
-        f"{start[:8].hex(' ') or 'nothing'}); a file of an older torch must be saved anew by a "
-        "newer one, and a page saved in its place downloaded again."
+        f"{start[:8].hex(' ') or 'nothing'}). Save files of old torch versions again with a newer "
+        "one. If a web page was saved in its place, download the file again."
     )
 
 
 def _open_index(path: Path) -> WeightFiles:
-    """Several files and the index that tells which of them holds which key."""
+    """Open several files and the index that maps keys to files."""
     index = read_json(path)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise WeightsError(f"{path}: has no weight_map, so it is no index of weights.")
-    names = sorted({str(name) for name in places.values()})
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{path}: has no weight_map, so it is not an index of weights.")
+    names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
         raise WeightsError(f"{path}: names files outside its directory: {', '.join(outside[:5])}.")
@@ -189,13 +191,14 @@ def _open_index(path: Path) -> WeightFiles:
             f"{path}: {len(missing)} of {len(names)} files are missing: {', '.join(missing[:5])}."
         )
     shards = {name: _open_file(path.parent / name) for name in names}
-    tensors, problems = {}, []
+    tensors = {}
+    problems = []
     for name, shard in shards.items():
         for key, tensor in shard.items():
-            if places.get(key) != name:
-                problems.append(f"{key}: in {name}, expected in {places.get(key, 'no file')}")
+            if weight_map.get(key) != name:
+                problems.append(f"{key}: in {name}, expected in {weight_map.get(key, 'no file')}")
             tensors[key] = tensor
-    problems += [f"{key}: not in {name}" for key, name in places.items() if key not in tensors]
+    problems += [f"{key}: not in {name}" for key, name in weight_map.items() if key not in tensors]
     if problems:
         raise WeightsError(
             f"{path}: does not describe its files ({len(problems)} keys):\n  "
@@ -208,20 +211,21 @@ def _open_index(path: Path) -> WeightFiles:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a safetensors file. The library checks sizes and offsets; names are ours to check.
+    """Open the tensors of a safetensors file.
 
-    A tensor is read through a map of its own, because the pages of a map stay in memory.
+    The library checks sizes and offsets; names are checked here. A tensor is read through a
+    separate memory map, because the pages of a map stay in memory.
     """
 
-    def refuse(why: str) -> WeightsError:
+    def damaged(reason: str) -> WeightsError:
         return WeightsError(
-            f"{path}: is not a whole safetensors file ({why}); download or copy it again."
+            f"{path}: is not a complete safetensors file ({reason}); download or copy it again."
         )
 
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
-            raise refuse(f"its header is said to have {length:,} bytes")
+            raise damaged(f"its header claims to have {length:,} bytes")
         header = file.read(length)
     _parse_json(header, f"{path}, header")
     try:
@@ -229,19 +233,19 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             described = {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise refuse(str(error).splitlines()[0]) from None
+        raise damaged(str(error).splitlines()[0]) from None
 
     def read(key: str) -> np.ndarray:
         try:
             with safe_open(path, "numpy") as file:
                 return np.array(file.get_tensor(key))
         except (SafetensorError, OSError) as error:
-            raise refuse(str(error).splitlines()[0]) from None
+            raise damaged(str(error).splitlines()[0]) from None
 
     unknown = [f"{k}: {dtype}" for k, (_, dtype) in described.items() if dtype not in DTYPES]
     if unknown:
         raise WeightsError(
-            f"{path}: tensors of types that are no weights: {', '.join(unknown[:5])}; "
+            f"{path}: tensors of unsupported dtypes: {', '.join(unknown[:5])}; "
             f"expected {', '.join(DTYPES)}."
         )
     return {
@@ -256,13 +260,13 @@ def write_safetensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file one tensor at a time (the library would want all of them at once).
+    """Write a safetensors file one tensor at a time (the library needs all of them in memory).
 
     Args:
-      path: the file to write; the caller gives it its final name when it is whole.
-      shapes: shape and dtype by key, in the order of `tensors`.
-      tensors: pairs of key and array.
-      metadata: strings for the header.
+      path: File to write; the caller gives it its final name once it is complete.
+      shapes: Shape and dtype by key, in the order of `tensors`.
+      tensors: Pairs of key and array.
+      metadata: Strings for the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -276,18 +280,18 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for (key, array), (expected, (shape, dtype)) in zip(tensors, shapes.items(), strict=True):
             if (key, array.shape, array.dtype) != (expected, tuple(shape), dtype):
-                raise ValueError(f"{key}: {array.dtype}{array.shape} is not as announced.")
+                raise ValueError(f"{key}: {array.dtype}{array.shape} does not match `shapes`.")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-# Pickles of torch
+# Torch pickles
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a small file, by name; also of torch.save's form before its zip files.
+    """Read all tensors of a small file by name, even if torch.save wrote it before zip files.
 
     Raises:
-      FileNotFoundError, WeightsError: as `open_weights`.
+      FileNotFoundError, WeightsError: See `open_weights`.
     """
     with path.open("rb") as file:
         older = file.read(1) == b"\x80"
@@ -302,14 +306,14 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def save_tensors(params: dict, path: str | os.PathLike) -> Path:
-    """Writes nested dicts of arrays as safetensors, whole or not at all."""
+    """Write nested dicts of arrays as safetensors, atomically."""
     with replacing(path) as partial:
         save_file({k: np.ascontiguousarray(v) for k, v in flatten(params).items()}, partial)
     return Path(path)
 
 
 def import_torch(path: Path, purpose: str) -> ModuleType:
-    """The torch module; WeightsError that names the extra if it is not installed."""
+    """Return the torch module; raise WeightsError naming the extra if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -321,7 +325,7 @@ def import_torch(path: Path, purpose: str) -> ModuleType:
 
 
 def _open_torch(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a zip file that torch.save wrote."""
+    """Open the tensors of a zip file that torch.save wrote."""
     _check_zip(path)
     torch = import_torch(path, "reading")
     numpy_dtypes = {
@@ -335,15 +339,16 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
 
     def load() -> dict:
         try:
-            # Training programs put their parsed arguments beside the weights; a Namespace is
-            # nothing but names and values.
+            # Training programs store their parsed arguments beside the weights; a Namespace holds
+            # only names and values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a hostile pickle can make the loader raise anything
-            why = str(error).strip().splitlines() or [type(error).__name__]
+            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise WeightsError(
-                f"{path}: torch's weights-only loader refuses it ({why[0][:300]}); it is damaged, "
-                "or holds more than tensors and would run code when loaded. Nothing of it was run."
+                f"{path}: torch's weights-only loader refuses it ({reason[0][:300]}); it is "
+                "damaged, or holds more than tensors and would run code when loaded. None of its "
+                "code was run."
             ) from None
         return _state_dict(path, content, torch.Tensor)
 
@@ -353,18 +358,20 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         return np.array(raw.numpy()).view(dtype)
 
-    state, used = load(), 0
+    state = load()
+    used = 0
 
     def read(key: str) -> np.ndarray:
-        # What was read through a memory map stays resident, so the map is made anew now and then.
+        # Pages read through a memory map stay resident, so the map is opened again now and then.
         nonlocal state, used
         if used > REOPEN_AFTER:
-            state, used = {}, 0
+            state = {}
+            used = 0
             state = load()
         used += state[key].nbytes
         return copy_of(state[key])
 
-    strange = [
+    unsupported = [
         f"{key}: {tensor.dtype}, {tensor.layout}, {tensor.device}"
         for key, tensor in state.items()
         if tensor.dtype not in numpy_dtypes
@@ -372,15 +379,15 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         or tensor.device.type != "cpu"
         or tensor.is_quantized
     ]
-    if strange:
-        raise WeightsError(f"{path}: tensors that are no plain weights: {', '.join(strange[:5])}.")
-    # Views may repeat what little is stored; an output matrix tied to the embedding is one.
+    if unsupported:
+        raise WeightsError(f"{path}: unsupported kinds of tensors: {', '.join(unsupported[:5])}.")
+    # Views may repeat a little stored data; an output matrix tied to the embedding is a view.
     size = path.stat().st_size
     wide = [key for key, t in state.items() if t.nbytes > t.untyped_storage().nbytes()]
     if wide or sum(t.nbytes for t in state.values()) > 2 * size:
         raise WeightsError(
             f"{path}: declares more numbers than its {size:,} bytes hold: "
-            f"{', '.join(wide[:5]) or 'many views of the same ones'}."
+            f"{', '.join(wide[:5]) or 'many views of the same numbers'}."
         )
     return {
         key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], functools.partial(read, key))
@@ -389,53 +396,52 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuses zip files that torch.save would not have written: packed, doubled, or cut short."""
+    """Refuse zip files that torch.save would not write: compressed, damaged, with duplicates."""
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-    # Each of these becomes a refusal; NotImplementedError is zipfile's word for a version of the
-    # format that it cannot read.
+    # zipfile raises NotImplementedError for versions of the format that it cannot read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise WeightsError(
-            f"{path}: is not a whole zip file ({error}); download or copy it again."
+            f"{path}: is not a complete zip file ({error}); download or copy it again."
         ) from None
     names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
-        raise WeightsError(f"{path}: holds entries of the same name.")
+        raise WeightsError(f"{path}: holds several entries of the same name.")
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-        raise WeightsError(f"{path}: holds packed entries, which torch.save does not write.")
+        raise WeightsError(f"{path}: holds compressed entries, which torch.save does not write.")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise WeightsError(f"{path}: says that it holds more than its size.")
+        raise WeightsError(f"{path}: declares entries larger than the file.")
 
 
 def _state_dict(path: Path, content: Any, tensor_type: type) -> dict:
-    """The tensors of a checkpoint, which training programs nest under "model" or "state_dict"."""
+    """Return the tensors of a checkpoint, which may be nested under "model" or "state_dict"."""
     for name in ("state_dict", "model"):
         inner = content.get(name) if isinstance(content, dict) else None
         if isinstance(inner, dict):
             content = inner
     if not isinstance(content, dict) or not content:
         raise WeightsError(
-            f"{path}: expected tensors by name, alone or under 'model' or 'state_dict'; found "
+            f"{path}: expected tensors by name, alone or under 'model' or 'state_dict'; got "
             f"{type(content).__name__}."
         )
     wrong = [str(k) for k, v in content.items() if not isinstance(v, tensor_type)]
     wrong += [repr(k) for k in content if not isinstance(k, str)]
     tensors = {k: v for k, v in content.items() if isinstance(v, tensor_type)}
     if wrong or not tensors:
-        what = f"entries that are no tensors: {', '.join(wrong[:5])}" if wrong else "no tensors"
-        raise WeightsError(f"{path}: {what}.")
+        problem = f"entries that are not tensors: {', '.join(wrong[:5])}" if wrong else "no tensors"
+        raise WeightsError(f"{path}: holds {problem}.")
     return tensors
 
 
 def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str | None) -> None:
-    """Turns a safetensors file into a zip pickle of torch.
+    """Convert a safetensors file into a zip pickle of torch.
 
     Args:
-      path: the file to write.
-      source: the safetensors file.
-      aliases: further keys, and the keys whose tensors they share.
-      nest: key of the outer dictionary that holds the tensors, or None for none.
+      path: File to write.
+      source: The safetensors file.
+      aliases: Further keys, and the keys whose tensors they share.
+      nest: Key of an outer dictionary that holds the tensors, or None for no nesting.
     """
     torch = import_torch(path, "writing")
     from safetensors.torch import load_file
@@ -446,6 +452,6 @@ def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str 
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Weights of the 2015 Inception, from the files that people have."""
+"""Loading of the weights of the 2015 Inception network, from any of its common files."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from aim_jax.weights.convert import graphs
 from aim_jax.weights.convert.files import WeightsError, read_tensors
 from aim_jax.weights.pretrained import flatten
 
-EPSILON = 1e-3  # of its batch norms, which have no scale
+EPSILON = 1e-3  # epsilon of its batch norms, which have no scale
 EXPECTED = (
     "the TorchScript file (inception-2015-12-05.pt), the state dict of pytorch-fid or "
     "torch-fidelity (*inception-2015-12-05*.pth), TensorFlow's frozen graph "
@@ -20,7 +20,7 @@ EXPECTED = (
     "library wrote"
 )
 
-# Names of torchvision's modules -> names of the graph.
+# Names of torchvision's modules -> names in the TensorFlow graph.
 BLOCKS = {
     "Conv2d_1a_3x3": "conv", "Conv2d_2a_3x3": "conv_1", "Conv2d_2b_3x3": "conv_2",
     "Conv2d_3b_1x1": "conv_3", "Conv2d_4a_3x3": "conv_4",
@@ -36,7 +36,7 @@ BRANCHES = {
     r"branch3x3dbl_3([ab])": "tower_1_mixed_conv_{}",
     r"branch_pool": "tower_2_conv",
 }
-# Where those names mean another branch.
+# Names that mean another branch in the block with strides, mixed_3.
 STRIDED = {"branch3x3": "conv", **{f"branch3x3dbl_{i}": f"tower_conv_{i}" for i in (1, 2, 3)}}
 PARTS = {
     "weight": "weight", "conv2d_params": "weight", "weights": "weight",
@@ -47,21 +47,22 @@ PARTS = {
 
 
 def load_inception(path: str | os.PathLike) -> dict:
-    """Parameters of `metrics.inception.Inception` from any file of the 2015 network.
+    """Load parameters of `aim_jax.models.inception.Inception` from any file of the 2015 network.
 
     Args:
-      path: see `EXPECTED`. The last layer may be missing; there is no Inception Score then.
+      path: A file as described by `EXPECTED`. The last layer may be missing, which rules out the
+        Inception Score.
 
     Returns:
-      float32 arrays by layer and "kernel" or "bias", the batch norms folded in.
+      float32 arrays by layer and "kernel" or "bias", with the batch norms folded in.
 
     Raises:
-      FileNotFoundError: no such file.
-      WeightsError: it is no such network, or reading it needs torch and there is none.
+      FileNotFoundError: There is no such file.
+      WeightsError: The file is not this network, or reading it needs torch, which is not installed.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Inception's weights are {EXPECTED}.")
+        raise FileNotFoundError(f"{path}: no such file. The weights of Inception are {EXPECTED}.")
     tensors = _read(path)
     shapes = flatten(inception.shapes(with_logits=True))
     if set(tensors) <= set(shapes) and path.suffix == ".safetensors":
@@ -80,7 +81,7 @@ def load_inception(path: str | os.PathLike) -> dict:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(
             f"{path}: is not the Inception of 2015 ({'; '.join(problems[:3])}{more}). Expected "
-            f"{EXPECTED}. The network of today's model zoos is another one."
+            f"{EXPECTED}. The Inception of today's model zoos is a different network."
         )
     params: dict = {}
     for name, array in flat.items():
@@ -102,53 +103,53 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def _by_layer(tensors: Mapping, layers: set[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Tensors by our layer and part; kernels of any order of axes."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    """Return tensors by layer and part, with kernels still in any order of axes."""
+    by_layer: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         *module, part = re.split(r"[./]", name)
         module = [m for m in module if m not in ("bn", "batchnorm", "net", "layers", "model")]
         torchvision = bool(module) and module[0] in BLOCKS
-        # Theirs call the shift of a batch norm bias, as they do that of the last layer.
+        # torchvision calls the shift of a batch norm "bias", like that of the last layer.
         part = PARTS.get(part, "")
         if torchvision and re.search(r"\bbn\b", name):
             part = {"bias": "beta", "weight": "gamma"}.get(part, part)
         layer = _from_torchvision(module) if torchvision else "_".join(module)
         layer = "softmax" if layer in ("output", "softmax_logits") else layer
         if layer in layers and part:
-            found.setdefault(layer, {})[part] = tensor
-    return found if found.keys() - {"softmax"} else _by_order(tensors)
+            by_layer.setdefault(layer, {})[part] = tensor
+    return by_layer if by_layer.keys() - {"softmax"} else _by_order(tensors)
 
 
 def _from_torchvision(module: list[str]) -> str:
-    block, *rest = [m for m in module if m != "conv"]
+    block, *branch_names = [m for m in module if m != "conv"]
     name = BLOCKS[block]
-    if not rest:
+    if not branch_names:
         return name
-    if name == "mixed_3" and rest[0] in STRIDED:
-        branch = STRIDED[rest[0]]
+    if name == "mixed_3" and branch_names[0] in STRIDED:
+        branch = STRIDED[branch_names[0]]
     else:
         for pattern, branch in BRANCHES.items():
-            if match := re.fullmatch(pattern, rest[0]):
+            if match := re.fullmatch(pattern, branch_names[0]):
                 branch = branch.format(*match.groups())
                 break
         else:
             return ""
-    # Theirs count from 1 or a, the graph from nothing at all.
+    # torchvision counts from 1 or a; the graph leaves the first number out.
     number = {"1": "", "a": ""} | {str(i): f"_{i - 1}" for i in range(2, 6)} | {"b": "_1"}
     return f"{name}_" + re.sub(r"(?<=conv)_(\w)$", lambda m: number[m[1]], branch)
 
 
 def _by_order(tensors: Mapping) -> dict[str, dict[str, np.ndarray]]:
-    """Tensors without names: the layers are in the order in which the network applies them."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    """Return unnamed tensors by layer, which are in the order that the network applies them."""
+    by_layer: dict[str, dict[str, np.ndarray]] = {}
     for number, layer in enumerate([*inception.shapes(with_logits=True)]):
         parts = {part: tensors.get(f"#{number}.{part}") for part in ("weight", "bias")}
-        found[layer] = {part: tensor for part, tensor in parts.items() if tensor is not None}
-    return found
+        by_layer[layer] = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    return by_layer
 
 
 def _fold(layers: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> dict[str, np.ndarray]:
-    """Kernels and biases, with the batch norms in them."""
+    """Fold the batch norms into kernels and biases."""
     flat = {}
     for layer, parts in layers.items():
         if "weight" not in parts:
@@ -165,8 +166,10 @@ def _fold(layers: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> dict[st
             scale = parts.get("gamma", 1.0) / np.sqrt(np.float64(parts["var"]) + EPSILON)
             bias = parts["beta"] - parts["mean"] * scale
         elif "bias" in parts:
-            scale, bias = 1.0, parts["bias"]
+            scale = 1.0
+            bias = parts["bias"]
         else:
-            continue  # a batch norm that was not found by name; the layer counts as missing
-        flat[f"{layer}.kernel"], flat[f"{layer}.bias"] = kernel * scale, bias
+            continue  # no batch norm was recognised by name; the layer counts as missing
+        flat[f"{layer}.kernel"] = kernel * scale
+        flat[f"{layer}.bias"] = bias
     return flat

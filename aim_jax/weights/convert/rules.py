@@ -1,8 +1,8 @@
-"""Weights of the published PyTorch models as our parameter trees, and back: one table of rules.
+"""Mapping between the tensors of the published PyTorch models and the parameters of this library.
 
 AiM is published under keys that start with `mamba.`, its tokenizer (LlamaGen's VQ) under `vqvae.`.
-A rule renames a tensor, permutes its axes, cuts a packed projection into parts and stacks the
-layers. All of that is linear, so gradients are converted exactly as weights are.
+A rule in the table renames a tensor, permutes its axes, splits a packed projection into parts and
+stacks the layers. These operations are linear, so gradients are converted exactly as weights are.
 """
 
 import functools
@@ -21,22 +21,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 
-AIM_PREFIX, VQ_PREFIX = "mamba.", "vqvae."
+AIM_PREFIX = "mamba."
+VQ_PREFIX = "vqvae."
 TOKEN_EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"
 TIED_HEAD = "mamba.lm_head.weight"
 USAGE_HISTORY = "vqvae.quantize.codebook_used"
 
 
 class Rule(NamedTuple):
-    """An official tensor and its place in our tree.
+    """An official tensor and its place in the parameter tree of this library.
 
     Attributes:
-      when: the variant that has it ("mamba1", "mamba2", "layer", "group", "mlp"), or "any".
-      official: key; `*` stands for the layer number, and we stack the layers along a leading axis.
-      ours: path of our array; `{a,b}` are parts that lie one after the other along the official
-        tensor's first axis.
-      axes: "official->ours" of one part: a letter per axis, (letters) for axes that the official
-        tensor holds as one, 1 for an axis that only it has.
+      when: Variant that has the tensor ("mamba1", "mamba2", "layer", "group", "mlp"), or "any".
+      official: Official key. `*` stands for the layer number; this library stacks the layers along
+        a leading axis.
+      ours: Path of the array in this library. `{a,b}` are parts that are concatenated along the
+        first axis of the official tensor.
+      axes: "official->ours" of one part: a letter per axis, (letters) for axes that are merged in
+        the official tensor, 1 for an axis that exists only there.
     """
 
     when: str
@@ -92,8 +94,8 @@ AIM_RULES = tuple(
     )
 )
 
-# The tokenizer's modules have the official names, except that digits are set off by `.` there;
-# so its rules follow from its tree: (our leaf, rank) -> (official leaf, axes).
+# The tokenizer's modules have the official names, except that the official ones separate digits by
+# `.`. Its rules follow from its tree: (leaf of this library, rank) -> (official leaf, axes).
 VQ_LEAVES = {
     ("kernel", 4): ("weight", "oihw->hwio"),
     ("kernel", 2): ("weight", "oi11->io"),
@@ -104,13 +106,13 @@ VQ_LEAVES = {
 
 
 def aim_rules(config: AiMConfig) -> list[Rule]:
-    """The rules of AIM_RULES that a model of this shape needs."""
+    """Return the rules of AIM_RULES that apply to a configuration."""
     variants = {"any", config.mixer, config.adaln, "mlp" if config.d_intermediate else "any"}
     return [rule for rule in AIM_RULES if rule.when in variants]
 
 
 def vq_rules(config: VQConfig) -> list[Rule]:
-    """One rule per array of a tokenizer of this shape."""
+    """Return one rule per array of a tokenizer."""
     rules = []
     for path, shape in _vq_shapes(config).items():
         *modules, leaf = path.split("/")
@@ -121,27 +123,27 @@ def vq_rules(config: VQConfig) -> list[Rule]:
 
 
 class Slot(NamedTuple):
-    """Where one official tensor lives: (path, layer, shape) of its parts, and their axes."""
+    """Location of an official tensor: (path, layer, shape) of its parts, and their axes."""
 
     parts: Sequence[tuple[str, int | EllipsisType, tuple[int, ...]]]
     axes: str
 
     @property
     def part_shapes(self) -> list[tuple[int, ...]]:
-        """The official shape of every part."""
+        """Official shapes of the parts."""
         groups, ours = _parse(self.axes)
         sizes = [dict(zip(ours, shape, strict=True)) for *_, shape in self.parts]
         return [tuple(math.prod(size.get(a, 1) for a in g) for g in groups) for size in sizes]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The official shape."""
+        """Shape of the official tensor."""
         shapes = self.part_shapes
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _parse(axes: str) -> tuple[list[str], str]:
-    """Splits "(pe)d->dpe" into (["pe", "d"], "dpe")."""
+    """Split "(pe)d->dpe" into (["pe", "d"], "dpe")."""
     official, ours = axes.split("->")
     return [a + b for a, b in re.findall(r"\((\w+)\)|(\w)", official)], ours
 
@@ -160,19 +162,19 @@ def _to_official(array: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.nda
 
 
 def _expand(path: str) -> list[str]:
-    """Expands "a/{b,c}/d" into ["a/b/d", "a/c/d"]."""
-    head, *rest = re.split(r"\{(.*)\}", path)
-    return [head + part + rest[1] for part in rest[0].split(",")] if rest else [path]
+    """Expand "a/{b,c}/d" into ["a/b/d", "a/c/d"]."""
+    head, *groups = re.split(r"\{(.*)\}", path)
+    return [head + part + groups[1] for part in groups[0].split(",")] if groups else [path]
 
 
 def _slots(rules: list[Rule], shapes: dict[str, tuple[int, ...]]) -> dict[str, Slot]:
-    """Official key -> Slot, in the order of the rules."""
+    """Return the slot of every official key, in the order of the rules."""
     slots = {}
     for rule in rules:
         paths = _expand(rule.ours)
         if "*" not in rule.official:
-            whole = [(path, ..., shapes[path]) for path in paths]
-            slots[rule.official] = Slot(whole, rule.axes)
+            unstacked = [(path, ..., shapes[path]) for path in paths]
+            slots[rule.official] = Slot(unstacked, rule.axes)
             continue
         for layer in range(shapes[paths[0]][0]):
             parts = [(path, layer, shapes[path][1:]) for path in paths]
@@ -192,11 +194,11 @@ def _convert(
     problems = [f"{key}: missing, expected {slots[key].shape}" for key in missing]
     problems += [f"{key}: unexpected" for key in tensors.keys() - slots.keys() - known]
     for key in slots.keys() & tensors.keys():
-        given = tensors[key]
-        if tuple(given.shape) != slots[key].shape:
-            problems.append(f"{key}: shape {tuple(given.shape)}, expected {slots[key].shape}")
-        elif not jnp.issubdtype(given.dtype, jnp.floating):
-            problems.append(f"{key}: {given.dtype}, expected a floating type")
+        tensor = tensors[key]
+        if tuple(tensor.shape) != slots[key].shape:
+            problems.append(f"{key}: shape {tuple(tensor.shape)}, expected {slots[key].shape}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{key}: {tensor.dtype}, expected a floating type")
     _refuse(problems, "the tensors do not fit the configuration")
 
     params = {}
@@ -206,12 +208,12 @@ def _convert(
         for (path, layer, shape), piece in zip(
             slot.parts, np.split(tensor, np.cumsum(sizes)[:-1]), strict=True
         ):
-            wanted = tensor.dtype if dtype is None else np.dtype(dtype)
+            target = tensor.dtype if dtype is None else np.dtype(dtype)
             if path not in params:
-                params[path] = np.empty(shapes[path], wanted)
-            elif params[path].dtype != (wider := jnp.promote_types(params[path].dtype, wanted)):
+                params[path] = np.empty(shapes[path], target)
+            elif params[path].dtype != (wider := jnp.promote_types(params[path].dtype, target)):
                 params[path] = params[path].astype(wider)
-            with np.errstate(over="ignore"):  # what overflows is no longer finite, and refused
+            with np.errstate(over="ignore"):  # overflow gives infinity, which is refused below
                 params[path][layer] = _to_ours(piece, slot.axes, shape)
             if not np.isfinite(params[path][layer]).all():
                 if np.isfinite(piece).all():
@@ -219,7 +221,7 @@ def _convert(
                 else:
                     problems.append(f"{key}: not finite, expected {slot.shape} finite numbers")
                 break
-    _refuse(problems, "the tensors hold numbers that no model can use")
+    _refuse(problems, "the tensors hold values that no model can use")
     return unflatten_dict(params, sep="/")
 
 
@@ -230,7 +232,7 @@ def _refuse(problems: list[str], what: str) -> None:
 
 
 def _export(params: Mapping, rules: list[Rule]) -> tuple[dict, Iterator]:
-    """Shape and dtype by official key, and an iterator of the tensors in that order."""
+    """Return shape and dtype by official key, and an iterator of the tensors in that order."""
     flat = {k: np.asarray(v) for k, v in flatten_dict(nn.unbox(params), sep="/").items()}
     slots = _slots(rules, {k: v.shape for k, v in flat.items()})
 
@@ -239,7 +241,7 @@ def _export(params: Mapping, rules: list[Rule]) -> tuple[dict, Iterator]:
             _to_official(flat[path][layer], slot.axes, shape)
             for (path, layer, _), shape in zip(slot.parts, slot.part_shapes, strict=True)
         ]
-        # In row-major order, which is all that the safetensors library writes correctly.
+        # Row-major order: the safetensors library writes no other order correctly.
         return np.ascontiguousarray(np.concatenate(pieces))
 
     shapes = {key: (slot.shape, flat[slot.parts[0][0]].dtype) for key, slot in slots.items()}
@@ -262,7 +264,7 @@ def _vq_shapes(config: VQConfig) -> dict[str, tuple[int, ...]]:
 
 
 def official_shapes(config: AiMConfig | VQConfig) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes of the official tensors that a model of this shape is made of."""
+    """Return the keys and shapes of the official tensors of a model."""
     if isinstance(config, AiMConfig):
         slots = _slots(aim_rules(config), _aim_shapes(config))
     else:
@@ -271,20 +273,21 @@ def official_shapes(config: AiMConfig | VQConfig) -> dict[str, tuple[int, ...]]:
 
 
 def convert_aim(tensors: Mapping, config: AiMConfig, dtype: str | None = "float32") -> dict:
-    """Official AiM tensors, or gradients with respect to them, as our parameter tree.
+    """Convert official AiM tensors, or gradients with respect to them, to a parameter tree.
 
     Args:
-      tensors: arrays, or what turns into arrays (`LazyTensor`), by official key; read one at a
-        time. The output matrix, tied to the token embedding, may be left out.
-      config: shape of the model, see `aim_config_from_official` and `infer_aim_config`.
-      dtype: of the result; None keeps the tensors' own (the widest where several become one array).
+      tensors: Arrays, or objects that convert to arrays (`LazyTensor`), by official key; read one
+        at a time. The output matrix, which is tied to the token embedding, may be left out.
+      config: Configuration of the model; see `aim_config_from_official` and `infer_aim_config`.
+      dtype: Dtype of the result; None keeps the tensors' own (the widest where several become one
+        array).
 
     Returns:
       NumPy arrays, layers stacked.
 
     Raises:
-      ValueError: naming every key that is missing, unexpected, misshapen or not finite, with the
-        shape expected; or an output matrix that differs from the token embedding.
+      ValueError: Tensors are missing, unexpected, of another shape or not finite; the message names
+        every key and the expected shape. Or the output matrix differs from the token embedding.
     """
     params = _convert(tensors, aim_rules(config), _aim_shapes(config), {TIED_HEAD}, dtype)
     if TIED_HEAD in tensors and not _equal(tensors[TIED_HEAD], tensors[TOKEN_EMBEDDING]):
@@ -300,34 +303,35 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def convert_vq(tensors: Mapping, config: VQConfig, dtype: str | None = "float32") -> dict:
-    """Official tokenizer tensors, or gradients with respect to them, as our parameter tree.
+    """Convert official tokenizer tensors, or gradients with respect to them, to a parameter tree.
 
     Args:
-      tensors: as for `convert_aim`; the buffer with the history of codebook usage is left aside.
-      config: shape of the tokenizer, see `vq_config_from_official` and `infer_vq_config`.
-      dtype: of the result; None keeps the tensors' own.
+      tensors: See `convert_aim`; the buffer with the history of codebook usage is ignored.
+      config: Configuration of the tokenizer; see `vq_config_from_official` and `infer_vq_config`.
+      dtype: Dtype of the result; None keeps the tensors' own.
 
     Returns:
       NumPy arrays.
 
     Raises:
-      ValueError: naming every key that is missing, unexpected, misshapen or not finite.
+      ValueError: Tensors are missing, unexpected, of another shape or not finite; the message names
+        every key.
     """
     return _convert(tensors, vq_rules(config), _vq_shapes(config), {USAGE_HISTORY}, dtype)
 
 
 def export_aim(params: Mapping, config: AiMConfig) -> dict[str, np.ndarray]:
-    """The inverse of `convert_aim`: our parameters or gradients by official key, head left out."""
+    """Convert parameters or gradients to official AiM tensors, without the tied output matrix."""
     return dict(stream_official(params, config)[1])
 
 
 def export_vq(params: Mapping, config: VQConfig) -> dict[str, np.ndarray]:
-    """The inverse of `convert_vq`: our parameters or gradients by official key."""
+    """Convert parameters or gradients to official tokenizer tensors."""
     return dict(stream_official(params, config)[1])
 
 
 def stream_official(params: Mapping, config: AiMConfig | VQConfig) -> tuple[dict, Iterator]:
-    """The official tensors of a parameter tree one at a time, for trees that fill the memory.
+    """Convert a parameter tree to official tensors one at a time, to save memory.
 
     Returns:
       (shape, dtype) by official key, and an iterator of (key, array) in the same order.
