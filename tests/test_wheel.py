@@ -310,7 +310,7 @@ def test_evaluate_sweep_and_publish(installation, model):
 
 def test_scaling(installation, model):
     line = installation.fail("scaling", "--runs", f"{model},runs/none")
-    assert "runs/none: no workdir of aim-jax train" in line
+    assert "runs/none: not a workdir of aim-jax train" in line
     line = installation.fail("scaling", "--runs", model)
     assert "at least two runs of different size" in line
 
