@@ -268,7 +268,7 @@ def test_program_says_what_is_missing(inception_file, tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         return done.stderr.strip().splitlines()[-1]
 
-    assert "give --reference" in said("--checkpoint", "cifar10")
+    assert "pass --reference" in said("--checkpoint", "cifar10")
     both = ("--checkpoint", "cifar10", "--reference", "cifar10:test")
     assert "TorchScript" in said(*both, "--inception", "")
     both_ways = (*both, "--reconstruct", "--samples", "samples.npz")
