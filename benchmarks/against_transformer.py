@@ -189,14 +189,14 @@ def main():
     sizes = [int(size) for size in args.sizes.split(",")]
     for size in sizes:
         labels = evaluate.balanced_labels(size, model.num_classes)
-        taken = {name: [] for name in samplers}
+        times = {name: [] for name in samplers}
         for turn in range(4):
             for name, draw in samplers.items():
                 start = time.perf_counter()
                 jax.block_until_ready(draw(labels, np.arange(size)))
                 if turn:  # the first call compiles
-                    taken[name].append(time.perf_counter() - start)
-        for name, seconds in taken.items():
+                    times[name].append(time.perf_counter() - start)
+        for name, seconds in times.items():
             results[name][f"images/s, {size} at once"] = size / statistics.median(seconds)
     results["environment"] = evaluate.provenance() | {"steps": steps}
     write_json(args.work / "result.json", results)

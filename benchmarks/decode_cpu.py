@@ -249,7 +249,8 @@ def tokenizer(name: str) -> dict:
 
 def work(job: dict, args) -> dict:
     """Run one measurement in this process."""
-    kind, name = job["kind"], job["name"]
+    kind = job["kind"]
+    name = job["name"]
     if kind == "copy":
         return copy_bandwidth()
     if kind in TOKENIZERS:
@@ -341,13 +342,13 @@ def attained(results: dict, name: str) -> float:
 
 def ratios(results: dict, ours: str) -> dict[str, float]:
     """Return the ratios of the last line for the variant `ours`."""
-    mine = {b: median(results, f"ours:{ours}/{b}") for b in (1, 8)}
+    ours_ms = {b: median(results, f"ours:{ours}/{b}") for b in (1, 8)}
     torch_vq = [median(results, name) for name in TOKENIZERS[1:]]
     torch_vq = [ms for ms in torch_vq if not math.isnan(ms)]
     return {
-        "official_1": median(results, "official/1") / mine[1],
-        "official_8": median(results, "official/8") / mine[8],
-        "tuned_8": median(results, "tuned/8") / mine[8],
+        "official_1": median(results, "official/1") / ours_ms[1],
+        "official_8": median(results, "official/8") / ours_ms[8],
+        "tuned_8": median(results, "tuned/8") / ours_ms[8],
         "bandwidth": attained(results, f"ours:{ours}/1"),
         "tokenizer": min(torch_vq, default=math.nan) / median(results, "vq"),
     }
@@ -367,15 +368,15 @@ def table(results: dict, tokens: int) -> list[str]:
             continue
         middle = statistics.median(numbers)
         spread = f"{min(numbers):.1f} - {max(numbers):.1f}"
-        whole = values(results, name, "whole_s")
+        image_s = values(results, name, "whole_s")
         start = 0.0 if math.isnan(once := median(results, name, "start_s")) else once
-        whole = f"{whole[0]:.1f}" if whole else f"~{start + middle * tokens / 1e3:.1f}"
-        whole = whole if "/" in name else ""
+        image_s = f"{image_s[0]:.1f}" if image_s else f"~{start + middle * tokens / 1e3:.1f}"
+        image_s = image_s if "/" in name else ""
         compile_s = median(results, name, "compile_s")
         compile_s = "" if math.isnan(compile_s) else f"{compile_s:.1f}"
         share = attained(results, name)
         share = "" if math.isnan(share) else f"{share:.2f}"
-        lines.append(f"{name:20}{middle:11.1f}  {spread:17}{whole:>9}{compile_s:>11}{share:>10}")
+        lines.append(f"{name:20}{middle:11.1f}  {spread:17}{image_s:>9}{compile_s:>11}{share:>10}")
     return lines
 
 
@@ -390,8 +391,8 @@ def plot_rates(results: dict, args) -> None:
         labels = {images: f"ours:{name}/{images}" for images in args.images}
         step = {b: median(results, row) / 1e3 for b, row in labels.items()}
         floor = {b: median(results, row, "bytes") / bandwidth for b, row in labels.items()}
-        measured[name] = {b: b / args.tokens / took for b, took in step.items()}
-        floors[name] = {b: b / args.tokens / took for b, took in floor.items()}
+        measured[name] = {b: b / args.tokens / seconds for b, seconds in step.items()}
+        floors[name] = {b: b / args.tokens / seconds for b, seconds in floor.items()}
     title = f"AiM-B on {threads()} CPUs, {bandwidth / 1e9:.0f} GB/s; tokens only"
     plot(args.plot, title, measured, floors)
 

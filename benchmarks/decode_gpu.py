@@ -133,7 +133,7 @@ def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
     config = models.aim_config
     first = seconds(lambda: draw(params, config, images, engine).block_until_ready())
 
-    def pictures():
+    def generate_images():
         tokens = draw(params, config, images, engine)
         for start in range(0, images, args.decode_batch):
             part = tokens[start : start + args.decode_batch]
@@ -146,8 +146,8 @@ def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
     tokens_s = repeated(lambda: draw(params, config, images, engine).block_until_ready())
     result = {"tokens_s": tokens_s, "compile_s": first - statistics.median(tokens_s)}
     if not args.tokens_only:
-        pictures()
-        result["pictures_s"] = repeated(pictures)
+        generate_images()
+        result["pictures_s"] = repeated(generate_images)
     return result
 
 

@@ -34,8 +34,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 from PIL import Image
 
-IMAGES, TOKENS, CODES = 1_281_167, 256, 16_384
-SIZE, QUALITY = (500, 375), 92  # about 110 KB, ImageNet's mean
+IMAGES = 1_281_167
+TOKENS = 256
+CODES = 16_384
+SIZE = (500, 375)
+QUALITY = 92  # of JPEG; gives about 110 KB, ImageNet's mean
 
 
 def random_jpeg(rng: np.random.Generator) -> bytes:
@@ -120,12 +123,12 @@ def measure_cache(work: Path, views: int, examples: int) -> dict[str, float]:
         class_names=map(str, range(1000)), views=map(str, range(views)), num_examples=examples,
     )  # fmt: skip
     size = len(writer.ranges[0])
-    codes = rng.integers(0, CODES, (size, views, TOKENS), dtype=np.uint16)
+    tokens = rng.integers(0, CODES, (size, views, TOKENS), dtype=np.uint16)
     labels = rng.integers(0, 1000, size, dtype=np.int32)
 
     def write():
         for shard, rows in enumerate(writer.ranges):
-            writer.write(shard, codes[: len(rows)], labels[: len(rows)])
+            writer.write(shard, tokens[: len(rows)], labels[: len(rows)])
 
     gigabytes = examples * (views * TOKENS * 2 + 4) / 1e9
     rates = {"write, GB/s": gigabytes / seconds(write)}

@@ -141,7 +141,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         "layer": scalar,
         "position": scalar,
     } | parameters
-    around = nbytes(*step.values()) / layers + nbytes(step["projected"]) + 2 * b * e
+    common_bytes = nbytes(*step.values()) / layers + nbytes(step["projected"]) + 2 * b * e
 
     def stacked(dtype):
         return jax.ShapeDtypeStruct((layers, b, h, p, n), dtype)
@@ -150,7 +150,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         cache = 2 * nbytes(stacked(dtype)) / layers
         arguments = step | {"state": stacked(dtype)}
         name = f"mamba2_step {dtype}"
-        return Case(name, kernels.mamba2_step, arguments, around + cache, cache)
+        return Case(name, kernels.mamba2_step, arguments, common_bytes + cache, cache)
 
     yield mamba2("float32")
     yield mamba2("bfloat16")
@@ -161,7 +161,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         "log_decay": full(layers, b, tokens, h),
     }
     cache = nbytes(*caches.values()) / layers / 2
-    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, around + cache, cache)
+    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, common_bytes + cache, cache)
 
     modulation = {
         "hidden": half(b, d),

@@ -577,12 +577,12 @@ def check_aim(config: AiMConfig, peers=(OfficialAiM, TunedAiM), length: int = 7)
     weights = random_weights(config)
     rng = np.random.default_rng(1)
     labels = with_null([config.num_classes // 5, config.num_classes - 1], config.num_classes)
-    codes = rng.integers(0, config.vocab_size, (len(labels), length + 1))
+    tokens = rng.integers(0, config.vocab_size, (len(labels), length + 1))
     params = convert.convert_aim(weights, config)
     apply = jax.jit(AiM(config).apply)
     with jax.default_matmul_precision("highest"):
-        expected = apply({"params": params}, codes, labels.numpy())
-    inputs = torch.from_numpy(codes[:, :-1])
+        expected = apply({"params": params}, tokens, labels.numpy())
+    inputs = torch.from_numpy(tokens[:, :-1])
     return {
         peer.__name__: relative_error(
             stepped(peer(as_torch(weights), config, labels), inputs), expected
@@ -614,8 +614,8 @@ def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> 
     logits = 3 * np.random.default_rng(1).standard_normal((4, vocab), np.float32)
     expected = jax.nn.softmax(filters.filter_logits(logits, top_k, top_p))
     logits = torch.from_numpy(logits)
-    kept, tokens = nucleus(logits, top_k, top_p)
-    probs = torch.zeros_like(logits).scatter(1, tokens, kept / kept.sum(1, keepdim=True))
+    weights, tokens = nucleus(logits, top_k, top_p)
+    probs = torch.zeros_like(logits).scatter(1, tokens, weights / weights.sum(1, keepdim=True))
     official = torch.softmax(filter_logits(logits, top_k, top_p), dim=-1)
     return {
         "draw": relative_error(official, expected),
@@ -625,9 +625,9 @@ def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> 
 
 def check_cached(peer, vocab: int, rows: int, length: int = 7) -> dict:
     """Return the relative error of a peer's steps against its single pass over a sequence."""
-    codes = torch.from_numpy(np.random.default_rng(1).integers(0, vocab, (rows, length)))
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, vocab, (rows, length)))
     with torch.inference_mode():
-        error = relative_error(stepped(peer, codes), peer.forward(codes))
+        error = relative_error(stepped(peer, tokens), peer.forward(tokens))
     return {type(peer).__name__: error}
 
 

@@ -22,9 +22,9 @@ from aim_jax.weights.convert.lpips import load_lpips
 VARIANTS = (
     ("squared error", False, 0.0, 0.0),
     ("LPIPS and discriminator", False, 1.0, 0.5),
-    ("decoder alone, squared error", True, 0.0, 0.0),
-    ("decoder alone, LPIPS", True, 1.0, 0.0),
-    ("decoder alone, LPIPS and discriminator", True, 1.0, 0.5),
+    ("decoder only, squared error", True, 0.0, 0.0),
+    ("decoder only, LPIPS", True, 1.0, 0.0),
+    ("decoder only, LPIPS and discriminator", True, 1.0, 0.5),
 )
 
 

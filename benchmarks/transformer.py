@@ -211,5 +211,5 @@ def _generate(params, labels, seed, index, settings, *, config) -> jax.Array:
 
 def init_params(config: TransformerConfig, key: jax.Array) -> dict:
     """Return random float32 parameters."""
-    codes = jnp.zeros((1, config.num_tokens), jnp.int32)
-    return nn.unbox(Transformer(config).init(key, codes, jnp.zeros((1,), jnp.int32))["params"])
+    tokens = jnp.zeros((1, config.num_tokens), jnp.int32)
+    return nn.unbox(Transformer(config).init(key, tokens, jnp.zeros((1,), jnp.int32))["params"])

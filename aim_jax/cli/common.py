@@ -52,8 +52,8 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
         program.define_flags()
         if {"-h", "-help", "--help", "--helpshort"} & set(arguments):
             # Building a configuration may import packages that define other flags.
-            own = [x for x in flags.FLAGS if x not in known and _is_ours(x)]
-            print(help_text(program, [flags.FLAGS[x] for x in own]))
+            names = [x for x in flags.FLAGS if x not in known and _is_ours(x)]
+            print(help_text(program, [flags.FLAGS[x] for x in names]))
             return 0
         try:
             app.run(lambda _: program.main(), [name, *arguments], flags_parser=parse)

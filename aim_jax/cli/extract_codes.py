@@ -148,12 +148,12 @@ def extract(
             part=share, workers=workers, progress=Progress(f"encoding {split}{part_name}"),
         )  # fmt: skip
     for writer in writers.values():
-        left = len(_finish(writer))
+        remaining = len(_finish(writer))
         shards = len(writer.ranges)
         names = writer.manifest["views"]
         count = writer.manifest["num_examples"]
-        if left:
-            say(f"{writer.path}: {left} of {shards} shards are left to other parts")
+        if remaining:
+            say(f"{writer.path}: {remaining} of {shards} shards are left to other parts")
         else:
             say(f"{writer.path}: {count} images, {len(names)} views of {side * side} tokens each")
     # Process 0 reads all shards at the end; JAX aborts it if the other processes exit before.

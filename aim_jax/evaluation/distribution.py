@@ -135,7 +135,8 @@ class InceptionScore:
                 "the Inception Score is undefined: a split has no images; add all images first."
             )
         mean = self.sums[:, :-1] / self.sums[:, -1:]
-        p, information = mean[:, :-1], mean[:, -1]
+        p = mean[:, :-1]
+        information = mean[:, -1]
         entropy = -(p * np.log(np.maximum(p, np.finfo(float).tiny))).sum(axis=1)
         scores = np.exp(information + entropy)
         return float(scores.mean()), float(scores.std())

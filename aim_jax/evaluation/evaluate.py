@@ -115,16 +115,16 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     numbers = range(-(-len(labels) // size))
     if not file.exists():
         model = on_local_devices(model)
-        mine = [i for i in numbers[jax.process_index() :: jax.process_count()] if i not in parts]
+        share = [i for i in numbers[jax.process_index() :: jax.process_count()] if i not in parts]
         progress = Progress("sampling")
-        for done, i in enumerate(mine, start=1):
+        for done, i in enumerate(share, start=1):
             batch = labels[i * size : (i + 1) * size]
             # The last part is padded with extra images, which are dropped.
             samples = generate(
                 model, np.resize(batch, size), config.seed, first_index=i * size, **settings
             )
             parts.add(i, to_rgb(np.asarray(samples.images)[: len(batch)]))
-            progress(min(done * size, len(labels)), min(len(mine) * size, len(labels)))
+            progress(min(done * size, len(labels)), min(len(share) * size, len(labels)))
         wait_for_all("samples")
         if jax.process_index() == 0:
             parts.join(len(numbers), labels=labels)

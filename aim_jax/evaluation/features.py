@@ -163,14 +163,14 @@ def over_processes(moments: Moments) -> Moments:
     return joined
 
 
-def _gather_rows(mine: np.ndarray, owners: np.ndarray) -> np.ndarray:
+def _gather_rows(local_rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """Gather the rows of all processes in order; owners (n,) holds the process of each row."""
     if jax.process_count() == 1:
-        return mine
+        return local_rows
     counts = np.bincount(owners, minlength=jax.process_count())
-    padded = np.pad(mine, ((0, counts.max() - len(mine)), (0, 0)))
+    padded = np.pad(local_rows, ((0, counts.max() - len(local_rows)), (0, 0)))
     gathered = multihost_utils.process_allgather(padded)
-    rows = np.empty((len(owners), mine.shape[1]), mine.dtype)
+    rows = np.empty((len(owners), local_rows.shape[1]), local_rows.dtype)
     for process, count in enumerate(counts):
         rows[owners == process] = gathered[process, :count]
     return rows

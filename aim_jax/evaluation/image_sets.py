@@ -24,7 +24,7 @@ DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 
 
 class ImageSet(abc.ABC):
-    """A set of uint8 images of one size.
+    """Set of uint8 images of one size.
 
     Attributes:
       name: name for reports and messages.
@@ -197,7 +197,7 @@ class NpzImages(ImageSet):
 
 
 class ImageParts:
-    """A series of images in parts on disk, written by any number of runs and processes.
+    """Series of images in parts on disk, written by any number of runs and processes.
 
     The settings of the series are stored beside the parts, so that a run with other settings cannot
     add to it. A part gets its name only when it is complete.

@@ -19,7 +19,7 @@ from aim_jax.weights.pretrained import Pretrained
 
 
 class Reference(NamedTuple):
-    """A reference that samples are compared with.
+    """Reference that samples are compared with.
 
     Attributes:
       name: name for the report.
@@ -61,7 +61,7 @@ def open_set(
     return SourceImages(sources, _spec(name, sources[0], model, config, like))
 
 
-def _open_sources(name: str, split: str, where: str | None) -> list[ImageSource]:
+def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSource]:
     # A known dataset takes precedence over a local directory of the same name.
     if name not in KNOWN and Path(name).is_dir():
         if not split:
@@ -69,8 +69,9 @@ def _open_sources(name: str, split: str, where: str | None) -> list[ImageSource]
             if not files:
                 raise ValueError(f"{name}: this folder contains no images.")
             return [FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))]
-        name, where = "folder", name
-    return [open_images(name, part, where) for part in (split or "train").split("+")]
+        directory = name
+        name = "folder"
+    return [open_images(name, part, directory) for part in (split or "train").split("+")]
 
 
 def _spec(
@@ -169,8 +170,8 @@ def stored_statistics(name: str) -> dict[str, np.ndarray]:
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
-    wrong = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
-    if wrong or not {"mu", "sigma"} <= set(statistics):
+    mismatched = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
+    if mismatched or not {"mu", "sigma"} <= set(statistics):
         raise ValueError(
             f"{name}: expected mu ({NUM_FEATURES},) and sigma ({NUM_FEATURES}, {NUM_FEATURES}) of "
             "the 2015 Inception network, found "

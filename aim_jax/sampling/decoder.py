@@ -1,4 +1,4 @@
-"""The decoder protocol of the token loop, and the decoder built from the Flax modules."""
+"""Decoder protocol of the token loop, and the decoder built from the Flax modules."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ class Decoder(Protocol):
 
 @struct.dataclass
 class ModuleDecoder:
-    """A `Decoder` that applies the Flax modules layer by layer.
+    """Decoder that applies the Flax modules layer by layer.
 
     A loop over stacked parameters would copy and cast the slice of each layer in each step. Here
     the matrices of every layer are extracted once, in the compute dtype and as (out, in). On CPU,

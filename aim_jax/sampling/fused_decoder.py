@@ -1,4 +1,4 @@
-"""A decoder with fused kernels: about four calls per layer instead of dozens.
+"""Decoder with fused kernels: about four calls per layer instead of dozens.
 
 Each layer makes four calls: add + norm + modulate; the input projection; the mixer up to its gate;
 and the output projection. The division of the gated norm is deferred to the add of the next layer.
@@ -31,7 +31,7 @@ MIXER_EPS = 1e-5  # epsilon of the gated norm
 
 @struct.dataclass
 class FusedDecoder:
-    """A `aim_jax.sampling.decoder.Decoder` with fused kernels.
+    """Implementation of `aim_jax.sampling.decoder.Decoder` with fused kernels.
 
     Layers are unrolled, each with separate matrices, because a loop over stacked matrices copies a
     slice of them per layer and step. Caches are stacked: the kernels take the stacked cache and the

@@ -247,7 +247,7 @@ def complete(
         raise ValueError(
             f"{len(classes)} classes for {len(pictures)} images; expected one class per image."
         )
-    pixels = np.stack([fitted(model, picture) for picture in pictures])
+    pixels = np.stack([fitted(model, image) for image in pictures])
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
