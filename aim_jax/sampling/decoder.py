@@ -14,8 +14,7 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
-# Number of steps in which the dual cache grows. XLA reads every allocated slot, so a cache of the
-# final size would be slow from the start.
+# Number of steps in which the dual cache grows, because XLA reads every allocated slot.
 SEGMENTS = 4
 
 

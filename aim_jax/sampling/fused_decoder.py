@@ -1,9 +1,9 @@
 """Decoder with fused kernels: about four calls per layer instead of dozens.
 
-Each layer makes four calls: add + norm + modulate; the input projection; the mixer up to its gate;
-and the output projection. The division of the gated norm is deferred to the add of the next layer.
-Each call is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the implementation of
-the engine.
+The calls of a layer are add + norm + modulate; the input projection; the mixer up to its gate; and
+the output projection. The division of the gated norm is deferred to the add of the next layer. Each
+call is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the implementation of the
+engine.
 """
 
 import dataclasses
