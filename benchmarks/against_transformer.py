@@ -1,13 +1,14 @@
-"""Trains AiM and a transformer of LlamaGen's shape alike, and compares loss, samples and speed.
+r"""Compare AiM with an equally trained transformer of LlamaGen's shape: loss, samples, speed.
 
 Example:
-  python benchmarks/against_transformer.py --config cifar10 --tokenizer cifar10 \\
+  python benchmarks/against_transformer.py --config cifar10 --tokenizer cifar10 \
       --codes codes/cifar10 --work runs/against --steps 800
 
-Same codes in the same order, same optimizer, schedule, steps and dropout of classes; the numbers of
-parameters differ by at most 5 %. Each leaves its validation loss in WORK/result.json and samples in
-WORK/NAME.npz (same labels, seeds and settings), which aim-jax evaluate --samples scores. Sampling
-is timed with guidance, in one process, in turns.
+Both models train on the same tokens in the same order, with the same optimizer, schedule, steps and
+class dropout; their numbers of parameters differ by at most 5 %. The validation losses are written
+to WORK/result.json, and samples to WORK/NAME.npz (same labels, seeds and settings), which aim-jax
+evaluate --samples scores. Sampling is timed with guidance in one process, alternating between the
+models.
 """
 
 import argparse
@@ -42,13 +43,13 @@ from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import Progress
 from aim_jax.weights.tokenizer import open_tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
 from benchmarks import transformer
 
 
 def contestants(model: AiMConfig) -> dict:
-    """Module, parameters and token sampler of each, by name."""
+    """Return module, parameter initializer and token sampler of each model, by name."""
     count = parameters(nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0)))))
     peer = matching_transformer(model, count)
     return {
@@ -66,32 +67,37 @@ def contestants(model: AiMConfig) -> dict:
 
 
 def parameters(params) -> int:
+    """Return the number of parameters of a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def matching_transformer(model: AiMConfig, count: int) -> transformer.TransformerConfig:
-    """A transformer with half of AiM's layers, as wide as gives it as many parameters.
+    """Return a transformer with half of AiM's layers and a width that matches its parameters.
 
-    Half, because each of its blocks has two branches, attention and SwiGLU.
+    Half of the layers, because each block has two branches, attention and SwiGLU.
 
     Raises:
-      ValueError: no width comes within 5 %.
+      ValueError: if no width matches the number of parameters within 5 %.
     """
-    found = []
+    candidates = []
     for width, multiple in itertools.product(range(32, 8192, 32), (32, 64, 128, 256)):
         config = transformer.TransformerConfig(
             model.vocab_size, model.num_classes, model.num_tokens, width,
             max(1, model.n_layer // 2), width // 32, multiple, model.class_dropout,
         )  # fmt: skip
-        found.append((abs(config.parameters / count - 1), config))
-    off, best = min(found, key=lambda pair: pair[0])
-    if off > 0.05:
+        candidates.append((abs(config.parameters / count - 1), config))
+    deviation, best = min(candidates, key=lambda pair: pair[0])
+    if deviation > 0.05:
         raise ValueError(f"no transformer of this shape has {count:,} parameters within 5 %.")
     return best
 
 
 def train(module, new_params, config, data, steps: int, name: str):
-    """The trained (averaged) parameters, validation loss, and median seconds of a step."""
+    """Train a model.
+
+    Returns:
+      The trained (averaged) parameters, the validation loss, and the median seconds per step.
+    """
     optimizer = make_optimizer(config.optimizer, steps)
     rng = jax.random.PRNGKey(config.seed)
     params = jax.jit(new_params)(jax.random.fold_in(rng, 1))
@@ -100,9 +106,9 @@ def train(module, new_params, config, data, steps: int, name: str):
         ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None, rng=rng,
     )  # fmt: skip
 
-    def nats(params, batch, **how):
+    def nats(params, batch, **options):
         return module.apply(
-            {"params": params}, batch["codes"], batch["labels"], method="cross_entropy", **how
+            {"params": params}, batch["codes"], batch["labels"], method="cross_entropy", **options
         )
 
     def loss(params, batch, key):
@@ -120,46 +126,54 @@ def train(module, new_params, config, data, steps: int, name: str):
 
     @jax.jit
     def eval_step(params, batch):
-        found = nats(params, batch).mean(axis=-1)
-        return EvalMetrics.single_from_model_output(val_loss=found, mask=batch["weights"])
+        losses = nats(params, batch).mean(axis=-1)
+        return EvalMetrics.single_from_model_output(val_loss=losses, mask=batch["weights"])
 
-    batches, progress = iter(data.train_batches()), Progress(f"training {name}", "steps")
+    batches = iter(data.train_batches())
+    progress = Progress(f"training {name}", "steps")
     seconds = []
     for number in range(steps):
-        batch, start = next(batches), time.perf_counter()
+        batch = next(batches)
+        start = time.perf_counter()
         state, metrics = step(state, batch)
         metrics["loss"].block_until_ready()
         seconds.append(time.perf_counter() - start)
         progress(number + 1, steps)
-    found = loop.weighted_means(
+    means = loop.weighted_means(
         lambda batch: eval_step(state.eval_params, batch), data.validation_batches(),
         config.batch_size, make_mesh(devices=jax.devices()[:1]),
     )  # fmt: skip
-    return state.eval_params, found["val_loss"], statistics.median(seconds)
+    return state.eval_params, means["val_loss"], statistics.median(seconds)
 
 
 def main():
+    """Train both models, time them, and write results and samples."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a recipe for AiM: its name or a file")
+    parser.add_argument("--config", required=True, help="recipe for AiM: its name or a file")
     parser.add_argument("--tokenizer", required=True, help="bundled model or model directory")
-    parser.add_argument("--codes", required=True, help="token caches, as config.codes")
+    parser.add_argument("--codes", required=True, help="token caches, as in config.codes")
     parser.add_argument("--work", type=Path, required=True, help="directory for the results")
-    parser.add_argument("--steps", type=int, default=0, help="the configuration's by default")
-    parser.add_argument("--samples", type=int, default=10_000, help="images of each in the npz")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="training steps (default: those of the configuration)"
+    )
+    parser.add_argument("--samples", type=int, default=10_000, help="images per model in the npz")
     parser.add_argument("--cfg_scale", type=float, default=2.0)
-    parser.add_argument("--sizes", default="1,16,64", help="images at once, for the speed")
+    parser.add_argument("--sizes", default="1,16,64", help="batch sizes of the timed sampling")
     args = parser.parse_args()
     spec = importlib.util.spec_from_file_location("config", config_path(args.config))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    config.tokenizer, config.codes = args.tokenizer, args.codes
-    steps, tokenizer = args.steps or config.steps, open_tokenizer(args.tokenizer)
+    config.tokenizer = args.tokenizer
+    config.codes = args.codes
+    steps = args.steps or config.steps
+    tokenizer = open_tokenizer(args.tokenizer)
     model = AiMConfig(**config.model)
     args.work.mkdir(parents=True, exist_ok=True)
-    results, samplers = {}, {}
+    results = {}
+    samplers = {}
     for name, (network, new_params, sampler) in contestants(model).items():
         data = open_codes(config, tokenizer, (0, 1))
         params, loss, seconds = train(network, new_params, config, data, steps, name)
@@ -175,26 +189,28 @@ def main():
     sizes = [int(size) for size in args.sizes.split(",")]
     for size in sizes:
         labels = evaluate.balanced_labels(size, model.num_classes)
-        taken = {name: [] for name in samplers}
+        times = {name: [] for name in samplers}
         for turn in range(4):
             for name, draw in samplers.items():
                 start = time.perf_counter()
                 jax.block_until_ready(draw(labels, np.arange(size)))
-                if turn:  # the first one compiles
-                    taken[name].append(time.perf_counter() - start)
-        for name, seconds in taken.items():
+                if turn:  # the first call compiles
+                    times[name].append(time.perf_counter() - start)
+        for name, seconds in times.items():
             results[name][f"images/s, {size} at once"] = size / statistics.median(seconds)
     results["environment"] = evaluate.provenance() | {"steps": steps}
     write_json(args.work / "result.json", results)
     print(json.dumps(results, indent=1))
-    labels, size = evaluate.balanced_labels(args.samples, model.num_classes), sizes[-1]
+    labels = evaluate.balanced_labels(args.samples, model.num_classes)
+    size = sizes[-1]
     for name, draw in samplers.items():
         settings = {"config": results[name]["config"], "steps": steps, "cfg_scale": args.cfg_scale}
         shutil.rmtree(args.work / f"{name}_parts", ignore_errors=True)
         file = args.work / f"{name}.npz"
         file.unlink(missing_ok=True)
         parts = ImageParts(args.work / f"{name}_parts", file, settings)
-        progress, count = Progress(f"sampling {name}", "batches"), -(-len(labels) // size)
+        progress = Progress(f"sampling {name}", "batches")
+        count = -(-len(labels) // size)
         for i in range(count):
             part = labels[i * size : (i + 1) * size]
             images = np.asarray(draw(np.resize(part, size), i * size + np.arange(size)))

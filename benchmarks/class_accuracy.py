@@ -1,10 +1,10 @@
-"""Do generated pictures show their class? An independent classifier, trained on real data, decides.
+"""Class accuracy of generated images, judged by a classifier trained on real data.
 
 Example:
   python benchmarks/class_accuracy.py --model fashion_mnist --data path/to/fashion_mnist
 
-A small convolutional network is trained on the real training pictures, and scored on the real test
-pictures and on pictures that the model generates. Prints one line of JSON.
+A small convolutional network is trained on the real training images, and scored on the real test
+images and on images that the model generates. The result is printed as one line of JSON.
 """
 
 import dataclasses
@@ -28,20 +28,21 @@ from aim_jax.weights.pretrained import load_pretrained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "fashion_mnist", "Bundled model, model directory or workdir.")
-flags.DEFINE_string("data", "", "Directory with the real pictures.")
-flags.DEFINE_integer("per_class", 100, "Generated pictures per class.", lower_bound=1)
-flags.DEFINE_integer("epochs", 3, "Epochs of training of the classifier.", lower_bound=1)
-flags.DEFINE_integer("seed", 1, "Seed of classifier and samples.", lower_bound=0)
+flags.DEFINE_string("data", "", "Directory with the real images.")
+flags.DEFINE_integer("per_class", 100, "Generated images per class.", lower_bound=1)
+flags.DEFINE_integer("epochs", 3, "Training epochs of the classifier.", lower_bound=1)
+flags.DEFINE_integer("seed", 1, "Random seed of classifier and samples.", lower_bound=0)
 define_sampling_flags()
 
 
 class Classifier(nn.Module):
-    """Three stages of convolution, group norm and pooling, then the mean over positions."""
+    """Convolutional classifier: three stages with group norm and pooling, then a spatial mean."""
 
     num_classes: int
 
     @nn.compact
     def __call__(self, x):
+        """Return logits (b, num_classes) of images (b, H, W, c)."""
         for width in (16, 32, 64):
             x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), use_bias=False)(x)))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
@@ -50,7 +51,10 @@ class Classifier(nn.Module):
 
 
 def train_classifier(source, spec, epochs: int, seed: int, batch_size: int = 128):
-    """A function from pictures (b, H, W, c) in [-1, 1] to class ids (b,)."""
+    """Train a classifier and return it as a function from images to class ids (b,).
+
+    The images are (b, H, W, c) in [-1, 1].
+    """
     model = Classifier(len(source.class_names))
     steps = epochs * len(source) // batch_size
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 4e-3), weight_decay=0.02)
@@ -76,35 +80,36 @@ def train_classifier(source, spec, epochs: int, seed: int, batch_size: int = 128
 
 
 def measure():
-    """Prints the accuracies."""
+    """Train the classifier, generate images and print the accuracies."""
     model = load_pretrained(FLAGS.model)
-    described = ConfigDict(model.info["data"])
-    spec = dataclasses.replace(image_spec(described), random_flip=described.name != "fashion_mnist")
-    sources = {s: open_images(described.name, s, FLAGS.data or None) for s in ("train", "test")}
+    data = ConfigDict(model.info["data"])
+    spec = dataclasses.replace(image_spec(data), random_flip=data.name != "fashion_mnist")
+    sources = {s: open_images(data.name, s, FLAGS.data or None) for s in ("train", "test")}
     classify = train_classifier(sources["train"], spec, FLAGS.epochs, FLAGS.seed)
 
-    right = [
+    correct = [
         np.asarray(classify(batch["images"])) == batch["labels"]
         for batch in image_batches(sources["test"], spec, 500, train=False)
     ]
-    given = {name: value for name, value in given_settings(FLAGS).items() if value is not None}
+    overrides = {name: value for name, value in given_settings(FLAGS).items() if value is not None}
     labels = np.arange(model.aim_config.num_classes).repeat(FLAGS.per_class)
-    parts = generate_many(model, labels, FLAGS.seed, 100, **given)
+    parts = generate_many(model, labels, FLAGS.seed, 100, **overrides)
     guesses = np.concatenate([classify(part.astype(np.float32) / 127.5 - 1) for part in parts])
     by_class = (guesses == labels).reshape(-1, FLAGS.per_class).mean(axis=1)
     result = {
         "model": FLAGS.model,
-        "real_test_accuracy": round(float(np.concatenate(right).mean()), 4),
+        "real_test_accuracy": round(float(np.concatenate(correct).mean()), 4),
         "generated_accuracy": round(float(by_class.mean()), 4),
         "by_class": dict(zip(model.class_names, by_class.round(3).tolist(), strict=True)),
         "generated": len(labels),
-        "sampling": model.sampling | given,
+        "sampling": model.sampling | overrides,
         "seed": FLAGS.seed,
     }
     print(json.dumps(result))
 
 
 def main(_):
+    """Run the measurement."""
     with errors_in_one_line():
         measure()
 

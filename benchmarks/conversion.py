@@ -1,12 +1,13 @@
-"""Conversion of checkpoints of the published sizes: time, peak memory, exactness, and a sample.
+"""Conversion of checkpoints of the published sizes: time, peak memory, exactness and a sample.
 
 Example:
   python benchmarks/conversion.py --sizes B,L,XL --work /tmp/conversion
 
-Writes random weights under the official keys and shapes, with the tokenizer, as one safetensors
-file; converts them with aim-jax convert to a model directory and back; compares every tensor bit
-by bit; samples one guided picture from the model directory. Each step is a process of its own,
-whose peak resident memory is given as a multiple of the file. Ends with status 1 on a difference.
+The program writes random weights under the official keys and shapes, with the tokenizer, as one
+safetensors file, converts them with aim-jax convert to a model directory and back, compares every
+tensor bit by bit, and samples one guided image from the model directory. Each step is a separate
+process; its peak resident memory is reported as a multiple of the file size. The exit status is 1
+if a tensor differs.
 """
 
 import argparse
@@ -30,7 +31,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 def random_tensor(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Values of the size that trained models have, so that sampling stays finite."""
+    """Return random values with the magnitude of trained weights, so that sampling stays finite."""
     name = key.removesuffix(".weight").rsplit(".", 1)[-1]
     if name == "A_log":
         return np.log(rng.uniform(1, 16, shape)).astype(np.float32)
@@ -44,7 +45,7 @@ def random_tensor(key: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 
 def random_weights(config: AiMConfig | VQConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights of a model, by official key."""
+    """Return random float32 weights of a model, by official key."""
     rng = np.random.default_rng(seed)
     shapes = convert.official_shapes(config)
     return {k: random_tensor(k, s, rng).astype(np.float32, copy=False) for k, s in shapes.items()}
@@ -53,18 +54,19 @@ def random_weights(config: AiMConfig | VQConfig, seed: int = 0) -> dict[str, np.
 def write_random_official(
     path: Path, aim: AiMConfig | None, vq: VQConfig | None, dtype=np.float32, seed: int = 0
 ) -> None:
-    """Writes random weights under official keys, one tensor at a time."""
-    rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
-    sizes = {}
+    """Write random weights under official keys, one tensor at a time."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(dtype)
+    shapes = {}
     for config in (aim, vq):
-        sizes |= convert.official_shapes(config) if config else {}
-    tensors = ((key, random_tensor(key, shape, rng).astype(dtype)) for key, shape in sizes.items())
-    described = {key: (shape, dtype) for key, shape in sizes.items()}
-    write_safetensors(path, described, tensors, {"format": "pt"})
+        shapes |= convert.official_shapes(config) if config else {}
+    tensors = ((key, random_tensor(key, shape, rng).astype(dtype)) for key, shape in shapes.items())
+    specs = {key: (shape, dtype) for key, shape in shapes.items()}
+    write_safetensors(path, specs, tensors, {"format": "pt"})
 
 
 def measure(*command) -> tuple[float, int]:
-    """Runs a program; its seconds, and its peak resident memory in bytes."""
+    """Run a program and return its seconds and its peak resident memory in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
@@ -77,20 +79,25 @@ def measure(*command) -> tuple[float, int]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Keys whose tensors are not equal bit by bit, or in one file only."""
-    a, b = convert.open_weights(one).tensors, convert.open_weights(other).tensors
-    wrong = sorted(a.keys() ^ b.keys())
+    """Return the keys whose tensors are not bit-identical, or that only one file has."""
+    a = convert.open_weights(one).tensors
+    b = convert.open_weights(other).tensors
+    different = sorted(a.keys() ^ b.keys())
     for key in a.keys() & b.keys():
-        x, y = np.asarray(a[key]), np.asarray(b[key])
+        x = np.asarray(a[key])
+        y = np.asarray(b[key])
         same = x.dtype == y.dtype and x.shape == y.shape
         if not same or x.tobytes() != y.tobytes():
-            wrong.append(key)
-    return wrong
+            different.append(key)
+    return different
 
 
 def run(size: str, dtype: str, work: Path, sample: bool) -> list[str]:
+    """Convert a model of one size back and forth, print the figures, and return differences."""
     work.mkdir(parents=True, exist_ok=True)
-    source, model, back = work / SAFETENSORS, work / "model", work / "back.safetensors"
+    source = work / SAFETENSORS
+    model = work / "model"
+    back = work / "back.safetensors"
     write_random_official(source, PRESETS[size], VQConfig(), DTYPES[dtype])
     total = source.stat().st_size
     print(f"AiM-{size} + VQ-f16, {dtype}: {total / 1e9:.2f} GB", flush=True)
@@ -108,34 +115,39 @@ def run(size: str, dtype: str, work: Path, sample: bool) -> list[str]:
             "file",
             flush=True,
         )
-    wrong = [key for key in differences(source, back) if key != convert.USAGE_HISTORY]
-    print(f"  round trip: {len(wrong)} of {len(convert.open_weights(source).tensors)} differ")
-    found = convert.infer_aim_config(
+    errors = [key for key in differences(source, back) if key != convert.USAGE_HISTORY]
+    print(
+        f"  round trip: {len(errors)} of {len(convert.open_weights(source).tensors)} tensors differ"
+    )
+    inferred = convert.infer_aim_config(
         {key: t.shape for key, t in convert.open_weights(source).tensors.items()}
     )
-    if found != dataclasses.replace(PRESETS[size], position_offset=1):
-        wrong.append(f"inferred {found}")
-    return wrong
+    if inferred != dataclasses.replace(PRESETS[size], position_offset=1):
+        errors.append(f"inferred {inferred}")
+    return errors
 
 
 def main(argv=None) -> int:
+    """Run the conversions and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default="B", help="of B, L, XL, 1B, separated by commas")
+    parser.add_argument(
+        "--sizes", default="B", help="sizes among B, L, XL, 1B, separated by commas"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--work", type=Path, required=True, help="empty directory for the files")
-    parser.add_argument("--nosample", action="store_true", help="leave the picture out")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--nosample", action="store_true", help="do not sample an image")
     args = parser.parse_args(argv)
-    wrong = []
+    errors = []
     for size in args.sizes.split(","):
         folder = args.work / f"{size}_{args.dtype}"
         if folder.exists():
-            parser.error(f"{folder} exists already")
-        wrong += run(size, args.dtype, folder, not args.nosample)
-    for line in wrong:
+            parser.error(f"{folder} already exists; delete it or choose another --work")
+        errors += run(size, args.dtype, folder, not args.nosample)
+    for line in errors:
         print(line)
-    return int(bool(wrong))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the curves of training runs: what the model cards show.
+"""Plots of the training curves that the model cards show.
 
 Example:
   python benchmarks/curves.py --workdirs runs/cifar10_vq,runs/cifar10 --out curves.png
@@ -15,7 +15,7 @@ from aim_jax.utils.plots import pyplot
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdirs", None, "Workdirs of training runs, one row of plots each.")
-flags.DEFINE_string("out", "curves.png", "Picture to write.")
+flags.DEFINE_string("out", "curves.png", "Image file to write.")
 flags.mark_flag_as_required("workdirs")
 
 SHOWN = {
@@ -30,7 +30,7 @@ SHOWN = {
 
 
 def draw(workdirs: list[Path], out: Path) -> None:
-    """Writes one picture with a row of three plots per run."""
+    """Plot the curves into one file, with a row of three plots per run."""
     rows = len(workdirs)
     figure, axes = pyplot().subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
     for row, workdir in zip(axes, workdirs, strict=True):
@@ -50,6 +50,7 @@ def draw(workdirs: list[Path], out: Path) -> None:
 
 
 def main(_):
+    """Plot the curves and print the path."""
     with errors_in_one_line():
         draw([Path(workdir) for workdir in FLAGS.workdirs], Path(FLAGS.out))
         print(FLAGS.out)

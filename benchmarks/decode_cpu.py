@@ -1,36 +1,37 @@
-"""Decoding on a CPU, side by side: this library, PyTorch with the same mathematics, and others.
+"""Decoding on a CPU: this library beside PyTorch with the same mathematics, and other models.
 
 Example:
   python benchmarks/decode_cpu.py --out decode_cpu.json
   python benchmarks/decode_cpu.py --contestants copy,ours --images 1,2,4,8 --plot rates.png
 
-Contestants, all in float32 with the sizes of AiM-B (LlamaGen: of LlamaGen-B), guidance, top-k 600
-and top-p 0.98, for 1 and 8 images (2 and 16 rows):
+All contestants run in float32 with the sizes of AiM-B (LlamaGen: of LlamaGen-B), guidance, top-k
+600 and top-p 0.98, for 1 and 8 images (2 and 16 rows):
 
-  ours          aim_jax.sampling.generate.generate_tokens; --ours names the variants
-  official      the official single step in plain eager PyTorch
-  tuned         the same function as fast as eager PyTorch was made to go
+  ours          aim_jax.sampling.generate.generate_tokens; --ours selects the variants
+  official      the official decode step in plain eager PyTorch
+  tuned         the same function, tuned within eager PyTorch
   huggingface   transformers' Mamba2ForCausalLM, without classes
   llamagen      a transformer with a key-value cache
   vq, vq_torch, vq_torch_nhwc
-                the tokenizer's decoder: one picture of 256 x 256 pixels
-  copy          the machine's copy bandwidth, reading and writing
+                the decoder of the tokenizer: one image of 256 x 256 pixels
+  copy          the copy bandwidth of the machine, reading and writing
 
-Every measurement is a process of its own, one at a time; rounds go through all contestants, so that
-a slow minute of the machine meets each of them. peers.py first proves that those with AiM's weights
-compute the same logits and pictures. Timed calls go from class labels to codes, after a warm-up; a
-step is the difference between calls of two lengths, which leaves out what happens once per image
-(class modulation, "start"). A contestant whose steps would take longer than --budget seconds does
-fewer. LlamaGen's steps cost more with every token, linearly, so those
-around the middle of the image are timed. Whole images are timed once, in the first round, or
-extrapolated from the steps (marked ~) where that would take longer than --whole seconds.
+Each measurement runs in a separate process, one at a time. Each round covers all contestants, so
+that a slow phase of the machine affects all of them. First, peers.py checks that the contestants
+with AiM's weights compute the same logits and images. Timed calls go from class labels to tokens,
+after a warm-up. The time of a step is the difference between calls of two lengths, which excludes
+the work done once per image (class modulation, "start"). A contestant whose steps would take longer
+than --budget seconds does fewer steps. The cost of LlamaGen's steps grows linearly with the number
+of tokens, so steps around the middle of the image are timed. Whole images are timed once, in the
+first round, or extrapolated from the steps (marked ~) if that would take longer than --whole
+seconds.
 
-Bytes per step are the least that a step has to move (traffic.py): its weights, and its states or
-the rows of past tokens; over its time they give the bandwidth that decoding attains.
+Bytes per step are the minimum that a step has to move (traffic.py): its weights, and its states or
+the rows of past tokens. Divided by the time of a step, they give the attained bandwidth.
 
-The last line holds ratios of median times, above 1 where the library is ahead, for the first of the
---ours variants; "bandwidth" is its fraction of the copy bandwidth at 1 image, and "tokenizer"
-compares with the faster layout in PyTorch. What was not measured is nan.
+The last line holds ratios of median times for the first of the --ours variants; a ratio above 1
+means that the library is faster. "bandwidth" is the fraction of the copy bandwidth attained at 1
+image, and "tokenizer" compares with the faster memory layout in PyTorch. nan means not measured.
 """
 
 import argparse
@@ -53,7 +54,7 @@ from aim_jax.models import PRESETS, VQConfig
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"scale": 5.0, "top_k": 600, "top_p": 0.98}
@@ -63,12 +64,12 @@ START = 2  # steps of the shorter of two timed lengths
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way in which the library decodes.
+    """A variant of decoding with the library.
 
     Attributes:
       config: fields of AiMConfig that differ from AiM-B.
-      options: further keyword arguments of `generate_tokens`.
-      whole: times whole images only; for engines whose steps do not all cost the same.
+      options: additional keyword arguments of `generate_tokens`.
+      whole: time only whole images, for engines whose steps differ in cost.
     """
 
     config: dict = dataclasses.field(default_factory=dict)
@@ -92,22 +93,23 @@ CONTESTANTS = ("copy", "ours", *PEERS, *TOKENIZERS)
 
 
 def threads() -> int:
-    """CPUs that this process may use."""
-    count = getattr(os, "sched_getaffinity", None)
-    return len(count(0)) if count else os.cpu_count()
+    """Return the number of CPUs that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def seconds(function, *args) -> float:
+    """Return the seconds that a call of `function` takes."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
 
 
-# What the processes of the contestants do. Each returns what goes into the results.
+# Measurements in the processes of the contestants. Each function returns an entry of the results.
 
 
 def copy_bandwidth() -> dict:
-    """GB/s of copying a large array with all CPUs, read and written bytes counted."""
+    """Measure GB/s of copying a large array with all CPUs, counting bytes read and written."""
     source, target = np.ones((2, COPIED // 8), np.float64)
     parts = list(zip(*(np.array_split(x, threads()) for x in (target, source)), strict=True))
     with ThreadPoolExecutor(threads()) as pool:
@@ -121,15 +123,25 @@ def copy_bandwidth() -> dict:
 
 
 def timed_decoding(generate, steps: int, whole: bool, args) -> dict:
-    """Times generate(steps) -> seconds, which is warm.
+    """Time the steps of a generation.
 
-    A step is the difference between two lengths, so that what is done once per image (class
-    modulation, fresh states) stays apart.
+    The time of a step is the difference between calls of two lengths, which excludes the work done
+    once per image (class modulation, fresh states).
+
+    Args:
+      generate: generate(steps) returns its seconds; it is compiled and warm.
+      steps: number of timed steps.
+      whole: also time a whole image.
+      args: the parsed command line.
     """
-    start, took = min(generate(START), generate(START)), generate(START + steps)
-    if took <= start:
-        raise RuntimeError(f"{steps} steps more took no longer: a busy machine, or too few --steps")
-    result = {"ms": 1e3 * (took - start) / steps, "steps": steps}
+    start = min(generate(START), generate(START))
+    longer = generate(START + steps)
+    if longer <= start:
+        raise RuntimeError(
+            f"{steps} additional steps took no additional time: the machine is busy, or --steps is "
+            "too small."
+        )
+    result = {"ms": 1e3 * (longer - start) / steps, "steps": steps}
     result["start_s"] = start - START * result["ms"] / 1e3
     if whole and result["start_s"] + result["ms"] / 1e3 * args.tokens < args.whole:
         result["whole_s"] = generate(args.tokens)
@@ -137,7 +149,7 @@ def timed_decoding(generate, steps: int, whole: bool, args) -> dict:
 
 
 def ours(name: str, images: int, whole: bool, args) -> dict:
-    """Decoding by the library."""
+    """Measure decoding with the library."""
     import jax
     import jax.numpy as jnp
 
@@ -153,13 +165,13 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     compiled = {}
 
     def call(steps):
-        cut = dataclasses.replace(config, num_tokens=steps)
+        shortened = dataclasses.replace(config, num_tokens=steps)
         table = params["position_embedding"]["embedding"][: steps + 1]
         return generate_tokens(
             params | {"position_embedding": {"embedding": table}},
             jnp.arange(images), 0, jnp.arange(images),
             SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
-            config=cut, **variant.options,
+            config=shortened, **variant.options,
         ).block_until_ready()  # fmt: skip
 
     def generate(steps):
@@ -176,7 +188,7 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
 
 
 def peer(name: str, images: int, whole: bool, args) -> dict:
-    """Decoding by one of the peers."""
+    """Measure decoding with one of the peers."""
     import torch
 
     from benchmarks import peers
@@ -189,8 +201,8 @@ def peer(name: str, images: int, whole: bool, args) -> dict:
     elif name == "llamagen":
         decoder = peers.LlamaGen(peers.LlamaGenConfig(), labels)
     else:
-        kind = {"official": peers.OfficialAiM, "tuned": peers.TunedAiM}[name]
-        decoder = kind(peers.as_torch(peers.random_weights(config)), config, labels)
+        decoder_class = {"official": peers.OfficialAiM, "tuned": peers.TunedAiM}[name]
+        decoder = decoder_class(peers.as_torch(peers.random_weights(config)), config, labels)
 
     def generate(steps):
         first = (args.tokens - steps) // 2 if name == "llamagen" else 0
@@ -202,12 +214,12 @@ def peer(name: str, images: int, whole: bool, args) -> dict:
 
 
 def tokenizer(name: str) -> dict:
-    """Decoding the codes of one picture."""
+    """Measure decoding the tokens of one image."""
     from benchmarks.conversion import random_weights
 
     config = VQConfig()
     weights = random_weights(config)
-    codes = np.random.default_rng(0).integers(0, config.n_embed, (1, 256))
+    tokens = np.random.default_rng(0).integers(0, config.n_embed, (1, 256))
     if name == "vq":
         import jax
 
@@ -217,7 +229,7 @@ def tokenizer(name: str) -> dict:
         params = jax.device_put(convert.convert_vq(weights, config))
 
         def decode():
-            jax.block_until_ready(decode_images(params, codes, config=config))
+            jax.block_until_ready(decode_images(params, tokens, config=config))
     else:
         import torch
 
@@ -228,16 +240,17 @@ def tokenizer(name: str) -> dict:
         decoder = peers.VQDecoder(peers.as_torch(weights), config, layout)
 
         def decode():
-            decoder(torch.from_numpy(codes))
+            decoder(torch.from_numpy(tokens))
 
     first = seconds(decode)
-    took = statistics.median(seconds(decode) for _ in range(3))
-    return {"ms": 1e3 * took, "compile_s": first - took}
+    typical = statistics.median(seconds(decode) for _ in range(3))
+    return {"ms": 1e3 * typical, "compile_s": first - typical}
 
 
 def work(job: dict, args) -> dict:
-    """Does one measurement in this process."""
-    kind, name = job["kind"], job["name"]
+    """Run one measurement in this process."""
+    kind = job["kind"]
+    name = job["name"]
     if kind == "copy":
         return copy_bandwidth()
     if kind in TOKENIZERS:
@@ -246,26 +259,26 @@ def work(job: dict, args) -> dict:
     return function(name, job["images"], job["whole"], args)
 
 
-# What the program itself does: start those processes, collect, report.
+# The main process starts these processes, collects the results and reports them.
 
 
 def jobs(args) -> list[dict]:
-    """The measurements of one round, in order."""
-    todo = []
+    """Return the measurements of one round, in order."""
+    result = []
     for kind in args.contestants:
         if kind == "copy" or kind in TOKENIZERS:
-            todo.append({"kind": kind, "name": kind, "images": 1})
+            result.append({"kind": kind, "name": kind, "images": 1})
         else:
             names = args.ours if kind == "ours" else [kind]
-            todo += [{"kind": kind, "name": n, "images": b} for n in names for b in args.images]
-    return todo
+            result += [{"kind": kind, "name": n, "images": b} for n in names for b in args.images]
+    return result
 
 
 def run_child(command: list[str], **options) -> subprocess.CompletedProcess:
-    """Runs a module of this repository, on the CPU.
+    """Run a module of this repository on the CPU.
 
-    As a module, because a program's own directory comes first where Python looks for imports, and
-    what transformers takes `kernels` for is not our kernels.py.
+    It runs as a module, because Python searches the directory of a script first, and transformers
+    would import our kernels.py as the package `kernels`.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
@@ -273,21 +286,22 @@ def run_child(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def measure(job: dict, argv: list[str]) -> dict:
-    """The result of a job in a process of its own, or {"error": its last words}."""
+    """Run a job in a separate process; return its result, or {"error": last line of stderr}."""
     command = ["-m", "benchmarks.decode_cpu", *argv, "--job", json.dumps(job)]
-    done = run_child(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    process = run_child(command, capture_output=True, text=True)
+    if process.returncode:
+        return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def label(job: dict) -> str:
+    """Return the key of a job in the results."""
     name = f"ours:{job['name']}" if job["kind"] == "ours" else job["name"]
     return name if job["kind"] in ("copy", *TOKENIZERS) else f"{name}/{job['images']}"
 
 
 def run_rounds(args, argv: list[str]) -> dict[str, list[dict]]:
-    """Results of every job, by label, one per round."""
+    """Run all rounds and return the results of every job by label, one per round."""
     results = {}
     for number in range(args.rounds):
         for job in jobs(args):
@@ -298,90 +312,93 @@ def run_rounds(args, argv: list[str]) -> dict[str, list[dict]]:
 
 
 def describe(result: dict) -> str:
-    """One result in words."""
+    """Format one result as a line of text."""
     if "error" in result:
         return f"skipped: {result['error']}"
     if "GB/s" in result:
         return f"{result['GB/s']:.1f} GB/s"
-    words = f"{result['ms']:.1f} ms"
-    words += f" per step of {result['steps']}" if "steps" in result else " per picture"
-    words += f", compiled in {result['compile_s']:.1f} s" if "compile_s" in result else ""
-    return words + (f", whole {result['whole_s']:.1f} s" if "whole_s" in result else "")
+    text = f"{result['ms']:.1f} ms"
+    text += f" per step ({result['steps']} steps)" if "steps" in result else " per image"
+    text += f", compiled in {result['compile_s']:.1f} s" if "compile_s" in result else ""
+    return text + (f", whole image {result['whole_s']:.1f} s" if "whole_s" in result else "")
 
 
 def values(results: dict, name: str, field: str = "ms") -> list[float]:
-    """A field of every round that has it."""
+    """Return a field of every round that has it."""
     return [row[field] for row in results.get(name, []) if field in row]
 
 
 def median(results: dict, name: str, field: str = "ms") -> float:
-    """Median over the rounds; nan of none."""
-    found = values(results, name, field)
-    return statistics.median(found) if found else math.nan
+    """Return the median of a field over the rounds, or nan without values."""
+    numbers = values(results, name, field)
+    return statistics.median(numbers) if numbers else math.nan
 
 
 def attained(results: dict, name: str) -> float:
-    """Bandwidth of decoding over the copy bandwidth."""
+    """Return the bandwidth of decoding as a fraction of the copy bandwidth."""
     rate = median(results, name, "bytes") / (median(results, name) / 1e3)
     return rate / 1e9 / median(results, "copy", "GB/s")
 
 
 def ratios(results: dict, ours: str) -> dict[str, float]:
-    """What the last line says, of the variant `ours`."""
-    mine = {b: median(results, f"ours:{ours}/{b}") for b in (1, 8)}
+    """Return the ratios of the last line for the variant `ours`."""
+    ours_ms = {b: median(results, f"ours:{ours}/{b}") for b in (1, 8)}
     torch_vq = [median(results, name) for name in TOKENIZERS[1:]]
     torch_vq = [ms for ms in torch_vq if not math.isnan(ms)]
     return {
-        "official_1": median(results, "official/1") / mine[1],
-        "official_8": median(results, "official/8") / mine[8],
-        "tuned_8": median(results, "tuned/8") / mine[8],
+        "official_1": median(results, "official/1") / ours_ms[1],
+        "official_8": median(results, "official/8") / ours_ms[8],
+        "tuned_8": median(results, "tuned/8") / ours_ms[8],
         "bandwidth": attained(results, f"ours:{ours}/1"),
         "tokenizer": min(torch_vq, default=math.nan) / median(results, "vq"),
     }
 
 
 def last_line(found: dict[str, float]) -> str:
+    """Format the ratios as one line."""
     return " ".join(f"{name} {value:.2f}" for name, value in found.items())
 
 
 def table(results: dict, tokens: int) -> list[str]:
-    """Lines: medians and ranges over the rounds, whole images, share of the bandwidth."""
+    """Return lines with medians and ranges over the rounds, whole images, and bandwidth shares."""
     lines = [f"{'':20}{'ms, median':>11}  {'min - max':17}{'images s':>9}  compile s   of copy"]
     for name in results:
-        found = values(results, name)
-        if not found:
+        numbers = values(results, name)
+        if not numbers:
             continue
-        middle, spread = statistics.median(found), f"{min(found):.1f} - {max(found):.1f}"
-        whole = values(results, name, "whole_s")
+        middle = statistics.median(numbers)
+        spread = f"{min(numbers):.1f} - {max(numbers):.1f}"
+        image_s = values(results, name, "whole_s")
         start = 0.0 if math.isnan(once := median(results, name, "start_s")) else once
-        whole = f"{whole[0]:.1f}" if whole else f"~{start + middle * tokens / 1e3:.1f}"
-        whole = whole if "/" in name else ""
+        image_s = f"{image_s[0]:.1f}" if image_s else f"~{start + middle * tokens / 1e3:.1f}"
+        image_s = image_s if "/" in name else ""
         compile_s = median(results, name, "compile_s")
         compile_s = "" if math.isnan(compile_s) else f"{compile_s:.1f}"
         share = attained(results, name)
         share = "" if math.isnan(share) else f"{share:.2f}"
-        lines.append(f"{name:20}{middle:11.1f}  {spread:17}{whole:>9}{compile_s:>11}{share:>10}")
+        lines.append(f"{name:20}{middle:11.1f}  {spread:17}{image_s:>9}{compile_s:>11}{share:>10}")
     return lines
 
 
 def plot_rates(results: dict, args) -> None:
-    """images/s of our variants against the batch, and what the copy bandwidth allows."""
+    """Plot images/s of our variants against the batch, and the limit of the copy bandwidth."""
     from benchmarks.traffic import plot
 
     bandwidth = median(results, "copy", "GB/s") * 1e9
-    measured, floors = {}, {}
+    measured = {}
+    floors = {}
     for name in args.ours:
         labels = {images: f"ours:{name}/{images}" for images in args.images}
         step = {b: median(results, row) / 1e3 for b, row in labels.items()}
         floor = {b: median(results, row, "bytes") / bandwidth for b, row in labels.items()}
-        measured[name] = {b: b / args.tokens / took for b, took in step.items()}
-        floors[name] = {b: b / args.tokens / took for b, took in floor.items()}
+        measured[name] = {b: b / args.tokens / seconds for b, seconds in step.items()}
+        floors[name] = {b: b / args.tokens / seconds for b, seconds in floor.items()}
     title = f"AiM-B on {threads()} CPUs, {bandwidth / 1e9:.0f} GB/s; tokens only"
     plot(args.plot, title, measured, floors)
 
 
 def surroundings() -> dict:
-    """Hardware, versions, load and commit."""
+    """Return hardware, versions, load and commit."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -405,6 +422,7 @@ def surroundings() -> dict:
 
 
 def parse(argv) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -412,54 +430,73 @@ def parse(argv) -> argparse.Namespace:
     def names(text):
         return text.split(",")
 
-    parser.add_argument("--steps", type=int, default=32, help="timed steps per round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=lambda x: [int(i) for i in x.split(",")], default=[1, 8])
+    parser.add_argument("--steps", type=int, default=32, help="timed steps per round (32)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements (3)")
     parser.add_argument(
-        "--contestants", type=names, default=list(CONTESTANTS), help="separated by commas"
+        "--images",
+        type=lambda x: [int(i) for i in x.split(",")],
+        default=[1, 8],
+        help="batch sizes, separated by commas (1,8)",
     )
-    parser.add_argument("--ours", type=names, default=["default"], help=f"of {', '.join(OURS)}")
-    parser.add_argument("--budget", type=float, default=6, help="seconds of steps of a slow peer")
     parser.add_argument(
-        "--whole", type=float, default=120, help="longest whole image to time, in s; 0 times none"
+        "--contestants",
+        type=names,
+        default=list(CONTESTANTS),
+        help="contestants, separated by commas (all)",
     )
-    parser.add_argument("--check_only", action="store_true", help="check the peers, time nothing")
+    parser.add_argument(
+        "--ours",
+        type=names,
+        default=["default"],
+        help=f"variants of ours among {', '.join(OURS)}, separated by commas",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=6, help="seconds for the steps of a slow peer (6)"
+    )
+    parser.add_argument(
+        "--whole",
+        type=float,
+        default=120,
+        help="maximum seconds of a timed whole image; 0 times none (120)",
+    )
+    parser.add_argument("--check_only", action="store_true", help="only check the peers")
     parser.add_argument("--nocheck", action="store_true", help="do not check the peers")
-    parser.add_argument("--out", type=Path, help="write all results as JSON")
-    parser.add_argument("--plot", type=Path, help="draw images/s against the batch (PNG)")
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
+    parser.add_argument("--plot", type=Path, help="PNG file to plot images/s against the batch")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.tokens = PRESETS["B"].num_tokens
-    for given, known in ((args.contestants, CONTESTANTS), (args.ours, OURS)):
-        if wrong := set(given) - set(known):
-            parser.error(f"{', '.join(sorted(wrong))}: expected some of {', '.join(known)}")
+    for selected, known in ((args.contestants, CONTESTANTS), (args.ours, OURS)):
+        if unknown := set(selected) - set(known):
+            parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
     return args
 
 
 def main(argv=None) -> int:
+    """Check the peers, run the measurements and print the results."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.job:
         print(json.dumps(work(args.job, args)))
         return 0
-    around = surroundings()
-    print(json.dumps(around))
-    if around["load"] > 0.5:
-        print(f"The machine is not idle (load {around['load']:.1f}): figures will be off.")
+    machine = surroundings()
+    print(json.dumps(machine))
+    if machine["load"] > 0.5:
+        print(f"warning: the machine is not idle (load {machine['load']:.1f}); times will be off.")
     sys.stdout.flush()
     if not args.nocheck or args.check_only:
         checked = run_child(["-m", "benchmarks.peers", "--size", "B"])
         if checked.returncode or args.check_only:
             return checked.returncode
     results = run_rounds(args, argv)
-    found = ratios(results, args.ours[0])
+    summary = ratios(results, args.ours[0])
     if args.out:
-        everything = {"machine": around, "results": results, "ratios": found}
-        args.out.write_text(json.dumps(everything, indent=1) + "\n")
+        report = {"machine": machine, "results": results, "ratios": summary}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(table(results, args.tokens)))
     if args.plot:
         plot_rates(results, args)
-    print(last_line(found))
+    print(last_line(summary))
     return 0
 
 

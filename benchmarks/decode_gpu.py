@@ -1,31 +1,32 @@
-"""Generation on a GPU: images per second of every model, batch and engine, beside the memory floor.
+"""Generation on a GPU: images per second by model, batch and engine, with the memory limit.
 
 Example:
   python benchmarks/decode_gpu.py --out decode_gpu.json --plot decode_gpu.png
 
-Times whole images, from class labels to codes (256 tokens, guidance, top-k 600, top-p 0.98), in
-bfloat16 with random weights made on the device; and the same with the tokenizer's decoder, to
-pictures of 256 x 256 pixels. Engines: "recurrent" with a float32 state, "recurrent_bf16" and
-"dual_bf16" with bfloat16 caches, all with the Triton kernels; "xla" is the modules, for comparison.
-Every figure is a median over --repeats calls after a first one, which compiles. What does not fit
-into the device's memory is skipped with a line that says so; XLA_CLIENT_MEM_FRACTION=0.95 in the
-environment leaves JAX more of it than the usual 0.75.
+The program times whole images, from class labels to tokens (256 tokens, guidance, top-k 600, top-p
+0.98), in bfloat16 with random weights created on the device; and the same with the decoder of the
+tokenizer, to images of 256 x 256 pixels. The engines "recurrent" (float32 state), "recurrent_bf16"
+and "dual_bf16" (bfloat16 caches) use the Triton kernels; "xla" uses the Flax modules, for
+comparison. Each figure is a median over --repeats calls after a first call, which compiles. Cases
+that do not fit into the memory of the device are skipped with a message;
+XLA_CLIENT_MEM_FRACTION=0.95 in the environment gives JAX more memory than the default of 0.75.
 
-The floor of a step is what it has to move, over the device's bandwidth: the weights once; per row
-the state read and written, or the cache of the tokens so far read and a row written (the mean over
-an image); the ring of the convolution's inputs and the logits, both written and read. The
-bandwidth is measured, by copying an array, or given as --bandwidth. "attained" is the time at the
-floor over the time taken.
+The memory limit ("floor") of a step follows from the bytes that it has to move and the bandwidth of
+the device: the weights once; per row the state read and written, or the cache of the tokens so far
+read and a row written (mean over an image); the ring of convolution inputs and the logits, both
+written and read. The bandwidth is measured by copying an array, or set with --bandwidth. "attained"
+is the time at the limit divided by the measured time.
 
---floors prints the floors alone, for any --bandwidth, and needs no GPU. --check compares the
-kernels with the modules instead of timing: logits along given codes, and drawn tokens; the exit
+--floors prints only the limits, for any --bandwidth, and needs no GPU. --check compares the kernels
+with the modules instead of timing them: logits along fixed tokens, and sampled tokens. The exit
 status is 1 if they differ. --tiny replaces models and engines by small ones that run anywhere.
 
-CUDA graphs (--graphs) are XLA's command buffers. By default XLA records the body of the loop over
-tokens, every kernel of a step, as one graph, and launches it once per token; "off" launches every
-kernel from the host; "unrolled" records the loop as well, all steps of an image, which takes long
-to record. Driver 12.9 or newer is needed to record the slices at the loop's ends, else they are
-launched apart. While a profile is recorded (--trace) XLA leaves graphs out, so that kernels show.
+CUDA graphs (--graphs) are XLA's command buffers. By default, XLA records the body of the loop over
+tokens, with every kernel of a step, as one graph, and launches it once per token. "off" launches
+every kernel from the host. "unrolled" also records the loop, with all steps of an image, which
+takes long. Driver 12.9 or newer is required to record the slices at the ends of the loop, else they
+are launched separately. While a profile is recorded (--trace), XLA does not use graphs, so that
+kernels are visible.
 """
 
 import argparse
@@ -49,7 +50,9 @@ from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import decode_images, generate_tokens
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # find benchmarks/ and tests/ from anywhere
 
 from benchmarks import traffic
 from benchmarks.decode_cpu import SETTINGS, seconds, surroundings
@@ -72,7 +75,8 @@ GRAPHS = {
     "unrolled": "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true",
 }
 COPIED = 2**30  # bytes, far beyond any cache
-# Logits of the engines may differ from those of the modules in float32 by so much of the largest.
+# Tolerated differences between logits of an engine and of the modules in float32, relative to the
+# largest logit.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
@@ -80,12 +84,12 @@ bytes_per_step = functools.cache(traffic.bytes_per_step)
 
 
 def floor(config: AiMConfig, images: int, engine: Engine, bandwidth: float) -> float:
-    """images/s if a step took no longer than moving its bytes at `bandwidth` bytes/s."""
+    """Return images/s if a step takes only the time to move its bytes at `bandwidth` bytes/s."""
     return images / config.num_tokens * bandwidth / bytes_per_step(config, images, engine)
 
 
 def copy_bandwidth() -> float:
-    """Bytes/s of copying an array on the device, read and written bytes counted."""
+    """Measure bytes/s of copying an array on the device, counting bytes read and written."""
     source = jnp.zeros(COPIED // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
 
@@ -99,21 +103,23 @@ def copy_bandwidth() -> float:
 
 
 def in_float32(config: AiMConfig) -> AiMConfig:
+    """Return the configuration with float32 as compute dtype."""
     return dataclasses.replace(config, compute_dtype="float32")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def random_params(config: AiMConfig) -> dict:
-    """Parameters as at the start of training, but with gates, which are zero then."""
+    """Return parameters as at the start of training, but with random gates instead of zeros."""
     params = nn.unbox(init_params(config, jax.random.key(0)))
     noise = 0.3 * jax.random.normal(jax.random.key(1), params["adaln"]["bias"].shape)
     return params | {"adaln": params["adaln"] | {"bias": noise}}
 
 
 def draw(params: dict, config: AiMConfig, images: int, engine: Engine) -> jax.Array:
-    """The codes of `images` images."""
+    """Generate the tokens of `images` images."""
     index = jnp.arange(images)
-    labels, seed = index % config.num_classes, 0
+    labels = index % config.num_classes
+    seed = 0
     return generate_tokens(
         params, labels, seed, index,
         SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
@@ -122,14 +128,15 @@ def draw(params: dict, config: AiMConfig, images: int, engine: Engine) -> jax.Ar
 
 
 def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
-    """Seconds of generating a batch: to codes, and to pictures, `batch` of them at a time."""
-    params, config = models.aim, models.aim_config
+    """Measure the seconds of generating a batch to tokens, and to images in smaller batches."""
+    params = models.aim
+    config = models.aim_config
     first = seconds(lambda: draw(params, config, images, engine).block_until_ready())
 
-    def pictures():
-        codes = draw(params, config, images, engine)
+    def generate_images():
+        tokens = draw(params, config, images, engine)
         for start in range(0, images, args.decode_batch):
-            part = codes[start : start + args.decode_batch]
+            part = tokens[start : start + args.decode_batch]
             decoded = decode_images(models.vq, part, config=models.vq_config)
         decoded.block_until_ready()
 
@@ -139,14 +146,14 @@ def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
     tokens_s = repeated(lambda: draw(params, config, images, engine).block_until_ready())
     result = {"tokens_s": tokens_s, "compile_s": first - statistics.median(tokens_s)}
     if not args.tokens_only:
-        pictures()
-        result["pictures_s"] = repeated(pictures)
+        generate_images()
+        result["pictures_s"] = repeated(generate_images)
     return result
 
 
 @dataclasses.dataclass
 class Models:
-    """An AiM and a tokenizer, on the device."""
+    """An AiM and a tokenizer with random parameters on the device."""
 
     aim_config: AiMConfig
     vq_config: VQConfig
@@ -159,7 +166,7 @@ class Models:
 
 
 def measure(args, bandwidth: float) -> list[dict]:
-    """Results of every model, batch and engine, printed as they come."""
+    """Measure every model, batch and engine, print each result, and return all of them."""
     results = []
     for name, config in args.configs.items():
         models = Models(config, args.vq_config)
@@ -180,27 +187,28 @@ def measure(args, bandwidth: float) -> list[dict]:
 
 
 def rates(row: dict, tokens: int) -> dict:
-    """images/s, with and without pictures, milliseconds per step, and the floor's fraction."""
+    """Return images/s to tokens and to images, milliseconds per step, and the limit's fraction."""
     if "skipped" in row:
         return {}
-    took = statistics.median(row["tokens_s"])
-    found = {"ms": 1e3 * took / tokens, "images/s": row["images"] / took}
-    found["attained"] = found["images/s"] / row["floor"]
+    typical = statistics.median(row["tokens_s"])
+    result = {"ms": 1e3 * typical / tokens, "images/s": row["images"] / typical}
+    result["attained"] = result["images/s"] / row["floor"]
     if "pictures_s" in row:
-        found["pictures/s"] = row["images"] / statistics.median(row["pictures_s"])
-    return found
+        result["pictures/s"] = row["images"] / statistics.median(row["pictures_s"])
+    return result
 
 
 COLUMNS = ("model", "images", "engine", "ms", "images/s", "floor", "attained", "pictures/s")
 
 
 def cells(*values) -> str:
+    """Format the values of a row in columns."""
     model, images, engine, *numbers = values
     return f"{model:6}{images:>7}  {engine:15}" + "".join(f"{n:>12}" for n in numbers)
 
 
 def line(row: dict) -> str:
-    """A line of the table."""
+    """Format a result as a line of the table."""
     if "skipped" in row:
         return cells(*(row[k] for k in COLUMNS[:3])) + f"  skipped: {row['skipped']}"
     values = [f"{row[k]:.3g}" if isinstance(row.get(k), float) else row.get(k, "") for k in COLUMNS]
@@ -208,8 +216,9 @@ def line(row: dict) -> str:
 
 
 def plot(results: list[dict], args, title: str) -> None:
-    """images/s against the batch, a line for every model and engine, with their floors."""
-    measured, floors = {}, {}
+    """Plot images/s against the batch for every model and engine, with their limits."""
+    measured = {}
+    floors = {}
     for row in results:
         if "skipped" not in row:
             name = f"{row['model']} {row['engine']}"
@@ -222,19 +231,21 @@ teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config"
 
 
 def check(args) -> bool:
-    """Compares every engine with the modules: logits along given codes, drawn tokens."""
-    modules, agree = Engine("recurrent", "xla"), True
+    """Compare every engine with the modules: logits along fixed tokens, and sampled tokens."""
+    modules = Engine("recurrent", "xla")
+    agree = True
     for name, config in args.configs.items():
         exact = in_float32(config)
-        params, images = random_params(exact), 2
-        codes = jax.random.randint(
+        params = random_params(exact)
+        images = 2
+        inputs = jax.random.randint(
             jax.random.key(3), (images, config.num_tokens), 0, config.vocab_size
         )
 
         def logits(config, engine):
             labels = jnp.arange(images) % config.num_classes  # noqa: B023
-            given = (params, codes, labels, 1.5, 0)  # noqa: B023
-            return teacher_forced(*given, config=config, engine=engine)["guided"]
+            arguments = (params, inputs, labels, 1.5, 0)  # noqa: B023
+            return teacher_forced(*arguments, config=config, engine=engine)["guided"]
 
         expected = logits(exact, modules)
         tokens = draw(params, exact, images, modules)
@@ -245,34 +256,38 @@ def check(args) -> bool:
                 error = float(error / jnp.max(jnp.abs(expected)))
                 narrow = "bfloat16" in (changed.compute_dtype, engine.cache_dtype)
                 allowed = TOLERANCE["bfloat16" if narrow else "float32"]
-                ok, words = error <= allowed, f"logits {error:.1e} (allowed {allowed:.0e})"
+                passed = error <= allowed
+                text = f"logits {error:.1e} (allowed {allowed:.0e})"
                 if not narrow:
                     same = float(jnp.mean(draw(params, exact, images, engine) == tokens))
-                    ok, words = ok and same == 1, words + f", {same:.1%} of tokens the same"
-                agree &= ok
+                    passed = passed and same == 1
+                    text += f", {same:.1%} of tokens the same"
+                agree &= passed
                 label = f"{name:6}{engine_name:16}{changed.compute_dtype:10}"
-                print(label, words, "ok" if ok else "DIFFERENT", flush=True)
+                print(label, text, "ok" if passed else "DIFFERENT", flush=True)
     return agree
 
 
 def machine() -> dict:
-    """Hardware, versions and commit."""
+    """Return hardware, versions and commit."""
     versions = {}
     for name in ("triton", "jax-triton", "jax-cuda13-plugin"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    around, device = surroundings(), jax.devices()[0]
-    return around | {
+    host = surroundings()
+    device = jax.devices()[0]
+    return host | {
         "device": device.device_kind,
         "platform": device.client.platform_version,
-        "versions": around["versions"] | versions,
+        "versions": host["versions"] | versions,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 
 
 def parse(argv) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -284,28 +299,29 @@ def parse(argv) -> argparse.Namespace:
         return [int(i) for i in text.split(",")]
 
     add = parser.add_argument
-    add("--models", type=names, help=f"of {', '.join(PRESETS)}, separated by commas; all if left")
-    add("--images", type=numbers, default=[1, 8, 64, 256], help="at once; 1,8,64,256 if left")
-    add("--engines", type=names, help=f"of {', '.join(ENGINES)}; all if left")
-    add("--repeats", type=int, default=5, help="timed calls of each")
-    add("--decode_batch", type=int, default=32, help="codes of so many images become pictures")
-    add("--tokens_only", action="store_true", help="leave the tokenizer's decoder out")
-    add("--bandwidth", type=float, help="GB/s of the floor; measured if left")
+    add("--models", type=names, help=f"models among {', '.join(PRESETS)}, with commas (all)")
+    add("--images", type=numbers, default=[1, 8, 64, 256], help="batch sizes (1,8,64,256)")
+    add("--engines", type=names, help=f"engines among {', '.join(ENGINES)}, with commas (all)")
+    add("--repeats", type=int, default=5, help="timed calls per case (5)")
+    add("--decode_batch", type=int, default=32, help="batch size of the tokenizer's decoder (32)")
+    add("--tokens_only", action="store_true", help="skip the tokenizer's decoder")
+    add("--bandwidth", type=float, help="GB/s for the memory limit (default: measured)")
     add("--graphs", choices=GRAPHS, default="default", help="CUDA graphs, see above")
-    add("--floors", action="store_true", help="print the floors alone; 2000 GB/s if none are given")
+    add("--floors", action="store_true", help="print only the limits (default: at 2000 GB/s)")
     add("--check", action="store_true", help="compare the engines instead of timing them")
-    add("--tiny", action="store_true", help="small models and the engines of any device")
-    add("--trace", type=Path, metavar="DIR", help="also profile one call: of the first case")
-    add("--plot", type=Path, metavar="FILE", help="images/s against the batch (needs matplotlib)")
-    add("--out", type=Path, help="write all results as JSON")
+    add("--tiny", action="store_true", help="use small models and the engines of any device")
+    add("--trace", type=Path, metavar="DIR", help="also profile one call of the first case")
+    add("--plot", type=Path, metavar="FILE", help="plot images/s over batch (needs matplotlib)")
+    add("--out", type=Path, help="JSON file for all results")
     args = parser.parse_args(argv)
 
     known = {"tiny": TINY} if args.tiny else PRESETS
     args.known_engines = TINY_ENGINES if args.tiny else ENGINES
-    args.models, args.engines = args.models or list(known), args.engines or list(args.known_engines)
-    for given, there in ((args.models, known), (args.engines, args.known_engines)):
-        if wrong := set(given) - set(there):
-            parser.error(f"{', '.join(sorted(wrong))}: expected some of {', '.join(there)}")
+    args.models = args.models or list(known)
+    args.engines = args.engines or list(args.known_engines)
+    for selected, available in ((args.models, known), (args.engines, args.known_engines)):
+        if unknown := set(selected) - set(available):
+            parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(available)}")
     args.configs = {
         name: dataclasses.replace(known[name], compute_dtype="bfloat16") for name in args.models
     }
@@ -315,9 +331,9 @@ def parse(argv) -> argparse.Namespace:
 
 
 def print_floors(args) -> None:
-    """The floors in images/s: a line for every model and engine, a column for every batch."""
+    """Print the limits in images/s: a line per model and engine, a column per batch size."""
     bandwidth = 1e9 * (args.bandwidth or 2000)
-    print(f"images/s at {bandwidth / 1e9:.0f} GB/s, by the number of images at once")
+    print(f"images/s at {bandwidth / 1e9:.0f} GB/s, by batch size")
     print(f"{'':24}" + "".join(f"{images:>8}" for images in args.images))
     for name, config in args.configs.items():
         for engine_name in args.engines:
@@ -327,14 +343,15 @@ def print_floors(args) -> None:
 
 
 def main(argv=None) -> int:
+    """Measure or check, print the results and return the exit status."""
     args = parse(argv)
     if args.floors:
         print_floors(args)
         return 0
-    # XLA reads them when the first device is asked for.
+    # XLA reads the flags when JAX first accesses a device.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS[args.graphs]}".strip()
-    around = machine()
-    print(json.dumps(around), flush=True)
+    environment = machine()
+    print(json.dumps(environment), flush=True)
     if args.check:
         with jax.default_matmul_precision("highest"):
             return int(not check(args))
@@ -343,16 +360,17 @@ def main(argv=None) -> int:
     print(cells(*COLUMNS))
     results = measure(args, bandwidth)
     if args.trace:
-        config, engine = args.configs[args.models[0]], args.known_engines[args.engines[0]]
+        config = args.configs[args.models[0]]
+        engine = args.known_engines[args.engines[0]]
         params = random_params(in_float32(config))
         draw(params, config, args.images[0], engine).block_until_ready()
         with jax.profiler.trace(str(args.trace)):
             draw(params, config, args.images[0], engine).block_until_ready()
     if args.out:
-        everything = {"machine": around, "GB/s": bandwidth / 1e9, "results": results}
-        args.out.write_text(json.dumps(everything, indent=1) + "\n")
+        report = {"machine": environment, "GB/s": bandwidth / 1e9, "results": results}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        plot(results, args, f"{around['device']}, {bandwidth / 1e9:.0f} GB/s; tokens only")
+        plot(results, args, f"{environment['device']}, {bandwidth / 1e9:.0f} GB/s; tokens only")
     return 0
 
 

@@ -1,20 +1,20 @@
-"""From ImageNet's pictures to training batches: what each part of the way takes.
+"""Throughput of each step from ImageNet images to training batches.
 
 Example:
   python benchmarks/extraction.py --work /tmp/extraction --pictures 16 --examples 131072
 
-Files of ImageNet's layout and picture sizes are made in --work (0.3 GB; removed at the end), filled
-with random pictures, and measured one part at a time:
+Files with ImageNet's layout and image sizes are created in --work (0.3 GB; removed at the end) with
+random images. The steps are measured one at a time:
 
-  index     headers read from the tar of the training pictures, per second
+  index     headers read from the tar of the training images, per second
   decode    JPEGs read from it, decoded, resized and cropped, per second, by one thread and by all
   encode    views encoded by the f16 tokenizer with random weights, per second, on JAX's devices
-  write     a cache of random codes, GB/s with its checksums
-  open      the same, GB/s with its checksums compared
-  batches   examples drawn from it in training batches of 256, per second, from one cache and from a
+  write     writing a cache of random tokens, GB/s including its checksums
+  open      opening this cache, GB/s including verification of its checksums
+  batches   examples read from it in training batches of 256, per second, from one cache and from a
             mix of two
 
-Rates come with the hours, minutes or seconds that 1,281,167 pictures, or a cache of them, take.
+Rates are printed with the time that 1,281,167 images, or a cache of them, take.
 """
 
 import argparse
@@ -31,15 +31,18 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 from PIL import Image
 
-IMAGES, TOKENS, CODES = 1_281_167, 256, 16_384
-SIZE, QUALITY = (500, 375), 92  # about ImageNet's mean, 110 KB
+IMAGES = 1_281_167
+TOKENS = 256
+CODES = 16_384
+SIZE = (500, 375)
+QUALITY = 92  # of JPEG; gives about 110 KB, ImageNet's mean
 
 
 def random_jpeg(rng: np.random.Generator) -> bytes:
-    """A picture of coarse colours and fine noise."""
+    """Return a JPEG file of coarse colours and fine noise."""
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC))
     pixels = smooth + rng.normal(0, 12, (*smooth.shape[:2], 1))
@@ -49,7 +52,7 @@ def random_jpeg(rng: np.random.Generator) -> bytes:
 
 
 def write_tar(path: Path, rng: np.random.Generator) -> float:
-    """The training pictures' tar with two pictures per class; returns their mean size."""
+    """Write a tar of training images with two images per class; return their mean size in bytes."""
     from aim_jax.data.imagenet import wordnet_ids
 
     def add(archive, name, data):
@@ -70,14 +73,14 @@ def write_tar(path: Path, rng: np.random.Generator) -> float:
 
 
 def seconds(work) -> float:
-    """How long `work()` takes."""
+    """Return the seconds that `work()` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def measure_pictures(work: Path, pictures: int) -> dict[str, float]:
-    """Pictures per second of index, decode and encode."""
+    """Measure images per second of index, decode and encode."""
     import jax
 
     from aim_jax.data import ImageSpec, open_images, preprocess
@@ -86,10 +89,12 @@ def measure_pictures(work: Path, pictures: int) -> dict[str, float]:
     from aim_jax.weights.pretrained import Pretrained
     from aim_jax.weights.tokenizer import local_encoder
 
-    rng, tar = np.random.default_rng(0), work / "ILSVRC2012_img_train.tar"
-    print(f"{write_tar(tar, rng) / 1000:.0f} KB per picture of {SIZE[0]}x{SIZE[1]}", flush=True)
+    rng = np.random.default_rng(0)
+    tar = work / "ILSVRC2012_img_train.tar"
+    print(f"{write_tar(tar, rng) / 1000:.0f} KB per image of {SIZE[0]}x{SIZE[1]}", flush=True)
     rates = {"index": 2000 / seconds(lambda: open_images("imagenet2012", "train", work))}
-    source, spec = open_images("imagenet2012", "train", work), ImageSpec(256)
+    source = open_images("imagenet2012", "train", work)
+    spec = ImageSpec(256)
     load = lambda index: preprocess(source[index]["image"], spec)  # noqa: E731
     count = min(len(source), 20 * pictures)
     rates["decode, one thread"] = count / seconds(lambda: [load(i) for i in range(count)])
@@ -109,7 +114,7 @@ def measure_pictures(work: Path, pictures: int) -> dict[str, float]:
 
 
 def measure_cache(work: Path, views: int, examples: int) -> dict[str, float]:
-    """GB/s of writing and opening a cache of random codes, examples/s of batches from it."""
+    """Measure GB/s of writing and opening a cache of random tokens, and examples/s of batches."""
     from aim_jax.data import CacheWriter, TokenCache, token_batches
 
     rng = np.random.default_rng(0)
@@ -118,12 +123,12 @@ def measure_cache(work: Path, views: int, examples: int) -> dict[str, float]:
         class_names=map(str, range(1000)), views=map(str, range(views)), num_examples=examples,
     )  # fmt: skip
     size = len(writer.ranges[0])
-    codes = rng.integers(0, CODES, (size, views, TOKENS), dtype=np.uint16)
+    tokens = rng.integers(0, CODES, (size, views, TOKENS), dtype=np.uint16)
     labels = rng.integers(0, 1000, size, dtype=np.int32)
 
     def write():
         for shard, rows in enumerate(writer.ranges):
-            writer.write(shard, codes[: len(rows)], labels[: len(rows)])
+            writer.write(shard, tokens[: len(rows)], labels[: len(rows)])
 
     gigabytes = examples * (views * TOKENS * 2 + 4) / 1e9
     rates = {"write, GB/s": gigabytes / seconds(write)}
@@ -133,13 +138,13 @@ def measure_cache(work: Path, views: int, examples: int) -> dict[str, float]:
     for name, caches in (("batches", [cache]), ("batches, mixed", [cache, cache])):
         batches = token_batches(caches, 256, train=True)
         next(batches)
-        took = seconds(lambda batches=batches: [next(batches) for _ in range(100)])
-        rates[f"{name}, examples/s"] = 25_600 / took
+        elapsed = seconds(lambda batches=batches: [next(batches) for _ in range(100)])
+        rates[f"{name}, examples/s"] = 25_600 / elapsed
     return rates
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Format a duration in seconds, minutes or hours."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
@@ -147,12 +152,13 @@ def duration(seconds: float) -> str:
 
 
 def main(argv=None) -> int:
+    """Run the measurements and print the rates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="directory to make files in")
-    parser.add_argument("--pictures", type=int, default=16, help="pictures to encode")
-    parser.add_argument("--examples", type=int, default=131_072, help="examples of the caches")
+    parser.add_argument("--work", type=Path, required=True, help="directory for temporary files")
+    parser.add_argument("--pictures", type=int, default=16, help="images to encode")
+    parser.add_argument("--examples", type=int, default=131_072, help="examples per cache")
     args = parser.parse_args(argv)
     from benchmarks.decode_cpu import surroundings
 
@@ -163,11 +169,11 @@ def main(argv=None) -> int:
         for name, rate in measure_pictures(work, args.pictures).items():
             print(f"{name:28}{rate:12,.1f} /s  {duration(IMAGES / rate):>10}", flush=True)
         for views in (2, 10):
-            whole = IMAGES * (views * TOKENS * 2 + 4) / 1e9
-            print(f"{views} views: {whole:.2f} GB")
+            total = IMAGES * (views * TOKENS * 2 + 4) / 1e9
+            print(f"{views} views: {total:.2f} GB")
             for name, rate in measure_cache(work, views, args.examples).items():
-                took = (whole if "GB" in name else IMAGES) / rate
-                print(f"{name:28}{rate:12,.2f}     {duration(took):>10}", flush=True)
+                needed = (total if "GB" in name else IMAGES) / rate
+                print(f"{name:28}{rate:12,.2f}     {duration(needed):>10}", flush=True)
     finally:
         shutil.rmtree(work)
     return 0

@@ -1,11 +1,11 @@
-"""Does a model fit, and how long would it train? Models and accelerators, by compiling.
+"""Memory and training time of the models on accelerators, estimated by compilation.
 
 Example:
   python benchmarks/footprints.py --out docs/footprints.json   # an hour or two on two cores
-  python benchmarks/footprints.py --out docs/footprints.json --table   # the table of what is there
+  python benchmarks/footprints.py --out docs/footprints.json --table   # only print the table
 
-Runs aim-jax compile --search for every model and topology, and for some choices of what is
-recomputed and how tokens are chunked. What is in the file already is not compiled again.
+The program runs aim-jax compile --search for every model and topology, and for some choices of
+rematerialization, chunking and sharding. Entries already in the file are not compiled again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("aim_b", "aim_l", "aim_xl", "aim_1b")
 TOPOLOGIES = ("v5e-16", "v5e-64", "v5e-256", "v5p-32", "v6e-16", "8xA100-80G", "8xH100")
-# Per device, the images of one micro-batch to begin with; --search halves them until they fit.
+# Initial images per micro-batch and device; --search halves them until the step fits.
 START = {"aim_b": 32, "aim_l": 16, "aim_xl": 8, "aim_1b": 8}
 CHOICES = {
     "as configured": [],
@@ -33,20 +33,20 @@ CHOICES = {
 
 
 def compile_one(config: str, topology: str, options: list[str]) -> dict:
-    """The report of aim-jax compile."""
+    """Run aim-jax compile and return its report."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
             sys.executable, "-m", "aim_jax", "compile", "--config", config,
             "--topology", topology, "--images", "0", "--json", file.name, *options,
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode not in (0, 1) or not Path(file.name).stat().st_size:
-            sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if process.returncode not in (0, 1) or not Path(file.name).stat().st_size:
+            sys.exit(f"{' '.join(command)}\n{process.stderr[-2000:]}")
         return json.loads(Path(file.name).read_text())
 
 
 def jobs():
-    """Key, config, topology and options of every compilation."""
+    """Yield key, config, topology and options of every compilation."""
     chips = {"v5p-32": 16}
     for topology in TOPOLOGIES:
         count = chips.get(topology) or int("".join(filter(str.isdigit, topology.split("-")[-1])))
@@ -60,27 +60,28 @@ def jobs():
 
 
 def gib(size: float) -> str:
+    """Format bytes in GiB."""
     return f"{size / 2**30:.1f}"
 
 
 def row(report: dict) -> str:
-    """Cells of one report: memory, micro-batches, step, rate, MFU, device hours."""
-    found = report["training"]
-    if "refused" in found:
-        return f"does not fit: {found['refused'][:80]} | | | | |"
-    needed = found["arguments"] + found["temporaries"] + found["outputs"]
-    memory = f"{gib(needed)} of {gib(found['capacity'])}"
-    if not found["fits"]:
-        return f"**{memory}** | {found['accumulate']} | | | |"
+    """Format the cells of a report: memory, micro-batches, step, rate, MFU, device hours."""
+    training = report["training"]
+    if "refused" in training:
+        return f"does not fit: {training['refused'][:80]} | | | | |"
+    needed = training["arguments"] + training["temporaries"] + training["outputs"]
+    memory = f"{gib(needed)} of {gib(training['capacity'])}"
+    if not training["fits"]:
+        return f"**{memory}** | {training['accumulate']} | | | |"
     return (
-        f"{memory} | {found['accumulate']} | {found['seconds']:.2f} | "
-        f"{found['images_per_second']:.0f} | {found['mfu']:.0%} | "
-        f"{found['hours']:.0f} h, {found['hours'] * report['devices']:.0f}"
+        f"{memory} | {training['accumulate']} | {training['seconds']:.2f} | "
+        f"{training['images_per_second']:.0f} | {training['mfu']:.0%} | "
+        f"{training['hours']:.0f} h, {training['hours'] * report['devices']:.0f}"
     )
 
 
 def table(reports: dict) -> str:
-    """Markdown."""
+    """Format the reports as Markdown tables."""
     head = "GiB | micro-batches | s per step | images/s | MFU | recipe: hours, device hours"
     lines = [f"| | | {head} |", "|---|---|---|---|---|---|---|---|"]
     for topology in TOPOLOGIES:
@@ -96,12 +97,13 @@ def table(reports: dict) -> str:
 
 
 def main():
+    """Run the missing compilations and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, added to")
-    parser.add_argument("--only", default="", help="only compilations whose name contains this")
-    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to extend")
+    parser.add_argument("--only", default="", help="compile only entries whose name contains this")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     reports = json.loads(args.out.read_text()) if args.out.exists() else {}
     for key, config, topology, options in () if args.table else jobs():

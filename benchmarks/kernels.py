@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels ahead of time and prints what they take and what they could reach.
+"""Resources and modelled speed of the Triton kernels, from ahead-of-time compilation.
 
 Example:
   python benchmarks/kernels.py --model XL --images 1 64
@@ -30,23 +30,24 @@ EPILOG = """\
 example:
   python benchmarks/kernels.py --model XL --images 1 64
 
-No GPU is needed. Every kernel is traced at the shapes of a model, as it runs once per layer and
+No GPU is required. Each kernel is traced at the shapes of a model, as it runs once per layer and
 token (the sampler once per token, the prefills once per layer and prefix), compiled for each
-architecture, and assembled by the ptxas that comes with Triton. With guidance an image is two rows.
+architecture, and assembled by Triton's ptxas. With guidance, an image has two rows.
 
 columns of the first table:
-  registers, spill, shared   per thread; bytes spilled to memory per thread; bytes per program
-  occupancy                  share of an SM's warps that can be resident, by registers and shared
-  programs                   of one launch
-  MB                         bytes that one launch must move: every array once, of a cache its part
-                             (token caches: half full, the mean over an image)
+  registers, spill, shared   registers per thread; bytes spilled per thread; bytes per program
+  occupancy                  fraction of an SM's warps that can be resident, by registers and shared
+                             memory
+  programs                   programs per launch
+  MB                         data that one launch must move: every array once, and of a cache the
+                             part of one layer (token caches: half full, the mean over an image)
   us                         MB / bandwidth of the A100 (sm_80, 2.0 TB/s) or H200 (sm_90, 4.3 TB/s)
-and of the second, for one token of all images:
-  floor ms                   bfloat16 weights once, and the form's state or cache, at the bandwidth
-  modelled ms                weights once, and everything that the kernels move, at the bandwidth
-  images/s                   at most, by the model
+columns of the second table, for one token of all images:
+  floor ms                   time to move the bfloat16 weights once and the state or cache
+  modelled ms                time to move the weights once and all data of the kernels
+  images/s                   maximum rate by this model
 
-The exit status is 1 if a kernel spills.
+The exit status is 1 if a kernel spills registers.
 """
 
 BANDWIDTH = {80: 2.0e12, 90: 4.3e12}
@@ -55,9 +56,14 @@ SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One launch: the operation, its arguments by name, and the bytes it has to move.
+    """A kernel launch.
 
-    `cache_bytes` is the part of them that is the state, or the cache, of a Mamba-2 decode step.
+    Attributes:
+      name: name of the kernel and its cache dtype.
+      op: the operation.
+      arguments: arguments of the operation, by name.
+      bytes: bytes that the launch has to move.
+      cache_bytes: the part of `bytes` for the state or the cache of a Mamba-2 decode step.
     """
 
     name: str
@@ -69,7 +75,15 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says about one kernel."""
+    """Resources of a compiled kernel.
+
+    Attributes:
+      registers: registers per thread.
+      spill: bytes spilled per thread.
+      shared: bytes of shared memory per program.
+      warps: warps per program.
+      programs: programs per launch.
+    """
 
     registers: int
     spill: int
@@ -78,24 +92,30 @@ class Compiled:
     programs: int
 
     def occupancy(self, arch: int) -> float:
+        """Return the fraction of an SM's warps that can be resident."""
         by_registers = 65536 // (self.warps * 32 * -(-self.registers // 8) * 8)
         by_shared = SHARED_PER_SM[arch] // (self.shared + 1024)
         return min(min(by_registers, by_shared, 32) * self.warps / 64, 1.0)
 
 
 def nbytes(*arrays) -> int:
+    """Return the total size of arrays in bytes."""
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def cases(model: str, images: int) -> Iterator[Case]:
-    """Every kernel at the shapes of a preset, with bfloat16 activations and caches of inputs.
+    """Yield every kernel at the shapes of a preset, with bfloat16 activations and input caches.
 
     Args:
-      model: name of a preset. images: per batch, with guidance.
+      model: name of a preset.
+      images: images per batch, with guidance.
     """
     config = PRESETS[model]
-    layers, b, d = config.n_layer, 2 * images, config.d_model
-    v, tokens = config.vocab_size, config.num_tokens
+    layers = config.n_layer
+    b = 2 * images
+    d = config.d_model
+    v = config.vocab_size
+    tokens = config.num_tokens
     e, h, p, n, w = config.d_inner, config.n_heads, config.headdim, config.d_state, config.d_conv
     g = config.ngroups
     c = e + 2 * g * n
@@ -121,7 +141,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         "layer": scalar,
         "position": scalar,
     } | parameters
-    around = nbytes(*step.values()) / layers + nbytes(step["projected"]) + 2 * b * e
+    common_bytes = nbytes(*step.values()) / layers + nbytes(step["projected"]) + 2 * b * e
 
     def stacked(dtype):
         return jax.ShapeDtypeStruct((layers, b, h, p, n), dtype)
@@ -130,7 +150,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         cache = 2 * nbytes(stacked(dtype)) / layers
         arguments = step | {"state": stacked(dtype)}
         name = f"mamba2_step {dtype}"
-        return Case(name, kernels.mamba2_step, arguments, around + cache, cache)
+        return Case(name, kernels.mamba2_step, arguments, common_bytes + cache, cache)
 
     yield mamba2("float32")
     yield mamba2("bfloat16")
@@ -141,7 +161,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
         "log_decay": full(layers, b, tokens, h),
     }
     cache = nbytes(*caches.values()) / layers / 2
-    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, around + cache, cache)
+    yield Case("dual_step bfloat16", kernels.dual_step, step | caches, common_bytes + cache, cache)
 
     modulation = {
         "hidden": half(b, d),
@@ -173,7 +193,8 @@ def cases(model: str, images: int) -> Iterator[Case]:
     yield Case("ssd_prefill", kernels.ssd_prefill, scan, moved)
 
     # Mamba-1 at the same widths; its published state size is 16.
-    n, r = 16, config.dt_rank
+    n = 16
+    r = config.dt_rank
     conv = {
         "projected": half(b, 2 * e),
         "conv_cache": half(layers, b, w, e),
@@ -212,17 +233,18 @@ def cases(model: str, images: int) -> Iterator[Case]:
 
 
 def find_launch(op, arguments: dict) -> tuple:
-    """The single kernel call that `op` traces to: its parameters and argument types."""
+    """Trace `op` and return the parameters and argument types of its single kernel call."""
     jaxpr = jax.make_jaxpr(lambda a: op(**a))(arguments)
     (call,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "triton_kernel_call")
     return call.params, [get_triton_type(x.aval) for x in (*call.invars, *call.outvars)]
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
-    """Compiles a launch as jax-triton would, and assembles it.
+    """Compile a launch like jax-triton and assemble it.
 
     Args:
-      case: see `cases`. arch: 80 or 90.
+      case: see `cases`.
+      arch: compute capability, 80 or 90.
     """
     call, types = find_launch(case.op, case.arguments)
     fn = call["fn"]
@@ -250,34 +272,48 @@ def compile_case(case: Case, arch: int) -> Compiled:
 
 
 def weight_bytes(config: AiMConfig) -> int:
-    """bfloat16 weights that a token reads once: projections of every layer, and the head."""
-    e, gn = config.d_inner, config.ngroups * config.d_state
+    """Return the bytes of the bfloat16 weights read per token: projections and head."""
+    e = config.d_inner
+    gn = config.ngroups * config.d_state
     layer = config.d_model * (3 * e + 2 * gn + config.n_heads)
     return 2 * (config.n_layer * layer + config.vocab_size * config.d_model)
 
 
 def row(*cells) -> str:
+    """Format cells as a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print both tables and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=PRESETS, default="B", help="shapes (default: B)")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], metavar="N")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(BANDWIDTH))
+    parser.add_argument("--model", choices=PRESETS, default="B", help="model (default: B)")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[1, 64], metavar="N", help="batch sizes (1 64)"
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[80, 90],
+        choices=sorted(BANDWIDTH),
+        help="compute capabilities (80 90)",
+    )
     args = parser.parse_args(argv)
     config = PRESETS[args.model]
-    # jax-triton empties the variable, and Triton would then keep its cache in the current folder.
+    # jax-triton clears this variable, and Triton would then write its cache into the current
+    # directory.
     knobs.cache.dir = tempfile.mkdtemp()
 
     names = ("kernel", "arch", "registers", "spill", "shared", "warps", "occupancy", "programs")
     print(row("model", "images", *names, "MB", "us"), row(*["---"] * 12), sep="\n")
-    spilled, totals = False, []
+    spilled = False
+    totals = []
     for images in args.images:
-        found = {case.name: case for case in cases(args.model, images)}
-        for case in found.values():
+        launches = {case.name: case for case in cases(args.model, images)}
+        for case in launches.values():
             for arch in args.arch:
                 kernel = compile_case(case, arch)
                 spilled |= kernel.spill > 0
@@ -291,13 +327,14 @@ def main(argv: list[str] | None = None) -> int:
                     ),
                     flush=True,
                 )  # fmt: skip
-        weights, layers = weight_bytes(config), config.n_layer
-        for name, form in found.items():
-            if not form.cache_bytes:
+        weights = weight_bytes(config)
+        layers = config.n_layer
+        for name, step in launches.items():
+            if not step.cache_bytes:
                 continue
-            floor = weights + layers * form.cache_bytes
-            moved = layers * (form.bytes + found["add_norm_modulate"].bytes)
-            moved += weights + found["sample"].bytes
+            floor = weights + layers * step.cache_bytes
+            moved = layers * (step.bytes + launches["add_norm_modulate"].bytes)
+            moved += weights + launches["sample"].bytes
             for arch in args.arch:
                 ms = [1e3 * amount / BANDWIDTH[arch] for amount in (floor, moved)]
                 rate = images / (config.num_tokens * ms[1] / 1e3)

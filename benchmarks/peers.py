@@ -1,21 +1,22 @@
-"""What decode_cpu.py measures against, in PyTorch, and the proof that it computes the same.
+"""PyTorch peers of decode_cpu.py, and a check that they compute the same as the library.
 
 Example:
   python benchmarks/peers.py --size B
 
-OfficialAiM   the official mixer's single step, operator by operator
-TunedAiM      the same function as fast as eager PyTorch goes on a CPU
+OfficialAiM   the decode step of the official mixer, operator by operator
+TunedAiM      the same function, tuned for eager PyTorch on a CPU
 HuggingFace   transformers' Mamba2ForCausalLM with the sizes of an AiM
 LlamaGen      a transformer of LlamaGen-B's shape with a key-value cache
-VQDecoder     the tokenizer's decoder
+VQDecoder     the decoder of the tokenizer
 
-The first two and the last load the weights that the library loads (random ones, under official
-keys); the program compares their logits and pictures with the library's and ends with status 1
-where they differ by more than 1e-4 of the largest value. The other two hold random weights of their
-own; stepping through a sequence is compared with reading it at once.
+The first two and the last load the same weights as the library (random, under official keys). The
+program compares their logits and images with those of the library, and exits with status 1 if they
+differ by more than 1e-4 of the largest value. The other two have random weights of their own; for
+them, stepping through a sequence is compared with a single pass over it.
 
-In the official models' favour: class modulation, which they compute anew in every step, is computed
-once per image here; and they draw tokens for the unguided rows too, only to drop them.
+Two simplifications favour the official models: class modulation, which they recompute in every
+step, is computed once per image here; and tokens are not sampled for the unguided rows, which the
+official sampler does and discards.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel
 from aim_jax.sampling import logits as filters
 from aim_jax.weights import convert
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
 from benchmarks.conversion import random_weights
 
@@ -40,7 +41,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peers are PyTorch: pip install 'aim_jax[torch]'")
+    sys.exit("The peers require PyTorch; run pip install 'aim_jax[torch]'.")
 
 TOLERANCE = 1e-4
 SIZES = PRESETS | {
@@ -53,22 +54,23 @@ VQ_SIZES = dict.fromkeys(PRESETS, VQConfig()) | {
 
 
 def as_torch(weights: dict[str, np.ndarray]) -> dict:
+    """Convert NumPy arrays to tensors that share their memory."""
     return {key: torch.from_numpy(tensor) for key, tensor in weights.items()}
 
 
 def with_null(labels, num_classes: int):
-    """Labels (b,) -> (2 b,): the images' classes, then as many null classes."""
+    """Append a null class per image to labels (b,), as (2 b,)."""
     labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
     return torch.cat([labels, torch.full_like(labels, num_classes)])
 
 
 def draw(logits, top_k: int, top_p: float):
-    """Tokens (b,) of logits (b, v) as the official sampler draws them: top-k, top-p, draw."""
+    """Sample tokens (b,) from logits (b, v) like the official sampler: top-k, top-p, draw."""
     return torch.multinomial(torch.softmax(filter_logits(logits, top_k, top_p), dim=-1), 1)[:, 0]
 
 
 def filter_logits(logits, top_k: int, top_p: float):
-    """logits (b, v) with those outside the k largest, then outside the nucleus, at -inf."""
+    """Set logits (b, v) outside the k largest, then outside the nucleus, to -inf."""
     smallest = torch.topk(logits, top_k).values[:, -1:]
     logits = logits.masked_fill(logits < smallest, -math.inf)
     ordered, order = torch.sort(logits, dim=-1)
@@ -78,9 +80,12 @@ def filter_logits(logits, top_k: int, top_p: float):
 
 
 def nucleus(logits, top_k: int, top_p: float):
-    """`filter_logits` without sorting the vocabulary: (probabilities (b, k), their tokens (b, k)).
+    """Filter logits like `filter_logits`, but without sorting the vocabulary.
 
-    Of logits that tie for place k it keeps k, not all.
+    If logits tie at the k-th place, only k tokens are kept.
+
+    Returns:
+      Probabilities (b, k), not normalized, and their tokens (b, k).
     """
     largest, tokens = torch.topk(logits, top_k)
     probs = torch.softmax(largest, dim=-1)
@@ -90,59 +95,69 @@ def nucleus(logits, top_k: int, top_p: float):
 
 
 def tuned_draw(logits, top_k: int, top_p: float):
-    """Tokens (b,) of logits (b, v), distributed as those of `draw`."""
+    """Sample tokens (b,) from logits (b, v), with the distribution of `draw`."""
     probs, tokens = nucleus(logits, top_k, top_p)
     return tokens.gather(1, torch.multinomial(probs, 1))[:, 0]
 
 
 def generate(peer, steps: int, *, scale=5.0, top_k=600, top_p=0.98, first: int = 0):
-    """Draws codes (b, steps) by classifier-free guidance; the rows of the peer are `with_null`.
+    """Sample tokens (b, steps) with classifier-free guidance; the rows of the peer are `with_null`.
 
     Args:
-      peer: has `reset()`, `step(tokens, index)` -> logits and `draw`.
+      peer: has `reset()`, `step(tokens, index)` -> logits, and `draw`.
+      steps: number of tokens.
+      scale: guidance scale.
+      top_k: see `filter_logits`.
+      top_p: see `filter_logits`.
       first: index of the first step.
     """
     with torch.inference_mode():
         peer.reset()
-        tokens, drawn = None, []
+        tokens = None
+        sampled = []
         for index in range(first, first + steps):
             guided, unguided = peer.step(tokens, index).chunk(2)
             token = peer.draw(unguided + (guided - unguided) * scale, top_k, top_p)
-            drawn.append(token)
+            sampled.append(token)
             tokens = torch.cat([token, token])
-        return torch.stack(drawn, dim=1)
+        return torch.stack(sampled, dim=1)
 
 
 def rms_norm(x, weight, eps: float):
+    """Apply RMSNorm over the last axis."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 class AiMPeer:
-    """What both AiM peers share: inputs, modulation, order of the rows.
+    """Base of both AiM peers: inputs, modulation, order of the rows.
 
     Attributes:
       w: tensors by official key, without the prefix of the backbone.
-      labels: class of every row.
+      labels: class of each row.
     """
 
     prefix = "mamba.backbone."
 
     def __init__(self, weights: dict, config: AiMConfig, labels):
         if config.mixer != "mamba2" or config.ngroups != 1 or config.d_intermediate:
-            raise ValueError("The peers are Mamba-2 with one SSM group and without MLPs.")
+            raise ValueError("the peers support only Mamba-2 with one SSM group and without MLPs.")
         self.w = {key.removeprefix(self.prefix): tensor for key, tensor in weights.items()}
-        self.cfg, self.labels = config, labels
+        self.cfg = config
+        self.labels = labels
         self.table = self.w["embeddings.word_embeddings.weight"]
 
     def embed(self, tokens, index: int):
-        """Input (rows, d) of step `index`: the class, or the token drawn before."""
+        """Return the input (rows, d) of step `index`: the class, or the previous token."""
         if tokens is None:
             return self.w["cls_embed.embedding_table.weight"][self.labels]
         row = index - 1 + self.cfg.position_offset
         return self.table[tokens] + self.w["embeddings.position_embeddings.weight"][row]
 
     def modulation(self):
-        """(shift, scale, gate) of every layer, and (shift, scale) of the last one: (rows, d)."""
+        """Return (shift, scale, gate) of every layer and (shift, scale) of the final layer.
+
+        Each of them is (rows, d).
+        """
         c = F.silu(self.w["cls_embed.embedding_table.weight"][self.labels])
 
         def adaln(name):
@@ -159,10 +174,12 @@ class AiMPeer:
 
 
 class OfficialAiM(AiMPeer):
-    """The official decode step in eager PyTorch: rolled windows, einsums, a new state each time."""
+    """Official decode step in eager PyTorch: rolled windows, einsums, a new state in each step."""
 
     def reset(self) -> None:
-        cfg, rows = self.cfg, len(self.labels)
+        """Set windows and states to zero."""
+        cfg = self.cfg
+        rows = len(self.labels)
         self.layers, self.last = self.modulation()
         channels = cfg.d_inner + 2 * cfg.d_state
         state = (rows, cfg.n_heads, cfg.headdim, cfg.d_state)
@@ -172,9 +189,11 @@ class OfficialAiM(AiMPeer):
     draw = staticmethod(draw)
 
     def step(self, tokens, index: int):
-        """tokens (rows,), None at first -> logits (rows, v)."""
-        w, eps = self.w, self.cfg.norm_eps
-        hidden, residual = self.embed(tokens, index), 0.0
+        """Return logits (rows, v) after tokens (rows,), or after the class if tokens is None."""
+        w = self.w
+        eps = self.cfg.norm_eps
+        hidden = self.embed(tokens, index)
+        residual = 0.0
         for i, (shift, scale, gate) in enumerate(self.layers):
             residual = residual + hidden
             x = rms_norm(residual, w[f"layers.{i}.norm.weight"], eps) * (1 + scale) + shift
@@ -185,8 +204,12 @@ class OfficialAiM(AiMPeer):
         return F.linear(x * (1 + scale) + shift, self.table)
 
     def mix(self, i: int, x):
-        cfg, window, state = self.cfg, self.windows[i], self.states[i]
-        n, e = cfg.d_state, cfg.d_inner
+        """Apply the mixer of layer i to x (rows, d)."""
+        cfg = self.cfg
+        window = self.windows[i]
+        state = self.states[i]
+        n = cfg.d_state
+        e = cfg.d_inner
         w = {k: self.w[f"layers.{i}.mixer.{k}"] for k in ("dt_bias", "A_log", "D", "norm.weight")}
         kernel, bias = (self.w[f"layers.{i}.mixer.conv1d.{k}"] for k in ("weight", "bias"))
         packed = F.linear(x, self.w[f"layers.{i}.mixer.in_proj.weight"])
@@ -208,17 +231,20 @@ class OfficialAiM(AiMPeer):
 
 
 def project_rows(x, weight, out):
+    """Compute x W^T into `out`."""
     torch.mm(x, weight.T, out=out)
 
 
 def project_columns(x, weight, out):
+    """Compute x W^T into `out` as the transpose of W x^T."""
     out.copy_(torch.mm(weight, x.T).T)
 
 
 def faster_projection(weights: list, rows: int):
-    """The faster of two ways to write x W^T, measured over weights that no cache holds."""
+    """Return the faster implementation of x W^T, measured over weights larger than the caches."""
     best = dict.fromkeys((project_rows, project_columns), math.inf)
-    x, out = torch.zeros(rows, weights[0].shape[1]), torch.empty(rows, weights[0].shape[0])
+    x = torch.zeros(rows, weights[0].shape[1])
+    out = torch.empty(rows, weights[0].shape[0])
     for _ in range(4):
         for project in best:
             start = time.perf_counter()
@@ -229,16 +255,17 @@ def faster_projection(weights: list, rows: int):
 
 
 class TunedAiM(AiMPeer):
-    """The decode step of `OfficialAiM` made for the memory of a CPU, without leaving eager PyTorch.
+    """Decode step of `OfficialAiM`, tuned for the memory of a CPU within eager PyTorch.
 
-    The state is updated in place, one row after the other, so that the three passes over a row meet
-    it in the cache. Convolution windows are a ring of the last projections, which nothing moves.
+    The state is updated in place, row by row, so that a row stays in the cache for its three
+    passes. Convolution windows are a ring of the latest projections, which are never moved.
     Constants are folded: norm weights into modulation and output projection, A and the taps.
     """
 
     def __init__(self, weights: dict, config: AiMConfig, labels):
         super().__init__(weights, config, labels)
-        w, rows = self.w, len(labels)
+        w = self.w
+        rows = len(labels)
         e, n, h, p = config.d_inner, config.d_state, config.n_heads, config.headdim
         self.mixers = []
         for i in range(config.n_layer):
@@ -251,13 +278,15 @@ class TunedAiM(AiMPeer):
                      ring=torch.zeros(config.d_conv, rows, 2 * e + 2 * n + h),
                      state=torch.zeros(rows, h, p, n))
             )  # fmt: skip
-        self.y, self.out = torch.empty(rows, e), torch.empty(rows, config.d_model)
+        self.y = torch.empty(rows, e)
+        self.out = torch.empty(rows, config.d_model)
         self.logits = torch.empty(rows, config.vocab_size)
         self.project = faster_projection([m["into"] for m in self.mixers], rows)
 
     draw = staticmethod(tuned_draw)
 
     def reset(self) -> None:
+        """Set rings and states to zero and compute the modulation."""
         for mixer in self.mixers:
             mixer["ring"].zero_()
             mixer["state"].zero_()
@@ -270,8 +299,12 @@ class TunedAiM(AiMPeer):
         self.last = shift, self.w["final_layer.norm_final.weight"] * (1 + scale)
 
     def step(self, tokens, index: int):
-        """tokens (rows,), None at first -> logits (rows, v), overwritten by the next step."""
-        shape, eps = (self.cfg.d_model,), self.cfg.norm_eps
+        """Return logits (rows, v) after tokens (rows,), or after the class if tokens is None.
+
+        The next step overwrites the logits.
+        """
+        shape = (self.cfg.d_model,)
+        eps = self.cfg.norm_eps
         residual = self.embed(tokens, index)
         for mixer, (shift, scale, gate) in zip(self.mixers, self.layers, strict=True):
             x = torch.addcmul(shift, F.rms_norm(residual, shape, eps=eps), scale)
@@ -283,10 +316,13 @@ class TunedAiM(AiMPeer):
         return self.logits
 
     def mix(self, m: dict, x, slot: int):
-        cfg, ring = self.cfg, m["ring"]
+        """Apply a mixer to x (rows, d), whose projection goes into a slot of the ring."""
+        cfg = self.cfg
+        ring = m["ring"]
         e, n, h, p = cfg.d_inner, cfg.d_state, cfg.n_heads, cfg.headdim
         self.project(x, m["into"], ring[slot])
-        z, dt = ring[slot, :, :e], ring[slot, :, -h:]
+        z = ring[slot, :, :e]
+        dt = ring[slot, :, -h:]
         xbc = m["bias"]
         for age, tap in enumerate(reversed(m["taps"].unbind())):
             xbc = torch.addcmul(xbc, ring[slot - age, :, e:-h], tap)
@@ -305,7 +341,10 @@ class TunedAiM(AiMPeer):
 
 
 class HuggingFace:
-    """transformers' Mamba-2 language model with the sizes of an AiM, random weights, no classes."""
+    """Mamba-2 language model of transformers with the sizes of an AiM and random weights.
+
+    It has no class conditioning.
+    """
 
     draw = staticmethod(draw)
 
@@ -323,24 +362,25 @@ class HuggingFace:
         ).eval()  # fmt: skip
 
     def reset(self) -> None:
+        """Clear the cache."""
         self.cache = None
 
     def step(self, tokens, index: int):
-        """tokens (rows,), None at first -> logits (rows, v)."""
+        """Return logits (rows, v) after tokens (rows,), or after token 0 if tokens is None."""
         tokens = torch.zeros(self.rows, dtype=torch.long) if tokens is None else tokens
         out = self.model(tokens[:, None], cache_params=self.cache, use_cache=True)
         self.cache = out.cache_params
         return out.logits[:, 0]
 
     def forward(self, tokens):
-        """tokens (rows, l) -> logits (rows, l + 1, v): those of `step`, by one pass."""
+        """Return the logits (rows, l + 1, v) of `step` for tokens (rows, l), in a single pass."""
         tokens = F.pad(tokens, (1, 0))  # `step` starts with token 0
         return self.model(tokens, use_cache=False).logits
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaGenConfig:
-    """Shape of a LlamaGen (arXiv 2406.06525); the defaults are LlamaGen-B at 256 pixels."""
+    """Sizes of a LlamaGen (arXiv 2406.06525); the defaults are LlamaGen-B at 256 pixels."""
 
     vocab_size: int = 16384
     num_classes: int = 1000
@@ -358,61 +398,77 @@ SMALL_LLAMAGEN = LlamaGenConfig(
 
 
 class LlamaGen:
-    """Class token and codes through SwiGLU blocks with 2D rotary positions; random weights."""
+    """Transformer of SwiGLU blocks with 2D rotary positions and random weights.
+
+    Its inputs are a class token and image tokens.
+    """
 
     draw = staticmethod(tuned_draw)
 
     def __init__(self, config: LlamaGenConfig, labels):
-        cfg, d = config, config.d_model
-        self.cfg, self.labels = config, labels
+        cfg = config
+        d = config.d_model
+        self.cfg = config
+        self.labels = labels
 
         def random(*shape):
             return torch.randn(shape) * 0.02
 
-        self.classes, self.table = random(cfg.num_classes + 1, d), random(cfg.vocab_size, d)
-        self.head, self.norm = random(cfg.vocab_size, d), torch.ones(d)
+        self.classes = random(cfg.num_classes + 1, d)
+        self.table = random(cfg.vocab_size, d)
+        self.head = random(cfg.vocab_size, d)
+        self.norm = torch.ones(d)
         self.layers = [
             dict(qkv=random(3 * d, d), out=random(d, d), up=random(2 * cfg.hidden, d),
                  down=random(d, cfg.hidden), norm1=torch.ones(d), norm2=torch.ones(d))
             for _ in range(cfg.n_layer)
         ]  # fmt: skip
         self.cos, self.sin = self.rotations()
-        length, head = cfg.grid**2, d // cfg.n_heads
+        length = cfg.grid**2
+        head = d // cfg.n_heads
         self.cache = torch.zeros(cfg.n_layer, 2, len(labels), cfg.n_heads, length, head)
 
     def rotations(self):
-        """cos and sin (positions, head / 2): half the angles count rows, half columns."""
+        """Return cos and sin (positions, head / 2): half the angles encode rows, half columns."""
         quarter = self.cfg.d_model // self.cfg.n_heads // 4
         frequencies = 10000.0 ** -(torch.arange(quarter) / quarter)
         angles = torch.arange(self.cfg.grid)[:, None] * frequencies
-        rows, columns = angles.repeat_interleave(self.cfg.grid, 0), angles.repeat(self.cfg.grid, 1)
+        rows = angles.repeat_interleave(self.cfg.grid, 0)
+        columns = angles.repeat(self.cfg.grid, 1)
         angles = torch.cat([rows, columns], dim=1)
-        angles = torch.cat([torch.zeros(1, 2 * quarter), angles])[:-1]  # the class is not turned
+        angles = torch.cat([torch.zeros(1, 2 * quarter), angles])[:-1]  # the class is not rotated
         return angles.cos(), angles.sin()
 
     def turn(self, x, start: int, length: int):
-        """Rotates pairs of x (rows, heads, l, head) by the angles of positions start, ..."""
+        """Rotate pairs of x (rows, heads, l, head) by the angles of the positions from `start`."""
         cos, sin = (table[start : start + length] for table in (self.cos, self.sin))
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
     def reset(self) -> None:
+        """Set the cache to zero."""
         self.cache.zero_()
 
     def step(self, tokens, index: int):
-        """tokens (rows,), None at first -> logits (rows, v)."""
+        """Return logits (rows, v) after tokens (rows,), or after the class if tokens is None."""
         x = self.classes[self.labels] if tokens is None else self.table[tokens]
         return self.run(x[:, None], index)[:, 0]
 
     def forward(self, tokens):
-        """tokens (rows, l) -> logits (rows, l + 1, v): those of `step`, by one pass."""
+        """Return the logits (rows, l + 1, v) of `step` for tokens (rows, l), in a single pass."""
         self.reset()
         return self.run(torch.cat([self.classes[self.labels][:, None], self.table[tokens]], 1), 0)
 
     def run(self, x, start: int):
-        """Inputs (rows, l, d) at positions start, ... -> logits; l > 1 only at position 0."""
-        cfg, length = self.cfg, x.shape[1]
-        shape, eps, end = (cfg.d_model,), cfg.norm_eps, start + length
+        """Return logits (rows, l, v) for inputs (rows, l, d) from position `start` on.
+
+        l > 1 is supported only with start = 0.
+        """
+        cfg = self.cfg
+        length = x.shape[1]
+        shape = (cfg.d_model,)
+        eps = cfg.norm_eps
+        end = start + length
         for layer, cache in zip(self.layers, self.cache, strict=True):
             qkv = F.linear(F.rms_norm(x, shape, layer["norm1"], eps), layer["qkv"])
             q, k, v = qkv.unflatten(-1, (3, cfg.n_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -428,10 +484,10 @@ class LlamaGen:
 
 
 class VQDecoder:
-    """The tokenizer's decoder on tensors by official key.
+    """Decoder of the tokenizer on tensors by official key.
 
     Attributes:
-      memory_format: layout of weights and activations.
+      memory_format: memory layout of weights and activations.
     """
 
     def __init__(self, weights: dict, config: VQConfig, memory_format=None):
@@ -449,13 +505,14 @@ class VQDecoder:
             self.codebook = F.normalize(self.codebook, dim=-1)
 
     def __call__(self, tokens):
-        """tokens (b, t) of a square grid -> uint8 images (b, H, W, c)."""
+        """Decode tokens (b, t) of a square grid into uint8 images (b, H, W, c)."""
         images = self.decode(tokens)
         return ((images + 1) * 127.5).clamp_(0, 255).round_().to(torch.uint8)
 
     def decode(self, tokens):
-        """tokens (b, t) of a square grid -> images (b, H, W, c), not clipped."""
-        side, levels = math.isqrt(tokens.shape[1]), len(self.cfg.ch_mult)
+        """Decode tokens (b, t) of a square grid into images (b, H, W, c) that are not clipped."""
+        side = math.isqrt(tokens.shape[1])
+        levels = len(self.cfg.ch_mult)
         with torch.inference_mode():
             x = self.codebook[tokens].unflatten(1, (side, side)).permute(0, 3, 1, 2)
             x = x.contiguous(memory_format=self.memory_format)
@@ -476,19 +533,23 @@ class VQDecoder:
             return x.permute(0, 2, 3, 1)
 
     def conv(self, name: str, x):
+        """Apply a convolution with "same" padding."""
         weight = self.w[f"{name}.weight"]
         return F.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2)
 
     def norm(self, name: str, x):
+        """Apply a group norm with 32 groups."""
         return F.group_norm(x, 32, self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps=1e-6)
 
     def resnet(self, name: str, x):
+        """Apply a residual block."""
         h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
         h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
         shortcut = f"{name}.nin_shortcut"
         return h + (self.conv(shortcut, x) if f"{shortcut}.weight" in self.w else x)
 
     def attention(self, name: str, x):
+        """Apply a self-attention block over all positions."""
         h = self.norm(f"{name}.norm", x)
         q, k, v = (self.conv(f"{name}.{part}", h).flatten(2) for part in "qkv")
         weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(x.shape[1]), dim=-1)
@@ -497,13 +558,14 @@ class VQDecoder:
 
 
 def relative_error(actual, expected) -> float:
-    """Largest difference over the largest magnitude."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
+    """Return the largest difference over the largest expected magnitude."""
+    actual = np.asarray(actual)
+    expected = np.asarray(expected)
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def stepped(peer, codes):
-    """Logits (rows, l + 1, v) of a peer that is fed codes (rows, l)."""
+    """Return the logits (rows, l + 1, v) of a peer that steps through tokens (rows, l)."""
     with torch.inference_mode():
         peer.reset()
         inputs = [None, *codes.unbind(1)]
@@ -511,15 +573,16 @@ def stepped(peer, codes):
 
 
 def check_aim(config: AiMConfig, peers=(OfficialAiM, TunedAiM), length: int = 7) -> dict:
-    """Errors of the AiM peers' logits, by name, against the library's own at random codes."""
-    weights, rng = random_weights(config), np.random.default_rng(1)
+    """Return relative errors of the AiM peers' logits at random tokens against the library."""
+    weights = random_weights(config)
+    rng = np.random.default_rng(1)
     labels = with_null([config.num_classes // 5, config.num_classes - 1], config.num_classes)
-    codes = rng.integers(0, config.vocab_size, (len(labels), length + 1))
+    tokens = rng.integers(0, config.vocab_size, (len(labels), length + 1))
     params = convert.convert_aim(weights, config)
     apply = jax.jit(AiM(config).apply)
     with jax.default_matmul_precision("highest"):
-        expected = apply({"params": params}, codes, labels.numpy())
-    inputs = torch.from_numpy(codes[:, :-1])
+        expected = apply({"params": params}, tokens, labels.numpy())
+    inputs = torch.from_numpy(tokens[:, :-1])
     return {
         peer.__name__: relative_error(
             stepped(peer(as_torch(weights), config, labels), inputs), expected
@@ -529,7 +592,7 @@ def check_aim(config: AiMConfig, peers=(OfficialAiM, TunedAiM), length: int = 7)
 
 
 def check_vq(config: VQConfig, side: int = 8) -> dict:
-    """Error of the decoder's pictures in both layouts, by name."""
+    """Return relative errors of the decoder's images in both memory layouts, by name."""
     weights = random_weights(config)
     tokens = np.random.default_rng(1).integers(0, config.n_embed, (1, side**2))
     params = {"params": convert.convert_vq(weights, config)}
@@ -546,13 +609,13 @@ def check_vq(config: VQConfig, side: int = 8) -> dict:
 
 
 def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> dict:
-    """Errors of the filtered probabilities against the library's."""
+    """Return relative errors of the filtered probabilities against the library, by name."""
     top_k = min(top_k, vocab // 2)
     logits = 3 * np.random.default_rng(1).standard_normal((4, vocab), np.float32)
     expected = jax.nn.softmax(filters.filter_logits(logits, top_k, top_p))
     logits = torch.from_numpy(logits)
-    kept, tokens = nucleus(logits, top_k, top_p)
-    probs = torch.zeros_like(logits).scatter(1, tokens, kept / kept.sum(1, keepdim=True))
+    weights, tokens = nucleus(logits, top_k, top_p)
+    probs = torch.zeros_like(logits).scatter(1, tokens, weights / weights.sum(1, keepdim=True))
     official = torch.softmax(filter_logits(logits, top_k, top_p), dim=-1)
     return {
         "draw": relative_error(official, expected),
@@ -561,15 +624,15 @@ def check_sampler(vocab: int = 16384, top_k: int = 600, top_p: float = 0.98) -> 
 
 
 def check_cached(peer, vocab: int, rows: int, length: int = 7) -> dict:
-    """Error of a peer's steps against its own single pass over the sequence."""
-    codes = torch.from_numpy(np.random.default_rng(1).integers(0, vocab, (rows, length)))
+    """Return the relative error of a peer's steps against its single pass over a sequence."""
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, vocab, (rows, length)))
     with torch.inference_mode():
-        error = relative_error(stepped(peer, codes), peer.forward(codes))
+        error = relative_error(stepped(peer, tokens), peer.forward(tokens))
     return {type(peer).__name__: error}
 
 
 def check(size: str) -> dict[str, float]:
-    """Errors of every peer that can be built, by name."""
+    """Return relative errors by name for every peer that can be built."""
     config = SIZES[size]
     errors = check_aim(config) | check_sampler(config.vocab_size) | check_vq(VQ_SIZES[size])
     llama = LlamaGenConfig() if size == "B" else SMALL_LLAMAGEN
@@ -578,11 +641,12 @@ def check(size: str) -> dict[str, float]:
     try:
         errors |= check_cached(HuggingFace(config, 2), config.vocab_size, 2)
     except ImportError as error:
-        print(f"HuggingFace is left out: {error}")
+        print(f"skipping HuggingFace: {error}")
     return errors
 
 
 def main(argv=None) -> int:
+    """Run the checks, print the errors and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

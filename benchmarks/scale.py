@@ -1,12 +1,12 @@
-"""How a training step grows with batch, tokens, width, depth and devices: fits and a plot.
+"""Scaling of a training step with batch, tokens, width, depth and devices: fits and a plot.
 
 Example:
   python benchmarks/scale.py --plot docs/scaling.png --out scale.json
 
-One property at a time is changed of a small model (below). Time is that of the processor, all
-cores together, so that other programs matter less; on an accelerator it is the time by the clock.
-Memory is what the compiled step needs beside its arguments. With simulated devices the bytes that
-one device sends are read from the compiled step. A fit is the slope of log against log.
+One property of a small model (below) is changed at a time. On CPU, time is processor time summed
+over all cores, so that other programs matter less; on an accelerator it is wall-clock time. Memory
+is the temporary memory of the compiled step, without its arguments. The bytes that one device sends
+are read from a step compiled for simulated devices. A fit is the slope of log against log.
 """
 
 import argparse
@@ -45,6 +45,7 @@ ARRANGEMENTS = {
 
 
 def setup_of(model: AiMConfig, batch: int, devices: int = 1, mesh: Mapping = {}) -> train.Setup:
+    """Return the setup of a training of a model."""
     config = aim_defaults()
     config.batch_size = batch
     config.model.update(dataclasses.asdict(model))
@@ -53,36 +54,37 @@ def setup_of(model: AiMConfig, batch: int, devices: int = 1, mesh: Mapping = {})
 
 
 def measure(model: AiMConfig, batch: int) -> dict:
-    """Seconds per step (the least of three) and bytes of temporary memory."""
+    """Measure seconds per step (the minimum of three) and bytes of temporary memory."""
     setup = setup_of(model, batch)
     compiled = setup.train_step.lower(*setup.abstract_arguments()).compile()
     state = train.create_sharded(setup.new_state, setup.mesh, setup.rules)
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, model.vocab_size, (batch, model.num_tokens)).astype(np.int32)
-    data = loop.shard_batch({"codes": codes, "labels": np.zeros(batch, np.int32)}, setup.mesh)
+    tokens = rng.integers(0, model.vocab_size, (batch, model.num_tokens)).astype(np.int32)
+    data = loop.shard_batch({"codes": tokens, "labels": np.zeros(batch, np.int32)}, setup.mesh)
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    taken = []
+    times = []
     for _ in range(4):
         start = clock()
         state, metrics = setup.train_step(state, data)
         jax.block_until_ready((state, metrics))
-        taken.append(clock() - start)
-    return {"seconds": min(taken[1:]), "bytes": compiled.memory_analysis().temp_size_in_bytes}
+        times.append(clock() - start)
+    return {"seconds": min(times[1:]), "bytes": compiled.memory_analysis().temp_size_in_bytes}
 
 
 def sent(devices: int, arrangement: str) -> int:
-    """Bytes that one device sends in a step of DEVICES images."""
+    """Return the bytes that one device sends in a step of DEVICES images."""
     setup = setup_of(BASE, DEVICES, devices, ARRANGEMENTS[arrangement](devices))
     text = setup.train_step.lower(*setup.abstract_arguments()).compile().as_text()
     return sum(moved for _, moved in Program(text).collectives().values())
 
 
 def slope(x, y) -> float:
-    """Exponent of the growth of y with x."""
+    """Return the exponent of the growth of y with x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def plot(results: dict, path: Path) -> None:
+    """Plot time, memory and communication."""
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
     for ax, key, unit, title in (
         (axes[0], "seconds", 1, "time of a step, s"),
@@ -103,11 +105,12 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main():
+    """Run the measurements, and print and save the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plot", type=Path, help="PNG to draw")
-    parser.add_argument("--out", type=Path, help="JSON for the figures")
+    parser.add_argument("--plot", type=Path, help="PNG file for the plot")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     counts = [n for n in (2, 4, 8) if n <= jax.device_count()]
@@ -120,9 +123,9 @@ def main():
         for x in values:
             model = BASE if field == "batch" else dataclasses.replace(BASE, **{field: x})
             rows.append({"x": x} | measure(model, x if field == "batch" else BATCH))
-            found = rows[-1]
+            latest = rows[-1]
             print(
-                f"{name} {x}: {found['seconds']:.2f} s, {found['bytes'] / 1e9:.2f} GB", flush=True
+                f"{name} {x}: {latest['seconds']:.2f} s, {latest['bytes'] / 1e9:.2f} GB", flush=True
             )
         x, seconds, size = zip(*[row.values() for row in rows], strict=True)
         print(f"{name}: time grows as x^{slope(x, seconds):.2f}, memory as x^{slope(x, size):.2f}")

@@ -1,11 +1,11 @@
-"""Times a training step of AiM-B on a CPU beside plain PyTorch with the official mathematics.
+"""Time of a training step of AiM-B on a CPU, beside PyTorch with the official mathematics.
 
 Example:
   python benchmarks/train_cpu.py --batch 4 --rounds 3
 
-A step is forward, backward, clipping and AdamW on the same weights and batch. Every contestant runs
-in a process of its own, in turns; the table has medians over the rounds. First a small model of the
-same width takes one step with each of them, and losses and gradient norms must agree.
+A step is forward, backward, clipping and AdamW on the same weights and batch. The contestants run
+in turns, each in a separate process; the table shows medians over the rounds. First, a small model
+of the same width takes two steps with each contestant, and losses and gradient norms must agree.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import numpy as np
 
 from aim_jax.models import PRESETS, AiMConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # wherever the package is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What is changed in the model's configuration, of ours; tokens per chunk, of PyTorch's.
+# Contestants: changes of our model configuration, and tokens per chunk of PyTorch.
 OURS = {
     "ours": {},
     "ours, chunk 256": {"chunk_size": 256},
@@ -44,13 +44,14 @@ PEERS = {"torch, official": 256, "torch, chunk 64": 64}
 
 
 def batch_of(config: AiMConfig, size: int) -> dict[str, np.ndarray]:
+    """Return a batch of random tokens."""
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, config.vocab_size, (size, config.num_tokens)).astype(np.int32)
-    return {"codes": codes, "labels": (np.arange(size) % config.num_classes).astype(np.int32)}
+    tokens = rng.integers(0, config.vocab_size, (size, config.num_tokens)).astype(np.int32)
+    return {"codes": tokens, "labels": (np.arange(size) % config.num_classes).astype(np.int32)}
 
 
 def our_steps(model: AiMConfig, batch: int):
-    """Endless steps of ours: (loss, gradient norm) of each."""
+    """Train with this library, yielding (loss, gradient norm) of each step without end."""
     import jax
 
     from aim_jax.configs.defaults import aim_defaults
@@ -73,27 +74,30 @@ def our_steps(model: AiMConfig, batch: int):
 
 
 def their_steps(model: AiMConfig, batch: int, chunk: int):
-    """Endless steps of the peer."""
+    """Train with PyTorch, yielding (loss, gradient norm) of each step without end."""
     from benchmarks.conversion import random_weights
     from benchmarks.train_peer import Trainer
 
-    peer, data = Trainer(random_weights(model), model, chunk), batch_of(model, batch)
+    peer = Trainer(random_weights(model), model, chunk)
+    data = batch_of(model, batch)
     while True:
         yield peer.step(data["codes"], data["labels"])
 
 
 def steps_of(name: str, model: AiMConfig, batch: int):
+    """Return the steps of a contestant."""
     if name in PEERS:
         return their_steps(model, batch, PEERS[name])
     return our_steps(dataclasses.replace(model, **OURS[name]), batch)
 
 
 def without_dropout(model: AiMConfig) -> AiMConfig:
+    """Return the configuration without class dropout."""
     return dataclasses.replace(model, class_dropout=0.0)
 
 
 def check(name: str) -> dict:
-    """Two steps of a model of two layers."""
+    """Return loss and gradient norm of two steps of a model with two layers."""
     model = dataclasses.replace(without_dropout(PRESETS["B"]), n_layer=2, vocab_size=512)
     changed = dict(OURS.get(name, {}))
     if "scan_unroll" in changed:
@@ -107,25 +111,26 @@ def check(name: str) -> dict:
 
 
 def measure(name: str, batch: int, count: int) -> dict:
-    """Seconds of `count` steps, the first one left out, and the peak memory."""
+    """Measure the seconds of `count` steps after a first one, and the peak memory in GB."""
     import resource
 
     steps = steps_of(name, without_dropout(PRESETS["B"]), batch)
     next(steps)
-    taken = []
+    times = []
     for _ in range(count):
         start = time.perf_counter()
         next(steps)
-        taken.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": taken, "GB": peak / 1e9}
+    return {"seconds": times, "GB": peak / 1e9}
 
 
 def gemm_flops() -> float:
-    """Operations per second of float32 matrix products in PyTorch, the best of a few."""
+    """Measure FLOP/s of float32 matrix products in PyTorch, the best of eight."""
     import torch
 
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a = torch.randn(2048, 2048)
+    b = torch.randn(2048, 2048)
     best = np.inf
     for _ in range(8):
         start = time.perf_counter()
@@ -135,21 +140,23 @@ def gemm_flops() -> float:
 
 
 def child(*options: str) -> dict:
+    """Run this program in another process and return its result."""
     command = [sys.executable, "-m", "benchmarks.train_cpu", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main():
+    """Check the contestants, time them, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=4, help="images per step")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per turn")
-    parser.add_argument("--only", default="", help="contestants, separated by ;")
+    parser.add_argument("--batch", type=int, default=4, help="images per step (4)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all contestants (3)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per round (2)")
+    parser.add_argument("--only", default="", help="contestants, separated by ; (all)")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -157,8 +164,8 @@ def main():
         if kind == "gemm":
             print(json.dumps({"flops": gemm_flops()}))
         else:
-            found = check(name) if kind == "check" else measure(name, args.batch, args.steps)
-            print(json.dumps(found))
+            result = check(name) if kind == "check" else measure(name, args.batch, args.steps)
+            print(json.dumps(result))
         return
 
     from aim_jax.perf.flops import training_flops
@@ -168,29 +175,30 @@ def main():
     for name in names:
         steps = child("--child", f"check:{name}")["steps"]
         reference = reference or steps
-        loose = 0.02 if "bfloat16" in name else 2e-4
-        if not np.allclose(steps, reference, rtol=loose):
-            sys.exit(f"{name} takes other steps: {steps}, not {reference}")
-    print("checked: the same losses and gradient norms", flush=True)
+        tolerance = 0.02 if "bfloat16" in name else 2e-4
+        if not np.allclose(steps, reference, rtol=tolerance):
+            sys.exit(f"{name}: expected losses and gradient norms {reference}, got {steps}")
+    print("check passed: losses and gradient norms agree", flush=True)
     peak = child("--child", "gemm:")["flops"]
     floor = training_flops(PRESETS["B"]) * args.batch / peak
     print(
-        f"float32 matrix products: {peak / 1e9:.0f} GFLOP/s, so a step takes {floor:.2f} s or more"
+        f"float32 matrix products: {peak / 1e9:.0f} GFLOP/s, so a step takes at least {floor:.2f} s"
     )
-    taken, memory = {name: [] for name in names}, {}
+    times = {name: [] for name in names}
+    memory = {}
     for number in range(args.rounds):
         for name in names:
-            found = child(
+            result = child(
                 "--child", f"time:{name}", "--batch", str(args.batch), "--steps", str(args.steps)
             )
-            taken[name] += found["seconds"]
-            memory[name] = max(memory.get(name, 0), found["GB"])
-            print(f"round {number}: {name}: {min(found['seconds']):.2f} s", flush=True)
+            times[name] += result["seconds"]
+            memory[name] = max(memory.get(name, 0), result["GB"])
+            print(f"round {number}: {name}: {min(result['seconds']):.2f} s", flush=True)
     print(f"\n| AiM-B, {args.batch} images | s per step (median) | peak GB |\n|---|---|---|")
     for name in names:
-        print(f"| {name} | {statistics.median(taken[name]):.2f} | {memory[name]:.1f} |")
+        print(f"| {name} | {statistics.median(times[name]):.2f} | {memory[name]:.1f} |")
     for peer in filter(PEERS.__contains__, names):
-        ratio = statistics.median(taken[peer]) / statistics.median(taken[names[0]])
+        ratio = statistics.median(times[peer]) / statistics.median(times[names[0]])
         print(f"{peer}: {ratio:.2f} x the time of {names[0]}")
 
 

@@ -1,7 +1,8 @@
-"""A training step of AiM in plain PyTorch: the official mathematics, with autograd and AdamW.
+"""Training step of AiM in plain PyTorch: the official mathematics with autograd and AdamW.
 
-At 256 tokens the published reference operators take the whole sequence as one chunk: the masked
-product (C B^T) exp(a_t - a_s) on dt x. Smaller chunks, with states between them, are there as well.
+At 256 tokens, the published reference operators process the entire sequence as one chunk: the
+masked product (C B^T) exp(a_t - a_s) on dt x. Smaller chunks, with states between them, are also
+supported.
 """
 
 import sys
@@ -10,7 +11,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peer is PyTorch: pip install 'aim_jax[torch]'")
+    sys.exit("The peer requires PyTorch; run pip install 'aim_jax[torch]'.")
 
 from aim_jax.models import AiMConfig
 
@@ -18,13 +19,27 @@ BACKBONE = "mamba.backbone."
 
 
 def rms_norm(x, weight, eps):
+    """Apply RMSNorm over the axes of the weight."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def ssd(x, dt, A, B, C, chunk: int):
-    """y (b, l, h, p) of x (b, l, h, p), dt (b, l, h), A (h,), B and C (b, l, n)."""
+    """Compute the chunked scan of Mamba-2.
+
+    Args:
+      x: (b, l, h, p).
+      dt: (b, l, h).
+      A: (h,).
+      B: (b, l, n).
+      C: (b, l, n).
+      chunk: tokens per chunk.
+
+    Returns:
+      y (b, l, h, p).
+    """
     b, length, h, p = x.shape
-    state, outputs = x.new_zeros(b, h, p, B.shape[-1]), []
+    state = x.new_zeros(b, h, p, B.shape[-1])
+    outputs = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
         log_decay = torch.cumsum(dt[:, part] * A, dim=1).transpose(1, 2)  # (b, h, q)
@@ -46,29 +61,35 @@ def ssd(x, dt, A, B, C, chunk: int):
 
 
 class Trainer:
-    """Parameters by official key, and steps on batches.
+    """Parameters by official key, with an optimizer that takes steps on batches.
 
     Args:
       weights: NumPy arrays by official key.
-      chunk: tokens per chunk.
+      config: configuration of the model.
+      chunk: tokens per chunk of the scan.
+      lr: learning rate.
     """
 
     def __init__(self, weights: dict, config: AiMConfig, chunk: int, lr: float = 1e-4):
         if config.mixer != "mamba2" or config.ngroups != 1 or config.adaln != "layer":
-            raise ValueError("The peer is Mamba-2 with one SSM group and adaLN on every layer.")
+            raise ValueError(
+                "the peer supports only Mamba-2 with one SSM group and adaLN on every layer."
+            )
         self.w = {
             key.removeprefix(BACKBONE): torch.nn.Parameter(torch.from_numpy(tensor.copy()))
             for key, tensor in weights.items()
             if key.startswith(BACKBONE)
         }
-        self.cfg, self.chunk = config, chunk
+        self.cfg = config
+        self.chunk = chunk
         self.optimizer = torch.optim.AdamW(
             self.w.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, foreach=True
         )
 
     def mixer(self, prefix, x):
-        """The Mamba-2 mixer on x (b, l, d)."""
-        cfg, w = self.cfg, {
+        """Apply the Mamba-2 mixer to x (b, l, d)."""
+        cfg = self.cfg
+        w = {
             name: self.w[f"{prefix}.{name}"]
             for name in ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D",
                          "norm.weight", "out_proj.weight")
@@ -81,20 +102,24 @@ class Trainer:
             padding=cfg.d_conv - 1, groups=e + 2 * n,
         )[..., :length]  # fmt: skip
         xs, B, C = F.silu(xbc).transpose(1, 2).split([e, n, n], dim=-1)
-        xs, dt = xs.reshape(b, length, h, cfg.headdim), F.softplus(dt + w["dt_bias"])
+        xs = xs.reshape(b, length, h, cfg.headdim)
+        dt = F.softplus(dt + w["dt_bias"])
         y = ssd(xs, dt, -torch.exp(w["A_log"]), B, C, self.chunk) + w["D"][:, None] * xs
         y = rms_norm(y.reshape(b, length, e) * F.silu(z), w["norm.weight"], cfg.norm_eps)
         return F.linear(y, w["out_proj.weight"])
 
     def loss(self, codes, labels):
-        """Mean nats per code."""
-        w, cfg = self.w, self.cfg
-        table, before = w["embeddings.word_embeddings.weight"], codes[:, :-1]
+        """Return the mean loss in nats per token."""
+        w = self.w
+        cfg = self.cfg
+        table = w["embeddings.word_embeddings.weight"]
+        inputs = codes[:, :-1]
         c = w["cls_embed.embedding_table.weight"][labels]
         position = w["embeddings.position_embeddings.weight"]
-        rows = torch.arange(before.shape[1]) + cfg.position_offset
-        hidden = torch.cat([c[:, None], F.embedding(before, table) + position[rows]], dim=1)
-        residual, c = torch.zeros_like(hidden), F.silu(c)
+        rows = torch.arange(inputs.shape[1]) + cfg.position_offset
+        hidden = torch.cat([c[:, None], F.embedding(inputs, table) + position[rows]], dim=1)
+        residual = torch.zeros_like(hidden)
+        c = F.silu(c)
         for i in range(cfg.n_layer):
             adaln = f"layers.{i}.adaLN_modulation.1"
             parts = F.linear(c, w[f"{adaln}.weight"], w[f"{adaln}.bias"])[:, None].chunk(3, dim=-1)
@@ -111,7 +136,11 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def step(self, codes, labels) -> tuple[float, float]:
-        """One optimizer step on NumPy codes (b, t) and labels (b,): the loss, the gradient norm."""
+        """Take an optimizer step on NumPy tokens (b, t) and labels (b,).
+
+        Returns:
+          The loss and the gradient norm.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(torch.from_numpy(codes).long(), torch.from_numpy(labels).long())
         loss.backward()

@@ -3,7 +3,7 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-Train on Cloud TPU, on one or several slices, as a queued resource.
+Train on Cloud TPU, on one slice or several, as a queued resource.
 
 Example:
   launch/tpu_pod.sh all --name aim-xl --zone us-west4-a --accelerator_type v5litepod-64 --spot \
@@ -12,12 +12,12 @@ Example:
 
 Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
 
-  create   request the TPUs, or reuse those of this name, and wait until they are active
+  create   request the TPUs, or use those of this name, and wait until they are active
   setup    copy the committed state of this checkout to all hosts and install it
-  train    train on all hosts, or show a training that is running. Ctrl-C leaves it running
-  all      create, setup and train; restart from the newest checkpoint after a preemption or
-           a lost slice
-  status   print the state of the TPUs and the last lines of the log
+  train    train on all hosts and show the log; attach if it already runs. Ctrl-C leaves it running
+  all      create, setup and train; repeat after a preemption or a lost slice, from the newest
+           checkpoint
+  status   show the state of the TPUs and the last lines of the log
   delete   stop the training (it saves) and delete the TPUs
 
   --name NAME               name of the queued resource
@@ -26,21 +26,21 @@ Usage: launch/tpu_pod.sh COMMAND OPTIONS [-- OPTIONS OF THE TRAINING]
   --accelerator_type TYPE   type of one slice, such as v5litepod-64, v5p-128, v6e-64
   --slices N                number of slices (default: 1)
   --runtime_version VERSION runtime of the VMs (default: the one for the type)
-  --spot | --reserved       spot: cheaper, may be preempted; reserved: from your reservation
-                            (default: on demand)
-  --create_flag=FLAG        another flag for gcloud ... create, such as
+  --spot | --reserved       use spot TPUs, which are cheaper and may be preempted | use your
+                            reservation (default: on demand)
+  --create_flag=FLAG        additional flag for gcloud ... create, such as
                             --create_flag=--network=NAME; repeatable
   --nfs HOST:/SHARE         share to mount at /mnt/aim on all hosts, for data and workdir
   --ref REF                 commit to copy (default: HEAD)
-  --program NAME            program to run (default: train); extract_codes takes its own options
-  --wait_minutes N          how long to wait for the TPUs (default: 240)
-  --max_restarts N          maximum number of restarts by `all` (default: 20)
-  --poll_seconds N          interval between checks of the state (default: 30)
-  --delete_at_end           `all` deletes the TPUs at the end, also after an error
-  --dry_run                 print the commands and run nothing
-  --help                    print this text
+  --program NAME            program to run (default: train); extract_codes has its own options
+  --wait_minutes N          maximum time to wait for the TPUs, in minutes (default: 240)
+  --max_restarts N          maximum number of restarts of `all` (default: 20)
+  --poll_seconds N          time between two queries of the state, in seconds (default: 30)
+  --delete_at_end           let `all` delete the TPUs at the end, whatever the result
+  --dry_run                 print the commands without running them
+  --help                    show this text
 
-Needs gcloud, logged in, and the Compute Engine ssh key in the agent:
+Requires gcloud, logged in, and the ssh key of Compute Engine in the agent:
 ssh-add ~/.ssh/google_compute_engine. Exit codes: docs/clusters.md.
 END
 }
@@ -54,7 +54,7 @@ say() {
   echo "$(date +%T) $1" >&2
 }
 
-# Run a command, or print it quoted for a shell.
+# Runs a command, or prints it quoted for a shell.
 run() {
   if $dry_run; then
     printf '%q ' "$@"
@@ -64,8 +64,8 @@ run() {
   fi
 }
 
-on_all_hosts() {  # takes a command line for a remote shell
-  # Keepalive: the call must end if a host is gone.
+on_all_hosts() {  # command line of a remote shell
+  # Keep-alive messages, so that the call ends if a host is lost.
   run gcloud compute tpus queued-resources ssh "$name" "${where[@]}" --worker=all --node=all \
     --batch-size=all --ssh-flag='-o ServerAliveInterval=30' --command="$1"
 }
@@ -85,7 +85,7 @@ create() {
   now=$(state)
   case $now in
     FAILED | SUSPENDING | SUSPENDED)
-      say "$name is $now: requesting again"
+      say "$name is $now: requesting it again"
       remove || return
       now=
       ;;
@@ -95,11 +95,11 @@ create() {
   fi
   while now=$(state); [[ $now != ACTIVE ]]; do
     case $now in
-      FAILED) say "error: $name is FAILED; gcloud compute tpus queued-resources describe says why."; return "$final" ;;
+      FAILED) say "error: $name is FAILED; see gcloud compute tpus queued-resources describe."; return "$final" ;;
       SUSPENDED) say "$name was preempted before it was used"; return 75 ;;
     esac
     if ((SECONDS - started >= wait_minutes * 60)); then
-      say "error: $name is ${now:-unknown} after $wait_minutes minutes, which is --wait_minutes. The request stays: the same command continues to wait, and 'delete' withdraws it."
+      say "error: $name is ${now:-unknown} after $wait_minutes minutes, the limit of --wait_minutes. The request is still queued: run the same command to keep waiting, or 'delete' to withdraw it."
       return "$final"
     fi
     say "$name: ${now:-unknown}, $(((SECONDS - started) / 60)) of at most $wait_minutes minutes"
@@ -132,20 +132,21 @@ all() {
     ((status != 0)) || setup || status=$?
     ((status != 0)) || train "$@" || status=$?
     ((status != 0 && status != final && restart < max_restarts)) || break
-    say "ended with code $status: starting again (restart $((restart + 1)) of $max_restarts)"
+    say "ended with code $status: restarting (restart $((restart + 1)) of $max_restarts)"
     sleep "$poll_seconds"
-    # gcloud and ssh exit with 1 and 255 if a host does not answer. The state may stay ACTIVE long after.
+    # gcloud and ssh return 1 and 255 if a host does not answer. The state may stay ACTIVE for long
+    # after that.
     case $status in 1 | 255) ((unreachable += 1)) ;; *) unreachable=0 ;; esac
     if ((unreachable == 2)); then
-      say "$name does not answer: giving it back"
+      say "$name does not answer: deleting it"
       remove || true
       unreachable=0
     fi
   done
   if $delete_at_end; then
-    remove || say "error: $name could not be deleted and still costs money."
+    remove || say "error: $name could not be deleted and is still billed."
   elif ! $dry_run; then
-    say "$name is still there, and costs: launch/tpu_pod.sh delete --name $name --zone $zone"
+    say "$name still exists and is billed; delete it with launch/tpu_pod.sh delete --name $name --zone $zone"
   fi
   return "$status"
 }
@@ -155,7 +156,7 @@ remove() {
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-final=3  # exit code for errors that a restart does not fix
+final=3  # exit code for errors that a restart cannot fix
 
 name='' zone='' project='' accelerator_type='' slices=1 runtime_version='' tier='' nfs='' ref=HEAD
 program=train wait_minutes=240 max_restarts=20 poll_seconds=30
@@ -172,7 +173,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --help) usage; exit 0 ;;
     --dry_run | --delete_at_end) printf -v "${1#--}" true; shift ;;
     --spot | --reserved)
-      [[ -z $tier ]] || fail "--spot and --reserved exclude each other."
+      [[ -z $tier ]] || fail "--spot and --reserved exclude each other; pass only one."
       tier=$1
       shift
       ;;
@@ -183,17 +184,17 @@ while [[ $# -gt 0 && $1 != -- ]]; do
       printf -v "${1#--}" %s "$2"
       shift 2
       ;;
-    *) fail "unknown option '$1'. Options of the training come after '--'; $help" ;;
+    *) fail "unknown option '$1'; options of the training come after '--'; $help" ;;
   esac
 done
 [[ ${1-} == -- ]] && shift
 
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name '$name': lower-case letters, digits and -, from a letter on; $help"
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name '$name': expected lower-case letters, digits and -, beginning with a letter; $help"
 [[ -n $zone ]] || fail "--zone is missing, such as --zone us-west4-a; $help"
 for number in slices wait_minutes max_restarts poll_seconds; do
-  [[ ${!number} =~ ^[0-9]+$ ]] || fail "--$number takes a whole number, not '${!number}'."
+  [[ ${!number} =~ ^[0-9]+$ ]] || fail "--$number: expected an integer, got '${!number}'."
 done
-((slices > 0)) || fail "--slices 0: at least 1."
+((slices > 0)) || fail "--slices 0: expected at least 1."
 case $command in
   create | all)
     case $accelerator_type in
@@ -202,7 +203,7 @@ case $command in
       v5p-*) : "${runtime_version:=v2-alpha-tpuv5}" ;;
       v6e-*) : "${runtime_version:=v2-alpha-tpuv6e}" ;;
       v[234]-*) : "${runtime_version:=tpu-ubuntu2204-base}" ;;
-      *) [[ -n $runtime_version ]] || fail "no runtime is known for '$accelerator_type': name one with --runtime_version." ;;
+      *) [[ -n $runtime_version ]] || fail "no runtime is known for '$accelerator_type'; pass one with --runtime_version." ;;
     esac
     ;;
 esac
@@ -211,13 +212,13 @@ case $command in
     if [[ $program == train* ]]; then
       [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] ||
         fail "the training needs --config FILE and --workdir DIR after '--'; $help"
-      # Data parallelism between slices, whose network is slow; everything else inside a slice.
+      # Only data parallelism spans the slices, because the network between them is slow.
       ((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
     fi
     ;;
-  *) [[ $# -eq 0 ]] || fail "'$command' takes no options of the training; $help" ;;
+  *) [[ $# -eq 0 ]] || fail "'$command' does not accept options of the training; $help" ;;
 esac
-$dry_run || command -v gcloud > /dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+$dry_run || command -v gcloud > /dev/null || fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
 
 where=("--zone=$zone")
 [[ -z $project ]] || where+=("--project=$project")
@@ -230,7 +231,7 @@ archive=${TMPDIR:-/tmp}
 if ! $dry_run && [[ $command == setup || $command == all ]]; then
   archive=$(mktemp -d)
   trap 'rm -rf "$archive"' EXIT
-  [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || say "uncommitted changes are not copied; the hosts get $ref"
+  [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || say "warning: uncommitted changes are not copied; the hosts get $ref"
 fi
 
 status=0
@@ -245,7 +246,7 @@ case $command in
       --command='tail -n 5 aim_jax_run/log'
     ;;
   delete)
-    on_all_hosts 'bash aim_jax/launch/tpu_worker.sh stop' || say "no training could be stopped; deleting"
+    on_all_hosts 'bash aim_jax/launch/tpu_worker.sh stop' || say "could not stop a training; deleting"
     remove || status=$?
     ;;
 esac

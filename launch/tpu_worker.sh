@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Commands that launch/tpu_pod.sh runs on every TPU VM:
-#   tpu_worker.sh setup [NFS]             install this checkout and mount NFS at /mnt/aim
-#   tpu_worker.sh start PROGRAM OPTIONS   start the training, unless it is running
-#   tpu_worker.sh wait                    show its log until it ends, and exit with its exit code
-#   tpu_worker.sh stop                    send SIGTERM, so that it saves and ends
-# The training does not depend on the connection: a broken one neither ends nor repeats it.
+#   tpu_worker.sh setup [NFS]             install this checkout, mount NFS at /mnt/aim
+#   tpu_worker.sh start PROGRAM OPTIONS   start the training unless it is running
+#   tpu_worker.sh wait                    show its log until it ends, and return its exit code
+#   tpu_worker.sh stop                    send SIGTERM: the training saves and exits
+# The training is independent of the connection: a broken connection neither ends nor restarts it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run=${AIM_JAX_RUN:-$HOME/aim_jax_run}  # not in the checkout, because setup replaces it
+run=${AIM_JAX_RUN:-$HOME/aim_jax_run}  # outside the checkout, which setup replaces
 mkdir -p "$run"
 
-# Exit code for errors that a restart does not fix. gcloud and ssh use 1 and 255 themselves.
+# Exit code for errors that a restart cannot fix (gcloud and ssh use 1 and 255 for their own errors).
 final=3
 
 setup() {
@@ -26,16 +26,16 @@ setup() {
   fi
 }
 
-# The training holds $run/lock while it runs. Unlike a process id, the lock is valid after a reboot.
+# The training holds $run/lock while it runs. Unlike a process id, the lock stays valid after a reboot.
 case ${1-} in
   setup)
     shift
-    setup "$@" || { echo "error: the setup of $HOSTNAME failed." >&2; exit "$final"; }
+    setup "$@" || { echo "error: the setup of $HOSTNAME failed; see the messages above." >&2; exit "$final"; }
     ;;
   start)
     shift
     exec 9> "$run/lock"
-    flock --nonblock 9 || { echo "$HOSTNAME: training already"; exit 0; }
+    flock --nonblock 9 || { echo "$HOSTNAME: already running"; exit 0; }
     rm -f "$run/status"
     # shellcheck disable=SC2016  # expanded by the inner shell
     setsid bash -c '
@@ -52,14 +52,14 @@ case ${1-} in
   wait)
     tail -n +1 --sleep-interval=0.1 -F "$run/log" 2> /dev/null &
     flock "$run/lock" true
-    sleep 0.3  # for the last lines
+    sleep 0.3  # let tail print the last lines
     kill $!
     status=$(cat "$run/status") || { echo "error: the training on $HOSTNAME was killed." >&2; exit 137; }
     case $status in 1 | 2) status=$final ;; esac
     exit "$status"
     ;;
   stop)
-    flock --nonblock "$run/lock" true && { echo "$HOSTNAME: no training runs"; exit 0; }
+    flock --nonblock "$run/lock" true && { echo "$HOSTNAME: no training is running"; exit 0; }
     kill -TERM "$(cat "$run/pid")"
     flock --timeout 300 "$run/lock" true
     ;;

@@ -232,7 +232,7 @@ def test_programs_and_recipes_are_listed(installation):
     assert installation.succeed("--version") == f"aim_jax {aim_jax.__version__}\n"
     assert installation.run_python("-m", "aim_jax") == shown
     line = installation.fail("train", "--config", "fashion", "--workdir", "runs/none")
-    assert line.endswith(f"the recipes are {', '.join(recipes())}.")
+    assert line.endswith(f"one of {', '.join(recipes())}.")
 
 
 def test_every_program_is_run_here():
@@ -310,7 +310,7 @@ def test_evaluate_sweep_and_publish(installation, model):
 
 def test_scaling(installation, model):
     line = installation.fail("scaling", "--runs", f"{model},runs/none")
-    assert "runs/none: no workdir of aim-jax train" in line
+    assert "runs/none: not a workdir of aim-jax train" in line
     line = installation.fail("scaling", "--runs", model)
     assert "at least two runs of different size" in line
 
@@ -357,7 +357,7 @@ def test_an_editable_install_finds_its_recipes(editable, distributions):
     for directory in (editable.work, sdist, sdist / "docs"):
         assert editable.run_python("-c", program, cwd=directory).splitlines() == expected
     line = editable.fail("train_vq", "--config", "cifar10", "--workdir", "runs/none")
-    assert "aim-jax train runs it" in line
+    assert "run it with aim-jax train" in line
 
 
 def test_the_sdist_holds_its_tests(editable, distributions):

@@ -1,9 +1,9 @@
-"""The command line: `aim-jax` lists the programs, `aim-jax PROGRAM ...` runs one.
+"""Command line: `aim-jax` lists the programs, `aim-jax PROGRAM ...` runs one.
 
 Example:
   aim-jax sample --checkpoint cifar10
 
-`python -m aim_jax` is the same. The first lines of the programs' docstrings are the list.
+`python -m aim_jax` is equivalent. The list shows the first line of each program's docstring.
 """
 
 import ast
@@ -32,11 +32,11 @@ PROGRAMS = (
 
 
 def overview() -> str:
-    """The list of programs, as `aim-jax --help` prints it."""
+    """Return the list of programs that `aim-jax --help` prints."""
     width = max(map(len, PROGRAMS))
     lines = []
     for name in PROGRAMS:
-        # Read, not imported: most of them bring JAX.
+        # Parsed instead of imported, because most programs import JAX.
         source = Path(__file__).with_name(f"{name}.py").read_text()
         first_line = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
         lines.append(f"  {name:<{width}}  {first_line}")
@@ -45,10 +45,10 @@ def overview() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a program.
+    """Run a program.
 
     Args:
-      arguments: the program's name and its flags; those of the command line by default.
+      arguments: name and flags of the program; by default those of the command line.
 
     Returns:
       The exit status.
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0].replace("-", "_")
     if name not in PROGRAMS:
-        print(f"error: no program {arguments[0]!r}.\n\n{overview()}", file=sys.stderr)
+        print(f"error: unknown program {arguments[0]!r}.\n\n{overview()}", file=sys.stderr)
         return 2
     from aim_jax.cli import common
 

@@ -1,4 +1,4 @@
-"""Shared start-up of the programs: flags, recipes by name, one-line errors, compile cache."""
+"""Shared start-up of the command-line programs: flags, recipes, one-line errors, compile cache."""
 
 import contextlib
 import inspect
@@ -27,20 +27,20 @@ from aim_jax.training.monitor import BadStepsError
 EXIT_STOPPED = 75
 # EX_UNAVAILABLE: another process was lost; the same command resumes from the last checkpoint.
 EXIT_LOST = 69
-# 128 + SIGINT, as shells have it.
+# 128 + SIGINT, the convention of shells.
 EXIT_INTERRUPTED = 130
-# Seconds between an error of one of several processes and its end.
+# Seconds that a process waits after an error before it exits, if there are several processes.
 GRACE = 5.0
 
 
 def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
-    """Runs a program of this package: parses its flags, then calls its `main`.
+    """Run a program of this package: parse its flags, then call its `main`.
 
     Args:
-      program: a module whose docstring is its help, with `define_flags()` and `main()`, or with
-        `main(arguments)` alone if it parses its arguments itself.
-      name: how users call it.
-      arguments: of the command line, without the name.
+      program: a module whose docstring is its help. It has `define_flags()` and `main()`, or only
+        `main(arguments)` if it parses its arguments itself.
+      name: name of the program on the command line.
+      arguments: arguments of the command line, without the name.
 
     Returns:
       The exit status.
@@ -51,13 +51,13 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
         known = set(flags.FLAGS)
         program.define_flags()
         if {"-h", "-help", "--help", "--helpshort"} & set(arguments):
-            # Building a configuration may import packages that define flags of theirs.
-            own = [x for x in flags.FLAGS if x not in known and _is_ours(x)]
-            print(help_text(program, [flags.FLAGS[x] for x in own]))
+            # Building a configuration may import packages that define other flags.
+            names = [x for x in flags.FLAGS if x not in known and _is_ours(x)]
+            print(help_text(program, [flags.FLAGS[x] for x in names]))
             return 0
         try:
             app.run(lambda _: program.main(), [name, *arguments], flags_parser=parse)
-        except SystemExit as stop:  # which is how app.run returns
+        except SystemExit as stop:  # app.run always ends with it
             return stop.code if isinstance(stop.code, int) else 0
     return 0
 
@@ -67,31 +67,32 @@ def _is_ours(flag: str) -> bool:
 
 
 def help_text(program: ModuleType, own: Sequence[flags.Flag]) -> str:
-    """The docstring of a program and its flags with their defaults."""
+    """Return the docstring of a program followed by its flags and their defaults."""
     lines = [inspect.cleandoc(program.__doc__ or ""), "", "flags:"]
     names = {str(path): name for name, path in recipes().items()}
     for flag in own:
-        shown = f"  --{flag.name}"
+        usage = f"  --{flag.name}"
         if isinstance(flag.parser, flags.EnumParser):
-            shown += "=" + "|".join(flag.parser.enum_values)
+            usage += "=" + "|".join(flag.parser.enum_values)
         elif flag.boolean:
-            shown = f"  --[no]{flag.name}"
+            usage = f"  --[no]{flag.name}"
         if flag.default not in (None, "", []):
             default = str(flag.default_as_str).strip("'")
-            shown += f"  (default: {names.get(default, default)})"
+            usage += f"  (default: {names.get(default, default)})"
         text = " ".join((flag.help or "").split())
-        lines += [shown, textwrap.indent(textwrap.fill(text, 90), "      ")]
+        lines += [usage, textwrap.indent(textwrap.fill(text, 90), "      ")]
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with one line for errors that say what a user should change, and for Ctrl-C.
+    """Exit with a one-line message after errors that a user can fix, and after Ctrl-C.
 
-    The status is 1, or 130 after Ctrl-C.
+    The exit status is 1 after such an error and 130 after Ctrl-C. With several processes, a failed
+    step over all processes exits with `EXIT_LOST`.
     """
     logging.set_verbosity(logging.WARNING)
-    # Orbax logs the errors that it raises as well, with their tracebacks.
+    # Orbax also logs the errors that it raises, with tracebacks.
     logging.get_absl_handler().addFilter(_is_not_of_orbax)
     keep_compiled_programs()
     try:
@@ -102,17 +103,18 @@ def errors_in_one_line() -> Iterator[None]:
     except (ValueError, OSError, BadStepsError, BuildError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
-            # An orderly end waits for the others, is aborted with them, and ends with another code.
-            # Those with the same error get the time to say so: they need process 0 until then.
+            # A regular exit waits for the other processes, is aborted with them, and returns
+            # another code. Processes with the same error get time to print it, for which they need
+            # process 0.
             time.sleep(GRACE)
             os._exit(1)
         raise SystemExit(1) from None
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        # As a rule the exchange with another process failed: it was lost.
+        # Usually communication failed because another process was lost.
         print(f"error: a step over all processes failed: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)  # an orderly end would wait for the others
+        os._exit(EXIT_LOST)  # a regular exit would wait for the other processes
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:
@@ -120,7 +122,7 @@ def _is_not_of_orbax(record: LogRecord) -> bool:
 
 
 def recipes() -> dict[str, Path]:
-    """The shipped configurations, by the names that `--config` takes."""
+    """Return the files of the shipped configurations, by the names that `--config` accepts."""
     root = Path(str(resources.files("aim_jax.configs")))
     return {
         file.stem: file
@@ -130,19 +132,19 @@ def recipes() -> dict[str, Path]:
 
 
 def define_config(help: str, default: str | None = None) -> None:
-    """The flag `--config`, which takes a recipe's name or a file, and `--config.FIELD=VALUE`."""
+    """Define `--config`, which accepts a recipe name or a file, and `--config.FIELD=VALUE`."""
     path = default and str(recipes()[default])
     config_flags.DEFINE_config_file("config", path, help)
 
 
 def config_path(value: str) -> str:
-    """A value of `--config`, with the file of a recipe in the place of its name.
+    """Replace the name of a recipe in a value of `--config` by its file.
 
     Args:
       value: NAME or FILE, or NAME:ARGUMENT or FILE:ARGUMENT.
 
     Raises:
-      ValueError: neither a recipe nor a file.
+      ValueError: if it is neither a recipe nor a file.
     """
     name, colon, argument = value.partition(":")
     known = recipes()
@@ -151,29 +153,29 @@ def config_path(value: str) -> str:
     if Path(name).is_file():
         return value
     raise ValueError(
-        f"--config={value}: no such file or recipe; the recipes are {', '.join(known)}."
+        f"--config={value}: no such file or recipe; expected a file or one of {', '.join(known)}."
     )
 
 
 def _with_config_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line with the files of recipes in the place of their names."""
-    found = list(arguments)
-    for i, argument in enumerate(found):
+    """Replace the names of recipes in a command line by their files."""
+    resolved = list(arguments)
+    for i, argument in enumerate(resolved):
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config") or "config" not in flags.FLAGS:
             continue
         if equals:
-            found[i] = f"{flag}={config_path(value)}"
-        elif i + 1 < len(found):
-            found[i + 1] = config_path(found[i + 1])
-    return found
+            resolved[i] = f"{flag}={config_path(value)}"
+        elif i + 1 < len(resolved):
+            resolved[i + 1] = config_path(resolved[i + 1])
+    return resolved
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
-    """Parses flags, as `flags_parser` of `app.run`.
+    """Parse flags, as the `flags_parser` of `app.run`.
 
-    What cannot be understood ends the program with status 1 and one line: flags and settings that
-    do not exist, values that do not fit, a configuration that refuses, words beside the flags.
+    Invalid input ends the program with status 1 and a one-line message: unknown flags or settings,
+    invalid values, an error in the configuration, or arguments that are not flags.
     """
     try:
         remaining = flags.FLAGS(_with_config_paths(arguments))[1:]
@@ -183,50 +185,51 @@ def parse(arguments: Sequence[str]) -> list[str]:
         # A configuration's own error comes with its traceback.
         message = re.sub(r"^(\w+\.)*\w*Error: ", "", str(error).strip().splitlines()[-1].strip())
     except AttributeError as error:
-        if not (error.args and isinstance(error.args[0], KeyError)):  # a fault of the file itself
+        if not (error.args and isinstance(error.args[0], KeyError)):  # an error in the file itself
             raise
         text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
-        message = f"--config has no such setting: {text}"
+        message = f"unknown setting of --config: {text}"
     else:
         if not remaining:
             return list(arguments[:1])
         message = (
-            f"unexpected {' '.join(remaining)!r}; lists have commas and no spaces (--classes "
-            "cat,ship), and switches no values (--pngs, --nopngs)."
+            f"unexpected {' '.join(remaining)!r}; separate lists with commas and no spaces "
+            "(--classes cat,ship), and pass switches without values (--pngs, --nopngs)."
         )
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
 
 
 def define_sampling_flags() -> None:
-    """Flags of the settings that a model has values of its own for; see `given_settings`."""
+    """Define flags for the settings that have defaults in the model; see `given_settings`."""
     for name, setting in SETTINGS.items():
         define = flags.DEFINE_integer if setting.kind is int else flags.DEFINE_float
-        define(name, None, f"{setting.help} The model's own if not given.")
+        define(name, None, f"{setting.help} Default: that of the model.")
 
 
 def given_settings(values: flags.FlagValues) -> dict:
-    """Arguments of `generate` of the flags of `define_sampling_flags`; None where not given."""
+    """Return the flags of `define_sampling_flags` as arguments of `generate`; None if not set."""
     return {name: values[name].value for name in SETTINGS}
 
 
 def cores_as_devices() -> None:
-    """Makes every core, to eight, a device if JAX computes on a CPU; before anything else of JAX.
+    """Make each CPU core a JAX device, up to eight.
 
-    A share of the images for each keeps cores busier than one program over all of them. What the
-    environment says of JAX's CPU devices stays.
+    Call this before any other use of JAX. On CPU, one program per core with its share of the images
+    keeps the cores busier than one program over all of them. A number of CPU devices set by JAX's
+    configuration or XLA_FLAGS takes precedence.
     """
-    given = jax.config.jax_num_cpu_devices != -1  # type: ignore[attr-defined]
-    if not given and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    is_set = jax.config.jax_num_cpu_devices != -1  # type: ignore[attr-defined]
+    if not is_set and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 
 def keep_compiled_programs() -> None:
-    """Lets a second run skip most of its compilation.
+    """Enable JAX's persistent compilation cache, so that a second run compiles little.
 
-    What took over half a second to compile is kept in the `cache_directory`;
-    JAX_COMPILATION_CACHE_DIR names another place, and
-    JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    Programs that take over half a second to compile are stored in `cache_directory`.
+    JAX_COMPILATION_CACHE_DIR sets another directory, and JAX_ENABLE_COMPILATION_CACHE=0 disables
+    the cache.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
@@ -234,49 +237,50 @@ def keep_compiled_programs() -> None:
 
 
 def numbers(name: str, texts: Sequence[str]) -> list[float]:
-    """The values that a flag of a sampling setting lists.
+    """Parse the values listed by a flag of a sampling setting.
 
     Raises:
-      ValueError: one of them is no number, or none of the kind that the setting has.
+      ValueError: if a value is not a number of the type of the setting.
     """
     kind = SETTINGS[name].kind
     try:
         return [kind(text) for text in texts]
     except ValueError:
         raise ValueError(
-            f"--{name}={','.join(texts)}: expected {'whole ' * (kind is int)}numbers between "
-            "commas, such as 1,2,4."
+            f"--{name}={','.join(texts)}: expected {'integers' if kind is int else 'numbers'} "
+            "separated by commas, such as 1,2,4."
         ) from None
 
 
 def start_training(train: Callable, stage: str) -> int:
-    """Runs a training on the parsed flags.
+    """Train with the parsed flags.
 
     Args:
-      train: (config, workdir) trains.
-      stage: the kind of configuration that it takes.
+      train: called as train(config, workdir); returns the final state.
+      stage: required stage of the configuration.
 
     Returns:
-      The exit status: `EXIT_STOPPED` if a signal ended the run before its last step.
+      The exit status: `EXIT_STOPPED` if a signal ended the run before its last step, else 0.
 
     Raises:
-      ValueError: the configuration is of another stage.
+      ValueError: if the configuration has another stage.
     """
-    given = flags.FLAGS
-    config = given.config
-    processes.initialize_from(given)
+    values = flags.FLAGS
+    config = values.config
+    processes.initialize_from(values)
     if config.stage != stage:
         program = {"aim": "train", "vq": "train_vq", "eval": "evaluate"}[config.stage]
         raise ValueError(
-            f"the configuration is of stage {config.stage!r}; aim-jax {program} runs it."
+            f"the configuration has stage {config.stage!r}, expected {stage!r}; run it with "
+            f"aim-jax {program}."
         )
-    if given.data:
-        config.data.dir = given.data
-    # The platform's task 0 need not be JAX's process 0.
+    if values.data:
+        config.data.dir = values.data
+    # Task 0 of the platform is not always process 0 of JAX.
     unit = platform.work_unit()
     unit.set_task_status(
         f"process_index: {jax.process_index()}, process_count: {jax.process_count()}"
     )
-    unit.create_artifact(platform.ArtifactType.DIRECTORY, given.workdir, "workdir")
-    state = train(config, given.workdir)
+    unit.create_artifact(platform.ArtifactType.DIRECTORY, values.workdir, "workdir")
+    state = train(config, values.workdir)
     return EXIT_STOPPED if int(state.step) < config.steps else 0

@@ -1,11 +1,12 @@
-"""Compiles a training step, and generation, for devices that are not here: does it fit, how fast?
+"""Compile training and generation for absent devices to estimate memory and speed.
 
 Examples:
   aim-jax compile --config aim_xl --topology v5e:16x16
   aim-jax compile --config aim_l --topology 8xA100-80G --search
 
-Needs the compiler of the devices, not the devices: the extra `tpu`, or JAX's CUDA plugin, for which
-it prints the command. Ends with 1 where something does not fit.
+This requires the compiler of the devices, not the devices: the extra `tpu`, or JAX's CUDA plugin,
+whose installation command is printed if it is missing. The exit status is 1 if a program does not
+fit into memory.
 """
 
 import dataclasses
@@ -38,16 +39,20 @@ from aim_jax.utils.logging import say
 
 
 def define_flags() -> None:
-    define_config("A recipe for AiM: its name or a file.")
-    flags.DEFINE_string("topology", None, "Such as v5e:16x16, v5p-32, 8xA100-80G or 8xH100.")
-    flags.DEFINE_integer("images", 8, "Images that each device generates; 0: no generation.", 0)
+    """Define the flags of the program."""
+    define_config("Recipe for AiM: its name or a file.")
+    flags.DEFINE_string(
+        "topology", None, "Devices, such as v5e:16x16, v5p-32, 8xA100-80G or 8xH100."
+    )
+    flags.DEFINE_integer("images", 8, "Images per device for generation; 0 skips generation.", 0)
     flags.DEFINE_bool("search", False, "Double config.accumulate until the training step fits.")
-    flags.DEFINE_string("json", "", "File for the figures.")
+    flags.DEFINE_string("json", "", "JSON file to write the figures to.")
     flags.mark_flags_as_required(["config", "topology"])
 
 
 def main() -> int:
-    jax.config.update("jax_platforms", "cpu")  # nothing runs; devices that are here stay free
+    """Compile, print the figures, and return the exit status."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; local accelerators stay free
     f = flags.FLAGS
     figures = report(f.config, f.topology, f.images, f.search)
     if f.json:
@@ -56,10 +61,11 @@ def main() -> int:
 
 
 def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
-    """Of the very train step that `train` runs.
+    """Compile the train step that `train` runs, and return its footprint.
 
     Raises:
-      DoesNotFitError, ValueError: see `footprint`, `Setup` and `batch_share` (of every process).
+      DoesNotFitError: see `footprint`.
+      ValueError: see `footprint`, `Setup` and `batch_share` (of every process).
     """
     setup = Setup(config, devices)
     for process in {device.process_index for device in devices}:
@@ -70,46 +76,53 @@ def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
 
 
 def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Footprint:
-    """Of `generate` with guidance, without the tokenizer.
+    """Compile `generate` with guidance, without the tokenizer, and return its footprint.
 
     Args:
-      images: per device.
+      model: configuration of the model.
+      images: images per device.
+      devices: the devices to compile for.
     """
     mesh = device_mesh(tuple(devices))
-    whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
-    params = jax.tree.map(lambda x: x.update(sharding=whole), params)
+    params = jax.tree.map(lambda x: x.update(sharding=replicated), params)
     count = images * len(devices)
 
-    def per_image(dtype: DTypeLike, *shape: int) -> Any:  # takes the place of an array
+    def per_image(dtype: DTypeLike, *shape: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
 
     ints = per_image(jnp.int32)
     settings = {name: per_image(setting.dtype) for name, setting in SETTINGS.items()}
     request = Request(ints, ints, settings, per_image(jnp.int32, 0))
-    # Triton's kernels ask the GPU at hand what it is, so this is the program without them.
+    # Plain XLA, because the Triton kernels query the local GPU.
     engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
     method = Method(model, True, "constant", engine)
-    random = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
-    interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
+    random = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
+    interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=replicated)
     lowered = generate_sharded.lower(params, random, request, interval, method=method, mesh=mesh)
     return footprint(lowered, 2 * images * forward_flops(model), devices[0])
 
 
 def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
-    """Compiles, prints, and returns the figures.
+    """Compile training and generation, and print and return the figures.
 
     Args:
-      name: see `aim_jax.perf.accelerators.topology`.
-      images: per device, for generation; 0 leaves it out.
+      config: configuration of a training of AiM.
+      name: name of the topology; see `aim_jax.perf.accelerators.topology`.
+      images: images per device for generation; 0 skips generation.
       search: double `config.accumulate` until training fits.
 
     Returns:
-      "fits", and for "training" and "generation" the fields of `Footprint` or the compiler's
-      refusal.
+      "fits", and for "training" and "generation" the fields of `Footprint` or the error message of
+      the compiler.
+
+    Raises:
+      ValueError: if the configuration is not for AiM, or see `training`.
     """
     if config.stage != "aim":
-        raise ValueError(f"the configuration is of stage {config.stage!r}; expected one for AiM.")
+        raise ValueError(f"the configuration has stage {config.stage!r}, expected one for AiM.")
     devices = topology(name, config.mesh.slices)
     model = AiMConfig(**config.model)
     say(
@@ -118,46 +131,47 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
     )
     results = {"topology": name, "devices": len(devices), "kind": devices[0].device_kind}
     while True:
-        found = _tried("training", lambda: training(config, devices))
-        fits = isinstance(found, Footprint) and found.fits
+        outcome = _try_compile("training", lambda: training(config, devices))
+        fits = isinstance(outcome, Footprint) and outcome.fits
         more = 2 * config.accumulate
         if fits or not search or config.batch_size % (more * len(devices) // config.mesh.model):
             break
         config.accumulate = more
-        say(f"again with config.accumulate={more}")
-    results["training"] = _plain(found) | {"accumulate": config.accumulate}
-    if isinstance(found, Footprint) and found.fits:
-        rate = config.batch_size / found.seconds
+        say(f"trying again with config.accumulate={more}")
+    results["training"] = _as_dict(outcome) | {"accumulate": config.accumulate}
+    if isinstance(outcome, Footprint) and outcome.fits:
+        rate = config.batch_size / outcome.seconds
         mfu = rate * training_flops(model) / peak_flops(devices)
-        hours = config.steps * found.seconds / 3600
+        hours = config.steps * outcome.seconds / 3600
         results["training"] |= {"images_per_second": rate, "mfu": mfu, "hours": hours}
         say(
             f"{rate:.0f} images/s, MFU {mfu:.0%}, {config.steps} steps in {hours:.1f} h, "
             f"{hours * len(devices):.0f} device hours (modelled)"
         )
     if images:
-        drawn = _tried(
+        outcome = _try_compile(
             f"generation, {images} images per device", lambda: generation(model, images, devices)
         )
-        fits = fits and isinstance(drawn, Footprint) and drawn.fits
-        results["generation"] = _plain(drawn) | {"images": images}
-        if isinstance(drawn, Footprint):
-            say(f"{images / drawn.seconds:.2f} images/s per device (modelled)")
+        fits = fits and isinstance(outcome, Footprint) and outcome.fits
+        results["generation"] = _as_dict(outcome) | {"images": images}
+        if isinstance(outcome, Footprint):
+            say(f"{images / outcome.seconds:.2f} images/s per device (modelled)")
     return results | {"fits": fits}
 
 
-def _tried(what: str, make: Callable[[], Footprint]) -> Footprint | str:
+def _try_compile(name: str, make: Callable[[], Footprint]) -> Footprint | str:
+    """Return the footprint that `make` compiles, or the error message if it does not fit."""
     start = time.perf_counter()
     try:
-        found = make()
+        result = make()
     except DoesNotFitError as error:
-        say(f"\n{what}: DOES NOT FIT: {error}")
+        say(f"\n{name}: DOES NOT FIT: {error}")
         return str(error)
-    say(f"\n{what} (compiled in {time.perf_counter() - start:.0f} s)\n{describe(found)}")
-    return found
+    say(f"\n{name} (compiled in {time.perf_counter() - start:.0f} s)\n{describe(result)}")
+    return result
 
 
-def _plain(found: Footprint | str) -> dict:
-    if isinstance(found, str):
-        return {"refused": found}
-    return dataclasses.asdict(found) | {"seconds": found.seconds, "fits": found.fits}
+def _as_dict(outcome: Footprint | str) -> dict:
+    if isinstance(outcome, str):
+        return {"refused": outcome}
+    return dataclasses.asdict(outcome) | {"seconds": outcome.seconds, "fits": outcome.fits}

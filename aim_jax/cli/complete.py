@@ -1,9 +1,9 @@
-"""Completes pictures: keeps the upper rows of each and draws the rest, several times.
+"""Complete images: keep the upper part of each and generate the rest several times.
 
 Example:
   aim-jax complete --checkpoint fashion_mnist --images boot.png --classes "ankle boot"
 
-A row of the grid shows a picture, what is kept of it, and its completions.
+Each row of the grid shows an image, its kept part, and its completions.
 """
 
 from absl import flags
@@ -12,22 +12,22 @@ from aim_jax.cli.common import define_sampling_flags, given_settings
 
 
 def define_flags() -> None:
+    """Define the flags of the program."""
     flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
     flags.DEFINE_list(
-        "images", None, "Picture files, fitted as the model's training pictures were."
+        "images", None, "Image files, preprocessed like the training images of the model."
     )
-    flags.DEFINE_list("classes", None, "Class name or id of each picture.")
-    flags.DEFINE_integer(
-        "rows", 0, "Rows of codes to keep; half of them by default.", lower_bound=0
-    )
-    flags.DEFINE_integer("count", 8, "Completions per picture.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed.", lower_bound=0)
+    flags.DEFINE_list("classes", None, "Class name or id of each image.")
+    flags.DEFINE_integer("rows", 0, "Rows of tokens to keep. Default: half of them.", lower_bound=0)
+    flags.DEFINE_integer("count", 8, "Completions per image.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
     define_sampling_flags()
-    flags.DEFINE_string("out", "completions.png", "The grid: a file, or a directory that is there.")
+    flags.DEFINE_string("out", "completions.png", "File of the grid, or an existing directory.")
     flags.mark_flags_as_required(["images", "classes"])
 
 
 def main() -> None:
+    """Write the grid of completions and print its path."""
     from aim_jax.data import decode_image
     from aim_jax.sampling.grids import complete
     from aim_jax.utils.images import picture_path, save_png

@@ -1,4 +1,4 @@
-"""Converts official PyTorch weights into a model directory, and back.
+"""Convert official PyTorch weights into a model directory, and back.
 
 Examples:
   aim-jax convert to-jax --weights aim-large --out models/aim_l
@@ -7,9 +7,9 @@ Examples:
   aim-jax convert inception --weights inception-2015-12-05.pt --out inception.safetensors
   aim-jax convert lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
-Weights are a .safetensors file, a pickle of torch (.bin, .pt), an index of several files, or a
-directory with one of them. Pickles need `pip install 'aim_jax[torch]'`. The documentation's
-page Released weights tells more.
+Weights are a .safetensors file, a PyTorch pickle (.bin, .pt), an index of several files, or a
+directory with one of these. Pickles require `pip install 'aim_jax[torch]'`. See the page "Released
+weights" of the documentation for details.
 """
 
 import argparse
@@ -20,6 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="aim-jax convert",
         description=__doc__,
@@ -28,45 +29,62 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     programs = parser.add_subparsers(dest="program", required=True)
     jax = programs.add_parser("to-jax", help="official weights -> model directory")
     jax.add_argument("--weights", required=True, help="file or directory of official weights")
-    jax.add_argument("--vq", help="tokenizer to take, if --weights holds none or another one")
-    jax.add_argument("--config", help="config.json of the weights; by default the one beside them")
-    jax.add_argument("--out", required=True, help="model directory to make")
+    jax.add_argument("--vq", help="tokenizer to use, if --weights holds none or another one")
+    jax.add_argument("--config", help="config.json of the weights (default: the one beside them)")
+    jax.add_argument("--out", required=True, help="model directory to create")
     jax.add_argument(
         "--position_offset",
         type=int,
         choices=(0, 1),
         default=1,
-        help="1: positions of the official sampler; 0: of the official training",
+        help="1: positions of the official sampler; 0: positions of the official training "
+        "(default: 1)",
     )
-    jax.add_argument("--adaln", choices=("layer", "single", "group"), help="another arrangement")
-    jax.add_argument("--num_groups", type=int, default=4, help="with --adaln group (default 4)")
+    jax.add_argument(
+        "--adaln", choices=("layer", "single", "group"), help="convert to this adaLN arrangement"
+    )
+    jax.add_argument(
+        "--num_groups", type=int, default=4, help="groups of --adaln group (default: 4)"
+    )
     jax.add_argument(
         "--approximate",
         action="store_true",
-        help="allow an arrangement that cannot express the model exactly",
+        help="allow an arrangement that cannot represent the model exactly",
     )
-    jax.add_argument("--class_names", help="text file, one name per line (ImageNet's for 1000)")
+    jax.add_argument(
+        "--class_names",
+        help="text file with one name per line (default for 1000 classes: ImageNet's)",
+    )
     torch = programs.add_parser("to-torch", help="model directory -> official weights")
-    torch.add_argument("--checkpoint", required=True, help="model directory, workdir, bundled name")
+    torch.add_argument(
+        "--checkpoint", required=True, help="model directory, workdir or bundled model"
+    )
     torch.add_argument(
         "--out",
         required=True,
-        help="*.safetensors, *.bin, *.pt (tokenizer alone), "
+        help="*.safetensors, *.bin, *.pt (tokenizer only), "
         "or a directory for config.json and model.safetensors",
     )
-    inception = programs.add_parser("inception", help="the network of FID -> one file of ours")
-    inception.add_argument("--weights", required=True, help="any file of the Inception of 2015")
+    inception = programs.add_parser(
+        "inception", help="Inception network for FID -> .safetensors file"
+    )
+    inception.add_argument(
+        "--weights", required=True, help="any file of the 2015 Inception network"
+    )
     inception.add_argument("--out", required=True, help="*.safetensors")
-    lpips = programs.add_parser("lpips", help="the network of the perceptual loss -> one file")
+    lpips = programs.add_parser("lpips", help="network of the perceptual loss -> .safetensors file")
     lpips.add_argument("--weights", required=True, help="VGG16, with or without the linear heads")
-    lpips.add_argument("--heads", help="the linear heads, if --weights lacks them")
+    lpips.add_argument("--heads", help="linear heads, if --weights lacks them")
     lpips.add_argument("--out", required=True, help="*.safetensors")
     for program in (jax, torch):
-        program.add_argument("--dtype", choices=DTYPES, help="by default that of the source")
+        program.add_argument(
+            "--dtype", choices=DTYPES, help="dtype of the weights (default: that of the source)"
+        )
     return parser.parse_args(argv)
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Convert the weights and print the path of the result."""
     args = parse(arguments)
     from aim_jax.utils.logging import say
     from aim_jax.weights import convert

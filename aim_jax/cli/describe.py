@@ -1,4 +1,4 @@
-"""Describes a model: its configuration, class names, sampling defaults and parameters.
+"""Describe a model: its configuration, class names, sampling defaults and parameters.
 
 Examples:
   aim-jax describe --checkpoint cifar10
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 
 def define_flags() -> None:
+    """Define the flags of the program."""
     flags.DEFINE_string(
         "checkpoint", "cifar10", "Bundled model, model directory, workdir of a run, or hf://."
     )
 
 
 def main() -> None:
+    """Print the description of a model."""
     from aim_jax.weights.pretrained import load_pretrained
 
     print("\n".join(describe(load_pretrained(flags.FLAGS.checkpoint, as_stored=True))))
 
 
 def describe(model: "Pretrained") -> Iterator[str]:
-    """Yields the lines of a model's description; bytes are those of its parameters as given."""
+    """Yield the lines of the description of a model; sizes are of its parameters as loaded."""
     from aim_jax.utils.parameters import parameter_table
     from aim_jax.weights.pretrained import MOST_CLASSES
 
@@ -36,9 +38,9 @@ def describe(model: "Pretrained") -> Iterator[str]:
     yield from _fields(model.info)
     if model.class_names:
         more = len(model.class_names) - MOST_CLASSES
-        shown = ", ".join(model.class_names[:MOST_CLASSES])
+        names = ", ".join(model.class_names[:MOST_CLASSES])
         yield f"\n{len(model.class_names)} classes"
-        yield f"  {shown}{f' and {more} more' if more > 0 else ''}"
+        yield f"  {names}{f' and {more} more' if more > 0 else ''}"
     if model.aim_params is not None:
         yield "\nSampling defaults"
         yield from _fields(model.sampling)

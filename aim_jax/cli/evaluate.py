@@ -1,16 +1,16 @@
-"""Scores a model, or images: FID, sFID, Inception Score, KID, precision, recall, density, coverage.
+r"""Score a model or images: FID, sFID, Inception Score, KID, precision, recall, density, coverage.
 
 Examples:
   aim-jax evaluate --checkpoint cifar10 --reference cifar10:train --inception FILE
-  aim-jax evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+  aim-jax evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \
       --inception FILE
-  aim-jax evaluate --checkpoint cifar10 --reconstruct --reference cifar10:test \\
-      --inception FILE   # the tokenizer: rFID, PSNR, SSIM, use of the codebook
+  aim-jax evaluate --checkpoint cifar10 --reconstruct --reference cifar10:test \
+      --inception FILE   # the tokenizer: rFID, PSNR, SSIM, codebook usage
 
-Samples are balanced over the classes, and an interrupted run goes on. --out gets samples.npz
-(arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and neighbours.png with
-the nearest images of the reference. --inception is the network of 2015 in any form that people
-have; the documentation's page Evaluation tells more.
+Samples are balanced over the classes, and an interrupted run resumes. The program writes to --out:
+samples.npz (arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and
+neighbours.png with the nearest reference images. --inception accepts the 2015 Inception network in
+any common format; see the page "Evaluation" of the documentation.
 """
 
 import os
@@ -24,28 +24,30 @@ from aim_jax.parallel import processes
 
 
 def define_flags() -> None:
-    define_config("A recipe's name or a file.", default="eval")
+    """Define the flags of the program."""
+    define_config("Name of a recipe, or a file.", default="eval")
     flags.DEFINE_string("checkpoint", "", "Bundled model, model directory or workdir.")
     flags.DEFINE_string(
         "samples",
         "",
-        "Images to score instead of sampling: npz, folder, or NAME:SPLIT of a data set.",
+        "Images to score instead of sampling: npz, folder, or NAME:SPLIT of a dataset.",
     )
     flags.DEFINE_string(
-        "reference", "", "npz of images, ADM reference npz, folder, or NAME:SPLIT of a data set."
+        "reference", "", "npz of images, ADM reference npz, folder, or NAME:SPLIT of a dataset."
     )
-    flags.DEFINE_string("data", "", "Directory with the data set; short for --config.data.dir.")
+    flags.DEFINE_string("data", "", "Directory of the dataset; short for --config.data.dir.")
     flags.DEFINE_string(
         "inception",
         os.environ.get("AIM_JAX_INCEPTION", ""),
-        "Weights; $AIM_JAX_INCEPTION by default.",
+        "Weights of the Inception network. Default: $AIM_JAX_INCEPTION.",
     )
-    flags.DEFINE_bool("reconstruct", False, "Score the tokenizer on the reference's pictures.")
+    flags.DEFINE_bool("reconstruct", False, "Score the tokenizer on the reference images.")
     flags.DEFINE_string("out", "evaluation", "Directory for the results.")
     processes.define_flags()
 
 
 def main() -> None:
+    """Evaluate and print the report."""
     from aim_jax.evaluation.evaluate import evaluate
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
     from aim_jax.weights.pretrained import load_pretrained
@@ -54,11 +56,11 @@ def main() -> None:
     cores_as_devices()
     processes.initialize_from(f)
     if not f.reference or bool(f.checkpoint) == bool(f.samples and not f.reconstruct):
-        raise ValueError("give --reference, and either --checkpoint or --samples.")
+        raise ValueError("pass --reference, and either --checkpoint or --samples.")
     if not f.inception:
         raise ValueError(
-            f"--inception is missing: {EXPECTED}. The documentation's page Evaluation says where "
-            "to get one."
+            f"--inception is missing: {EXPECTED}. See the page 'Evaluation' of the documentation "
+            "for where to get one."
         )
     f.config.data.dir = f.data or f.config.data.dir
     model = load_pretrained(f.checkpoint) if f.checkpoint else None

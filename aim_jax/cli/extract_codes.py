@@ -1,15 +1,15 @@
-"""Encodes a data set once, so that training of AiM reads codes instead of pictures.
+r"""Encode a dataset once, so that training of AiM reads tokens instead of images.
 
 Example:
   aim-jax extract_codes --tokenizer runs/cifar10_vq_full --out codes/cifar10
-  aim-jax train --config cifar10 --workdir runs/cifar10 \\
+  aim-jax train --config cifar10 --workdir runs/cifar10 \
     --config.tokenizer=runs/cifar10_vq_full --config.codes=codes/cifar10
 
-Each split becomes a token cache OUT/SPLIT. The data set, and how its pictures are fitted, are those
-that the tokenizer was trained on unless flags say otherwise; a folder of images has to be named
-again (--data). The same command continues an interrupted run. Machines that share OUT divide the
-work, as connected processes (--coordinator) or each by itself (--part 1/N to N/N). The
-documentation's page ImageNet has an example at full size.
+Each split becomes a token cache OUT/SPLIT. By default, dataset and preprocessing are those that the
+tokenizer was trained with; a folder of images has to be named again (--data). The same command
+resumes an interrupted run. Machines that share OUT can divide the work, either as connected
+processes (--coordinator) or independently (--part 1/N to N/N). See the page "ImageNet" of the
+documentation for a full-size example.
 """
 
 import time
@@ -29,29 +29,33 @@ from aim_jax.weights.tokenizer import local_encoder, open_tokenizer, tokenizer_f
 
 
 def define_flags() -> None:
+    """Define the flags of the program."""
     flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
     flags.DEFINE_string("out", None, "Directory for the token caches.")
-    flags.DEFINE_string("data_name", "", "Data set; see aim_jax.data.open_images.")
-    flags.DEFINE_string("data", "", "Directory with the pictures.")
+    flags.DEFINE_string("data_name", "", "Dataset; see aim_jax.data.open_images.")
+    flags.DEFINE_string("data", "", "Directory with the images.")
     flags.DEFINE_list("split", ["train", "validation"], "Splits to encode.")
     flags.DEFINE_enum(
         "views", "centre_flip", ["centre", "centre_flip", "ten_crop"],
-        "What to store of every picture of the train split: the centre crop, it and its mirror "
-        "image, or the centre and four corners of a larger square and their mirror images. Of "
-        "other splits it is the centre crop.",
+        "Views to store of every image of the train split: the centre crop; the centre crop and "
+        "its mirror image; or the centre and four corners of a larger square, and their mirror "
+        "images. Other splits store the centre crop.",
     )  # fmt: skip
-    flags.DEFINE_float("crop_range", 1.1, "Side of the larger square of ten_crop, in image sizes.")
-    flags.DEFINE_integer("batch_size", 128, "Pictures per step and device.", lower_bound=1)
-    flags.DEFINE_integer("shard_size", 16384, "Pictures per file.", lower_bound=1)
-    flags.DEFINE_integer(
-        "workers", 0, "Processes that decode pictures; 0 uses threads.", lower_bound=0
+    flags.DEFINE_float(
+        "crop_range", 1.1, "Side of the larger square of ten_crop, as a multiple of the image size."
     )
-    flags.DEFINE_string("part", "", "I/N: encode every N-th shard alone, from the I-th on.")
+    flags.DEFINE_integer("batch_size", 128, "Images per step and device.", lower_bound=1)
+    flags.DEFINE_integer("shard_size", 16384, "Images per file.", lower_bound=1)
+    flags.DEFINE_integer(
+        "workers", 0, "Processes that decode images; 0 uses threads.", lower_bound=0
+    )
+    flags.DEFINE_string("part", "", "I/N: encode only every N-th shard, starting with the I-th.")
     processes.define_flags()
     flags.mark_flags_as_required(["tokenizer", "out"])
 
 
 def main() -> None:
+    """Encode the dataset that the flags name."""
     f = flags.FLAGS
     processes.initialize_from(f)
     extract(
@@ -75,29 +79,40 @@ def extract(
     workers: int = 0,
     part: str = "",
 ) -> None:
-    """Makes the caches out/SPLIT, or goes on with them; connected processes divide the work.
+    """Write the token caches out/SPLIT, or resume them; connected processes divide the work.
 
     Args:
       tokenizer: model directory, training workdir or bundled model.
-      data_name: data set; by default the one that the tokenizer was trained on.
-      data_dir: directory with the pictures; see `open_images`.
-      views: what to store of a training picture; see `make_views`. Of others it is the centre crop.
-      batch_size: pictures per step and device. shard_size: pictures per file.
-      workers: processes that decode pictures; 0 uses threads.
-      part: "I/N": every N-th shard alone, from the I-th on, for processes that are not connected.
+      out: directory for the token caches.
+      data_name: dataset; by default the one that the tokenizer was trained on.
+      data_dir: directory with the images; see `open_images`.
+      splits: splits to encode.
+      views: views to store of a training image; see `make_views`. Other splits store the centre
+        crop.
+      crop_range: side of the larger square of ten_crop, as a multiple of the image size.
+      batch_size: images per step and device.
+      shard_size: images per file.
+      workers: processes that decode images; 0 uses threads.
+      part: "I/N" encodes only every N-th shard, starting with the I-th, for processes that are not
+        connected.
 
     Raises:
-      ValueError, FileNotFoundError: no such tokenizer or data set, bad pictures, a cache of
-        something else in `out`, or a part where processes are connected.
+      ValueError: if the tokenizer, the dataset or an image is invalid, `out` holds another cache,
+        or `part` is given with connected processes.
+      FileNotFoundError: if the tokenizer or the dataset is missing.
     """
     if part and jax.process_count() > 1:
-        raise ValueError("--part is for processes that are not connected; these divide the work")
+        raise ValueError(
+            "--part is for processes that are not connected; connected processes divide the work "
+            "without it."
+        )
     share = data.parse_part(part) if part else (jax.process_index(), jax.process_count())
     model = open_tokenizer(tokenizer)
     if "data" not in model.info:
-        raise ValueError(f"{tokenizer} does not say which pictures it was trained on")
-    described = ConfigDict(model.info["data"])
-    name, spec = data_name or described.name, image_spec(described)
+        raise ValueError(f"{tokenizer} does not record the images that it was trained on.")
+    data_config = ConfigDict(model.info["data"])
+    name = data_name or data_config.name
+    spec = image_spec(data_config)
     stored = {
         split: data.make_views(views if split == "train" else "centre", spec, crop_range)
         for split in splits
@@ -126,25 +141,30 @@ def extract(
     missing = [split for split, writer in writers.items() if writer.missing()]
     for split in missing:
         data.check_images(sources[split], spec)
-    which = f", part {share[0] + 1}/{share[1]}" if share[1] > 1 else ""
+    part_name = f", part {share[0] + 1}/{share[1]}" if share[1] > 1 else ""
     for split in missing:
         data.extract_codes(
             encode, sources[split], stored[split], writers[split], batch_size * devices,
-            part=share, workers=workers, progress=Progress(f"encoding {split}{which}"),
+            part=share, workers=workers, progress=Progress(f"encoding {split}{part_name}"),
         )  # fmt: skip
     for writer in writers.values():
-        left, shards = len(_finish(writer)), len(writer.ranges)
-        names, pictures = writer.manifest["views"], writer.manifest["num_examples"]
-        if left:
-            say(f"{writer.path}: {left} of {shards} shards are left to other parts")
+        remaining = len(_finish(writer))
+        shards = len(writer.ranges)
+        names = writer.manifest["views"]
+        count = writer.manifest["num_examples"]
+        if remaining:
+            say(f"{writer.path}: {remaining} of {shards} shards are left to other parts")
         else:
-            say(f"{writer.path}: {pictures} pictures, {len(names)} views, {side * side} codes each")
-    # Process 0 reads all shards at the end; JAX aborts it when the others have left.
+            say(f"{writer.path}: {count} images, {len(names)} views of {side * side} tokens each")
+    # Process 0 reads all shards at the end; JAX aborts it if the other processes exit before.
     wait_for_all("the caches")
 
 
 def _finish(writer: data.CacheWriter) -> list[int]:
-    """Completes a cache if it can be; connected processes first wait for each other's shards."""
+    """Finish a cache on process 0 if possible, and return its missing shards.
+
+    Connected processes first wait until all of them have written their shards.
+    """
     waiting = Progress(f"waiting for the other processes to write into {writer.path}", "shards")
     while jax.process_count() > 1 and (missing := writer.missing()):
         waiting(len(writer.ranges) - len(missing), len(writer.ranges))

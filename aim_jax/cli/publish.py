@@ -1,4 +1,4 @@
-"""Makes a directory to publish: a model and its generated card; uploads it on request.
+"""Write a model and its generated card to a directory, and optionally upload it to the hub.
 
 Example:
   aim-jax publish --checkpoint runs/aim --evaluation evaluation --out published
@@ -13,19 +13,23 @@ from absl import flags
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Bundled name, model directory, or workdir of a run.")
-    flags.DEFINE_string("out", None, "Directory to make.")
+    """Define the flags of the program."""
+    flags.DEFINE_string("checkpoint", None, "Bundled model, model directory, or workdir of a run.")
+    flags.DEFINE_string("out", None, "Directory to create.")
     flags.DEFINE_string(
-        "tokenizer", "", "Another tokenizer of the same codes, with a better decoder."
+        "tokenizer", "", "Another tokenizer with the same tokens and a better decoder."
     )
-    flags.DEFINE_string("evaluation", "", "Directory of aim-jax evaluate, for the card.")
+    flags.DEFINE_string("evaluation", "", "Results of aim-jax evaluate, for the card.")
     flags.DEFINE_string(
-        "repository", "", "owner/name on the hub, to upload to; needs pip install 'aim_jax[hub]'."
+        "repository",
+        "",
+        "Repository owner/name on the hub to upload to; requires pip install 'aim_jax[hub]'.",
     )
     flags.mark_flags_as_required(["checkpoint", "out"])
 
 
 def main() -> None:
+    """Write the directory, upload it if requested, and print its path."""
     from aim_jax.utils.logging import say
     from aim_jax.weights.publish import publish
 

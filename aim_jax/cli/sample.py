@@ -1,9 +1,9 @@
-"""Samples images from a trained model into a labelled PNG grid.
+"""Sample images from a trained model into a labelled PNG grid.
 
 Examples:
   aim-jax sample --checkpoint fashion_mnist --out samples
   aim-jax sample --checkpoint cifar10 --classes cat,ship,3 --per_class 16 --cfg_scale 3
-  aim-jax sample --checkpoint cifar10 --progressive  # look at samples/grid.png
+  aim-jax sample --checkpoint cifar10 --progressive  # watch samples/grid.png
 
 --checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
 """
@@ -16,13 +16,14 @@ from aim_jax.cli.common import define_sampling_flags, given_settings
 
 
 def define_flags() -> None:
+    """Define the flags of the program."""
     flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
-    flags.DEFINE_list("classes", [], "Class names or ids; all classes (at most 20) by default.")
+    flags.DEFINE_list("classes", [], "Class names or ids. Default: all classes, at most 20.")
     flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
     flags.DEFINE_integer(
         "seed",
         0,
-        "Seed; image i of a seed is the same in any batch, but for rounding.",
+        "Random seed; image i of a seed is the same in any batch, except for rounding.",
         lower_bound=0,
     )
     define_sampling_flags()
@@ -30,37 +31,40 @@ def define_flags() -> None:
         "cfg_schedule",
         "constant",
         ["constant", "linear", "cosine"],
-        "How guidance grows over an image.",
+        "Growth of the guidance scale over an image.",
     )
-    flags.DEFINE_list("cfg_interval", ["0", "1"], "Part of the image's tokens that is guided.")
+    flags.DEFINE_list(
+        "cfg_interval", ["0", "1"], "Start and end of guidance, as fractions of the tokens."
+    )
     flags.DEFINE_enum(
         "position_offset",
         None,
         ["0", "1"],
-        "Code j is at position row j + this. Converted weights: 1 as their sampler, 0 as trained.",
+        "Offset of token j in the position table. For converted weights: 1 as in the official "
+        "sampler, 0 as in the official training. Default: that of the model.",
     )
-    flags.DEFINE_bool("progressive", False, "Write the grid after every row of codes.")
+    flags.DEFINE_bool("progressive", False, "Write the grid after every row of tokens.")
     flags.DEFINE_enum(
         "compute_dtype",
         None,
         ["float32", "bfloat16"],
-        "Of matrix products and convolutions. The model's own if not given.",
+        "Dtype of matrix products and convolutions. Default: that of the model.",
     )
     flags.DEFINE_enum(
         "implementation",
         None,
         ["xla", "native", "triton"],
-        "Who computes the token loop: XLA, or fused kernels for a CPU or an NVIDIA GPU. The "
-        "fastest for the device if not given.",
+        "Implementation of the token loop: XLA, or fused kernels for CPU (native) or NVIDIA GPU "
+        "(triton). Default: the fastest for the device.",
     )
     flags.DEFINE_enum(
         "form",
         None,
         ["recurrent", "dual"],
-        "What decoding carries: states, or tokens. The faster one if not given.",
+        "Form of the recurrence, which carries states or past tokens. Default: the faster one.",
     )
     flags.DEFINE_enum(
-        "cache_dtype", "float32", ["float32", "bfloat16"], "Of the states or tokens carried."
+        "cache_dtype", "float32", ["float32", "bfloat16"], "Dtype of the carried states or tokens."
     )
     flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
     flags.DEFINE_string("out", "samples", "Directory for the results.")
@@ -69,6 +73,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    """Write the samples and print the paths."""
     from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 

@@ -1,11 +1,11 @@
-"""How loss and FID follow parameters and compute over several training runs.
+"""Fit loss and FID against parameters and compute over several training runs.
 
 Example:
   aim-jax scaling --runs runs/aim_b,runs/aim_l,runs/aim_xl --out scaling
 
-A run is a workdir of aim-jax train; its FID is that of RUN/evaluation/report.json, where
-aim-jax evaluate --checkpoint RUN --out RUN/evaluation has put it. --out gets scaling.md and
-scaling.png.
+A run is a workdir of aim-jax train. Its FID is read from RUN/evaluation/report.json, which
+aim-jax evaluate --checkpoint RUN --out RUN/evaluation writes. The program writes scaling.md and
+scaling.png to --out.
 """
 
 from pathlib import Path
@@ -14,12 +14,14 @@ from absl import flags
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("runs", None, "Workdirs.")
+    """Define the flags of the program."""
+    flags.DEFINE_list("runs", None, "Workdirs of the training runs.")
     flags.DEFINE_string("out", "scaling", "Directory for the results.")
     flags.mark_flag_as_required("runs")
 
 
 def main() -> None:
+    """Write and print the report, and write the plot."""
     from aim_jax.evaluation import scaling
     from aim_jax.utils.plots import pyplot
 

@@ -1,4 +1,4 @@
-"""Metrics of generated and reconstructed images."""
+"""Metrics for generated and reconstructed images."""
 
 from aim_jax.evaluation.distribution import (
     Gaussian,

@@ -1,4 +1,4 @@
-"""Evaluation: class-balanced samples or reconstructions, scored against a reference, reported."""
+"""Evaluation of class-balanced samples or reconstructions against a reference."""
 
 import dataclasses
 import math
@@ -40,40 +40,41 @@ from aim_jax.utils.logging import Progress, say
 from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import local_encoder
 
-# Images of a set, of which the density looks at the fifth neighbour of each.
+# Minimum number of images in a set: density uses the fifth neighbour of each image.
 FEWEST = 6
-NOTHING_TO_SCORE = "there is nothing to score: give a model, or samples."
+NOTHING_TO_SCORE = "there is nothing to score: give a model or samples."
 
 
 def on_local_devices(model: Pretrained) -> Pretrained:
-    """The model with its parameters on every device of this process."""
+    """Replicate the parameters of a model on every device of this process."""
     everywhere = NamedSharding(make_mesh(devices=jax.local_devices()), PartitionSpec())
     parts = {k: jax.device_put(getattr(model, k), everywhere) for k in ("aim_params", "vq_params")}
     return dataclasses.replace(model, **parts)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-    """`count` labels, class after class in turn; so every part of the series is balanced too.
+    """Return `count` labels that cycle through the classes, so that every part is balanced too.
 
-    The Inception Score is a mean over parts of the series, which would else hold few classes each.
+    The Inception Score is a mean over splits of the series; sorted labels would leave few classes
+    in each split.
     """
     return (np.arange(count) % num_classes).astype(np.int32)
 
 
 def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
-    """The settings of a series of samples; the model's own where the configuration has none.
+    """Return the sampling settings of a configuration, with the model's defaults where unset.
 
     Raises:
-      ValueError: a setting is out of range.
+      ValueError: if a setting is out of range.
     """
     names = (*SETTINGS, "cfg_schedule")
-    given = {name: config.sample[name] for name in names}
-    sampling = SamplingConfig(**model.sampling).updated(given)
+    overrides = {name: config.sample[name] for name in names}
+    sampling = SamplingConfig(**model.sampling).updated(overrides)
     return {name: getattr(sampling, name) for name in names}
 
 
 def size_of_samples(model: Pretrained) -> tuple[int, int]:
-    """Height and width of what a model draws."""
+    """Return height and width of the images that a model generates."""
     aim_config, _ = model.aim()
     vq_config, _ = model.vq()
     side = math.isqrt(aim_config.num_tokens) * vq_config.downsampling
@@ -81,23 +82,27 @@ def size_of_samples(model: Pretrained) -> tuple[int, int]:
 
 
 def identity_of(model: Pretrained) -> list[str]:
-    """Changes when a model's configuration or weights do."""
+    """Return fingerprints of AiM and tokenizer, which change with configurations and weights."""
     return [fingerprint(*model.aim()), fingerprint(*model.vq())]
 
 
 def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
-    """Samples `config.num_samples` images into out/samples.npz.
+    """Sample `config.num_samples` images into out/samples.npz.
 
-    arr_0 is uint8 (n, H, W, 3), grey images too, because other evaluators take nothing else; labels
-    int32 (n,).
+    The file holds arr_0 uint8 (n, H, W, 3) and labels int32 (n,). Grey images are stored as RGB,
+    because other evaluators accept nothing else.
 
-    All processes call this and draw in turns; they share the directory. What an interrupted run has
-    drawn is in out/parts and is not drawn again.
+    All processes must call this; they share the directory and divide the batches. Batches of an
+    interrupted run are kept in out/parts and are not sampled again.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      ValueError: the directory holds a series of other settings, or a setting is out of range.
+      ValueError: if the directory holds samples with other settings, or a setting is out of range.
     """
-    settings, size = sampling_settings(model, config), config.batch_size
+    settings = sampling_settings(model, config)
+    size = config.batch_size
     labels = balanced_labels(config.num_samples, model.aim()[0].num_classes)
     identity = settings | {
         "model": identity_of(model),
@@ -110,16 +115,16 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
     numbers = range(-(-len(labels) // size))
     if not file.exists():
         model = on_local_devices(model)
-        mine = [i for i in numbers[jax.process_index() :: jax.process_count()] if i not in parts]
+        share = [i for i in numbers[jax.process_index() :: jax.process_count()] if i not in parts]
         progress = Progress("sampling")
-        for done, i in enumerate(mine, start=1):
+        for done, i in enumerate(share, start=1):
             batch = labels[i * size : (i + 1) * size]
-            # The last part is filled up with images beyond the series, which are dropped.
-            drawn = generate(
+            # The last part is padded with extra images, which are dropped.
+            samples = generate(
                 model, np.resize(batch, size), config.seed, first_index=i * size, **settings
             )
-            parts.add(i, to_rgb(np.asarray(drawn.images)[: len(batch)]))
-            progress(min(done * size, len(labels)), min(len(mine) * size, len(labels)))
+            parts.add(i, to_rgb(np.asarray(samples.images)[: len(batch)]))
+            progress(min(done * size, len(labels)), min(len(share) * size, len(labels)))
         wait_for_all("samples")
         if jax.process_index() == 0:
             parts.join(len(numbers), labels=labels)
@@ -128,58 +133,62 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
 
 
 def notes_on_covariances(made: FeatureSet, reference: FeatureSet) -> list[str]:
-    """What a reader must know of distances between covariances of few images."""
+    """Return notes for the report where a set has too few images for a regular covariance."""
     counts = {"samples": made.count}
-    if reference.count:  # files of statistics alone do not say it
+    if reference.count:  # 0 for files that hold statistics alone
         counts["the reference"] = reference.count
     return [
-        f"{count} images in {what} for {NUM_FEATURES} features: the covariance is singular, and "
-        "FID and sFID are biased upwards. Take more images, or look at KID."
-        for what, count in counts.items()
+        f"{count} images in {name} for {NUM_FEATURES} features: the covariance is singular, and "
+        "FID and sFID are biased upwards. Use more images, or compare KID."
+        for name, count in counts.items()
         if count <= NUM_FEATURES
     ]
 
 
 def notes_on_labels(images: NpzImages) -> list[str]:
-    """What a reader must know of the classes of images that were made elsewhere."""
+    """Return notes for the report on the class balance of images from an npz file."""
     labels = images.labels()
     if labels is None:
-        return [f"{images.name} has no labels: whether its classes are balanced is not known."]
+        return [f"{images.name} has no labels, so it is unknown whether its classes are balanced."]
     counts = np.unique(labels, return_counts=True)[1]
     if counts.max() - counts.min() <= 1:
         return []
     return [
-        f"{images.name} has from {counts.min()} to {counts.max()} images of a class: FID compares "
-        "with a reference that has other shares."
+        f"{images.name} has from {counts.min()} to {counts.max()} images per class: FID compares "
+        "it with a reference of different class proportions."
     ]
 
 
 def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
-    """Metrics of generated images, and what a reader must know about them.
+    """Compute the metrics of generated images, and notes on them for the report.
+
+    Args:
+      made: features of the generated images.
+      reference: features of the reference images.
 
     Returns:
-      fid, sfid, kid, precision, recall, density, coverage and, where there are logits, inception
-      scores; those with a deviation as [mean, deviation].
+      The metrics fid, kid, precision, recall, density and coverage; sfid and inception_score where
+      they are available. kid and inception_score are [mean, standard deviation]. Then the notes.
     """
-    found: dict = {"fid": frechet_distance(made.pool, reference.pool)}
+    metrics: dict = {"fid": frechet_distance(made.pool, reference.pool)}
     notes = notes_on_covariances(made, reference)
     if made.spatial is not None and reference.spatial is not None:
-        found["sfid"] = frechet_distance(made.spatial, reference.spatial)
+        metrics["sfid"] = frechet_distance(made.spatial, reference.spatial)
     if made.inception_score is not None:
-        found["inception_score"] = list(made.inception_score)
-    found["kid"] = list(kernel_distance(reference.features, made.features))
-    found |= precision_recall(reference.features, made.features)
-    found |= density_coverage(reference.features, made.features)
+        metrics["inception_score"] = list(made.inception_score)
+    metrics["kid"] = list(kernel_distance(reference.features, made.features))
+    metrics |= precision_recall(reference.features, made.features)
+    metrics |= density_coverage(reference.features, made.features)
     if made.count < 10_000:
         notes.append(
-            f"FID of {made.count} samples is larger than that of 50,000 of the same model; compare "
-            "it with that of equally many samples alone."
+            f"FID of {made.count} samples is larger than FID of 50,000 samples of the same model; "
+            "compare it only with FID of equally many samples."
         )
     fewest = min(len(reference.features), len(made.features))
     if fewest < KERNEL_SUBSET:
         notes.append(
-            f"KID was taken of subsets of {fewest} images, not of {KERNEL_SUBSET}: it is unbiased "
-            "all the same, but its deviation is another one."
+            f"KID uses subsets of {fewest} images instead of {KERNEL_SUBSET}: it is still "
+            "unbiased, but its standard deviation is different."
         )
     if made.inception_score is None:
         notes.append(
@@ -188,53 +197,69 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
         )
     if reference.spatial is None:
         notes.append("No sFID: the reference has no mu_s and sigma_s.")
-    return found, notes
+    return metrics, notes
 
 
 def reconstruct(
     model: Pretrained, images: ImageSet, config: ConfigDict, out: Path
 ) -> tuple[Path, dict[str, float]]:
-    """Encodes and decodes a set of pictures with the tokenizer.
+    """Encode and decode a set of images with the tokenizer.
+
+    Args:
+      model: with a tokenizer.
+      images: the images to reconstruct.
+      config: `config.batch_size` is used.
+      out: directory for the file of reconstructions.
 
     Returns:
-      A file with the reconstructions (arr_0), and psnr, ssim, usage and perplexity.
+      The path of an npz file with the reconstructions (arr_0), and the metrics psnr, usage and
+      perplexity, and ssim where the images are large enough.
+
+    Raises:
+      ValueError: if the tokenizer does not accept the images.
     """
     vq_config, _ = model.vq()
     _, height, width, channels = images.shape
     if height != width or height % vq_config.downsampling or channels != vq_config.in_channels:
         raise ValueError(
-            f"{images.name} has images of {height} x {width} x {channels}; the tokenizer takes "
-            f"squares of a multiple of {vq_config.downsampling} pixels and {vq_config.in_channels} "
-            "channel(s)."
+            f"{images.name} has images of {height} x {width} x {channels}; the tokenizer expects "
+            f"square images with a side that is a multiple of {vq_config.downsampling} pixels and "
+            f"{vq_config.in_channels} channel(s)."
         )
     model = on_local_devices(dataclasses.replace(model, aim_params=None))
     _, vq_params = model.vq()
     encode, devices = local_encoder(model)
     size = -(-config.batch_size // devices) * devices
     identity = {"tokenizer": fingerprint(vq_config, vq_params), "of": images.identity}
-    file, counts = out / "reconstructions.npz", np.zeros(vq_config.n_embed, np.int64)
+    file = out / "reconstructions.npz"
+    counts = np.zeros(vq_config.n_embed, np.int64)
     parts = ImageParts(out / "reconstruction_parts", file, identity)
-    measured = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
-    sums, progress, done = np.zeros(len(measured)), Progress("reconstructing"), 0
-    rank, processes, total = jax.process_index(), jax.process_count(), -(-len(images) // size)
+    functions = {"psnr": psnr} | ({"ssim": ssim} if height >= WINDOW else {})
+    sums = np.zeros(len(functions))
+    progress = Progress("reconstructing")
+    done = 0
+    rank = jax.process_index()
+    processes = jax.process_count()
+    total = -(-len(images) // size)
     numbers = range(rank, total, processes)
     for i, batch in zip(numbers, images.batches(size, rank, processes), strict=True):
-        filled = np.resize(batch, (size, *batch.shape[1:]))
-        tokens = encode(filled.astype(np.float32) / 127.5 - 1)
-        back = np.asarray(decode_images(vq_params, tokens, config=vq_config))
-        back = back[: len(batch)]
-        parts.add(i, back)
+        padded = np.resize(batch, (size, *batch.shape[1:]))
+        tokens = encode(padded.astype(np.float32) / 127.5 - 1)
+        reconstructed = np.asarray(decode_images(vq_params, tokens, config=vq_config))
+        reconstructed = reconstructed[: len(batch)]
+        parts.add(i, reconstructed)
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))
-        sums += [float(np.sum(metric(batch, back))) for metric in measured.values()]
+        sums += [float(np.sum(metric(batch, reconstructed))) for metric in functions.values()]
         done += len(batch)
         progress(min(done * processes, len(images)), len(images))
-    # Also the moment from which on all parts are there.
-    counts, sums = sum_over_processes(counts), sum_over_processes(sums)
+    # These sums also wait for the other processes, so all parts exist afterwards.
+    counts = sum_over_processes(counts)
+    sums = sum_over_processes(sums)
     if rank == 0:
         parts.join(total)
-    found = dict(zip(measured, (sums / len(images)).tolist(), strict=True))
+    metrics = dict(zip(functions, (sums / len(images)).tolist(), strict=True))
     wait_for_all("reconstructions")
-    return file, found | codebook_use(counts)
+    return file, metrics | codebook_use(counts)
 
 
 def neighbours_picture(
@@ -244,36 +269,41 @@ def neighbours_picture(
     reference_features: FeatureSet,
     path: Path,
 ) -> Path:
-    """Writes generated images, each beside its nearest reference images in feature space."""
-    count, k = min(12, len(made)), min(5, len(reference_features.features))
+    """Write a grid of generated images beside their nearest reference images in feature space."""
+    count = min(12, len(made))
+    k = min(5, len(reference_features.features))
     index = np.linspace(0, len(features.features) - 1, count).astype(int)
     near = nearest(features.features[index], reference_features.features, k)
-    pictures = to_rgb(reference.take(reference_features.indices[near].ravel()))
-    pictures = pictures.reshape(count, k, *pictures.shape[1:])
-    shown = to_rgb(made.take(features.indices[index]))
-    rows = np.concatenate([shown[:, None], pictures], axis=1)
+    neighbours = to_rgb(reference.take(reference_features.indices[near].ravel()))
+    neighbours = neighbours.reshape(count, k, *neighbours.shape[1:])
+    generated = to_rgb(made.take(features.indices[index]))
+    rows = np.concatenate([generated[:, None], neighbours], axis=1)
     names = [f"image {i}" for i in features.indices[index]]
     return save_png(make_grid(rows.reshape(-1, *rows.shape[2:]), k + 1, names), path)
 
 
 def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:
-    """Raises ValueError where there are too few images for metrics of neighbours."""
-    for what, count in (counts | {"config.neighbour_images": config.neighbour_images}).items():
+    """Check that every set has enough images for metrics of nearest neighbours.
+
+    Raises:
+      ValueError: if a count, or `config.neighbour_images`, is below `FEWEST`.
+    """
+    for name, count in (counts | {"config.neighbour_images": config.neighbour_images}).items():
         if count < FEWEST:
-            raise ValueError(f"{what}: {count} images; expected {FEWEST} or more.")
+            raise ValueError(f"{name}: {count} images; expected {FEWEST} or more.")
 
 
 def _images_to_score(
-    given: ImageSet | None,
+    samples: ImageSet | None,
     model: Pretrained | None,
     target: ImageSet,
     config: ConfigDict,
     out: Path,
     reconstructions: bool,
 ) -> tuple[ImageSet, dict[str, float]]:
-    """The images that are scored, and what else was measured while they were made."""
-    if given is not None:
-        return given, {}
+    """Return the images to score, and metrics that were computed while they were made."""
+    if samples is not None:
+        return samples, {}
     if model is None:
         raise ValueError(NOTHING_TO_SCORE)
     if reconstructions:
@@ -292,60 +322,76 @@ def evaluate(
     cache: Path,
     reconstructions: bool = False,
 ) -> dict | None:
-    """Makes what is to be scored, scores it, and writes the report and pictures into `out`.
+    """Generate samples or reconstructions, score them, and write report and images into `out`.
+
+    All processes must call this.
 
     Args:
-      model: what draws the samples, or reconstructs the reference's pictures.
-      samples: what to score instead of drawing, see `open_set`; "" draws.
+      model: generates the samples, or reconstructs the reference images; None if `samples` are
+        scored without a model.
+      samples: existing images to score, see `open_set`; "" generates them.
       reference: see `open_reference`.
       inception_params: see `aim_jax.weights.convert.inception.load_inception`.
       config: see `aim_jax.configs.defaults.eval_defaults`.
-      out, cache: directories for the results, and for statistics of references.
-      reconstructions: scores the tokenizer.
+      out: directory for the results.
+      cache: directory for the statistics of references.
+      reconstructions: score the tokenizer instead of samples.
 
     Returns:
       The report; None on all processes but the first.
+
+    Raises:
+      ValueError: if the configuration, the model, the samples and the reference do not fit
+        together, or there are too few images.
     """
     if config.stage != "eval" or config.batch_size < 1 or config.num_samples < 2:
         raise ValueError(
-            f"the configuration is of stage {config.stage!r}, expected one for evaluation such as "
-            "--config eval, with a batch_size of 1 and num_samples of 2 at least."
+            f"the configuration has stage {config.stage!r}, batch_size {config.batch_size} and "
+            f"num_samples {config.num_samples}; expected a configuration for evaluation such as "
+            "--config eval, with batch_size of at least 1 and num_samples of at least 2."
         )
     if samples and reconstructions:
-        raise ValueError("reconstructions are made of the reference, not scored from samples.")
+        raise ValueError(
+            "reconstructions are made from the reference images; omit either samples or "
+            "reconstructions."
+        )
     needed = ["vq_params"] if reconstructions else [] if samples else ["aim_params", "vq_params"]
     if model is not None and any(getattr(model, part) is None for part in needed):
-        raise ValueError(f"{model.name} lacks the tokenizer or the AiM that this needs.")
+        raise ValueError(
+            f"{model.name} lacks a required part: "
+            f"{'a tokenizer' if reconstructions else 'an AiM and a tokenizer'}."
+        )
     extract = FeatureExtractor(inception_params)
-    given = open_set(samples, None, config) if samples else None
-    target = open_set(reference, model, config, given)
-    source = model if given is None else given
+    sample_set = open_set(samples, None, config) if samples else None
+    target = open_set(reference, model, config, sample_set)
+    source = model if sample_set is None else sample_set
     if source is None:
         raise ValueError(NOTHING_TO_SCORE)
     scored = source.name
     title = f"{'Reconstructions by' if reconstructions else 'Evaluation of'} {scored}"
     check_out(out, title)
-    notes_on_given = notes_on_labels(given) if isinstance(given, NpzImages) else []
+    label_notes = notes_on_labels(sample_set) if isinstance(sample_set, NpzImages) else []
     if not reconstructions:
         stored_statistics(reference)
         size = size_of_samples(source) if isinstance(source, Pretrained) else source.shape[1:3]
         check_alike(scored, size, target)
         check_enough(config, {
-            "samples": config.num_samples if given is None else len(given),
+            "samples": config.num_samples if sample_set is None else len(sample_set),
             "the reference": len(target),
         })  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    made, extra = _images_to_score(given, model, target, config, out, reconstructions)
+    made, extra = _images_to_score(sample_set, model, target, config, out, reconstructions)
     check_alike(made.name, made.shape[1:3], target)
-    # Reconstructions are compared with what was reconstructed: the images, not whole data sets.
+    # Reconstructions are compared with the reconstructed images, not with stored statistics.
     ref = open_reference(
-        reference, extract, model, config, cache, given, only_images=reconstructions
+        reference, extract, model, config, cache, sample_set, only_images=reconstructions
     )
-    # What is made is scored once; its features are kept until the report is written.
-    kept = out / ".features" if isinstance(made, NpzImages) else cache
-    features = extract.of_cached(made, config.neighbour_images, kept)
+    # Images of an npz file are scored once, so their features are kept only until the report is
+    # written.
+    feature_cache = out / ".features" if isinstance(made, NpzImages) else cache
+    features = extract.of_cached(made, config.neighbour_images, feature_cache)
     if features is None or ref.features is None:  # on all processes but the first
-        # A process that ends before the others is taken for lost.
+        # A process that ends before the others would count as lost.
         wait_for_all("the report")
         return None
     if not reconstructions:
@@ -354,12 +400,12 @@ def evaluate(
         metrics = {"rfid": frechet_distance(features.pool, ref.features.pool)} | extra
         notes = notes_on_covariances(features, ref.features)
         if "ssim" not in extra:
-            notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the pictures.")
+            notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the images.")
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
-    for what, images in {"scored images": made, "reference": ref.images}.items():
+    for role, images in {"scored images": made, "reference": ref.images}.items():
         if images.fitted:
-            settings[f"{what}, fitted"] = images.fitted
+            settings[f"{role}, fitted"] = images.fitted
     if not reconstructions:
         compared = f"{len(features.features)} and {len(ref.features.features)}"
         settings["images compared one by one"] = compared
@@ -369,12 +415,12 @@ def evaluate(
         if not samples and not reconstructions:
             settings |= sampling_settings(model, config) | {"seed": config.seed}
     report = {
-        "title": title, "metrics": metrics, "notes": notes + notes_on_given,
+        "title": title, "metrics": metrics, "notes": notes + label_notes,
         "settings": settings, "environment": provenance(),
     }  # fmt: skip
     write_report(out, report)
-    shown = made.take(np.arange(min(100, len(made))))
-    save_png(make_grid(shown, 10), out / "images.png")
+    preview = made.take(np.arange(min(100, len(made))))
+    save_png(make_grid(preview, 10), out / "images.png")
     if not reconstructions:
         neighbours_picture(made, features, ref.images, ref.features, out / "neighbours.png")
     shutil.rmtree(out / ".features", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What is kept of the features of a set of images: while they come, and for the metrics."""
+"""Features of a set of images: running sums of a pass over the set, and inputs of the metrics."""
 
 import zipfile
 from pathlib import Path
@@ -13,14 +13,15 @@ from aim_jax.utils.logging import say
 
 
 class FeatureSet(NamedTuple):
-    """What the metrics need of a set of images.
+    """Statistics and features of a set of images, as the metrics need them.
 
     Attributes:
-      count: images.
-      pool, spatial: statistics of FID's and sFID's features; spatial may be missing in a reference.
-      features: (m, 2048) float32 of some images, for what compares them one by one.
-      indices: (m,) which ones, evenly spaced over the set.
-      inception_score: mean and standard deviation over splits, or None without the last layer.
+      count: number of images.
+      pool: statistics of the features for FID.
+      spatial: statistics of the features for sFID; None for some references.
+      features: float32 (m, 2048), features of some images, for metrics that compare single images.
+      indices: (m,), indices of these images, evenly spaced over the set.
+      inception_score: mean and standard deviation over splits; None without the last layer.
     """
 
     count: int  # type: ignore[assignment]  # tuples have a method of that name
@@ -31,8 +32,8 @@ class FeatureSet(NamedTuple):
     inception_score: tuple[float, float] | None
 
     def save(self, file: Path) -> None:
-        """Writes an npz file, whole or not at all; `load` reads it."""
-        assert self.spatial is not None  # only references of other evaluators lack it
+        """Write an npz file atomically; `load` reads it."""
+        assert self.spatial is not None  # missing only in references of other evaluators
         _save(
             file,
             count=np.asarray(self.count),
@@ -47,51 +48,58 @@ class FeatureSet(NamedTuple):
 
     @classmethod
     def load(cls, file: Path) -> "FeatureSet | None":
-        """What `save` wrote; None where it is missing or damaged."""
+        """Load a file of `save`; return None if it is missing or damaged."""
         names = "count", "mu", "sigma", "mu_s", "sigma_s", "features", "indices", "inception_score"
         stored = _load(file, names)
         if stored is None:
             return None
-        count, score = int(stored["count"]), tuple(stored["inception_score"].tolist())
+        count = int(stored["count"])
+        score = tuple(stored["inception_score"].tolist())
         pool, spatial = (Gaussian(stored[f"mu{s}"], stored[f"sigma{s}"], count) for s in ("", "_s"))
         return cls(count, pool, spatial, stored["features"], stored["indices"], score or None)
 
 
 class FeatureSums:
-    """What one process has summed up of its share of a set; goes on where it was saved.
+    """Running sums of one process over its share of a set; can be saved and resumed.
 
     Args:
-      count: images of the whole set. in_turn: see `InceptionScore`.
-      indices: ascending; the images whose features are kept one by one.
+      count: number of images of the complete set.
+      indices: ascending indices of the images whose features are kept.
+      in_turn: see `InceptionScore`.
 
     Attributes:
-      blocks: of images, that were added. pool, spatial, score: their sums.
-      kept: parts of (m, 2048) float32.
+      blocks: number of blocks of images added.
+      pool: sums of the features for FID.
+      spatial: sums of the features for sFID.
+      score: sums for the Inception Score.
+      kept: features of the kept images, in parts of float32 (m, 2048).
     """
 
     def __init__(self, count: int, indices: np.ndarray, in_turn: bool = False):
-        self._indices, self.blocks = indices, 0
-        self.pool, self.spatial = Moments(inception.NUM_FEATURES), Moments(inception.NUM_SPATIAL)
+        self._indices = indices
+        self.blocks = 0
+        self.pool = Moments(inception.NUM_FEATURES)
+        self.spatial = Moments(inception.NUM_SPATIAL)
         self.score = InceptionScore(count, inception.NUM_CLASSES, in_turn=in_turn)
         self.kept: list[np.ndarray] = [np.zeros((0, inception.NUM_FEATURES), np.float32)]
 
     def add(self, found: inception.Features, start: int) -> None:
-        """Features of a block of images, the images start, start + 1, ...
+        """Add the features of a block of images, which are the images start, start + 1, and so on.
 
         Raises:
-          ValueError: a feature is not finite.
+          ValueError: if a feature is not finite.
         """
         pool = np.asarray(found.pool)
         self.pool.add(pool)
         self.spatial.add(np.asarray(found.spatial))
         if found.logits is not None:
             self.score.add(np.asarray(found.logits), start)
-        inside = self._indices - start
-        self.kept.append(pool[inside[(inside >= 0) & (inside < len(pool))]])
+        offsets = self._indices - start
+        self.kept.append(pool[offsets[(offsets >= 0) & (offsets < len(pool))]])
         self.blocks += 1
 
     def save(self, file: Path) -> None:
-        """Writes what was summed up so far, whole or not at all."""
+        """Write the sums so far to a file atomically; `restore` reads it."""
         moments = {"pool": self.pool, "spatial": self.spatial}
         _save(
             file,
@@ -104,21 +112,23 @@ class FeatureSums:
         )
 
     def restore(self, file: Path) -> None:
-        """Takes over what `save` wrote; nothing where the file is missing or damaged."""
+        """Restore the sums of a file of `save`; do nothing if it is missing or damaged."""
         sums = "pool_total", "pool_products", "spatial_total", "spatial_products"
         stored = _load(file, ("blocks", "count", "kept", "score", *sums))
         if stored is None:
             return
-        self.blocks, self.kept = int(stored["blocks"]), [stored["kept"]]
+        self.blocks = int(stored["blocks"])
+        self.kept = [stored["kept"]]
         self.score.sums = stored["score"]
         for name, moments in {"pool": self.pool, "spatial": self.spatial}.items():
             moments.count = int(stored["count"])
-            moments.total, moments.products = stored[f"{name}_total"], stored[f"{name}_products"]
+            moments.total = stored[f"{name}_total"]
+            moments.products = stored[f"{name}_products"]
 
 
 def _save(file: Path, **arrays: np.ndarray) -> None:
-    with replacing(file) as partial, partial.open("wb") as written:
-        np.savez(written, **arrays)  # type: ignore[arg-type]
+    with replacing(file) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _load(file: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
@@ -128,5 +138,5 @@ def _load(file: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        say(f"{file} is damaged ({error}); it is made anew.")
+        say(f"{file} is damaged ({error}); computing it again.")
     return None

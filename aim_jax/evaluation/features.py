@@ -1,4 +1,4 @@
-"""Features of a set of images, by all devices of all processes."""
+"""Extraction of the features of a set of images on all devices of all processes."""
 
 import hashlib
 import json
@@ -19,20 +19,23 @@ from aim_jax.utils.images import to_rgb
 from aim_jax.utils.logging import Progress
 
 FORMAT = 2
-# Images whose features are summed up at once: sums of outer products (2048 x 2048, float64, on the
-# host) of 16 rows take as long as those of 200.
+# Images whose features are summed at once: on the host, a sum of float64 outer products
+# (2048 x 2048) over 16 rows takes as long as one over 200 rows.
 BLOCK = 256
-# Seconds between two saves of the sums of a pass.
+# Seconds between two saves of the running sums of a pass.
 SAVE_EVERY = 120.0
 
 
 class FeatureExtractor:
-    """The Inception network on all devices; processes divide a set of images among them.
+    """Feature extractor with the Inception network on all devices of all processes.
 
     Args:
       params: from `aim_jax.weights.convert.inception.load_inception`.
-      batch_size: images at once, over all devices; by default 64 for each, or 16 on CPU, whose
-        caches they fill.
+      batch_size: images per batch over all devices of a process. The default is 64 per device, or
+        16 in total on CPU, which fill its caches.
+
+    Attributes:
+      identity: SHA-256 of the parameters, as hexadecimal digits.
     """
 
     def __init__(self, params: dict, batch_size: int | None = None):
@@ -50,36 +53,42 @@ class FeatureExtractor:
         self.identity = digest.hexdigest()
 
     def __call__(self, images: np.ndarray) -> inception.Features:
-        """uint8 (b, H, W, 1 or 3) -> NumPy arrays of b rows; b may be 0."""
-        size, found = self._batch_size, []
+        """Compute features of images uint8 (b, H, W, 1 or 3), as NumPy arrays of b rows, b >= 0."""
+        size = self._batch_size
+        outputs = []
         for start in range(0, max(len(images), 1), size):
             part = to_rgb(images[start : start + size])
-            filled = jax.device_put(np.resize(part, (size, *part.shape[1:])), self._sharding)
-            found.append(inception.extract(self._params, filled))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
+            padded = jax.device_put(np.resize(part, (size, *part.shape[1:])), self._sharding)
+            outputs.append(inception.extract(self._params, padded))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *outputs)
 
     def _block(self, count: int) -> int:
-        """Images of a set of `count` that a process takes at once: whole batches."""
+        """Return the block size of a process for a set of `count` images: a multiple of a batch."""
         rows = min(BLOCK, -(-count // jax.process_count()))
         return self._batch_size * max(1, rows // self._batch_size)
 
     def of(
         self, images: ImageSet, keep: int | None = None, partial: Path | None = None
     ) -> FeatureSet:
-        """Goes through a set of images. All processes call this, and all get the same.
+        """Compute the features of a set of images.
+
+        All processes must call this, and all get the same result.
 
         Args:
-          keep: how many images' features to keep; all by default.
-          partial: a file of this process alone, for what a pass that is cut short has summed up;
-            the next one goes on from there.
+          images: the set of images.
+          keep: number of images whose features are kept; all by default.
+          partial: file of this process for the sums of an interrupted pass; the next pass resumes
+            from it.
 
         Raises:
-          ValueError: a feature is not finite.
+          ValueError: if a feature is not finite.
         """
-        count, rank, processes = len(images), jax.process_index(), jax.process_count()
+        count = len(images)
+        rank = jax.process_index()
+        processes = jax.process_count()
         size = self._block(count)
         keep = count if keep is None else min(keep, count)
-        # Not the first ones: data sets come class after class.
+        # Evenly spaced, not the first ones: datasets are often sorted by class.
         indices = np.linspace(0, count - 1, keep).astype(int)
         sums = FeatureSums(count, indices, images.class_after_class)
         if partial is not None:
@@ -102,42 +111,51 @@ class FeatureExtractor:
         )  # fmt: skip
 
     def of_cached(self, images: ImageSet, keep: int, cache: Path) -> FeatureSet | None:
-        """`of`, looked up in a directory first and kept there after; a pass cut short goes on.
+        """Compute features with `of`, cached in a directory; an interrupted pass is resumed.
 
-        All processes call this; it is the first one's directory, and only that process gets the
-        features. The others keep there what they have summed up.
+        All processes must call this. The first process reads and writes the cached features, and
+        only it returns them. The other processes store their partial sums in the directory.
+
+        Args:
+          images: the set of images.
+          keep: number of images whose features are kept.
+          cache: the directory.
+
+        Returns:
+          The features; None on all processes but the first.
         """
-        rank, processes = jax.process_index(), jax.process_count()
+        rank = jax.process_index()
+        processes = jax.process_count()
         key = json.dumps([FORMAT, images.identity, self.identity, min(keep, len(images))])
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         file = cache / f"{name}.npz"
-        found = FeatureSet.load(file) if rank == 0 else None
-        if not sum_over_processes(np.array([found is not None], np.int32))[0]:
-            # Which images a process gets depends on these.
+        features = FeatureSet.load(file) if rank == 0 else None
+        if not sum_over_processes(np.array([features is not None], np.int32))[0]:
+            # The images of a process depend on these numbers.
             share = f"{rank}-of-{processes}-by-{self._block(len(images))}"
             partial = cache / f"{name}.{share}.partial"
-            made = self.of(images, keep, partial)
+            computed = self.of(images, keep, partial)
             if rank == 0:
-                found = made
-                found.save(file)
-        # Those of other numbers of processes or devices as well: nobody needs them any more.
+                features = computed
+                features.save(file)
+        # Including partial sums of runs with other numbers of processes or devices.
         for partial in cache.glob(f"{name}.*.partial"):
             partial.unlink(missing_ok=True)
-        return found
+        return features
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
-    """The sum of what all processes give, bit by bit NumPy's; each of them must call this."""
+    """Sum arrays over all processes, bit-identical to NumPy's sum; all processes must call this."""
     if jax.process_count() == 1:
         return values
-    # As bytes: JAX would round float64 to float32.
-    mine = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
-    every = np.ascontiguousarray(multihost_utils.process_allgather(mine))
-    return every.view(values.dtype).sum(axis=0).reshape(values.shape)
+    # Gathered as bytes, because JAX would round float64 to float32.
+    local_bytes = np.frombuffer(np.ascontiguousarray(values).tobytes(), np.uint8)
+    gathered = np.ascontiguousarray(multihost_utils.process_allgather(local_bytes))
+    return gathered.view(values.dtype).sum(axis=0).reshape(values.shape)
 
 
 def over_processes(moments: Moments) -> Moments:
-    """The moments of what all processes have added together; each of them must call this."""
+    """Sum moments over all processes; all processes must call this."""
     joined = Moments(len(moments.total))
     joined.count = int(sum_over_processes(np.array([moments.count]))[0])
     joined.total = sum_over_processes(moments.total)
@@ -145,14 +163,14 @@ def over_processes(moments: Moments) -> Moments:
     return joined
 
 
-def _gather_rows(mine: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """The rows of all processes in order; owners (n,) says which process has which."""
+def _gather_rows(local_rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Gather the rows of all processes in order; owners (n,) holds the process of each row."""
     if jax.process_count() == 1:
-        return mine
+        return local_rows
     counts = np.bincount(owners, minlength=jax.process_count())
-    filled = np.pad(mine, ((0, counts.max() - len(mine)), (0, 0)))
-    every = multihost_utils.process_allgather(filled)
-    rows = np.empty((len(owners), mine.shape[1]), mine.dtype)
+    padded = np.pad(local_rows, ((0, counts.max() - len(local_rows)), (0, 0)))
+    gathered = multihost_utils.process_allgather(padded)
+    rows = np.empty((len(owners), local_rows.shape[1]), local_rows.dtype)
     for process, count in enumerate(counts):
-        rows[owners == process] = every[process, :count]
+        rows[owners == process] = gathered[process, :count]
     return rows

@@ -1,4 +1,4 @@
-"""Sets of images as the metrics read them: batch after batch, never all of them at once."""
+"""Sets of images that the metrics read in batches, never all images at once."""
 
 import abc
 import contextlib
@@ -24,13 +24,14 @@ DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 
 
 class ImageSet(abc.ABC):
-    """uint8 images of one size.
+    """Set of uint8 images of one size.
 
     Attributes:
-      name: for people. shape: (n, H, W, c), c 1 or 3.
-      identity: changes when the images do; for caches.
-      class_after_class: whether that may be their order.
-      fitted: for people, how they were made from pictures of another size; "" where they were not.
+      name: name for reports and messages.
+      shape: (n, H, W, c), where c is 1 or 3.
+      identity: changes whenever the images change; used as a cache key.
+      class_after_class: whether the images may be sorted by class.
+      fitted: for reports, how the images were resized or cropped; "" if they were not.
     """
 
     name: str
@@ -44,35 +45,39 @@ class ImageSet(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
-        """uint8 (b, H, W, c) in order, b = size but for the last.
+        """Yield every `step`-th batch from batch `first` on, in order, as uint8 (b, H, W, c).
 
-        Of these batches it is those with the numbers first, first + step, ... that come.
+        b is `size`, except in the last batch of the set.
         """
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images of some indices, in one pass."""
-        found, wanted, start = {}, set(map(int, indices)), 0
+        """Return the images at some indices, uint8 (b, H, W, c), in one pass over the set."""
+        images = {}
+        wanted = set(map(int, indices))
+        start = 0
         for batch in self.batches(256):
             for i in wanted & set(range(start, start + len(batch))):
-                found[i] = batch[i - start].copy()
+                images[i] = batch[i - start].copy()
             start += len(batch)
-            if len(found) == len(wanted):
+            if len(images) == len(wanted):
                 break
-        return np.stack([found[int(i)] for i in indices])
+        return np.stack([images[int(i)] for i in indices])
 
 
 class SourceImages(ImageSet):
-    """Pictures of data sets, as a model sees them: fitted, with the centre crop.
+    """Images of datasets, preprocessed as for a model, with the centre crop.
 
     Args:
-      sources: one after the other, such as the splits of a data set.
+      sources: image sources that are concatenated, such as the splits of a dataset.
+      spec: preprocessing; its random crop and flip are switched off.
     """
 
     class_after_class = True
 
     def __init__(self, sources: Sequence[ImageSource], spec: ImageSpec):
         spec = dataclasses.replace(spec, random_crop=False, random_flip=False)
-        self._sources, self._spec = sources, spec
+        self._sources = sources
+        self._spec = spec
         self._ends = np.cumsum([len(source) for source in sources])
         self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
         count = int(self._ends[-1])
@@ -90,17 +95,18 @@ class SourceImages(ImageSet):
         return np.round((pixels + 1) * 127.5).astype(np.uint8)
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield every `step`-th batch from batch `first` on; see `ImageSet.batches`."""
         starts = grain.MapDataset.range(first * size, len(self), step * size)
         batches = starts.map(lambda start: self.take(range(start, min(start + size, len(self)))))
         return Prefetched(batches, threads=min(8, os.cpu_count() or 1))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images of some indices, uint8 (b, H, W, c)."""
+        """Return the images at some indices, uint8 (b, H, W, c)."""
         return np.stack([self._image(int(i)) for i in indices])
 
 
 def _content(source: ImageSource) -> bytes:
-    """Changes when the pictures of a source do."""
+    """Return a digest that changes whenever the images of a source change."""
     digest = hashlib.sha256()
     if isinstance(source, ArrayImages):
         digest.update(np.ascontiguousarray(source.images).data)
@@ -108,18 +114,18 @@ def _content(source: ImageSource) -> bytes:
         for path in source.paths:
             stat = os.stat(path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    else:  # data sets of tensorflow-datasets and tar files are not edited in place
+    else:  # tensorflow-datasets and tar files are not edited in place, so 32 images suffice
         for index in np.linspace(0, len(source) - 1, 32).astype(int):
             digest.update(source[int(index)]["image"].tobytes())
     return digest.digest()
 
 
 class NpzImages(ImageSet):
-    """`arr_0` of an npz file: uint8 (n, H, W, c), the form that the ADM evaluator reads.
+    """Images in `arr_0` of an npz file: uint8 (n, H, W, c), the format of the ADM evaluator.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it holds no such array.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file does not hold such an array.
     """
 
     KEY = "arr_0"
@@ -132,26 +138,26 @@ class NpzImages(ImageSet):
         with self._opened() as (_, shape, dtype):
             pass
         if dtype != np.uint8:
-            hint = "values in [-1, 1] become pictures by round((x + 1) * 127.5)"
+            hint = "convert values in [-1, 1] with round((x + 1) * 127.5)"
             raise ValueError(f"{path}: {self.KEY} is {dtype}, expected uint8 in [0, 255]; {hint}.")
         if len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
             raise ValueError(
-                f"{path}: {self.KEY} has the shape {shape}, expected (n, H, W, 3) or "
-                "(n, H, W, 1) with n > 0: channels last."
+                f"{path}: {self.KEY} has shape {shape}, expected (n, H, W, 3) or (n, H, W, 1) with "
+                "n > 0 and channels last."
             )
         count, height, width, channels = shape
         self.shape = (count, height, width, channels)
         if next(self.batches(64)).max() <= 1:
             raise ValueError(
-                f"{path}: the first images have no value above 1; expected pixels in [0, 255]. "
-                "Values in [0, 1] become pictures by round(x * 255)."
+                f"{path}: the first images have no value above 1, expected pixels in [0, 255]. "
+                "Convert values in [0, 1] with round(x * 255)."
             )
 
     def labels(self) -> np.ndarray | None:
-        """(n,) classes of the images; None where the file has none.
+        """Return the classes (n,) of the images; None if the file has no labels.
 
         Raises:
-          ValueError: not one for each image.
+          ValueError: if the file does not hold one label per image.
         """
         with np.load(self._path, allow_pickle=False) as file:
             if "labels" not in file:
@@ -159,14 +165,14 @@ class NpzImages(ImageSet):
             labels = file["labels"]
         if labels.shape != (len(self),):
             raise ValueError(
-                f"{self._path}: labels have the shape {labels.shape}, expected ({len(self)},), one "
-                "for each image."
+                f"{self._path}: labels have shape {labels.shape}, expected ({len(self)},), one per "
+                "image."
             )
         return labels
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """The array as a stream of bytes after its header, its shape and its dtype."""
+        """Yield the array as a stream of bytes after its header, with its shape and dtype."""
         try:
             with zipfile.ZipFile(self._path) as file, file.open(f"{self.KEY}.npy") as stream:
                 version = np.lib.format.read_magic(stream)
@@ -177,10 +183,11 @@ class NpzImages(ImageSet):
                 yield stream, shape, dtype
         except (*DAMAGED, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{self._path}: is no whole npz file with images in {self.KEY!r} ({error})."
+                f"{self._path}: not a complete npz file with images in {self.KEY!r} ({error})."
             ) from None
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield every `step`-th batch from batch `first` on; see `ImageSet.batches`."""
         with self._opened() as (stream, shape, _):
             for number, start in enumerate(range(0, len(self), size)):
                 count = min(size, len(self) - start)
@@ -190,34 +197,37 @@ class NpzImages(ImageSet):
 
 
 class ImageParts:
-    """A series of images in parts on the disk, which any number of runs and processes fill.
+    """Series of images in parts on disk, written by any number of runs and processes.
 
-    The settings of the series are kept beside the parts, so that no other series goes on in it. A
-    part appears under its name when it is whole.
+    The settings of the series are stored beside the parts, so that a run with other settings cannot
+    add to it. A part gets its name only when it is complete.
 
     Args:
-      directory: of the parts. out: the npz file that they become.
-      settings: of the series, as JSON has it.
+      directory: directory of the parts.
+      out: npz file into which `join` writes the parts.
+      settings: settings of the series, serializable as JSON.
 
     Raises:
-      ValueError: the directory or the file holds a series with other, or unknown, settings.
+      ValueError: if the directory or the file holds a series with other or unknown settings.
     """
 
     def __init__(self, directory: Path, out: Path, settings: dict):
-        self._directory, self._out = directory, out
+        self._directory = directory
+        self._out = out
         directory.mkdir(parents=True, exist_ok=True)
-        file, text = directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
+        file = directory / "settings.json"
+        text = json.dumps(settings, indent=1, sort_keys=True)
         if file.exists():
             old = json.loads(file.read_text())
             if old != json.loads(text):
                 changed = sorted(k for k in old | settings if old.get(k) != settings.get(k))
                 raise ValueError(
-                    f"{out.parent} holds images of other settings ({', '.join(changed)} differ); "
-                    "give another --out, or delete it."
+                    f"{out.parent} holds images with other settings ({', '.join(changed)} differ); "
+                    "choose another --out, or delete it."
                 )
         elif out.exists():
             raise ValueError(
-                f"{out} is there, but not the settings that it was made with; give another --out, "
+                f"{out} exists without the settings that it was made with; choose another --out, "
                 "or delete it."
             )
         else:
@@ -231,13 +241,18 @@ class ImageParts:
         return self._file(number).exists()
 
     def add(self, number: int, images: np.ndarray) -> None:
-        """Writes a part, uint8 (b, H, W, c), or writes it anew."""
+        """Write a part, uint8 (b, H, W, c), replacing an existing one."""
         with replacing(self._file(number)) as partial, partial.open("wb") as file:
             np.save(file, images)
 
     def join(self, count: int, **arrays: np.ndarray) -> None:
-        """Makes of parts 0 to count - 1 `arr_0` of an npz file, and writes arrays with it."""
-        # One after the other: as many open files as parts may be too many.
+        """Join parts 0 to count - 1 into `arr_0` of the npz file, and delete them.
+
+        Args:
+          count: number of parts.
+          **arrays: further arrays of the npz file, by name.
+        """
+        # One part at a time: a file handle per part could exceed the limit of open files.
         shapes = [np.load(self._file(i), mmap_mode="r").shape for i in range(count)]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
 

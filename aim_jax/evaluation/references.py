@@ -1,4 +1,4 @@
-"""What samples are compared with: data sets, folders, npz files, statistics of other evaluators."""
+"""References of evaluations: datasets, folders, npz files, statistics of other evaluators."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,12 @@ from aim_jax.weights.pretrained import Pretrained
 
 
 class Reference(NamedTuple):
-    """What samples are compared with.
+    """Reference that samples are compared with.
 
     Attributes:
-      name: for the report. features: see `FeatureSet`; None on all processes but the first.
-      images: where the kept features come from.
+      name: name for the report.
+      features: see `FeatureSet`; None on all processes but the first.
+      images: the images of the kept features.
     """
 
     name: str
@@ -34,17 +35,24 @@ class Reference(NamedTuple):
 def open_set(
     name: str, model: Pretrained | None, config: ConfigDict, like: ImageSet | None = None
 ) -> ImageSet:
-    """An npz file of images, or NAME:SPLIT of a data set or of a folder of class folders.
+    """Open a set of images: an npz file, a dataset, or a folder.
 
-    The split is "train" by default; "train+validation" is both of them. Of a folder without a split
-    all pictures are taken, and it may be one without class folders.
+    Datasets, and folders with one folder per class, are named NAME:SPLIT. The default split is
+    "train"; "train+validation" joins two splits. A folder without a split stands for all images in
+    it, and needs no class folders.
 
-    Pictures are fitted to what the model takes, or to the size in the configuration; without a
-    model also to the size of `like`, or of the first one.
+    Images are preprocessed as for the model, or to the size in the configuration. Without a model
+    and such a size, they are cropped to the size of `like` or, without `like`, of the first image.
+
+    Args:
+      name: see above.
+      model: its preprocessing is used if it records one.
+      config: `config.data` holds the image size and the directory of the dataset.
+      like: a set of images that the new set is compared with.
 
     Raises:
-      ValueError: no such data set, or nothing says how its pictures are to be fitted.
-      FileNotFoundError: no such file.
+      ValueError: if the dataset is unknown, or its preprocessing cannot be determined.
+      FileNotFoundError: if a file is missing.
     """
     if name.endswith(".npz"):
         return NpzImages(name)
@@ -53,16 +61,17 @@ def open_set(
     return SourceImages(sources, _spec(name, sources[0], model, config, like))
 
 
-def _open_sources(name: str, split: str, where: str | None) -> list[ImageSource]:
-    # A directory that happens to lie here does not stand for a data set of its name.
+def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSource]:
+    # A known dataset takes precedence over a local directory of the same name.
     if name not in KNOWN and Path(name).is_dir():
         if not split:
             files = images_in(Path(name))
             if not files:
-                raise ValueError(f"{name}: no pictures in this folder.")
+                raise ValueError(f"{name}: this folder contains no images.")
             return [FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))]
-        name, where = "folder", name
-    return [open_images(name, part, where) for part in (split or "train").split("+")]
+        directory = name
+        name = "folder"
+    return [open_images(name, part, directory) for part in (split or "train").split("+")]
 
 
 def _spec(
@@ -72,36 +81,36 @@ def _spec(
     config: ConfigDict,
     like: ImageSet | None,
 ) -> ImageSpec:
-    """How the pictures of a set are fitted."""
+    """Return the preprocessing of the images of a set."""
     if model is not None and "data" in model.info:
         spec = image_spec(ConfigDict(model.info["data"]))
         if config.data.image_size not in (0, spec.image_size):
             raise ValueError(
-                f"config.data.image_size={config.data.image_size}, but the pictures of "
-                f"{model.name} have {spec.image_size} pixels; leave it out."
+                f"config.data.image_size={config.data.image_size}, but {model.name} was trained on "
+                f"images of {spec.image_size} pixels; leave it out."
             )
         return spec
     if config.data.image_size:
         return image_spec(config.data)
     if model is not None:
         raise ValueError(
-            f"{model.name} does not say which size the pictures of {name!r} are to have; give "
-            "--config.data.image_size."
+            f"{model.name} does not record the size of its training images; set "
+            f"--config.data.image_size for the images of {name!r}."
         )
     height, width, channels = source[0]["image"].shape
     if like is not None:
         size = like.shape[1]
         if min(height, width) < size:
             raise ValueError(
-                f"the pictures of {name!r} have {height} x {width} pixels, fewer than {like.name}; "
-                f"say how they become larger: --config.data.image_size={size} with "
-                "--config.data.fit=pad or --config.data.fit=resize."
+                f"the images of {name!r} have {height} x {width} pixels, fewer than {like.name}; "
+                f"enlarge them with --config.data.image_size={size} and --config.data.fit=pad or "
+                "--config.data.fit=resize."
             )
         return ImageSpec(size, like.shape[3])
     if height != width:
         raise ValueError(
-            f"the first picture of {name!r} has {height} x {width} pixels; give "
-            "--config.data.image_size, the size of the squares that are cut out of the pictures."
+            f"the first image of {name!r} has {height} x {width} pixels, expected a square; set "
+            "--config.data.image_size, the side of the squares to crop from the images."
         )
     return ImageSpec(height, channels)
 
@@ -115,33 +124,42 @@ def open_reference(
     like: ImageSet | None = None,
     only_images: bool = False,
 ) -> Reference:
-    """Statistics of a reference, computed once and then read from `cache`.
+    """Open a reference; its statistics are computed once and then read from `cache`.
 
     Args:
-      name: see `open_set`; or a reference file of the ADM evaluator, whose statistics (`mu`,
-        `sigma`, `mu_s`, `sigma_s`) are taken as they are, and images (`arr_0`) for the rest.
-      only_images: computes them of the file's images all the same: they may be fewer.
+      name: see `open_set`. For a reference file of the ADM evaluator, the stored statistics (`mu`,
+        `sigma`, `mu_s`, `sigma_s`) are used unchanged, and the images (`arr_0`) for other metrics.
+      extract: the feature extractor.
+      model: see `open_set`.
+      config: see `open_set`; `config.neighbour_images` is the number of kept features.
+      cache: directory of the cached features.
+      like: see `open_set`.
+      only_images: ignore stored statistics and compute them from the images of the file, which may
+        be fewer.
 
     Raises:
       ValueError: see `open_set` and `stored_statistics`.
     """
     statistics = {} if only_images else stored_statistics(name)
     images = open_set(name, model, config, like)
-    found = extract.of_cached(images, config.neighbour_images, cache)
-    if statistics and found is not None:
+    features = extract.of_cached(images, config.neighbour_images, cache)
+    if statistics and features is not None:
         spatial = None
         if {"mu_s", "sigma_s"} <= set(statistics):
             spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
         pool = Gaussian(statistics["mu"], statistics["sigma"])
-        found = found._replace(count=0, pool=pool, spatial=spatial)
-    return Reference(images.name, found, images)
+        features = features._replace(count=0, pool=pool, spatial=spatial)
+    return Reference(images.name, features, images)
 
 
 def stored_statistics(name: str) -> dict[str, np.ndarray]:
-    """Means and covariances in a reference file of the ADM evaluator; {} of any other reference.
+    """Load means and covariances from a reference file of the ADM evaluator.
+
+    Returns:
+      The arrays by name; {} for a reference without stored statistics.
 
     Raises:
-      ValueError: they are not of the two kinds of features, or not finite.
+      ValueError: if they have the wrong shapes, are incomplete, or are not finite.
     """
     if not name.endswith(".npz"):
         return {}
@@ -152,23 +170,35 @@ def stored_statistics(name: str) -> dict[str, np.ndarray]:
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}
-    wrong = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
-    if wrong or not {"mu", "sigma"} <= set(statistics):
+    mismatched = {k: v.shape for k, v in statistics.items() if v.shape != expected[k]}
+    if mismatched or not {"mu", "sigma"} <= set(statistics):
         raise ValueError(
-            f"{name}: expected mu ({NUM_FEATURES},) and sigma of the features of the Inception of "
-            f"2015, found { {k: v.shape for k, v in statistics.items()} }."
+            f"{name}: expected mu ({NUM_FEATURES},) and sigma ({NUM_FEATURES}, {NUM_FEATURES}) of "
+            "the 2015 Inception network, found "
+            f"{ {k: v.shape for k, v in statistics.items()} }."
         )
-    broken = [k for k, v in statistics.items() if not np.all(np.isfinite(v))]
-    if broken:
-        raise ValueError(f"{name}: {', '.join(broken)} are not finite; the file is damaged.")
+    not_finite = [k for k, v in statistics.items() if not np.all(np.isfinite(v))]
+    if not_finite:
+        raise ValueError(
+            f"{name}: non-finite values in {', '.join(not_finite)}; the file is damaged."
+        )
     return statistics
 
 
 def check_alike(name: str, size: tuple[int, int], reference: ImageSet) -> None:
-    """Raises ValueError where images of a height and width are not of the reference's."""
+    """Check that images have the height and width of the reference.
+
+    Args:
+      name: name of the images, for the message.
+      size: height and width of the images.
+      reference: the images of the reference.
+
+    Raises:
+      ValueError: if the sizes differ.
+    """
     if size != reference.shape[1:3]:
         raise ValueError(
             f"{name} has images of {size[0]} x {size[1]}, the reference "
-            f"{reference.name} of {reference.shape[1]} x {reference.shape[2]}; features of other "
-            "sizes are not comparable. Give a reference of the same size."
+            f"{reference.name} of {reference.shape[1]} x {reference.shape[2]}; features of "
+            "different image sizes are not comparable. Choose a reference of the same size."
         )

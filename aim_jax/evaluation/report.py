@@ -1,4 +1,4 @@
-"""Reports of evaluations: metrics, settings, and what they were measured with."""
+"""Evaluation reports: metrics, settings and environment."""
 
 import datetime
 import json
@@ -14,7 +14,7 @@ from aim_jax.utils.files import replacing, write_json
 
 
 def provenance() -> dict:
-    """Versions and hardware, for reports."""
+    """Return versions, hardware and date for reports."""
     return {
         "aim_jax": __version__,
         "commit": _commit(),
@@ -27,7 +27,7 @@ def provenance() -> dict:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with "-dirty" where files differ."""
+    """Return the commit of this checkout, with "-dirty" if files differ from it."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -35,15 +35,15 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed package may lie in the checkout of something else.
-        ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
-        return git("describe", "--always", "--dirty") if ours else "unknown"
+        # An installed package may be inside the checkout of another project.
+        is_checkout = Path(git("rev-parse", "--show-toplevel")).resolve() == root
+        return git("describe", "--always", "--dirty") if is_checkout else "unknown"
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def write_report(out: Path, report: dict) -> None:
-    """report.json and report.md."""
+    """Write a report as report.json and report.md."""
     write_json(out / "report.json", report)
     lines = [f"# {report['title']}", "", "| metric | value |", "|---|---|"]
     for name, value in report["metrics"].items():
@@ -58,9 +58,13 @@ def write_report(out: Path, report: dict) -> None:
 
 
 def check_out(out: Path, title: str) -> None:
-    """Raises ValueError where a directory holds the report of something else."""
+    """Check that a directory does not hold a report with another title.
+
+    Raises:
+      ValueError: if it does.
+    """
     file = out / "report.json"
     if file.exists() and (old := json.loads(file.read_text())["title"]) != title:
         raise ValueError(
-            f"{out} holds another report ({old}, not {title}); give another --out, or delete it."
+            f"{out} holds another report ({old}, not {title}); choose another --out, or delete it."
         )

@@ -1,4 +1,4 @@
-"""How quality follows size and compute over several runs (arXiv 2408.12245)."""
+"""Scaling of loss and FID with model size and compute over several runs (arXiv 2408.12245)."""
 
 import json
 from collections.abc import Sequence
@@ -13,17 +13,20 @@ from aim_jax.models.aim import init_params
 from aim_jax.perf.flops import training_flops
 from aim_jax.weights.pretrained import MODEL_FILE
 
-# Of the settings of a report, what has to be the same where FIDs are compared.
+# Settings of a report that must agree for FIDs to be comparable.
 COMPARED = ("images", "reference", "reference images", "network")
 
 
 class Run(NamedTuple):
-    """One trained model.
+    """Size, compute and quality of a trained model.
 
     Attributes:
-      name: of its workdir. parameters: of the AiM. flops: of the whole training.
-      loss: the last validation loss, nats per code. fid: of its report, or None.
-      compared: what the FID was measured with: images, reference, network.
+      name: name of the workdir.
+      parameters: number of parameters of the AiM.
+      flops: FLOPs of the complete training.
+      loss: last validation loss in nats per token.
+      fid: FID of its evaluation report, or None.
+      compared: settings of the FID: images, reference, network.
     """
 
     name: str
@@ -35,7 +38,13 @@ class Run(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """log y = slope log x + offset, and Pearson's correlation of the logarithms."""
+    """Fit of a power law, log y = slope log x + offset.
+
+    Attributes:
+      slope: exponent of the power law.
+      offset: log y at x = 1.
+      correlation: Pearson's correlation of the logarithms.
+    """
 
     slope: float
     offset: float
@@ -43,32 +52,35 @@ class Fit(NamedTuple):
 
 
 def parameter_count(config: AiMConfig) -> int:
-    """Parameters of an AiM; none are made."""
+    """Return the number of parameters of an AiM without allocating them."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def read_run(workdir: Path) -> Run:
-    """What a workdir of aim-jax train says, and evaluation/report.json in it, if it is there.
+    """Read a workdir of aim-jax train, and evaluation/report.json in it if it exists.
 
     Raises:
-      FileNotFoundError: no such run.
-      ValueError: the run has no validation loss yet.
+      FileNotFoundError: if there is no such run.
+      ValueError: if the run trains a tokenizer or has no validation loss yet.
     """
-    described = workdir / "model" / MODEL_FILE
-    if not described.is_file():
+    model_file = workdir / "model" / MODEL_FILE
+    if not model_file.is_file():
         raise FileNotFoundError(
-            f"{workdir}: no workdir of aim-jax train with an exported model (model/{MODEL_FILE})."
+            f"{workdir}: not a workdir of aim-jax train with an exported model "
+            f"(model/{MODEL_FILE})."
         )
-    content = json.loads(described.read_text())
+    content = json.loads(model_file.read_text())
     if not content["aim"]:
-        raise ValueError(f"{workdir} is a run of a tokenizer; a scaling report compares AiMs.")
+        raise ValueError(f"{workdir} trains a tokenizer; expected a workdir of aim-jax train.")
     model = AiMConfig(**content["aim"])
     batch = json.loads((workdir / "run.json").read_text())["batch_size"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row for row in rows if "val_loss" in row]
     if not losses:
-        raise ValueError(f"{workdir}: no val_loss in metrics.jsonl; let it run to an evaluation.")
+        raise ValueError(
+            f"{workdir}: no val_loss in metrics.jsonl; train until the first evaluation."
+        )
     report = workdir / "evaluation" / "report.json"
     content = json.loads(report.read_text()) if report.exists() else {"metrics": {}}
     fid = content["metrics"].get("fid")
@@ -80,46 +92,49 @@ def read_run(workdir: Path) -> Run:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """The line through the logarithms.
+    """Fit a line to the logarithms of x and y by least squares.
 
     Raises:
-      ValueError: fewer than two different x.
+      ValueError: if x has fewer than two different values.
     """
     log_x = np.log(np.asarray(x, float))
     log_y = np.log(np.asarray(y, float))
     if len(np.unique(log_x)) < 2:
-        raise ValueError("a fit needs at least two runs of different size.")
+        raise ValueError("a fit requires at least two runs of different size.")
     slope, offset = np.polyfit(log_x, log_y, 1)
     correlation = float(np.corrcoef(log_x, log_y)[0, 1])
     return Fit(float(slope), float(offset), correlation)
 
 
 def fits(runs: list[Run]) -> dict[str, Fit]:
-    """Of loss and FID over parameters and compute, as far as the runs have them.
+    """Fit loss and FID against parameters and compute, where the runs have values.
+
+    Returns:
+      The fits by name, such as "loss over parameters".
 
     Raises:
-      ValueError: FIDs that were not measured alike, or no two runs of different size.
+      ValueError: if FIDs were measured with different settings, or no two runs differ in size.
     """
-    ways = {json.dumps(run.compared) for run in runs if run.compared is not None}
-    if len(ways) > 1:
+    settings = {json.dumps(run.compared) for run in runs if run.compared is not None}
+    if len(settings) > 1:
         raise ValueError(
-            f"the FIDs of the runs cannot be compared: {' and '.join(sorted(ways))}. Evaluate all "
-            "of them with the same number of images, reference and network."
+            f"the FIDs of the runs cannot be compared: {' and '.join(sorted(settings))}. Evaluate "
+            "all of them with the same number of images, reference and network."
         )
-    found = {}
+    results = {}
     for x in ("parameters", "flops"):
         for y in ("loss", "fid"):
             known = [run for run in runs if getattr(run, y) is not None]
             if len({getattr(run, x) for run in known}) > 1:
                 values = ([getattr(run, name) for run in known] for name in (x, y))
-                found[f"{y} over {x}"] = fit(*values)
-    if not found:
-        raise ValueError("a scaling report needs at least two runs of different size.")
-    return found
+                results[f"{y} over {x}"] = fit(*values)
+    if not results:
+        raise ValueError("a scaling report requires at least two runs of different size.")
+    return results
 
 
 def report(runs: list[Run]) -> str:
-    """Markdown."""
+    """Format the runs and their fits as Markdown."""
     lines = ["| run | parameters | training FLOPs | loss | FID |", "|---|---|---|---|---|"]
     for run in sorted(runs, key=lambda run: run.parameters):
         fid = "" if run.fid is None else f"{run.fid:.3f}"
@@ -127,8 +142,8 @@ def report(runs: list[Run]) -> str:
             f"| {run.name} | {run.parameters:,} | {run.flops:.3g} | {run.loss:.4f} | {fid} |"
         )
     lines += ["", "| log-log | exponent | correlation |", "|---|---|---|"]
-    for name, found in fits(runs).items():
-        lines.append(f"| {name} | {found.slope:.4f} | {found.correlation:.4f} |")
+    for name, line in fits(runs).items():
+        lines.append(f"| {name} | {line.slope:.4f} | {line.correlation:.4f} |")
     compared = next((run.compared for run in runs if run.compared), {})
     if compared:
         lines += ["", "FID: " + ", ".join(f"{k} {v}" for k, v in compared.items()) + "."]
@@ -136,12 +151,12 @@ def report(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], path: Path) -> Path:
-    """A log-log plot of every fit."""
+    """Plot every fit on log-log axes and return the path of the file."""
     from aim_jax.utils.plots import new_figure, save_figure
 
-    found = fits(runs)
-    figure, plots = new_figure(len(found))
-    for plot, (name, line) in zip(plots, found.items(), strict=True):
+    results = fits(runs)
+    figure, plots = new_figure(len(results))
+    for plot, (name, line) in zip(plots, results.items(), strict=True):
         y, x = name.split(" over ")
         known = [run for run in runs if getattr(run, y) is not None]
         values = np.array([getattr(run, x) for run in known], float)

@@ -1,4 +1,4 @@
-"""Looks for the sampling settings that suit a model best, with few samples each."""
+"""Search for the best sampling settings of a model, with few samples per setting."""
 
 import hashlib
 import itertools
@@ -24,25 +24,25 @@ from aim_jax.weights.pretrained import (
     find_model,
 )
 
-# Metrics that a sweep can look for the best of, and whether more of it is better.
+# Metrics that a sweep can optimize, and whether higher is better.
 METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}
 
 
 def value_of(metrics: Mapping, name: str) -> float:
-    """A metric, or the mean of one that has a deviation."""
+    """Return the value of a metric; of [mean, deviation] the mean."""
     value = metrics[name]
     return value[0] if isinstance(value, Sequence) else value
 
 
 def best_of(rows: Sequence[Mapping], metric: str) -> Mapping:
-    """The row with the best value of a metric.
+    """Return the row with the best value of a metric.
 
     Raises:
-      ValueError: no row has the metric.
+      ValueError: if no row has the metric.
     """
     rows = [row for row in rows if metric in row["metrics"]]
     if not rows:
-        raise ValueError(f"no setting has a value of {metric}; the notes of sweep.md say why.")
+        raise ValueError(f"no setting has a value of {metric}; see the notes in sweep.md.")
     choose = max if METRICS[metric] else min
     return choose(rows, key=lambda row: value_of(row["metrics"], metric))
 
@@ -56,19 +56,28 @@ def sweep(
     out: Path,
     cache: Path,
 ) -> list[dict]:
-    """Scores every combination of settings; a sweep that was interrupted goes on.
+    """Score every combination of settings; an interrupted sweep resumes.
 
     Args:
+      model: with an AiM and a tokenizer.
       grid: values of numeric fields of `SamplingConfig`, by name.
-      reference, inception_params, config, out, cache: see `evaluate.evaluate`.
+      reference: see `evaluate.evaluate`.
+      inception_params: see `evaluate.evaluate`.
+      config: see `evaluate.evaluate`.
+      out: directory for the results.
+      cache: see `evaluate.evaluate`.
 
     Returns:
-      One row per combination: `settings`, `metrics`, `notes`; also in out/sweep.json. None of the
-      images are kept.
+      One row per combination with `settings`, `metrics` and `notes`; also in out/sweep.json. Images
+      are not kept.
+
+    Raises:
+      ValueError: if the model lacks a part, a setting is out of range, `out` holds another sweep,
+        or there are several processes.
     """
     if model.aim_params is None or model.vq_params is None:
-        raise ValueError(f"{model.name} lacks the tokenizer or the AiM that a sweep needs.")
-    for name, values in grid.items():  # before any long work starts
+        raise ValueError(f"{model.name}: a sweep requires an AiM and a tokenizer.")
+    for name, values in grid.items():  # fail before long computations
         for value in values:
             SamplingConfig(**{name: value})
     target = open_set(reference, model, config)
@@ -76,7 +85,7 @@ def sweep(
     extract = FeatureExtractor(inception_params)
     ref = open_reference(reference, extract, model, config, cache)
     if ref.features is None:
-        raise ValueError("a sweep runs in one process; this is one of several.")
+        raise ValueError("a sweep runs in a single process; start it without other processes.")
     counts = {"samples": config.num_samples, "the reference": len(ref.features.features)}
     evaluate.check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,17 +98,18 @@ def sweep(
         "cfg_schedule": config.sample.cfg_schedule,
         "model": evaluate.identity_of(model), "inception": extract.identity,
     }  # fmt: skip
-    file, rows = out / "sweep.json", []
+    file = out / "sweep.json"
+    rows = []
     if file.exists():
         old = json.loads(file.read_text())
         if old["identity"] != identity:
             raise ValueError(
                 f"{out} holds a sweep of another model, reference, schedule, seed or number of "
-                "samples; give another --out, or delete it."
+                "samples; choose another --out, or delete it."
             )
         rows = old["rows"]
     for number, settings in enumerate(combinations, start=1):
-        # What the grid leaves open is part of the row too: the model's own settings.
+        # Settings outside the grid, which are the model's defaults, are part of the row too.
         chosen = ConfigDict(config.to_dict())
         chosen.sample.update(settings)
         settings = evaluate.sampling_settings(model, chosen)
@@ -117,7 +127,7 @@ def sweep(
 
 
 def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:
-    """Markdown; the best row is bold."""
+    """Format rows as a Markdown table with their notes; the best row is bold."""
     names = [*rows[0]["settings"], *rows[0]["metrics"]]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
@@ -130,7 +140,7 @@ def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:
 
 
 def draw(rows: Sequence[Mapping], path: Path) -> Path:
-    """Plots of the metrics over the setting with most values, a line per rest of the settings."""
+    """Plot the metrics against the setting with most values, one line per other combination."""
     from aim_jax.utils.plots import new_figure, save_figure
 
     names = list(rows[0]["settings"])
@@ -139,8 +149,8 @@ def draw(rows: Sequence[Mapping], path: Path) -> Path:
     figure, plots = new_figure(len(metrics))
     lines: dict[str, list] = {}
     for row in rows:
-        rest = {k: v for k, v in row["settings"].items() if k != axis}
-        changing = {k: v for k, v in rest.items() if len({r["settings"][k] for r in rows}) > 1}
+        others = {k: v for k, v in row["settings"].items() if k != axis}
+        changing = {k: v for k, v in others.items() if len({r["settings"][k] for r in rows}) > 1}
         lines.setdefault(", ".join(f"{k} {v}" for k, v in changing.items()), []).append(row)
     for plot, name in zip(plots, metrics, strict=True):
         for label, points in lines.items():
@@ -158,23 +168,28 @@ def draw(rows: Sequence[Mapping], path: Path) -> Path:
 
 
 def check_writable(checkpoint: str, config: ConfigDict) -> None:
-    """Raises ValueError where `write_defaults` cannot be used: to be asked before the sweep."""
+    """Check before a sweep that `write_defaults` will be able to change a model.
+
+    Raises:
+      ValueError: if the model is bundled or on the hub, or guidance is not constant.
+    """
     if str(checkpoint) in bundled_models() or str(checkpoint).startswith(hub.PREFIX):
         raise ValueError(
-            f"--write_defaults: {checkpoint} is not yours to change; make a copy with "
-            f"aim-jax publish --checkpoint {checkpoint} --out DIR and give --checkpoint DIR."
+            f"--write_defaults: {checkpoint} is read-only; make a copy with "
+            f"aim-jax publish --checkpoint {checkpoint} --out DIR and pass --checkpoint DIR."
         )
     if config.sample.cfg_schedule != "constant":
         raise ValueError(
-            "--write_defaults: a model's own settings hold constant guidance, not a schedule."
+            "--write_defaults: sampling defaults of a model cannot hold a guidance schedule; use "
+            "cfg_schedule 'constant'."
         )
 
 
 def write_defaults(checkpoint: str, settings: Mapping) -> Path:
-    """Makes settings the sampling defaults of a model directory.
+    """Write settings as the sampling defaults of a model directory.
 
     Returns:
-      The file that was changed.
+      The path of the changed file.
     """
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Sampling of images: the jitted token loop, its decoders, filters of logits, grids, export."""
+"""Image sampling: the jitted token loop, its decoders, logit filters, image grids and export."""
 
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.decoder import Decoder

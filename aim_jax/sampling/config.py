@@ -1,4 +1,4 @@
-"""The settings of sampling: guidance, temperature and the filters of logits."""
+"""Sampling settings: guidance, temperature and logit filters."""
 
 import dataclasses
 import math
@@ -11,14 +11,16 @@ from aim_jax.sampling.logits import SCHEDULES
 
 
 class Setting(NamedTuple):
-    """What a numeric setting may be, for checks, command lines, sliders and exported programs.
+    """Type, valid range and help text of a numeric setting.
+
+    Validation, command lines, sliders and exported programs all read it.
 
     Attributes:
-      kind: int or float; arrays of it are int32 or float32.
-      accepts: tells whether a number, as the kernels get it, is in range.
-      expected: the range in words.
-      help: one line for users.
-      slider: least, most (None: the vocabulary) and step of a slider.
+      kind: int or float, stored in arrays as int32 or float32.
+      accepts: returns whether a number is in range, after rounding to the dtype of the kernels.
+      expected: the valid range in words.
+      help: one-line description for users.
+      slider: minimum, maximum (None for the vocabulary size) and step of a slider.
     """
 
     kind: type
@@ -29,29 +31,33 @@ class Setting(NamedTuple):
 
     @property
     def dtype(self) -> type[np.generic]:
-        """The dtype of the setting's arrays."""
+        """Array dtype of the setting."""
         return np.int32 if self.kind is int else np.float32
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are sampled from logits: guidance, temperature and filters, in this order.
+    """Settings for sampling tokens from logits.
 
-    The numbers may be one for all images, or a sequence with one per image. The last two fields are
-    compiled into the sampling loop.
+    Guidance, temperature and filters are applied in the order of the fields. Each numeric setting
+    is one number for all images, or a sequence with one number per image. `cfg_schedule` and
+    `cfg_interval` hold for the whole batch; the schedule is compiled into the sampling loop.
 
     Attributes:
-      cfg_scale: classifier-free guidance; 1 is none. See `aim_jax.sampling.logits.apply_cfg`.
-      temperature: divides the logits.
-      top_k: keeps the k most likely tokens; 0 is off, 1 is greedy.
-      top_p: keeps the most likely tokens up to this sum of probabilities; 1 is off.
-      min_p: keeps tokens that are at least this fraction as likely as the most likely; 0 is off.
+      cfg_scale: scale of classifier-free guidance; 1 disables it. See
+        `aim_jax.sampling.logits.apply_cfg`.
+      temperature: divisor of the logits.
+      top_k: number of most likely tokens to keep; 0 disables the filter, 1 is greedy decoding.
+      top_p: cumulative probability of the most likely tokens to keep; 1 disables the filter.
+      min_p: minimum probability of a token, as a fraction of the highest probability; 0 disables
+        the filter.
       cfg_schedule: "constant", "linear" or "cosine" growth of the guidance over an image.
-      cfg_interval: fractions of the tokens between which there is guidance; see `guidance_at`.
+      cfg_interval: range of the fraction of tokens sampled in which guidance applies; see
+        `aim_jax.sampling.logits.guidance_at`.
 
     Raises:
-      ValueError: a setting is out of range; the message names it.
-      TypeError: a setting is not a number.
+      ValueError: if a setting is out of range; the message names it.
+      TypeError: if a setting is not a number.
     """
 
     cfg_scale: Any = 2.0
@@ -72,30 +78,30 @@ class SamplingConfig:
         interval = self.cfg_interval
         if np.shape(interval) != (2,) or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
-                f"cfg_interval={interval!r}: expected two fractions of the image, start < end, in "
-                "[0, 1]."
+                f"cfg_interval={interval!r}: expected two fractions of the image in [0, 1], with "
+                "start < end."
             )
         object.__setattr__(self, "cfg_interval", (float(interval[0]), float(interval[1])))
 
     @property
     def guided(self) -> bool:
-        """Whether any image has guidance, which takes a second row of logits per image."""
+        """True if any image uses guidance, which needs a second row of logits per image."""
         return bool(np.any(np.asarray(self.cfg_scale) != 1))
 
     def numbers(self) -> dict[str, Any]:
-        """The numeric settings by name."""
+        """Return the numeric settings by name."""
         return {name: getattr(self, name) for name in SETTINGS}
 
     def arrays(self, count: int) -> dict[str, np.ndarray]:
-        """The numeric settings of `count` images: float32 or int32 (count,), by name.
+        """Return the numeric settings of `count` images as float32 or int32 (count,), by name.
 
         Raises:
-          ValueError: a setting is a sequence of another length.
+          ValueError: if a setting is a sequence whose length is not `count`.
         """
         for name, value in self.numbers().items():
             if np.ndim(value) and len(value) != count:
                 raise ValueError(
-                    f"{name}: expected one value, or one per label ({count}), not {len(value)}."
+                    f"{name}: expected one value or one per label ({count}), got {len(value)}."
                 )
         return {
             name: np.full(count, getattr(self, name), setting.dtype)
@@ -103,31 +109,36 @@ class SamplingConfig:
         }
 
     def updated(self, overrides: Mapping[str, Any]) -> "SamplingConfig":
-        """The settings with those of `overrides` that are not None in their place.
+        """Return a copy with the values of `overrides` that are not None.
 
         Raises:
-          TypeError: a name that is no setting.
+          TypeError: if `overrides` has an unknown name.
         """
         unknown = sorted(overrides.keys() - set(FIELDS))
         if unknown:
             raise TypeError(
-                f"{', '.join(unknown)}: no such sampling setting; there are {', '.join(FIELDS)}."
+                f"{', '.join(unknown)}: unknown sampling setting; expected {', '.join(FIELDS)}."
             )
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return dataclasses.replace(self, **given)
+        changes = {name: value for name, value in overrides.items() if value is not None}
+        return dataclasses.replace(self, **changes)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-# The numeric settings, in the order in which they act. Whatever lists settings reads this.
+# The numeric settings, in the order in which they are applied. Every list of settings is built
+# from this table.
 SETTINGS = {
     "cfg_scale": Setting(
-        float, math.isfinite, "a finite number", "Guidance; 1 is none.", (1.0, 8.0, 0.25)
+        float,
+        math.isfinite,
+        "a finite number",
+        "Guidance scale; 1 disables guidance.",
+        (1.0, 8.0, 0.25),
     ),
     "temperature": Setting(
         float,
         lambda x: 0 < x < math.inf,
         "a positive number",
-        "Divides the logits.",
+        "Divisor of the logits.",
         (0.1, 2.0, 0.05),
     ),
     "top_k": Setting(
@@ -155,18 +166,18 @@ SETTINGS = {
 
 
 def _checked(name: str, value: Any, setting: Setting) -> Any:
-    """A number, or a tuple of them, of Python's type; see `SamplingConfig`."""
+    """Validate a setting and return it as a Python number or a tuple of Python numbers."""
     try:
-        given = np.asarray(value)
+        array = np.asarray(value)
     except ValueError:  # a ragged sequence
-        given = np.asarray(None)
-    if given.dtype.kind not in "iuf" or given.ndim > 1 or not given.size:
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf" or array.ndim > 1 or not array.size:
         raise TypeError(f"{name}={value!r}: expected {setting.expected}, or one per image.")
-    for number in np.ravel(given).tolist():
+    for number in np.ravel(array).tolist():
         with np.errstate(over="ignore"):
-            # What the kernels get; integers are compared as they are, since int32 would wrap.
+            # Kernels receive the rounded number. Integers stay exact, since int32 would wrap.
             rounded = number if setting.kind is int else float(np.float32(number))
         if not math.isfinite(number) or not setting.accepts(rounded):
             raise ValueError(f"{name}={number}: expected {setting.expected}.")
-    plain = [setting.kind(number) for number in np.ravel(given).tolist()]
-    return tuple(plain) if given.ndim else plain[0]
+    numbers = [setting.kind(number) for number in np.ravel(array).tolist()]
+    return tuple(numbers) if array.ndim else numbers[0]

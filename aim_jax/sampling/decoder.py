@@ -1,4 +1,4 @@
-"""Decoders: what the token loop asks of one, and the one that computes with the Flax modules."""
+"""Decoder protocol of the token loop, and the decoder built from the Flax modules."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,51 +14,53 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
-# Slots of the dual cache grow in this many steps: XLA reads all there are.
+# Number of steps in which the dual cache grows, because XLA reads every allocated slot.
 SEGMENTS = 4
 
 
 def prefill(
     params: dict, x: jax.Array, modulation: Modulation, config: AiMConfig, cache: Cache
 ) -> Cache:
-    """The cache after the inputs x (b, l, d), from the empty one; layers stacked."""
+    """Return the cache after the inputs x (b, l, d), starting from `cache`; layers are stacked."""
     return AiM(config).apply({"params": params}, x, modulation, cache, method="forward")[1]
 
 
 class Decoder(Protocol):
-    """What the token loop asks of a decoder; its caches are trees of arrays of its own kind.
+    """Interface between the token loop and a decoder.
+
+    Each decoder defines the structure of its caches, which are pytrees of arrays.
 
     Attributes:
-      params: AiM parameters without the layers', for the embedding of tokens.
+      params: AiM parameters without those of the layers; they embed the tokens.
     """
 
     params: dict
 
     def segments(self, first: int) -> list[int]:
-        """Positions after `first` at which the loop is cut, the end included: caches grow there."""
+        """Return the ends of the loop's segments after `first`; caches grow between segments."""
 
     def start(self, params: dict, x: jax.Array, tokens: int) -> Any:
-        """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
 
     def grow(self, caches: Any, tokens: int) -> Any:
-        """The caches with room for `tokens` positions."""
+        """Return the caches with room for `tokens` positions."""
 
     def step(self, x: jax.Array, caches: Any, position: jax.Array) -> tuple[jax.Array, Any]:
-        """x (b, 1, d) at `position` -> (float32 logits (b, v), the caches after x)."""
+        """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """One token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
+        """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
 
 
 @struct.dataclass
 class ModuleDecoder:
-    """A `Decoder` of the Flax modules, one layer after the other.
+    """Decoder that applies the Flax modules layer by layer.
 
-    A loop over stacked parameters copies the slice of each layer in each step, and casts it; here
-    every layer's matrices are taken out once, in the compute dtype and as (out, in): products of
-    few rows are fastest on CPU where a matrix row holds the weights of one output.
+    A loop over stacked parameters would copy and cast the slice of each layer in each step. Here
+    the matrices of every layer are extracted once, in the compute dtype and as (out, in). On CPU,
+    products of few rows are fastest when a matrix row holds the weights of one output.
     """
 
     params: dict
@@ -71,39 +73,46 @@ class ModuleDecoder:
     def of(
         cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
     ) -> "ModuleDecoder":
-        """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
+        """Create a decoder from the parameters of a model.
+
+        Args:
+          params: AiM parameters, layers stacked.
+          modulation: from `AiM.condition`.
+          config: configuration of the model.
+          engine: a resolved engine.
+        """
         stacked = flatten_dict(params["layers"])
 
-        def of_layer(i):
-            def place(path, x):
+        def layer_params(i):
+            def extract(path, x):
                 return x[i].astype(config.compute_dtype).T if _is_matrix(path) else x[i]
 
-            return {path: place(path, x) for path, x in stacked.items()}
+            return {path: extract(path, x) for path, x in stacked.items()}
 
-        rest = {name: value for name, value in params.items() if name != "layers"}
-        layers = [of_layer(i) for i in range(config.n_layer)]
-        return cls(rest, modulation, layers, config, engine)  # type: ignore[call-arg]
+        other_params = {name: value for name, value in params.items() if name != "layers"}
+        layers = [layer_params(i) for i in range(config.n_layer)]
+        return cls(other_params, modulation, layers, config, engine)  # type: ignore[call-arg]
 
     def segments(self, first: int) -> list[int]:
-        """Where the loop over positions is cut, the end included: caches grow there.
+        """Return the ends of the loop's segments after `first`; caches grow between segments.
 
-        XLA reads a dual cache whole, so it is kept little larger than what it holds.
+        XLA reads all of a dual cache, so it is kept only slightly larger than its contents.
         """
         last = self.config.num_tokens
         cuts = SEGMENTS if self.engine.form == "dual" else 1
         return sorted({max(first + 1, last * i // cuts) for i in range(1, cuts + 1)})
 
     def start(self, params: dict, x: jax.Array, tokens: int) -> list[Cache]:
-        """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
         dual = tokens if self.engine.form == "dual" else None
         cache = init_cache(self.config, x.shape[0], dual=dual, dtype=self.engine.cache_dtype)
         if x.shape[1]:
             cache = prefill(params, x, self.modulation, self.config, cache)
-        # Arrays of their own are updated in place.
+        # Separate arrays per layer are updated in place.
         return [jax.tree.map(lambda c: c[i], cache) for i in range(self.config.n_layer)]  # noqa: B023
 
     def grow(self, caches: list[Cache], tokens: int) -> list[Cache]:
-        """The caches with room for `tokens` positions."""
+        """Return the caches with room for `tokens` positions."""
         if self.engine.form != "dual":
             return caches
         grown = []
@@ -115,11 +124,13 @@ class ModuleDecoder:
     def step(
         self, x: jax.Array, caches: list[Cache], position: jax.Array
     ) -> tuple[jax.Array, list[Cache]]:
-        """x (b, 1, d) at `position` -> (float32 logits (b, v), the caches after x)."""
-        del position  # the caches know
-        block, carry, updated = Block(self.config), (x, jnp.zeros_like(x)), []
+        """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
+        del position  # the caches hold it
+        block = Block(self.config)
+        carry = (x, jnp.zeros_like(x))
+        updated = []
         for layer, parts, cache in zip(self.layers, self.modulation.layers, caches, strict=True):
-            # XLA folds these transposes into the products.
+            # XLA fuses these transposes into the matrix products.
             weights = {path: w.T if _is_matrix(path) else w for path, w in layer.items()}
             carry, cache = block.apply({"params": unflatten_dict(weights)}, carry, parts, cache)
             updated.append(cache)
@@ -131,8 +142,8 @@ class ModuleDecoder:
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """See `Decoder`."""
-        return sample(logits, uniform, **settings)  # type: ignore[arg-type]  # names of arrays
+        """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
+        return sample(logits, uniform, **settings)  # type: ignore[arg-type]  # array names
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

@@ -1,8 +1,8 @@
-"""How the token loop of AiM computes: which form of the recurrence, by which implementation.
+"""Choice of the recurrence form and the implementation of the token loop.
 
-Two forms of the Mamba-2 recurrence, from Dao and Gu 2024 (arXiv 2405.21060): "recurrent" carries
-the state, "dual" a cache of the tokens so far. Implementations are those of
-`aim_jax.ops.implementation`: "xla" is the Flax modules themselves (`decoder`), on any device;
+The Mamba-2 recurrence has two forms (Dao and Gu 2024, arXiv 2405.21060). "recurrent" carries the
+state; "dual" carries a cache of the tokens so far. Implementations are those of
+`aim_jax.ops.implementation`: "xla" applies the Flax modules (`decoder`) on any device, while
 "native" and "triton" are fused kernels for CPUs and NVIDIA GPUs (`fused_decoder`). `Engine` names
 one of each, or lets `resolve` choose.
 """
@@ -18,22 +18,24 @@ from aim_jax.ops.triton_availability import triton_unavailable_because
 
 FORMS = ("recurrent", "dual")
 DECODERS = ("xla", "native", "triton")  # implementations of the token loop
-TRITON_PLATFORMS = ("gpu", "cuda")  # what JAX calls NVIDIA GPUs
+TRITON_PLATFORMS = ("gpu", "cuda")  # JAX's platform names of NVIDIA GPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How the token loop computes. It changes speed and rounding, not what is computed.
+    """Recurrence form, implementation and cache dtype of the token loop.
+
+    The choice changes speed and rounding, not what is computed.
 
     Attributes:
-      form: "recurrent" or "dual"; None is the faster one, see `choose_form`.
-      implementation: "xla", "native" (CPU) or "triton" (NVIDIA GPU); None is the fused kernels of
-        the device where they exist and the model has a mixer that they know, else "xla".
-      cache_dtype: of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
-        "bfloat16". The modules keep float32 states.
+      form: "recurrent" or "dual"; None selects the faster one, see `choose_form`.
+      implementation: "xla", "native" (CPU) or "triton" (NVIDIA GPU). None selects the fused kernels
+        of the device where they are available and support the model's mixer, else "xla".
+      cache_dtype: dtype of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
+        "bfloat16". The Flax modules ("xla") keep float32 states.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: if a field has an unknown value.
     """
 
     form: str | None = None
@@ -53,46 +55,59 @@ class Engine:
 
 
 def resolve(engine: Engine, config: AiMConfig, rows: int, platform: str) -> Engine:
-    """The engine with a form and an implementation in the place of None.
+    """Return the engine with a form and an implementation chosen where they are None.
 
     Args:
-      rows: sequences per device, with guidance two per image.
+      engine: the requested engine.
+      config: configuration of the model.
+      rows: number of sequences per device; two per image with guidance.
       platform: "cpu", "gpu", "cuda" or "tpu".
 
     Raises:
-      ValueError: the model or the device does not have what is named.
+      ValueError: if the model or the device does not support the requested engine.
     """
     implementation = engine.implementation
     if implementation is None:
         implementation = choose_implementation(config, platform)
     elif implementation == "native" and (platform != "cpu" or config.mixer != "mamba2"):
         raise ValueError(
-            f"implementation='native' decodes Mamba-2 on CPUs; this is {config.mixer} on "
-            f"{platform}."
+            f"implementation='native' requires Mamba-2 on a CPU, got {config.mixer} on {platform}; "
+            "use 'xla'."
         )
     elif implementation == "triton" and platform not in TRITON_PLATFORMS:
-        raise ValueError(f"implementation='triton' decodes on NVIDIA GPUs; this is {platform}.")
+        raise ValueError(
+            f"implementation='triton' requires an NVIDIA GPU, got {platform}; use 'xla'."
+        )
     elif implementation == "triton" and (reason := triton_unavailable_because()):
         raise ValueError(f"implementation='triton': {reason}")
     form = engine.form
     if form is None:
         form = choose_form(config, rows, implementation, platform)
     elif form == "dual" and config.mixer != "mamba2":
-        raise ValueError(f"form='dual' is there for Mamba-2; this model has {config.mixer}.")
+        raise ValueError(
+            f"form='dual' requires Mamba-2, got a {config.mixer} model; use 'recurrent'."
+        )
     engine = dataclasses.replace(engine, form=form, implementation=implementation)
     if engine.cache_dtype == "bfloat16" and (implementation, form) == ("xla", "recurrent"):
-        raise ValueError("cache_dtype='bfloat16' needs form='dual' or fused kernels.")
+        raise ValueError(
+            "cache_dtype='bfloat16' requires form='dual' or a fused implementation ('native' or "
+            "'triton')."
+        )
     return engine
 
 
 def choose_implementation(config: AiMConfig, platform: str) -> str:
-    """The fused kernels of the platform if they can be had, else "xla", saying why."""
+    """Return the implementation with fused kernels if one is available, else "xla".
+
+    Logs a warning with the reason where kernels of the platform are unavailable.
+    """
     if platform in TRITON_PLATFORMS:
         if newer_than_assembler():
             logging.log_first_n(
                 logging.WARNING,
-                "Decoding without fused kernels: for GPUs from Blackwell on Triton writes PTX that "
-                "the assembler of the cuda extra does not read. implementation='triton' tries it.",
+                "Decoding without fused kernels: on Blackwell and newer GPUs, Triton emits PTX "
+                "that the assembler of the cuda extra cannot read. Pass implementation='triton' to "
+                "try the kernels anyway.",
                 1,
             )
             return "xla"
@@ -106,41 +121,46 @@ def choose_implementation(config: AiMConfig, platform: str) -> str:
 
 
 def newer_than_assembler() -> bool:
-    """Whether the GPU at hand is of compute capability 10 or more."""
+    """Return whether the first GPU has compute capability 10 or higher."""
     capability = getattr(jax.devices()[0], "compute_capability", None)
     return capability is not None and float(capability) >= 10
 
 
 @functools.cache
 def native_kernels() -> bool:
-    """Whether the fused CPU kernels can be used; compiles them at the first call."""
+    """Return whether the fused CPU kernels are usable; the first call compiles them."""
     from aim_jax.ops import native
 
     try:
         native.register()
     except (native.BuildError, OSError) as error:
-        logging.warning("Decoding without fused kernels, at about half the speed: %s", error)
+        logging.warning("Decoding without fused kernels at about half the speed: %s", error)
         return False
     return True
 
 
 def choose_form(config: AiMConfig, rows: int, implementation: str, platform: str) -> str:
-    """The form that takes less time per step, on average over an image.
+    """Return the form that takes less time per step, on average over an image.
 
-    Per row and layer the recurrent form reads and writes a state of e n values; the dual form reads
-    e + g n + h values of every token so far, half of them on average, and writes one row. So images
-    of few tokens favour the dual form: of AiM's sizes all up to 460 tokens, were bytes all. They
-    are not:
+    Per row and layer, the recurrent form reads and writes a state of e n values. The dual form
+    reads e + g n + h values for every token so far, half of them on average, and writes one row. So
+    images of few tokens favour the dual form. By bytes alone it would win for every AiM size up to
+    460 tokens, but bytes are not the only cost:
 
-    - "native": the state streams at 1.4 times the rate of the tokens' rows (measured).
-    - "triton": a program of the dual kernel walks along the tokens, and fewer than 512 programs do
-      not fill a GPU; the state can be split further.
-    - "xla": on CPU the modules' dual step is slower than its bytes; measured, never ahead.
+    - "native": the state streams at 1.4 times the rate of the token rows (measured).
+    - "triton": each program of the dual kernel iterates over the tokens, and fewer than 512
+      programs do not fill a GPU. The recurrent form can split the state further.
+    - "xla": on CPU the dual step of the modules is slower than its bytes suggest; measured, it was
+      never faster.
     """
     if config.mixer != "mamba2" or (implementation == "xla" and platform == "cpu"):
         return "recurrent"
-    e, g, n, h = config.d_inner, config.ngroups, config.d_state, config.n_heads
+    e = config.d_inner
+    g = config.ngroups
+    n = config.d_state
+    h = config.n_heads
     if implementation == "triton" and rows * h < 512:
         return "recurrent"
-    recurrent, dual = 2 * e * n, config.num_tokens / 2 * (e + g * n + h)
+    recurrent = 2 * e * n
+    dual = config.num_tokens / 2 * (e + g * n + h)
     return "dual" if dual * (1.4 if implementation == "native" else 1) < recurrent else "recurrent"

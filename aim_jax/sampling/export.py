@@ -1,6 +1,6 @@
-"""A model as programs that run without this library: `jax.export` artifacts and StableHLO.
+"""Export of a model as programs that run without this library: `jax.export` and StableHLO.
 
-b images; r = 2 b rows, conditional ones first, then those of the null class.
+Shapes: b images; 2 b rows, conditional rows before null-class rows.
 """
 
 import importlib.util
@@ -25,16 +25,16 @@ from aim_jax.utils.random import random_key
 from aim_jax.weights.pretrained import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Plain XLA of any platform; fused kernels would tie the artifact to one.
+# Plain XLA runs on any platform; fused kernels would tie the artifact to one.
 ENGINE = Engine(form="recurrent", implementation="xla")
 
 RUNNER = Path(__file__).with_name("export_runner.py")
 
 
 def flat_weights(model: Pretrained, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """All parameters by dotted names that begin with "aim." and "vq."."""
+    """Return all parameters by dotted names that begin with "aim." or "vq."."""
     tree = {"aim": model.aim_params, "vq": model.vq_params}
-    # safetensors writes the memory as it lies.
+    # safetensors writes raw memory, so arrays must be contiguous.
     flat = flatten_dict(tree, sep=".")
     return {k: np.ascontiguousarray(v, jnp.dtype(dtype)) for k, v in flat.items()}
 
@@ -48,30 +48,34 @@ def _shapes(tree):
 
 
 def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Exported:
-    """The whole of `aim_jax.generate`, for any number of images.
+    """Export `aim_jax.generate` as one program for any number of images.
+
+    Args:
+      model: with an AiM and a tokenizer.
+      dtype: dtype of the stored weights.
 
     Returns:
       `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
-      settings) -> (tokens (b, t) int32, images (b, H, W, c) uint8). `settings` holds the numbers of
-      `SamplingConfig` by name, (b,) float32 or int32; they are not checked.
+      settings) -> (tokens (b, t) int32, images (b, H, W, c) uint8). `settings` holds the numeric
+      fields of `SamplingConfig` by name, (b,) float32 or int32; they are not validated.
     """
     assert model.aim_config is not None and model.vq_config is not None
     method = Method(model.aim_config, guided=True, schedule="constant", engine=ENGINE)
 
     def sample(weights, labels, seed, index, settings):
         params = _unflatten(weights)
-        nothing = jnp.zeros((labels.shape[0], 0), jnp.int32)
-        request = Request(labels, index, settings, nothing)
+        no_prefix = jnp.zeros((labels.shape[0], 0), jnp.int32)
+        request = Request(labels, index, settings, no_prefix)
         interval = jnp.array([0.0, 1.0], jnp.float32)
         random = jax.random.key_data(random_key(seed))
         tokens = generate_on_device(params["aim"], random, request, interval, method=method)
         return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
 
     (b,) = jax.export.symbolic_shape("b")
-    whole = jax.ShapeDtypeStruct((b,), jnp.int32)
+    ints = jax.ShapeDtypeStruct((b,), jnp.int32)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     settings = {k: jax.ShapeDtypeStruct((b,), v.dtype) for k, v in SETTINGS.items()}
-    arguments = (whole, seed, whole, settings)
+    arguments = (ints, seed, ints, settings)
     weights = _shapes(flat_weights(model, dtype))
     return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
@@ -79,12 +83,18 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
 def export_decode_step(
     model: Pretrained, rows: int, dtype: str = "float32", platforms: Sequence[str] = PLATFORMS
 ) -> dict[str, jax.export.Exported]:
-    """The parts of the token loop, for programs with a loop of their own.
+    """Export the parts of the token loop, for programs that run their own loop.
+
+    Args:
+      model: with an AiM.
+      rows: number of sequences; two per image with guidance.
+      dtype: dtype of the stored weights.
+      platforms: platforms that the programs run on.
 
     Returns:
       `jax.export.Exported` by name. "begin": (weights, labels (rows,) int32) -> (x (rows, 1, d),
       modulation, caches). "step": (weights, x, modulation, caches) -> (logits (rows, v) float32,
-      caches). "embed": (weights, tokens (rows,) int32, position () int32) -> the next step's x.
+      caches). "embed": (weights, tokens (rows,) int32, position () int32) -> x of the next step.
       Modulation and caches are lists of arrays.
     """
     config = model.aim_config
@@ -106,8 +116,8 @@ def export_decode_step(
     trees = [jax.tree.structure(tree) for tree in (modulation, caches)]
 
     def begin_flat(weights, labels):
-        x, *rest = begin(weights, labels)
-        return x, *(jax.tree.leaves(tree) for tree in rest)
+        x, *state = begin(weights, labels)
+        return x, *(jax.tree.leaves(tree) for tree in state)
 
     def step(weights, x, modulation, caches):
         modulation, caches = map(jax.tree.unflatten, trees, (modulation, caches))
@@ -127,7 +137,7 @@ def export_decode_step(
     }
 
 
-# What the programs of `export_decode_step` take and return.
+# Names of the arguments and the results of the programs of `export_decode_step`.
 STEP = {
     "begin": (("weights", "labels"), ("x", "modulation", "caches")),
     "step": (("weights", "x", "modulation", "caches"), ("logits", "caches")),
@@ -136,9 +146,10 @@ STEP = {
 
 
 def describe(name: str, exported: jax.export.Exported) -> dict:
-    """Arguments and results of a program of `STEP`: names, shapes and dtypes, in its order.
+    """Return names, shapes and dtypes of the arguments and results of a program of `STEP`.
 
-    Arguments that the StableHLO leaves out, because nothing depends on them, are not listed.
+    Entries are in the order of the program. Arguments that StableHLO drops, because no result
+    depends on them, are omitted.
     """
     takes, returns = STEP[name]
     arguments, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
@@ -146,21 +157,21 @@ def describe(name: str, exported: jax.export.Exported) -> dict:
     results = results if len(returns) > 1 else (results,)
 
     def listed(names, values):
-        found = []
-        for (first, *rest), aval in jax.tree.leaves_with_path(list(values)):
-            inside = [jax.tree_util.keystr((key,), simple=True) for key in rest]
-            found.append(
+        entries = []
+        for (first, *path), aval in jax.tree.leaves_with_path(list(values)):
+            keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+            entries.append(
                 {
-                    "name": "/".join([names[first.idx], *inside]),
+                    "name": "/".join([names[first.idx], *keys]),
                     "shape": list(aval.shape),
                     "dtype": str(aval.dtype),
                 }
             )
-        return found
+        return entries
 
-    given = listed(takes, arguments)
+    listed_arguments = listed(takes, arguments)
     return {
-        "arguments": [given[i] for i in exported.module_kept_var_idx],
+        "arguments": [listed_arguments[i] for i in exported.module_kept_var_idx],
         "results": listed(returns, results),
     }
 
@@ -168,30 +179,37 @@ def describe(name: str, exported: jax.export.Exported) -> dict:
 def save_exported(
     model: Pretrained, out: str | os.PathLike, images: int = 1, dtype: str = "float32"
 ) -> Path:
-    """Writes a directory that draws images without this library.
+    """Write a directory that generates images without this library.
 
-    It holds sampler.jax (`export_sampler`), weights.safetensors, sample.py which runs them, and for
-    programs with a loop of their own begin, step and embed (`export_decode_step`): as .jax, and as
-    StableHLO in portable bytecode (.mlirbc) with a description of the arguments (.json).
+    It holds sampler.jax (`export_sampler`), weights.safetensors and sample.py, which runs them.
+    For programs that run their own loop, it also holds begin, step and embed
+    (`export_decode_step`): as .jax, and as StableHLO in portable bytecode (.mlirbc) with a
+    description of arguments and results (.json).
 
     Args:
-      images: at once in the step.
-      dtype: of the stored weights; the arithmetic is the model's.
+      model: with an AiM and a tokenizer.
+      out: directory to create; it may exist if it is empty.
+      images: batch size of begin, step and embed, which have two rows per image.
+      dtype: dtype of the stored weights; arithmetic uses the compute dtype of the model.
+
+    Returns:
+      The directory.
 
     Raises:
-      ValueError: the model lacks a part, or the package flatbuffers is missing.
-      FileExistsError: out exists and is not empty.
+      ValueError: if the model lacks a part, or the package flatbuffers is missing.
+      FileExistsError: if `out` exists and is not empty.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("exporting needs flatbuffers: pip install 'aim_jax[export]'.")
+        raise ValueError("export requires flatbuffers; run pip install 'aim_jax[export]'.")
     out = Path(out)
     if model.aim_config is None or model.aim_params is None or model.vq_params is None:
-        raise ValueError(f"{model.name}: exporting a sampler needs both an AiM and a tokenizer.")
+        raise ValueError(f"{model.name}: exporting a sampler requires an AiM and a tokenizer.")
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; name another directory.")
+        raise FileExistsError(f"{out} is not empty; choose another directory.")
     with replacing(out) as partial:
         partial.mkdir()
-        # A program for several platforms takes the platform's number first; StableHLO is for all.
+        # Programs for several platforms take a platform index as an extra first argument, so the
+        # StableHLO, which is the same for every platform, is exported for one.
         for name, exported in export_decode_step(model, 2 * images, dtype, ("cpu",)).items():
             (partial / f"{name}.mlirbc").write_bytes(exported.mlir_module_serialized)
             write_json(partial / f"{name}.json", describe(name, exported))

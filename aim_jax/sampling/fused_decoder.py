@@ -1,8 +1,9 @@
-"""The decoding step of AiM with fused kernels: about four calls a layer instead of dozens.
+"""Decoder with fused kernels: about four calls per layer instead of dozens.
 
-Per layer: add + norm + modulate; the input projection; everything of the mixer up to the gate; the
-output projection, whose result carries the division of the gated norm into the next layer's add.
-Each is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the engine's implementation.
+The calls of a layer are add + norm + modulate; the input projection; the mixer up to its gate; and
+the output projection. The division of the gated norm is deferred to the add of the next layer. Each
+call is an op of `aim_jax.ops.decode` or `aim_jax.sampling.logits`, in the implementation of the
+engine.
 """
 
 import dataclasses
@@ -23,23 +24,28 @@ from aim_jax.sampling.decoder import prefill
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
-# Which of a modulation's parts are shift, scale and gate, of the mixer and of the MLP.
+# Indices of shift, scale and gate for the mixer and the MLP, by the number of modulation parts.
 PARTS = {3: ((0, 1, 2), None), 6: ((0, 2, 4), (1, 3, 5))}
-MIXER_EPS = 1e-5  # of the gated norm
+MIXER_EPS = 1e-5  # epsilon of the gated norm
 
 
 @struct.dataclass
 class FusedDecoder:
-    """A `aim_jax.sampling.decoder.Decoder` of fused kernels.
+    """Implementation of `aim_jax.sampling.decoder.Decoder` with fused kernels.
 
-    Layers are unrolled, each with matrices of its own, because a loop over stacked matrices copies
-    a slice of them per layer and step. Caches are stacked: the kernels take the whole and the
-    number of the layer, and update it in place.
+    Layers are unrolled, each with separate matrices, because a loop over stacked matrices copies a
+    slice of them per layer and step. Caches are stacked: the kernels take the stacked cache and the
+    index of the layer, and update the cache in place.
 
     Attributes:
-      matrices: by the product that they take part in, one per layer (out, in).
-      head: the same, of the logits.
-      conv, ssm: the other parameters of the mixers, by the kernels' names, layers stacked.
+      params: AiM parameters, with only the norms of the layers.
+      modulation: from `AiM.condition`.
+      matrices: one matrix (out, in) per layer, by the name of its projection.
+      head: (v, d), the matrix of the logits.
+      conv: parameters of the convolutions, by the names of the kernels, layers stacked.
+      ssm: the other parameters of the mixers, by the names of the kernels, layers stacked.
+      config: configuration of the model.
+      engine: a resolved engine.
     """
 
     params: dict
@@ -55,14 +61,21 @@ class FusedDecoder:
     def of(
         cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
     ) -> "FusedDecoder":
-        """params: AiM parameters, layers stacked. modulation: from `AiM.condition`."""
+        """Create a decoder from the parameters of a model.
+
+        Args:
+          params: AiM parameters, layers stacked.
+          modulation: from `AiM.condition`.
+          config: configuration of the model.
+          engine: a resolved engine.
+        """
         mixer = params["layers"]["mixer"]
 
-        def place(kernel):
+        def transposed(kernel):
             return kernel.T.astype(config.compute_dtype)
 
         matrices = {
-            name: [place(kernel[i]) for i in range(config.n_layer)]
+            name: [transposed(kernel[i]) for i in range(config.n_layer)]
             for name, kernel in _merged(params["layers"], config).items()
         }
         names = "xBC" if config.mixer == "mamba2" else "x"
@@ -73,7 +86,7 @@ class FusedDecoder:
         ssm = {"dt_bias": mixer["dt_bias"], "A": -jnp.exp(mixer["A_log"]), "D": mixer["D"]}
         if config.mixer == "mamba2":
             ssm["norm_scale"] = mixer["norm"]["scale"]
-        head = place(params["token_embedding"]["embedding"].T)
+        head = transposed(params["token_embedding"]["embedding"].T)
         norms = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
         return cls(  # type: ignore[call-arg]
             params | {"layers": norms}, modulation, matrices, head, conv, ssm, config, engine
@@ -81,16 +94,17 @@ class FusedDecoder:
 
     @property
     def implementation(self) -> str:
-        """Who computes the ops; see `aim_jax.ops.implementation`."""
+        """Implementation of the ops; see `aim_jax.ops.implementation`."""
         assert self.engine.implementation is not None
         return self.engine.implementation
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Compute dtype of the model."""
         return jnp.dtype(self.config.compute_dtype)
 
     def _linear(self, x: jax.Array, matrix: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """x (b, in), matrix (out, in) -> (b, out) in `dtype`, by default the kernels' own."""
+        """Multiply x (b, in) by matrix (out, in) into (b, out); `dtype` is `self.dtype` if None."""
         native = self.implementation == "native"
         return ops.linear(
             x.astype(matrix.dtype), matrix, dtype=dtype or self.dtype,
@@ -98,15 +112,16 @@ class FusedDecoder:
         )  # fmt: skip
 
     def segments(self, first: int) -> list[int]:
-        """One: the kernels read what the caches hold, whatever their size."""
+        """Return a single end: the kernels read only the filled part of a cache of any size."""
         del first
         return [self.config.num_tokens]
 
     def start(self, params: dict, x: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
-        """Caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for all positions."""
         del tokens  # there is one segment
-        cfg, position = self.config, x.shape[1]
-        # Read from float32 caches, and rounded once at the end.
+        cfg = self.config
+        position = x.shape[1]
+        # Prefill in float32 and round once at the end.
         dual = cfg.num_tokens if self.engine.form == "dual" else None
         cache = init_cache(cfg, len(x), dual=dual)
         if position:
@@ -114,9 +129,9 @@ class FusedDecoder:
             prefix_config = dataclasses.replace(cfg, scan_implementation=scan)
             cache = prefill(params, x, self.modulation, prefix_config, cache)
         windows = [getattr(cache, f"conv_{k}") for k in ("xBC" if cfg.mixer == "mamba2" else "x")]
-        # The native kernels keep float32 inputs of the convolution, in which they compute.
-        kept = jnp.float32 if self.implementation == "native" else self.dtype
-        ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(kept), position)
+        # The native kernels compute the convolution in float32 and keep its inputs in float32.
+        ring_dtype = jnp.float32 if self.implementation == "native" else self.dtype
+        ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(ring_dtype), position)
         rounded = functools.partial(jnp.asarray, dtype=self.engine.cache_dtype)
         if isinstance(cache.ssm_state, ops.DualCache):
             past = cache.ssm_state
@@ -124,21 +139,24 @@ class FusedDecoder:
         return ring, rounded(cache.ssm_state)
 
     def grow(self, caches: tuple[jax.Array, ...], tokens: int) -> tuple[jax.Array, ...]:
-        """The caches, which have room for all positions."""
+        """Return the caches unchanged; they have room for all positions."""
         del tokens
         return caches
 
     def step(
         self, x: jax.Array, caches: tuple[jax.Array, ...], position: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """x (b, 1, d) at `position` -> (float32 logits (b, v), the caches after x)."""
-        cfg, parts = self.config, self.modulation.layers
+        """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
+        cfg = self.config
+        parts = self.modulation.layers
         mixer_parts, mlp_parts = PARTS[parts.shape[2]]
         layers = self.params["layers"]
-        hidden, residual, sum_squares = x[:, 0], jnp.zeros_like(x[:, 0]), None
+        hidden = x[:, 0]
+        residual = jnp.zeros_like(x[:, 0])
+        sum_squares = None
         last_gate = (mlp_parts or mixer_parts)[2]
         for layer in range(cfg.n_layer):
-            # Before the first layer there is nothing to divide or gate.
+            # The input of the first layer has no pending division or gate.
             u, residual = self._seam(
                 hidden, residual, layers["norm"]["scale"], layer, mixer_parts[:2], last_gate, -1,
                 sum_squares if layer else None,
@@ -156,18 +174,19 @@ class FusedDecoder:
         residual = residual + parts[-1, :, last_gate] * hidden
         x = rms_norm(residual, self.params["norm_f"]["scale"], cfg.norm_eps)
         x = rms_norm(x, self.params["final_layer"]["norm_final"]["scale"], cfg.norm_eps)
-        shift, scale = self.modulation.final[0, :, 0], self.modulation.final[0, :, 1]
+        shift = self.modulation.final[0, :, 0]
+        scale = self.modulation.final[0, :, 1]
         x = modulate(x[:, None], shift, scale)[:, 0]
         return self._linear(x, self.head, jnp.float32), caches
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """See `Decoder`; one kernel."""
+        """Sample one token per image with one kernel, int32 (b,); see `logits.sample`."""
         return sample(logits, uniform, **settings, implementation=self.implementation)
 
     def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):
-        """Adds what the branch before has left, and prepares the input of the next."""
+        """Add the output of the previous branch and prepare the input of the next one."""
         shift, scale = shift_scale
         return ops.add_norm_modulate(
             hidden, residual, norm, self.modulation.layers, layer,
@@ -185,22 +204,28 @@ class FusedDecoder:
     def _mix(
         self, u: jax.Array, caches: tuple[jax.Array, ...], layer: int, position: jax.Array
     ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
-        """(b, d) -> (the mixer's output before its division, sum_squares or None, caches)."""
-        cfg, matrices = self.config, {name: of[layer] for name, of in self.matrices.items()}
+        """Apply the mixer of a layer to u (b, d).
+
+        Returns:
+          The output (b, d) before the division of the gated norm; the sums of squares for that
+          division, or None if none is pending; and the updated caches.
+        """
+        cfg = self.config
+        matrices = {name: per_layer[layer] for name, per_layer in self.matrices.items()}
         projected = self._linear(u, matrices["in"])
-        who: dict[str, Any] = {"implementation": self.implementation}
+        options: dict[str, Any] = {"implementation": self.implementation}
         if cfg.mixer == "mamba1":
             ring, state = caches
-            x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **who)
+            x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **options)
             dt_BC = self._linear(x, matrices["x"])
             dt = self._linear(dt_BC[:, : cfg.dt_rank], matrices["dt"])
-            y, state = ops.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm, **who)
+            y, state = ops.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm, **options)
             return self._linear(y, matrices["out"]), None, (ring, state)
         step: Callable = ops.dual_step if self.engine.form == "dual" else ops.mamba2_step
         y, sum_squares, *caches = step(
-            projected, *caches, layer, position, **self.conv, **self.ssm, **who
+            projected, *caches, layer, position, **self.conv, **self.ssm, **options
         )
-        if cfg.ngroups > 1:  # then the division does not commute with the output projection
+        if cfg.ngroups > 1:  # the division does not commute with the output projection
             groups = sum_squares.reshape(len(y), cfg.ngroups, -1).sum(axis=-1, keepdims=True)
             rstd = jax.lax.rsqrt(groups / (cfg.d_inner / cfg.ngroups) + MIXER_EPS)
             y = (y.reshape(len(y), cfg.ngroups, -1) * rstd).reshape(y.shape)
@@ -209,7 +234,7 @@ class FusedDecoder:
 
 
 def _merged(layers: dict, config: AiMConfig) -> dict:
-    """Matrices (layers, in, out) by the product that they take part in."""
+    """Return kernels (layers, in, out), concatenated where they share an input, by projection."""
     mixer = layers["mixer"]
 
     def joined(*names):

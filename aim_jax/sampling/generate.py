@@ -1,6 +1,6 @@
-"""Class-conditional sampling: the jitted generation of images.
+"""Class-conditional image generation with a jitted token loop.
 
-b images, t tokens per image, v vocabulary.
+Shapes: b images, t tokens per image, v vocabulary entries.
 """
 
 import functools
@@ -31,19 +31,25 @@ from aim_jax.weights.pretrained import Pretrained, class_ids
 
 
 class Samples(NamedTuple):
-    """Generated codes (b, t) int32 and images (b, H, W, c) uint8."""
+    """Generated tokens and images.
+
+    Attributes:
+      tokens: int32 (b, t), in raster order.
+      images: uint8 (b, H, W, c).
+    """
 
     tokens: jax.Array
     images: jax.Array
 
 
 class Request(NamedTuple):
-    """The images to generate, one entry per image.
+    """Specification of the images to generate, one entry per image.
 
     Attributes:
-      labels, index: int (b,), class and number of each image.
-      settings: (b,) by name; see `SamplingConfig.arrays`.
-      prefix: int (b, l), the first tokens of the images, l may be 0.
+      labels: int (b,), class of each image.
+      index: int (b,), index of each image in its series.
+      settings: (b,) arrays by name; see `SamplingConfig.arrays`.
+      prefix: int (b, l), the first tokens of the images; l may be 0.
     """
 
     labels: jax.Array
@@ -53,10 +59,14 @@ class Request(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What is compiled into the loop: see `generate_tokens`.
+    """Static part of the token loop; see `generate_tokens`.
 
     Attributes:
-      generator: of the random numbers, as JAX names it.
+      config: configuration of the model.
+      guided: whether each image has a second row, of the null class.
+      schedule: guidance schedule; see `guidance_at`.
+      engine: a resolved engine.
+      generator: JAX's name of the random number generator.
     """
 
     config: AiMConfig
@@ -66,12 +76,18 @@ class Method(NamedTuple):
     generator: str = GENERATOR
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """One row per image -> one per sequence: with guidance each image has two."""
+        """Repeat rows per image as rows per sequence: with guidance each image has two."""
         return jnp.concatenate([x, x]) if self.guided else x
 
 
 class Loop(NamedTuple):
-    """What the loop carries: the next input (rows, 1, d), caches, and a random key per image."""
+    """Carry of the token loop.
+
+    Attributes:
+      x: (rows, 1, d), the next input.
+      caches: caches of the decoder.
+      keys: (b,), a random key per image.
+    """
 
     x: jax.Array
     caches: object
@@ -92,50 +108,57 @@ def generate_tokens(
     callback: Callable[[jax.Array], None] | None = None,
     every: int = 1,
 ) -> jax.Array:
-    """Samples the tokens of a batch of images, one after the other, in one compiled loop.
+    """Sample the tokens of a batch of images autoregressively in one compiled loop.
 
-    With guidance every image has two rows, conditional and null class; one token is sampled per
+    With guidance, each image has two rows, conditional and null class; one token is sampled per
     image and fed to both. Randomness is a function of (seed, index, position) alone, so an image
-    does not depend on the batch it is in, nor on the devices: where the parameters are on several,
-    each generates its share of the images by itself, with all parameters.
+    does not depend on its batch or on the devices. With parameters on several devices, each device
+    generates its share of the images independently, with all parameters.
 
     Args:
-      params: AiM parameters. labels: int (b,). seed: int, or a JAX key. index: int (b,), number of
-        each image.
+      params: AiM parameters.
+      labels: int (b,), class of each image.
+      seed: int or a JAX key.
+      index: int (b,), index of each image in its series.
       sampling: guidance, temperature and filters.
-      config: shape of the model.
-      guided: False leaves the null-class rows out, which is cfg_scale = 1 at half the cost; None
-        does so where no image has guidance.
+      config: configuration of the model.
+      guided: False omits the null-class rows, which is cfg_scale = 1 at half the cost. None omits
+        them if no image uses guidance.
       prefix: int (b, l), the first tokens of every image, 0 < l < num_tokens.
-      engine: how the loop computes.
-      callback, every: callback(tokens (b, n)) is called after each `every` tokens, and at the end,
-        with all that are there; on one device only. Without it the loop runs in one piece.
+      engine: recurrence form and implementation of the loop.
+      callback: called as callback(tokens (b, n)) with all tokens so far, after every `every` tokens
+        and at the end; on one device only. Without it the loop runs in one piece.
+      every: tokens between two calls of `callback`.
 
     Returns:
-      int32 (b, num_tokens), raster order.
+      int32 (b, num_tokens) in raster order.
 
     Raises:
-      ValueError: the model or device has no such engine; a callback with several devices.
+      ValueError: if the model or the device does not support the engine, or a callback is given and
+        the parameters are on several devices.
     """
     b = np.shape(labels)[0]
-    given = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
+    prefix = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
     settings = {name: jnp.asarray(x) for name, x in sampling.arrays(b).items()}
-    labels, index = jnp.asarray(labels, jnp.int32), jnp.asarray(index, jnp.int32)
-    request = Request(labels, index, settings, given)
+    labels = jnp.asarray(labels, jnp.int32)
+    index = jnp.asarray(index, jnp.int32)
+    request = Request(labels, index, settings, prefix)
     guided = sampling.guided if guided is None else guided
     devices = sharding.devices_of(params)
     rows = -(-b // len(devices)) * (2 if guided else 1)
     engine = resolve(engine, config, rows, devices[0].platform)
     key = random_key(seed)
     method = Method(config, guided, sampling.cfg_schedule, engine, str(jax.random.key_impl(key)))
-    random, interval = jax.random.key_data(key), jnp.asarray(sampling.cfg_interval, jnp.float32)
+    random = jax.random.key_data(key)
+    interval = jnp.asarray(sampling.cfg_interval, jnp.float32)
     if callback is None and len(devices) == 1:
         return generate_on_device(params, random, request, interval, method=method)
     if callback is None:
         return _generate_on(tuple(devices), params, random, request, interval, method=method)
     if len(devices) > 1:
         raise ValueError(
-            f"callback: the model is on {len(devices)} devices; put it on one to watch it draw."
+            f"callback: the model is on {len(devices)} devices; expected one. Move it to a single "
+            "device, or generate without a callback."
         )
     return _generate_watched(params, random, request, interval, method, callback, every)
 
@@ -143,7 +166,7 @@ def generate_tokens(
 def make_decoder(
     params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
 ) -> Decoder:
-    """The decoder of a resolved engine."""
+    """Return the decoder of a resolved engine."""
     if engine.implementation == "xla":
         return ModuleDecoder.of(params, modulation, config, engine)
     return FusedDecoder.of(params, modulation, config, engine)
@@ -153,37 +176,42 @@ def make_decoder(
 def generate_on_device(
     params: dict, random: jax.Array, request: Request, interval: jax.Array, *, method: Method
 ) -> jax.Array:
-    """The tokens (b, t) of the images of a request, on one device.
+    """Generate the tokens (b, t) of a request on one device.
 
     Args:
-      params: AiM parameters. random: data of a key of `method.generator`.
+      params: AiM parameters.
+      random: key data of `method.generator`.
+      request: the images to generate.
       interval: (2,) float32; see `guidance_at`.
+      method: the static part of the loop.
     """
     first = request.prefix.shape[1]
     decoder, loop = _begin(params, random, request, method)
-    ends, drawn = decoder.segments(first), []
+    ends = decoder.segments(first)
+    pieces = []
     for start, end in zip([first, *ends], ends, strict=False):
         loop = loop._replace(caches=decoder.grow(loop.caches, end))
         loop, tokens = _advance(decoder, loop, request, interval, start, end - start, method)
-        drawn.append(tokens)
-    return jnp.concatenate([request.prefix, *drawn], axis=1)
+        pieces.append(tokens)
+    return jnp.concatenate([request.prefix, *pieces], axis=1)
 
 
 def _begin(
     params: dict, random: jax.Array, request: Request, method: Method
 ) -> tuple[Decoder, Loop]:
-    """The decoder of these images, and the loop before the first token that is sampled."""
+    """Return the decoder of a request, and the loop state before the first sampled token."""
     config = method.config
 
     def apply(name: str, *args: Any) -> Any:
         return AiM(config).apply({"params": params}, *args, method=name)
 
-    labels, first = request.labels, request.prefix.shape[1]
+    labels = request.labels
+    first = request.prefix.shape[1]
     if method.guided:
         labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
     start, modulation = apply("condition", labels)
-    codes = method.rows(apply("embed_codes", request.prefix, jnp.arange(first)))
-    x = jnp.concatenate([start, codes], axis=1)
+    prefix = method.rows(apply("embed_codes", request.prefix, jnp.arange(first)))
+    x = jnp.concatenate([start, prefix], axis=1)
     decoder = make_decoder(params, modulation, config, method.engine)
     caches = decoder.start(params, x[:, :-1], decoder.segments(first)[0])
     base = jax.random.wrap_key_data(random, impl=method.generator)
@@ -200,7 +228,7 @@ def _advance(
     count: int,
     method: Method,
 ) -> tuple[Loop, jax.Array]:
-    """Draws `count` tokens from position `first` on -> (the loop after them, tokens (b, count))."""
+    """Sample `count` tokens from position `first` on; return the new loop state and the tokens."""
     config = method.config
 
     def step(loop, position):
@@ -223,7 +251,7 @@ def _advance(
 
 @functools.lru_cache
 def device_mesh(devices: tuple[jax.Device, ...]) -> Mesh:
-    """The mesh whose devices each draw a share of the images."""
+    """Return the one-axis mesh over which the images are divided."""
     return Mesh(np.array(devices), ("data",))
 
 
@@ -236,12 +264,13 @@ def _generate_on(
     *,
     method: Method,
 ) -> jax.Array:
-    """The codes of the images asked for; every device draws its share."""
-    mesh, b = device_mesh(devices), len(request.labels)
-    # Images repeat the first one until there are equally many for every device.
+    """Generate the tokens (b, t) of a request; each device generates its share."""
+    mesh = device_mesh(devices)
+    b = len(request.labels)
+    # Pad with copies of the first image to the same number of images per device.
     order = np.arange(-(-b // len(devices)) * len(devices))
     order = np.where(order < b, order, 0)
-    # As NumPy, because arrays of one process's devices may not meet those of all.
+    # As NumPy, because arrays on the devices of one process cannot be mixed with arrays on all.
     random, request, interval = jax.tree.map(np.asarray, (random, request, interval))
     request = jax.tree.map(lambda x: x[order], request)
     return generate_sharded(params, random, request, interval, method=method, mesh=mesh)[:b]
@@ -257,15 +286,19 @@ def generate_sharded(
     method: Method,
     mesh: Mesh,
 ) -> jax.Array:
-    """`generate_on_device` on several devices: tokens (b, t), b a multiple of their number."""
-    share = jax.shard_map(
+    """Run `generate_on_device` on several devices; their number must divide b.
+
+    Returns:
+      The tokens (b, t).
+    """
+    generate_shares = jax.shard_map(
         functools.partial(generate_on_device, method=method),
         mesh=mesh,
         in_specs=(P(), P(), P("data"), P()),
         out_specs=P("data"),
         check_vma=False,
     )
-    return share(params, random, request, interval)
+    return generate_shares(params, random, request, interval)
 
 
 _begin_jit = jax.jit(_begin, static_argnums=3)
@@ -281,103 +314,119 @@ def _generate_watched(
     callback: Callable[[jax.Array], None],
     every: int,
 ) -> jax.Array:
-    """The codes of the images asked for, in pieces, on one device."""
-    first, last = request.prefix.shape[1], method.config.num_tokens
+    """Generate the tokens (b, t) of a request in pieces, on one device."""
+    first = request.prefix.shape[1]
+    last = method.config.num_tokens
     decoder, loop = _begin_jit(params, random, request, method)
-    # Caches of their final size, so that all pieces are one program.
+    # Caches have their final size, so that all pieces share one compiled program.
     loop = loop._replace(caches=decoder.grow(loop.caches, last))
     tokens = request.prefix
     for start in range(first, last, every):
         count = min(every, last - start)
         position = jnp.asarray(start, jnp.int32)
-        loop, drawn = _advance_jit(decoder, loop, request, interval, position, count, method)
-        tokens = jnp.concatenate([tokens, drawn], axis=1)
+        loop, new_tokens = _advance_jit(decoder, loop, request, interval, position, count, method)
+        tokens = jnp.concatenate([tokens, new_tokens], axis=1)
         callback(tokens)
     return tokens
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode_images(params: dict, tokens: jax.Array, *, config: VQConfig) -> jax.Array:
-    """Codes (b, t) -> images (b, H, W, c) uint8, through the tokenizer's decoder."""
+    """Decode tokens (b, t) into images uint8 (b, H, W, c) with the decoder of the tokenizer."""
     return to_uint8(VQModel(config).apply({"params": params}, tokens, method="decode_tokens"))
 
 
 def unfinished(model: Pretrained, tokens: jax.Array) -> Samples:
-    """Images of which only the first codes (b, n) are there; what they do not cover is grey."""
-    n, config = tokens.shape[1], model.vq_config
+    """Return partial images from their first tokens (b, n); the missing part is grey."""
+    n = tokens.shape[1]
+    config = model.vq_config
     assert model.aim_config is not None and config is not None
     total = model.aim_config.num_tokens
     padded = jnp.pad(tokens, ((0, 0), (0, total - n)))
     images = decode_images(model.vq_params, padded, config=config)
     side = math.isqrt(total)
-    there = (jnp.arange(total) < n).reshape(side, side)
-    there = jnp.repeat(jnp.repeat(there, config.downsampling, 0), config.downsampling, 1)
-    return Samples(tokens, jnp.where(there[..., None], images, jnp.uint8(128)))
+    known = (jnp.arange(total) < n).reshape(side, side)
+    known = jnp.repeat(jnp.repeat(known, config.downsampling, 0), config.downsampling, 1)
+    return Samples(tokens, jnp.where(known[..., None], images, jnp.uint8(128)))
 
 
 def whole_number(name: str, value: Any) -> int:
-    """A Python, NumPy or JAX integer from 0 to 2**31 - 1 as int; ValueError for all else."""
+    """Convert a Python, NumPy or JAX integer to int.
+
+    Raises:
+      ValueError: if the value is not an integer from 0 to 2**31 - 1.
+    """
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
     if not 0 <= number < 2**31:
-        raise ValueError(f"{name}={value!r}: expected a whole number from 0 to 2**31 - 1.")
+        raise ValueError(f"{name}={value!r}: expected an integer from 0 to 2**31 - 1.")
     return number
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ValueError for labels that are not class ids."""
+    """Check that labels are a non-empty one-dimensional array of class ids.
+
+    Raises:
+      ValueError: if they are not; the null class `num_classes` is accepted.
+    """
     if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels: expected a non-empty list of class ids, got {labels.dtype} of shape "
             f"{labels.shape}."
         )
-    wrong = sorted({int(i) for i in labels if not 0 <= i <= num_classes})
-    if wrong:
+    out_of_range = sorted({int(i) for i in labels if not 0 <= i <= num_classes})
+    if out_of_range:
         raise ValueError(
-            f"labels: {wrong} out of range; classes are 0..{num_classes - 1} and {num_classes} is "
-            "the null class (no class)."
+            f"labels: {out_of_range} out of range; expected class ids 0..{num_classes - 1}, or "
+            f"{num_classes} for the null class."
         )
 
 
 def check_prefix(prefix: np.ndarray, count: int, config: AiMConfig) -> jax.Array:
-    """The prefix as int32; ValueError if it is no beginning of `count` images."""
+    """Validate the first tokens of `count` images and return them as int32.
+
+    Raises:
+      ValueError: if the shape, the dtype or a token is invalid.
+    """
     prefix = np.asarray(prefix)
     fits = prefix.ndim == 2 and len(prefix) == count and 0 < prefix.shape[1] < config.num_tokens
     if not fits or prefix.dtype.kind not in "iu":
         raise ValueError(
-            f"prefix: {prefix.dtype} of shape {prefix.shape}; expected codes of shape ({count}, l) "
-            f"with 0 < l < {config.num_tokens}."
+            f"prefix: expected integer tokens of shape ({count}, l) with 0 < l < "
+            f"{config.num_tokens}, got {prefix.dtype} of shape {prefix.shape}."
         )
     if prefix.min() < 0 or prefix.max() >= config.vocab_size:
-        raise ValueError(f"prefix: codes are 0..{config.vocab_size - 1}.")
+        raise ValueError(f"prefix: expected tokens in 0..{config.vocab_size - 1}.")
     return jnp.asarray(prefix, jnp.int32)
 
 
 def encode_rows(model: Pretrained, images: np.ndarray, rows: int) -> np.ndarray:
-    """Codes of the upper part of pictures, for `generate(prefix=...)`.
+    """Encode the upper part of images as tokens, for `generate(prefix=...)`.
 
-    The encoder sees the whole picture, so the codes know a little of what lies below them.
+    The encoder sees the entire image, so the tokens carry a little information about the part below
+    them.
 
     Args:
-      model: a `Pretrained` with a tokenizer. images: float (b, H, W, c) in [-1, 1], see
-        `aim_jax.data.preprocess`. rows: rows of codes to keep, each `downsampling` pixels high.
+      model: a `Pretrained` with a tokenizer.
+      images: float (b, H, W, c) in [-1, 1]; see `aim_jax.data.preprocess`.
+      rows: rows of tokens to keep, each `downsampling` pixels high.
 
     Returns:
-      int32 (b, rows * width in codes).
+      int32 (b, rows * tokens per row).
 
     Raises:
-      ValueError: the number of rows leaves nothing to complete, or there is no tokenizer.
+      ValueError: if no rows, or all rows, would be kept, or the model has no tokenizer.
     """
     if model.vq_config is None or model.vq_params is None:
-        raise ValueError(f"{model.name} holds no tokenizer.")
+        raise ValueError(f"{model.name} has no tokenizer.")
     height, width = (size // model.vq_config.downsampling for size in images.shape[1:3])
     if not 0 < rows < height:
-        raise ValueError(f"rows={rows}: expected 1 to {height - 1} of {height} rows of codes.")
+        raise ValueError(f"rows={rows}: expected 1 to {height - 1} of {height} rows of tokens.")
     vq = VQModel(model.vq_config)
-    codes = vq.apply({"params": model.vq_params}, jnp.asarray(images), method="encode_to_tokens")
-    return np.asarray(codes[:, : rows * width])
+    tokens = vq.apply({"params": model.vq_params}, jnp.asarray(images), method="encode_to_tokens")
+    return np.asarray(tokens[:, : rows * width])
 
 
 def generate(
@@ -395,38 +444,41 @@ def generate(
     every: int | None = None,
     **settings: Any,
 ) -> Samples:
-    """Generates one image per label.
+    """Generate one image per label.
 
     Args:
-      model: a `Pretrained` with both parts, from `load_pretrained`.
-      labels: class ids (b,), `num_classes` is the null class; or class names, as the model has them
-        in `class_names`.
-      seed: an integer or a JAX key; with the image's number it decides the randomness of the image.
-      config: guidance, temperature and filters; the model's own by default.
-      prefix: int (b, l), tokens that the images start with, to complete them; `encode_rows` makes
-        them from images.
-      first_index: number of the first image, to continue a series in batches.
-      implementation, form, cache_dtype: how the token loop computes; see
-        `aim_jax.sampling.engine.Engine`.
-      callback, every: callback(Samples) is called after each `every` tokens (default: a row of
-        tokens) with what is there: the tokens sampled so far, and the images with what is missing
-        in grey. Needs the model on one device.
-      **settings: single fields of `SamplingConfig`, which take the place of those in `config`, such
-        as `cfg_scale=3`; None leaves them. Numbers may be one for all images or one per image.
+      model: a `Pretrained` with an AiM and a tokenizer, from `load_pretrained`.
+      labels: class ids (b,), where `num_classes` is the null class; or class names from the
+        `class_names` of the model.
+      seed: an integer or a JAX key. Together with the index of an image it determines the image's
+        randomness.
+      config: guidance, temperature and filters; the model's defaults if None.
+      prefix: int (b, l), the first tokens of the images, to be completed; `encode_rows` makes them
+        from images.
+      first_index: index of the first image, to continue a series in batches.
+      implementation: implementation of the token loop; see `aim_jax.sampling.engine.Engine`.
+      form: form of the recurrence; see `aim_jax.sampling.engine.Engine`.
+      cache_dtype: dtype of the caches; see `aim_jax.sampling.engine.Engine`.
+      callback: called as callback(Samples) after every `every` tokens with the tokens sampled so
+        far and the partial images, whose missing part is grey. The model must be on one device.
+      every: tokens between two calls of `callback`; by default one row of tokens.
+      **settings: fields of `SamplingConfig` that override those of `config`, such as `cfg_scale=3`;
+        None keeps the value of `config`. A number may be one for all images or one per image.
 
     Returns:
-      Samples: tokens (b, t) int32 and images (b, H, W, c) uint8.
+      `Samples` with tokens int32 (b, t) and images uint8 (b, H, W, c).
 
     Raises:
-      ValueError: a label, seed or setting out of range, or a model without one of the parts.
-      TypeError: a setting that does not exist, or is not a number.
+      ValueError: if a label, the seed or a setting is out of range, or the model lacks a part.
+      TypeError: if a setting is unknown or not a number.
     """
     if not isinstance(model, Pretrained):
         raise ValueError(
-            f"model: expected what aim_jax.load_pretrained returns, got {type(model).__name__}."
+            f"model: expected a Pretrained from aim_jax.load_pretrained, got "
+            f"{type(model).__name__}."
         )
     if model.aim_config is None or model.aim_params is None or model.vq_params is None:
-        raise ValueError(f"{model.name}: generating images needs both an AiM and a tokenizer.")
+        raise ValueError(f"{model.name}: generating images requires an AiM and a tokenizer.")
     assert model.vq_config is not None
     if config is not None and not isinstance(config, SamplingConfig):
         raise TypeError(f"config: expected a SamplingConfig, got {type(config).__name__}.")

@@ -1,4 +1,4 @@
-"""Samples for people: labelled grids, single PNGs and npz files, comparisons, completions."""
+"""Samples as files: labelled grids, single PNGs, npz files, comparisons and completions."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ from aim_jax.weights.pretrained import Pretrained
 
 
 def class_name(model: Pretrained, label: int) -> str:
-    """The name of a class, or its number where the model has no names."""
+    """Return the name of a class, or its id as text if the model has no names."""
     return model.class_names[label] if model.class_names else str(label)
 
 
@@ -34,11 +34,15 @@ def generate_many(
     watch: Callable[[int, np.ndarray], None] | None = None,
     **settings: Any,
 ) -> Iterable[np.ndarray]:
-    """Generates any number of images in equal batches, so that one compilation serves all.
+    """Generate any number of images in equal batches that share one compilation.
 
     Args:
-      watch: watch(start, images) is called after every row of codes, with the number of the batch's
-        first image and its images as far as they are drawn.
+      model: with an AiM and a tokenizer.
+      labels: class ids (n,).
+      seed: see `generate`.
+      batch_size: images per batch.
+      watch: called as watch(start, images) after every row of tokens, with the index of the first
+        image of the batch and the partial images of the batch.
       **settings: see `generate`.
 
     Yields:
@@ -47,7 +51,7 @@ def generate_many(
     batch_size = min(batch_size, len(labels))
     progress = Progress("sampling")
     for start in range(0, len(labels), batch_size):
-        # The last batch is filled up with images beyond the series, which are dropped.
+        # The last batch is padded with extra images, which are dropped.
         part = np.resize(labels[start : start + batch_size], batch_size)
         done = min(start + batch_size, len(labels))
         if watch:
@@ -60,10 +64,13 @@ def generate_many(
 
 
 class _GrowingGrid:
-    """Writes the grid of a series of images while they are drawn."""
+    """Grid of a series of images, rewritten to a file while the images are generated."""
 
     def __init__(self, count: int, columns: int, names: list[str], path: Path):
-        self._count, self._columns, self._names, self._path = count, columns, names, path
+        self._count = count
+        self._columns = columns
+        self._names = names
+        self._path = path
         self._images: np.ndarray | None = None
 
     def __call__(self, start: int, images: np.ndarray) -> None:
@@ -86,16 +93,22 @@ def sample_to_directory(
     progressive: bool = False,
     **settings: Any,
 ) -> list[Path]:
-    """Samples `per_class` images of every class and writes a labelled grid.
+    """Sample `per_class` images of every class and write a labelled grid.
 
     Args:
-      model: with tokenizer. classes: ids. out: directory, made if needed.
-      pngs: also one PNG per image. npz: also `samples.npz` (arr_0 uint8 NHWC, labels int32).
-      progressive: writes the grid after every row of codes; what is not drawn yet is grey.
+      model: with an AiM and a tokenizer.
+      classes: class ids.
+      per_class: images per class.
+      out: directory, created if needed.
+      seed: see `generate`.
+      batch_size: images sampled at once.
+      pngs: also write one PNG per image.
+      npz: also write `samples.npz` (arr_0 uint8 NHWC, labels int32).
+      progressive: rewrite the grid after every row of tokens; missing parts are grey.
       **settings: cfg_scale, temperature, top_k, top_p, ...; see `generate`.
 
     Returns:
-      The paths written; the grid first.
+      The paths written, the grid first.
     """
     labels = np.repeat(np.asarray(classes, np.int32), per_class)
     names = [class_name(model, label) for label in classes]
@@ -119,17 +132,19 @@ def sample_to_directory(
 def compare_settings(
     model: Pretrained, labels: Sequence[int], setting: str, values: Sequence[float], seed: int = 0
 ) -> Image.Image:
-    """A grid with a row per value of a setting, in which only that setting differs.
+    """Return a grid with one row per value of a setting; nothing else differs between rows.
 
-    Above each column is its class.
+    The class of each column is above it.
 
     Args:
-      model: with tokenizer. labels: class of each column.
+      model: with an AiM and a tokenizer.
+      labels: class id of each column.
       setting: a numeric field of `SamplingConfig`; the others are the model's defaults.
+      values: value of the setting in each row.
       seed: see `generate`.
     """
-    given: list[dict[str, Any]] = [{setting: value} for value in values]
-    rows = [np.asarray(generate(model, labels, seed, **one).images) for one in given]
+    overrides: list[dict[str, Any]] = [{setting: value} for value in values]
+    rows = [np.asarray(generate(model, labels, seed, **row).images) for row in overrides]
     names = [class_name(model, label) for label in labels]
     return make_grid(
         np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values],
@@ -140,15 +155,21 @@ def compare_settings(
 def interpolate(
     model: Pretrained, first: int, second: int, steps: int, count: int, seed: int = 0
 ) -> Image.Image:
-    """A grid from one class (first row) to another (last), by mixing their embeddings.
+    """Return a grid from one class (first row) to another (last row), by mixing embeddings.
 
     Args:
-      model: with tokenizer. first, second: class ids. steps: rows, 2 or more.
-      count: pictures per row; those of a column share their randomness.
+      model: with an AiM and a tokenizer.
+      first: class id of the first row.
+      second: class id of the last row.
+      steps: number of rows, at least 2.
+      count: images per row; those of a column share their randomness.
       seed: see `generate`.
+
+    Raises:
+      ValueError: if there are fewer than two steps.
     """
     if steps < 2:
-        raise ValueError(f"{steps} steps from a class to another; expected 2 or more.")
+        raise ValueError(f"steps={steps}: expected 2 or more, the first and the last class.")
     shares = np.linspace(0, 1, steps, dtype=np.float32)
     mixed = with_mixed_classes(model, first, second, shares)
     rows = [np.asarray(generate(mixed, [i] * count, seed).images) for i in range(steps)]
@@ -159,14 +180,14 @@ def interpolate(
 def with_mixed_classes(
     model: Pretrained, first: int, second: int, shares: np.ndarray
 ) -> Pretrained:
-    """The model whose class i is (1 - shares[i]) of class `first` and shares[i] of `second`."""
+    """Return the model with class i mixed as (1 - shares[i]) * `first` + shares[i] * `second`."""
     weights = jnp.asarray(shares)[:, None]
 
     aim_config, aim_params = model.aim()
 
     def mix(table: jax.Array) -> jax.Array:
         rows = (1 - weights) * table[first] + weights * table[second]
-        return jnp.concatenate([rows, table[-1:]]).astype(table.dtype)  # the last is the null class
+        return jnp.concatenate([rows, table[-1:]]).astype(table.dtype)  # last row: null class
 
     mixed = jax.tree.map(mix, aim_params["class_embedding"])
     return dataclasses.replace(
@@ -178,15 +199,15 @@ def with_mixed_classes(
 
 
 def fitted(model: Pretrained, picture: np.ndarray) -> np.ndarray:
-    """A picture uint8 (H, W, C) of any size as the model's pictures were fitted, float32.
+    """Preprocess an image uint8 (H, W, C) of any size as in the training of the model, to float32.
 
-    Where those were padded and this one is too large for that, it is scaled.
+    If training images were padded and this one is too large for padding, it is resized.
 
     Raises:
-      ValueError: a model that does not say how its pictures were fitted.
+      ValueError: if the model does not record how its training images were preprocessed.
     """
     if "data" not in model.info:
-        raise ValueError(f"{model.name} does not say how its pictures were fitted.")
+        raise ValueError(f"{model.name} does not record how its training images were preprocessed.")
     spec = image_spec(ConfigDict(model.info["data"]))
     if spec.fit == "pad" and max(picture.shape[:2]) > spec.image_size:
         spec = dataclasses.replace(spec, fit="resize")
@@ -204,32 +225,39 @@ def complete(
     min_side: int = 64,
     **settings: Any,
 ) -> Image.Image:
-    """A grid with a row per picture: the picture, what is kept of it, and `count` completions.
+    """Return a grid with one row per image: the image, its kept part and `count` completions.
 
     Args:
-      model: with tokenizer. pictures: uint8 (H, W, C), of any size; see `fitted`.
-      classes: the class id of each. rows: rows of codes to keep; half of them by default.
-      seed, **settings: see `generate`. min_side: see `make_grid`.
+      model: with an AiM and a tokenizer.
+      pictures: images uint8 (H, W, C) of any size; see `fitted`.
+      classes: class id of each image.
+      count: completions per image.
+      rows: rows of tokens to keep; half of them by default.
+      seed: see `generate`.
+      min_side: see `make_grid`.
+      **settings: see `generate`.
 
     Raises:
-      ValueError: another number of classes than of pictures, or the model lacks a part; see
-        `fitted`.
+      ValueError: if the numbers of classes and images differ, the model lacks a part, or `fitted`
+        raises.
     """
     if model.aim_params is None or model.vq_params is None or model.vq_config is None:
-        raise ValueError(f"{model.name}: completions need both an AiM and a tokenizer.")
+        raise ValueError(f"{model.name}: completing images requires an AiM and a tokenizer.")
     if len(pictures) != len(classes):
-        raise ValueError(f"{len(classes)} classes for {len(pictures)} pictures; expected one each.")
-    pixels = np.stack([fitted(model, picture) for picture in pictures])
+        raise ValueError(
+            f"{len(classes)} classes for {len(pictures)} images; expected one class per image."
+        )
+    pixels = np.stack([fitted(model, image) for image in pictures])
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
-    drawn = generate(
+    samples = generate(
         model, np.repeat(classes, count), seed, prefix=np.repeat(prefix, count, axis=0), **settings
     )
-    whole = np.asarray(to_uint8(jnp.asarray(pixels)))
-    kept = whole.copy()
+    originals = np.asarray(to_uint8(jnp.asarray(pixels)))
+    kept = originals.copy()
     kept[:, rows * model.vq_config.downsampling :] = 127
-    completed = np.asarray(drawn.images).reshape(len(whole), count, *whole.shape[1:])
-    table = np.concatenate([whole[:, None], kept[:, None], completed], axis=1)
+    completed = np.asarray(samples.images).reshape(len(originals), count, *originals.shape[1:])
+    table = np.concatenate([originals[:, None], kept[:, None], completed], axis=1)
     names = [class_name(model, label) for label in classes]
-    return make_grid(table.reshape(-1, *whole.shape[1:]), count + 2, names, min_side=min_side)
+    return make_grid(table.reshape(-1, *originals.shape[1:]), count + 2, names, min_side=min_side)

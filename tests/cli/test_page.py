@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-gradio = pytest.importorskip("gradio", reason="the page needs pip install 'aim_jax[page]'")
+gradio = pytest.importorskip("gradio", reason="the page requires pip install 'aim_jax[page]'")
 
 from aim_jax.cli.page import MOST_BYTES, build, launch  # noqa: E402
 from aim_jax.configs.defaults import vq_defaults  # noqa: E402
@@ -116,7 +116,7 @@ def test_nothing_is_read_but_small_uploads(address, model, tmp_path):
         _, text = complete(address, model, {"path": str(path)})
         assert "event: error" in text and "event: complete" not in text
     _, text = complete(address, model, {"path": f"{address}favicon.ico"})
-    assert "event: error" in text and "addresses are not read" in text
+    assert "event: error" in text and "URLs are not supported" in text
 
     large = as_address(noise)
     assert len(large) > MOST_BYTES
@@ -148,7 +148,7 @@ def test_uploads_are_completed_or_refused(browser_page, tmp_path):
     page = browser_page
     page.get_by_role("tab", name="Complete").click()
     page.locator("#complete").click()
-    page.get_by_text("Upload a picture, or draw one.").first.wait_for()
+    page.get_by_text("Upload an image or draw one.").first.wait_for()
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "good.png")
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")

@@ -40,7 +40,7 @@ def test_rows_appear_one_after_the_other(model):
     reader = drawn(model, np.array([0, 1]), SEED, cfg_scale=2.0)
     next(reader)
     reader.close()  # waits for the thread that draws
-    assert not [t for t in threading.enumerate() if t.name.startswith("aim_jax drawing")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("aim_jax generation")]
     with pytest.raises(ValueError, match="temperature"):
         list(drawn(model, np.array([0]), 0, temperature=0.0))
 
@@ -73,9 +73,9 @@ def test_pictures_and_drawings_are_completed(actions, values, model):
     # What is uploaded comes before what is drawn, and a sketchpad without a line is none.
     np.testing.assert_array_equal(done, complete(picture, drawing))
     np.testing.assert_array_equal(done, complete(None, drawing))
-    with pytest.raises(ValueError, match="Upload a picture, or draw one"):
+    with pytest.raises(ValueError, match="Upload an image or draw one"):
         complete(None, blank)
-    with pytest.raises(ValueError, match="the rows to keep must be a whole number from 1 to 1"):
+    with pytest.raises(ValueError, match="the rows to keep must be an integer from 1 to 1"):
         complete(picture, None, rows=2)
     with pytest.raises(ValueError, match="the completions must be"):
         complete(picture, None, count=5)
@@ -101,12 +101,12 @@ def test_what_is_not_offered_is_refused(actions, values, model):
         return next(actions.draw(model, chosen, count, seed, *values))
 
     refused = {
-        "There is no model 'x'": {"model": "x"},
-        "tiny knows no class 'x'": {"chosen": "x"},
-        "number of images must be a whole number from 1 to 16": {"count": MOST_IMAGES + 1},
+        "Unknown model 'x'": {"model": "x"},
+        "tiny has no class 'x'": {"chosen": "x"},
+        "number of images must be an integer from 1 to 16": {"count": MOST_IMAGES + 1},
         "number of images must be": {"count": None},
         "the seed must be": {"seed": -1},
-        "seed must be a whole": {"seed": 0.5},
+        "seed must be an integer": {"seed": 0.5},
         "cfg_scale must be from 1.0 to 8.0": {"values": [float("nan"), *values[1:]]},
         "top_k must be from 0 to": {"values": [*values[:2], 10**6, values[3]]},
         "temperature must be from 0.1": {"values": [values[0], None, *values[2:]]},

@@ -476,7 +476,7 @@ def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
         data = f"--data={picture_folder}"
         together = [data, f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
     pair = [start(tokenizer, out, *together, f"--process_id={i}") for i in range(2)]
-    assert f"{out / 'train'}: 48 pictures, 2 views, 4 codes each" in ended(pair[0])
+    assert f"{out / 'train'}: 48 images, 2 views of 4 tokens each" in ended(pair[0])
     ended(pair[1])
     model = load_pretrained(tokenizer)
     # Codes do not depend on the decoder.

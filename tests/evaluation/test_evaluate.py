@@ -125,8 +125,8 @@ def test_report_and_pictures(
     text = (out / "report.md").read_text()
     assert f"| fid | {metrics['fid']:.5g} |" in text and "cfg_scale | 2.0" in text
     notes = " ".join(report["notes"])
-    assert "14 images in samples for 2048 features" in notes and "compare it with" in notes
-    assert "KID was taken of subsets of 12 images, not of 1000" in notes
+    assert "14 images in samples for 2048 features" in notes and "compare it only with" in notes
+    assert "KID uses subsets of 12 images instead of 1000" in notes
     # Six pictures beside the caption of their row.
     assert np.asarray(Image.open(out / "neighbours.png")).shape[1] > 6 * 66 + 2
     assert (out / "images.png").is_file() and not list(out.rglob("*.partial"))
@@ -160,10 +160,10 @@ def test_pictures_scored_against_themselves(
             tmp_path / "same_real.npz", cache, reconstructions=True,
         )  # fmt: skip
     Image.new("L", (6, 4)).save(folder / "00.png")
-    with pytest.raises(ValueError, match=r"'.*real' has 4 x 6 pixels; give --config.data.image"):
+    with pytest.raises(ValueError, match=r"'.*real' has 4 x 6 pixels, expected a square; set"):
         references.open_set(str(folder), None, config)
     unsaid = dataclasses.replace(model, info={})
-    with pytest.raises(ValueError, match=r"does not say which size the pictures of '.*real'"):
+    with pytest.raises(ValueError, match=r"does not record the size .* the images of '.*real'"):
         references.open_set(str(folder), unsaid, config)
 
 
@@ -197,9 +197,9 @@ def test_reference_files_of_the_adm_evaluator(
     with pytest.raises(ValueError, match=r"expected mu \(2048,\)"):
         run(tmp_path / "other.npz", tmp_path / "out")
     np.savez(tmp_path / "nan.npz", arr_0=images[:6], mu=mean * np.nan, sigma=wide)
-    with pytest.raises(ValueError, match=r"nan\.npz: mu are not finite"):
+    with pytest.raises(ValueError, match=r"nan\.npz: non-finite values in mu;"):
         run(tmp_path / "nan.npz", tmp_path / "out")
-    with pytest.raises(ValueError, match="mu are not finite"):  # before anything is drawn
+    with pytest.raises(ValueError, match="non-finite values in mu;"):  # before anything is drawn
         monkeypatch.setattr(evaluate, "sample_npz", lambda *args: pytest.fail("was drawn"))
         evaluate.evaluate(
             model, "", str(tmp_path / "nan.npz"), inception_params, config, tmp_path / "drawn",
@@ -264,8 +264,8 @@ def test_labels_of_samples_are_looked_at(tmp_path):
 
     assert "no labels" in notes()[0]
     assert notes(labels=np.array([0, 1, 2, 0, 1, 2])) == notes(labels=np.arange(6) % 4) == []
-    assert "from 1 to 4 images of a class" in notes(labels=np.array([0, 0, 0, 0, 1, 2]))[0]
-    with pytest.raises(ValueError, match=r"labels have the shape \(5,\), expected \(6,\)"):
+    assert "from 1 to 4 images per class" in notes(labels=np.array([0, 0, 0, 0, 1, 2]))[0]
+    with pytest.raises(ValueError, match=r"labels have shape \(5,\), expected \(6,\)"):
         notes(labels=np.arange(5))
 
 
@@ -291,11 +291,11 @@ def test_program_says_what_is_missing(inception_file, tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         return done.stderr.strip().splitlines()[-1]
 
-    assert "give --reference" in said("--checkpoint", "cifar10")
+    assert "pass --reference" in said("--checkpoint", "cifar10")
     both = ("--checkpoint", "cifar10", "--reference", "cifar10:test")
     assert "TorchScript" in said(*both, "--inception", "")
     both_ways = (*both, "--reconstruct", "--samples", "samples.npz")
-    assert "not scored from samples" in said(*both_ways, "--inception", str(inception_file))
+    assert "made from the reference images" in said(*both_ways, "--inception", str(inception_file))
     assert "no such file" in said(*both, "--inception", str(tmp_path / "none"))
     floats = tmp_path / "floats.npz"
     np.savez(floats, arr_0=np.zeros((4, 8, 8, 3), np.float32))

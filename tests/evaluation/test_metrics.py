@@ -149,7 +149,7 @@ def test_neighbour_metrics_against_a_search_by_hand():
     np.testing.assert_array_equal(
         nearest(made[:9], real, 4), np.argsort(distances(made[:9], real), axis=1)[:, :4]
     )
-    with pytest.raises(ValueError, match="3 images have no 3 neighbours"):
+    with pytest.raises(ValueError, match="3 images do not have 3 neighbours"):
         precision_recall(real[:3], made)
     twins = np.repeat(real[:10], 4, axis=0)  # radius zero: a twin is a neighbour
     assert precision_recall(twins, twins) == {"precision": 1.0, "recall": 1.0}
@@ -195,11 +195,11 @@ def test_npz_images_come_in_batches(tmp_path):
 
     refuse(r"float32, expected uint8.*round\(\(x \+ 1\)", arr_0=images.astype(np.float32) / 127 - 1)
     refuse(r"expected \(n, H, W, 3\)", arr_0=images.transpose(0, 3, 1, 2))
-    refuse("no whole npz file.*arr_0", images=images)
+    refuse("not a complete npz file.*arr_0", images=images)
     refuse(r"n > 0", arr_0=images[:0])
     refuse(r"no value above 1.*x \* 255", arr_0=images % 2)
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
-    with pytest.raises(ValueError, match="no whole npz file"):
+    with pytest.raises(ValueError, match="not a complete npz file"):
         NpzImages(tmp_path / "c.npz")
     with pytest.raises(FileNotFoundError):
         NpzImages(tmp_path / "none.npz")
@@ -237,7 +237,7 @@ def test_parts_go_on_and_join(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(cfg_scale differ\)"):
         ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})
     (tmp_path / "parts" / "settings.json").unlink()
-    with pytest.raises(ValueError, match="not the settings that it was made with"):
+    with pytest.raises(ValueError, match="without the settings that it was made with"):
         ImageParts(tmp_path / "parts", out, {"seed": 1, "cfg_scale": 3.0})
 
 

@@ -84,10 +84,10 @@ def test_the_best_setting_becomes_the_models_own(tiny_model, tmp_path):
     config = eval_defaults()
     sweep.check_writable(str(path), config)
     for name in ("cifar10", "hf://owner/name"):
-        with pytest.raises(ValueError, match=f"{name} is not yours"):
+        with pytest.raises(ValueError, match=f"{name} is read-only"):
             sweep.check_writable(name, config)
     config.sample.cfg_schedule = "linear"
-    with pytest.raises(ValueError, match="constant guidance"):
+    with pytest.raises(ValueError, match="cannot hold a guidance schedule"):
         sweep.check_writable(str(path), config)
 
 

@@ -78,15 +78,19 @@ def test_launchers_run_other_programs_with_their_own_options():
         ("slurm.sh", ["--", "--config", "c"], "needs --config NAME and --workdir DIR"),
         ("slurm.sh", ["--config", "c"], "come after '--'"),
         ("slurm.sh", ["--", *TRAINING], "sbatch --gpus-per-node=N"),
-        ("slurm.sh", ["--max_restarts", "x", "--", *TRAINING], "whole number, not 'x'"),
+        ("slurm.sh", ["--max_restarts", "x", "--", *TRAINING], "expected an integer, got 'x'"),
         ("tpu_pod.sh", [], "expected create, setup, train"),
         ("tpu_pod.sh", ["all", *TPU[2:], "--", *TRAINING], "--name ''"),
         ("tpu_pod.sh", ["all", "--name", "a", "--", *TRAINING], "--zone is missing"),
         ("tpu_pod.sh", ["all", *TPU[:4], "--", *TRAINING], "--accelerator_type is missing"),
         ("tpu_pod.sh", ["create", *TPU[:5], "h100-8"], "no runtime is known for 'h100-8'"),
         ("tpu_pod.sh", ["create", *TPU, "--spot", "--reserved"], "exclude each other"),
-        ("tpu_pod.sh", ["create", *TPU, "--slices", "two"], "whole number, not 'two'"),
-        ("tpu_pod.sh", ["create", *TPU, "--", "--config=c"], "takes no options of the training"),
+        ("tpu_pod.sh", ["create", *TPU, "--slices", "two"], "expected an integer, got 'two'"),
+        (
+            "tpu_pod.sh",
+            ["create", *TPU, "--", "--config=c"],
+            "does not accept options of the training",
+        ),
         ("tpu_pod.sh", ["train", *TPU, "--", "--workdir=w"], "needs --config FILE"),
         ("tpu_pod.sh", ["all", *TPU, "--nfs", "--", *TRAINING], "--nfs needs a value"),
     ],
@@ -285,7 +289,7 @@ def test_tpu_pod_trains_until_it_is_complete(codes, end, created, trained, tpu_h
     assert done.returncode == end, done.stderr
     calls = (tmp_path / "calls").read_text().split()
     assert (calls.count("create"), calls.count("ssh")) == (created, 3 * trained)
-    assert calls.count("delete") == created - 1 and "still there, and costs" in done.stderr
+    assert calls.count("delete") == created - 1 and "still exists and is billed" in done.stderr
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert arguments == ["-m", "aim_jax", "train", "--coordinator=auto", *TRAINING]
     assert "WAITING_FOR_RESOURCES, 0 of at most 240 minutes" in done.stderr
@@ -294,7 +298,7 @@ def test_tpu_pod_trains_until_it_is_complete(codes, end, created, trained, tpu_h
 def test_tpu_pod_replaces_a_slice_that_does_not_answer(tpu_host, tmp_path):
     (tmp_path / "codes").write_text("255\n255\n0\n")  # ACTIVE all the time
     done = bash("tpu_pod.sh", "all", *TPU, "--delete_at_end", *ALL, **tpu_host)
-    assert done.returncode == 0 and "does not answer: giving it back" in done.stderr
+    assert done.returncode == 0 and "does not answer: deleting it" in done.stderr
     calls = (tmp_path / "calls").read_text().split()
     assert calls.count("create") == 2 and calls.count("delete") == 2 and calls[-1] == "delete"
 
@@ -314,7 +318,7 @@ def test_delete_lets_the_training_save(tpu_host, tmp_path):
     assert bash("tpu_pod.sh", "create", *TPU, "--poll_seconds", 0, **tpu_host).returncode == 0
     assert bash("tpu_pod.sh", "setup", *TPU, **tpu_host).returncode == 0
     worker = ["bash", str(tmp_path / "aim_jax" / "launch" / "tpu_worker.sh")]
-    for answer in ("started", "training already"):  # a second start must not train twice
+    for answer in ("started", "already running"):  # a second start must not train twice
         start = [*worker, "start", "train"]
         done = subprocess.run(start, env=os.environ | tpu_host, capture_output=True, text=True)
         assert done.returncode == 0 and answer in done.stdout

@@ -88,7 +88,7 @@ def test_sets_of_images_and_their_cache(extract, tmp_path, capsys):
         np.testing.assert_array_equal,
         extract.of_cached(NpzImages(tmp_path / "a.npz"), 9, tmp_path / "cache"), made,
     )  # fmt: skip
-    assert "made anew" in capsys.readouterr().err
+    assert "computing it again" in capsys.readouterr().err
 
 
 # Forms
