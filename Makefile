@@ -37,7 +37,7 @@ format: $(VENV)/.tests  ## fix style and formatting
 	@$(VENV)/bin/ruff format .
 
 clean:  ## remove build and cache files and .venv; keep runs and images
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Recreate the environment if its interpreter is not the one that the user named.

@@ -12,7 +12,6 @@ sys.path.append(os.path.join(sys.prefix, "cuda"))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
-import tempfile
 from pathlib import Path
 
 import jax
@@ -30,12 +29,11 @@ from aim_jax.weights.pretrained import Pretrained, save_model
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests read launch/ and benchmarks/
 
-# Every program and test compiles its own functions; equal ones are compiled once per test run. The
-# programs that tests start, and the workers of pytest-xdist, which inherit the environment of the
-# process that starts them, read and fill the same directory.
+# Every program and test compiles its own functions. Equal ones are compiled once, and kept for the
+# next run in the checkout. The programs that tests start, and the workers of pytest-xdist, inherit
+# the environment of the process that starts them, and so read and fill the same directory.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    _cache = tempfile.TemporaryDirectory()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "tests")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
