@@ -22,6 +22,7 @@ def _common() -> ConfigDict:
     config.eval_every = 1000
     config.sample_every = 1000
     config.save_every = 1000
+    config.save_minutes = 10.0  # minutes between saves, beside those by steps; 0: none by time
     config.export_every = 0  # steps between exports of the model directory; 0: only at the end
     config.keep = 2  # number of newest checkpoints to keep
     config.profile = ""  # "FIRST:LAST" steps to trace into workdir/profile
@@ -137,7 +138,7 @@ def eval_defaults() -> ConfigDict:
     config.sample = ConfigDict()
     for name, setting in SETTINGS.items():
         config.sample[name] = placeholder(setting.kind)
-    config.sample.cfg_schedule = "constant"
+    config.sample.cfg_schedule = placeholder(str)
     # Preprocessing of the reference images where the model does not define it.
     config.data = _common().data
     config.data.image_size = 0

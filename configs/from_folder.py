@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +73,12 @@ def survey(directory: str) -> Survey:
     )  # fmt: skip
 
 
+# The folders that recipes were chosen for, by their path, for `describe`.
+_surveyed: dict[str, Survey] = {}
+
+
 def _set_common(config: ConfigDict, folder: Survey) -> None:
+    _surveyed[folder.directory] = folder
     config.data.name = "folder"
     config.data.dir = folder.directory
     config.data.image_size = folder.image_size
@@ -88,7 +92,7 @@ def _set_common(config: ConfigDict, folder: Survey) -> None:
 
 
 def vq_config(directory: str) -> ConfigDict:
-    """Return a recipe for training a tokenizer on the images in a folder, and print its choices."""
+    """Return a recipe for training a tokenizer on the images in a folder; see `describe`."""
     folder = survey(directory)
     config = vq_defaults()
     small = folder.image_size <= 32
@@ -109,16 +113,11 @@ def vq_config(directory: str) -> ConfigDict:
     )  # fmt: skip
     if os.environ.get("AIM_JAX_LPIPS"):
         config.loss.perceptual = 1.0
-    _print_choices(
-        f"{_describe(folder)}; tokenizer f{f} with {folder.codes} codebook entries, "
-        f"{config.steps} steps of {config.batch_size} images, "
-        + ("with LPIPS" if config.loss.perceptual else WITHOUT_LPIPS)
-    )
     return config
 
 
 def aim_config(directory: str) -> ConfigDict:
-    """Return a recipe for training AiM on the images in a folder, and print its choices.
+    """Return a recipe for training AiM on the images in a folder; see `describe`.
 
     Images are encoded on the fly.
     """
@@ -139,22 +138,35 @@ def aim_config(directory: str) -> ConfigDict:
         num_groups=2 if layers < 12 else 4, class_dropout=0.1,
     )  # fmt: skip
     config.sample.classes = min(10, folder.classes)
-    _print_choices(
-        f"{_describe(folder)}; AiM with {layers} layers of width {width} on "
-        f"{config.model.num_tokens} tokens, {config.steps} steps of {config.batch_size} images; "
-        f"tokenizer of {config.tokenizer}"
-    )
     return config
 
 
-def _print_choices(line: str) -> None:
-    # `say` would need the index of this process, which is unknown while flags are being parsed.
-    print(line, file=sys.stderr, flush=True)
+def describe(config: ConfigDict) -> str:
+    """Return the choices for a folder in words, with the values that the run will use.
 
-
-def _describe(folder: Survey) -> str:
+    Args:
+      config: A recipe of this module, after changes by the user.
+    """
+    directory = config.data.dir
+    folder = _surveyed.get(directory) or survey(directory)
     kind = "grey" if folder.channels == 1 else "colour"
+    fitted = str(config.data.image_size)
+    if config.data.channels != folder.channels:
+        fitted += " in grey" if config.data.channels == 1 else " in colour"
+    images = (
+        f"{directory}: {folder.images} {kind} images of {folder.classes} classes, about "
+        f"{folder.side} pixels -> {fitted}"
+    )
+    run = f"{config.steps} steps of {config.batch_size} images"
+    model = config.model
+    if config.stage == "vq":
+        lpips = "with LPIPS" if config.loss.perceptual else WITHOUT_LPIPS
+        downsampling = 2 ** (len(model.ch_mult) - 1)
+        return (
+            f"{images}; tokenizer f{downsampling} with {model.n_embed} codebook entries, {run}, "
+            f"{lpips}"
+        )
     return (
-        f"{folder.directory}: {folder.images} {kind} images of {folder.classes} classes, about "
-        f"{folder.side} pixels -> {folder.image_size}"
+        f"{images}; AiM with {model.n_layer} layers of width {model.d_model} on "
+        f"{model.num_tokens} tokens, {run}; tokenizer of {config.tokenizer}"
     )

@@ -8,9 +8,13 @@ Example:
 
 import ast
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from aim_jax.utils.signals import EXIT_INTERRUPTED, ctrl_c_in_one_line
 
 PROGRAMS = (
     "sample",
@@ -51,9 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: name and flags of the program; by default those of the command line.
 
     Returns:
-      The exit status.
+      The exit status. After Ctrl-C, a program of the command line ends the process itself.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is not None:
+        return _main(arguments)
+    status: object = EXIT_INTERRUPTED
+    try:
+        with ctrl_c_in_one_line():
+            status = _main(sys.argv[1:])
+    except SystemExit as end:
+        status = end.code
+        if status != EXIT_INTERRUPTED:
+            raise
+    if status == EXIT_INTERRUPTED:
+        _end_interrupted()
+    # The interpreter's clean-up can still be interrupted, but the work is done.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    return status if isinstance(status, int) else 0
+
+
+def _end_interrupted() -> None:
+    """End the process without the interpreter's clean-up, which crashes beside running threads."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    """Run a program; see `main`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from logging import LogRecord
@@ -16,19 +17,21 @@ from types import ModuleType
 import jax
 from absl import app, flags, logging
 from clu import platform
-from ml_collections import config_flags
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, config_flags
 
+from aim_jax.configs.defaults import aim_defaults, eval_defaults, vq_defaults
 from aim_jax.ops.native.build import BuildError, cache_directory
 from aim_jax.parallel import processes
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
+from aim_jax.utils.logging import say
+from aim_jax.utils.signals import ctrl_c_in_one_line
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command resumes.
 EXIT_STOPPED = 75
 # EX_UNAVAILABLE: another process was lost; the same command resumes from the last checkpoint.
 EXIT_LOST = 69
-# 128 + SIGINT, the convention of shells.
-EXIT_INTERRUPTED = 130
 # Seconds that a process waits after an error before it exits, if there are several processes.
 GRACE = 5.0
 
@@ -88,18 +91,21 @@ def help_text(program: ModuleType, own: Sequence[flags.Flag]) -> str:
 def errors_in_one_line() -> Iterator[None]:
     """Exit with a one-line message after errors that a user can fix, and after Ctrl-C.
 
-    The exit status is 1 after such an error and 130 after Ctrl-C. With several processes, a failed
-    step over all processes exits with `EXIT_LOST`.
+    The exit status is 1 after such an error and 130 after Ctrl-C; see `ctrl_c_in_one_line`. With
+    several processes, a failed step over all processes exits with `EXIT_LOST`.
     """
+    with ctrl_c_in_one_line(), _usual_errors_in_one_line():
+        yield
+
+
+@contextlib.contextmanager
+def _usual_errors_in_one_line() -> Iterator[None]:
     logging.set_verbosity(logging.WARNING)
     # Orbax also logs the errors that it raises, with tracebacks.
     logging.get_absl_handler().addFilter(_is_not_of_orbax)
     keep_compiled_programs()
     try:
         yield
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
     except (ValueError, OSError, BadStepsError, BuildError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
@@ -178,17 +184,14 @@ def parse(arguments: Sequence[str]) -> list[str]:
     invalid values, an error in the configuration, or arguments that are not flags.
     """
     try:
-        remaining = flags.FLAGS(_with_config_paths(arguments))[1:]
-    except ValueError as error:
-        message = str(error)
-    except flags.Error as error:
-        # A configuration's own error comes with its traceback.
-        message = re.sub(r"^(\w+\.)*\w*Error: ", "", str(error).strip().splitlines()[-1].strip())
-    except AttributeError as error:
-        if not (error.args and isinstance(error.args[0], KeyError)):  # an error in the file itself
+        resolved = _with_config_paths(arguments)
+        with _warnings_off():  # of ml_collections, beside its errors
+            remaining = flags.FLAGS(resolved)[1:]
+        check_config()
+    except Exception as error:
+        message = _parse_error(error, _given_config(arguments))
+        if not message:
             raise
-        text = str(error).strip("'").replace("\\n", ". ").replace("\\'", "")
-        message = f"unknown setting of --config: {text}"
     else:
         if not remaining:
             return list(arguments[:1])
@@ -198,6 +201,102 @@ def parse(arguments: Sequence[str]) -> list[str]:
         )
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _warnings_off() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        if logging.get_verbosity() == logging.ERROR:  # a flag may have set another
+            logging.set_verbosity(before)
+
+
+def _given_config(arguments: Sequence[str]) -> str:
+    """Return the value of `--config` on a command line, or its default; "" if there is none."""
+    if "config" not in flags.FLAGS:
+        return ""
+    value = flags.FLAGS["config"].default or ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, text = argument.partition("=")
+        if flag in ("--config", "-config"):
+            value = text if equals else following
+    return value
+
+
+def _parse_error(error: Exception, config: str) -> str:
+    """Describe an error of parsing flags; "" for an error of this package.
+
+    Args:
+      error: The error.
+      config: Value of `--config`, or "".
+    """
+    name = config.partition(":")[0]
+    file = str(recipes().get(name, name))
+    text = str(error).strip()
+    # The error of a configuration comes with its traceback, as text or as an exception.
+    places = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
+    places += [(x, int(line)) for x, line in re.findall(r'File "(.+?)", line (\d+)', text)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [line for place, line in places if config and place == file]
+    if isinstance(error, OSError):  # of the configuration, which ml_collections shows later
+        cause = text.partition("earlier failure to load: ")[2] or text
+        return f"{cause.splitlines()[0]} (in --config={config})"
+    if isinstance(error, AttributeError):
+        text = text.strip("'").replace("\\n", ". ").replace("\\'", "")
+        if "no attribute 'get_config'" in text:
+            return f"--config={config}: the file defines no get_config()."
+        if not lines and error.args and isinstance(error.args[0], KeyError):
+            return f"unknown setting of --config: {text}"
+    own = bool(lines) or "Error whilst parsing config file" in text
+    if not own and not isinstance(error, ValueError | flags.Error):
+        return ""
+    if config and "Flag --config must have a value other than None" in text:
+        return f"--config={config}: get_config() returns None; end it with return config."
+    # The first line of an error after its traceback, which it may continue.
+    found = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception)): (.*)$", text, re.MULTILINE)
+    kind, cause = found[-1] if found else (type(error).__name__, text.partition("\n")[0])
+    if not own:
+        return cause
+    if kind == "ValueError":
+        return f"{cause} (in --config={config})"
+    line = f", line {lines[-1]}" if lines else ""
+    return f"--config={config}{line}: {kind}: {cause}"
+
+
+def config_name() -> str:
+    """Return the parsed `--config` without its argument; a shipped recipe has its name."""
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    return {str(path): name for name, path in recipes().items()}.get(file, file)
+
+
+def check_config() -> None:
+    """Check that the parsed `--config`, if the program has one, is complete.
+
+    Raises:
+      ValueError: A field of the defaults is missing.
+    """
+    if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
+        return
+    config = flags.FLAGS.config
+    name = config_name()
+    defaults = {"aim": aim_defaults, "vq": vq_defaults, "eval": eval_defaults}
+    advice = (
+        "start from aim_defaults(), vq_defaults() or eval_defaults() of aim_jax.configs.defaults"
+    )
+    stage = config.stage if hasattr(config, "stage") else None
+    if not isinstance(config, ConfigDict) or stage not in defaults:
+        raise ValueError(
+            f"--config={name}: get_config() returns no configuration with a stage out of "
+            f"{', '.join(defaults)}; {advice}."
+        )
+    expected = flatten_dict(defaults[stage]().to_dict(), sep=".")
+    missing = sorted(expected.keys() - flatten_dict(config.to_dict(), sep=".").keys())
+    if missing:
+        raise ValueError(f"--config={name}: {', '.join(missing)} missing; {advice}.")
 
 
 def define_sampling_flags() -> None:
@@ -267,15 +366,20 @@ def start_training(train: Callable, stage: str) -> int:
     """
     values = flags.FLAGS
     config = values.config
+    name = config_name()
     processes.initialize_from(values)
     if config.stage != stage:
         program = {"aim": "train", "vq": "train_vq", "eval": "evaluate"}[config.stage]
         raise ValueError(
-            f"the configuration has stage {config.stage!r}, expected {stage!r}; run it with "
-            f"aim-jax {program}."
+            f"--config={name}: the configuration has stage {config.stage!r}, expected {stage!r}; "
+            f"run it with aim-jax {program}."
         )
     if values.data:
         config.data.dir = values.data
+    if name in ("folder", "folder_vq"):
+        from aim_jax.configs.from_folder import describe  # imports the datasets
+
+        say(describe(config))
     # Task 0 of the platform is not always process 0 of JAX.
     unit = platform.work_unit()
     unit.set_task_status(

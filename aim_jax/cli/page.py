@@ -1,5 +1,6 @@
 """Web page for sampling, built with Gradio from the extra `page`."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from aim_jax.cli.page_actions import (
     Actions,
     class_names,
     most_rows,
+    other_settings,
     sliders_of,
 )
 from aim_jax.sampling.config import SamplingConfig
@@ -50,7 +52,7 @@ def build(models: Mapping[str, Pretrained]) -> Any:
         outputs = [component for components, _ in follow for component in components]
         chosen.change(
             lambda name: [new for _, update in follow for new in update(models[name])],
-            chosen, outputs,
+            chosen, outputs, api_visibility="private",
         )  # fmt: skip
     # Events with the same concurrency_id use the device one at a time. Requests beyond the queue
     # are rejected with a message.
@@ -81,14 +83,17 @@ def _compare_tab(
         inputs = [model_name, name, count, _seed_box(gr)]
         with gr.Row():
             with gr.Column():
+                gr.Markdown("left")
                 left = _sliders(gr, model)
             with gr.Column():
-                right = _sliders(gr, model)
+                gr.Markdown("right")
+                right = _other_sliders(gr, model)
         button = gr.Button("Generate both", variant="primary", elem_id="compare")
         output = _grid(gr, "left and right settings", "compared")
     inputs += [*left, *right]
     button.click(actions.compare, inputs, output, api_name="compare", concurrency_id="device")
-    return _followers(gr, name, left, right)
+    follow_right = ([*right], lambda model: _other_sliders(gr, model))
+    return [*_followers(gr, name, left), follow_right]
 
 
 def _complete_tab(
@@ -96,9 +101,13 @@ def _complete_tab(
 ) -> list[tuple]:
     with gr.Tab("Complete"):
         with gr.Row():
-            uploaded = gr.Image(label="image", sources=["upload"], type="numpy", elem_id="upload")
+            # The file as it is: `decode_image` treats transparency, rotation and 16 bits.
+            uploaded = gr.Image(
+                label="image", sources=["upload"], type="filepath", image_mode=None, format="png",
+                elem_id="upload",
+            )  # fmt: skip
             sketched = gr.Sketchpad(
-                label="or draw one", type="numpy", image_mode="RGB", elem_id="sketch"
+                label="or draw one", type="numpy", image_mode="RGB", format="png", elem_id="sketch"
             )
             for component in (uploaded, sketched):
                 _reject_urls(component)
@@ -119,7 +128,9 @@ def _complete_tab(
 def _grid(gr: ModuleType, caption: str, name: str) -> Any:
     with gr.Column():
         gr.Markdown(caption)  # a label inside the image would cover its corner
-        return gr.Image(label=caption, show_label=False, elem_id=name, interactive=False)
+        return gr.Image(
+            label=caption, show_label=False, elem_id=name, interactive=False, format="png"
+        )
 
 
 def _class_choice(gr: ModuleType, model: Pretrained) -> Any:
@@ -136,9 +147,16 @@ def _seed_box(gr: ModuleType) -> Any:
 
 
 def _sliders(gr: ModuleType, model: Pretrained) -> list:
-    defaults = SamplingConfig(**model.sampling).numbers()
+    return _sliders_at(gr, model, SamplingConfig(**model.sampling).numbers())
+
+
+def _other_sliders(gr: ModuleType, model: Pretrained) -> list:
+    return _sliders_at(gr, model, other_settings(SamplingConfig(**model.sampling).numbers()))
+
+
+def _sliders_at(gr: ModuleType, model: Pretrained, values: Mapping[str, float]) -> list:
     return [
-        gr.Slider(minimum, maximum, defaults[key], step=step, label=label, elem_id=key)
+        gr.Slider(minimum, maximum, values[key], step=step, label=label, elem_id=key)
         for key, minimum, maximum, step, label in sliders_of(model)
     ]
 
@@ -157,8 +175,14 @@ def _followers(gr: ModuleType, name: Any, *settings: list) -> list[tuple]:
 
 
 def serve(models: Mapping[str, Pretrained], host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serve the page until it is interrupted; see `launch`."""
-    launch(build(models), server_name=host, server_port=port)
+    """Serve the page until Ctrl-C, which raises KeyboardInterrupt; see `launch`."""
+    page = build(models)
+    # Gradio's own wait for Ctrl-C prints lines and ends as if nothing had happened.
+    launch(page, server_name=host, server_port=port, prevent_thread_lock=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 def launch(page: Any, **options: Any) -> Any:

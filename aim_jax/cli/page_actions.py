@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aim_jax.data import decode_image
 from aim_jax.sampling import grids
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import Samples, generate
-from aim_jax.utils.images import make_grid, side_by_side
+from aim_jax.utils.images import framed, make_grid, side_by_side
 from aim_jax.weights.pretrained import Pretrained
 
 Number = float | None  # value of a slider or a number box, which may be empty
@@ -39,6 +40,15 @@ def sliders_of(model: Pretrained) -> list[tuple]:
         label = f"{name}: {setting.help}"
         sliders.append((name, minimum, maximum, step, label))
     return sliders
+
+
+def other_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings to compare others with: without guidance, or with guidance if they have none.
+
+    Args:
+      settings: numeric settings by name.
+    """
+    return {**settings, "cfg_scale": 1.0 if settings["cfg_scale"] != 1 else 3.0}
 
 
 def class_names(model: Pretrained) -> list[str]:
@@ -76,7 +86,10 @@ class Actions:
     def compare(
         self, name: str, chosen: str, count: Number, seed: Number, *values: Number
     ) -> Image.Image:
-        """Return two grids with the same seed; `values` are those of the left, then the right."""
+        """Return two framed grids with the same seed.
+
+        `values` are those of the left grid, then those of the right one.
+        """
         half = len(values) // 2
         count = _integer(count, 1, MOST_IMAGES, "the number of images")
         seed = _seed(seed)
@@ -84,14 +97,15 @@ class Actions:
         sides = [self._validated(name, chosen, *part) for part in (values[:half], values[half:])]
         for model, label, settings in sides:
             images = generate(model, np.full(count, label), seed, **settings).images
-            grids.append(make_grid(np.asarray(images), min(count, COLUMNS), min_side=96))
+            grid = make_grid(np.asarray(images), min(count, COLUMNS), min_side=96)
+            grids.append(framed(grid))
         return side_by_side(grids)
 
     def complete(
         self,
         name: str,
         chosen: str,
-        uploaded: np.ndarray | None,
+        uploaded: str | np.ndarray | None,
         sketched: dict | None,
         rows: Number,
         count: Number,
@@ -103,7 +117,8 @@ class Actions:
         Args:
           name: name of the model.
           chosen: name of the class.
-          uploaded: uint8 (H, W, 3) or None.
+          uploaded: path of a file, decoded like the images of a dataset; or uint8 (H, W, 3); or
+            None.
           sketched: value of Gradio's sketchpad, with the drawing as "composite"; or None.
           rows: rows of tokens to keep.
           count: number of completions.
@@ -114,6 +129,8 @@ class Actions:
         drawing = None if sketched is None else sketched["composite"]
         if drawing is not None and np.ptp(drawing) == 0:  # the sketchpad is empty
             drawing = None
+        if isinstance(uploaded, str):
+            uploaded = decode_image(uploaded, "the uploaded image")
         image = drawing if uploaded is None else uploaded
         if image is None:
             raise ValueError("Upload an image or draw one.")

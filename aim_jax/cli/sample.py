@@ -8,11 +8,13 @@ Examples:
 --checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from aim_jax.cli.common import define_sampling_flags, given_settings
+from aim_jax.sampling.logits import SCHEDULES
 
 
 def define_flags() -> None:
@@ -29,12 +31,15 @@ def define_flags() -> None:
     define_sampling_flags()
     flags.DEFINE_enum(
         "cfg_schedule",
-        "constant",
-        ["constant", "linear", "cosine"],
-        "Growth of the guidance scale over an image.",
+        None,
+        list(SCHEDULES),
+        "Growth of the guidance scale over an image. Default: that of the model.",
     )
     flags.DEFINE_list(
-        "cfg_interval", ["0", "1"], "Start and end of guidance, as fractions of the tokens."
+        "cfg_interval",
+        None,
+        "Start and end of guidance, as fractions of the tokens, such as 0.1,0.8. Default: those of "
+        "the model.",
     )
     flags.DEFINE_enum(
         "position_offset",
@@ -78,8 +83,10 @@ def main() -> None:
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
-    settings = given_settings(f) | {"cfg_schedule": f.cfg_schedule}
-    settings["cfg_interval"] = tuple(float(x) for x in f.cfg_interval)
+    settings = given_settings(f) | {
+        "cfg_schedule": f.cfg_schedule,
+        "cfg_interval": _interval(f.cfg_interval),
+    }
     model = load_pretrained(f.checkpoint)
     if f.position_offset is not None:
         model = model.with_position_offset(int(f.position_offset))
@@ -92,3 +99,16 @@ def main() -> None:
         implementation=f.implementation, form=f.form, cache_dtype=f.cache_dtype, **settings,
     ):  # fmt: skip
         print(path)
+
+
+def _interval(texts: Sequence[str] | None) -> tuple[float, ...] | None:
+    """Parse the flag `--cfg_interval`; None if it is not set."""
+    if texts is None:
+        return None
+    try:
+        return tuple(map(float, texts))
+    except ValueError:
+        raise ValueError(
+            f"--cfg_interval={','.join(texts)}: expected two fractions separated by a comma, such "
+            "as 0.1,0.8."
+        ) from None

@@ -4,13 +4,14 @@ A shard depends only on its number. Several processes can therefore share the wo
 interrupted extraction resumes with the missing shards.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -331,17 +332,19 @@ def extract_codes(
     ]
     total = sum(len(piece) for _, piece in pieces)
     done = 0
-    encoded = _encode(encode_fn, source, views, batch_size, pieces, workers)
-    for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
-        codes = []
-        labels = []
-        for _, some_codes, some_labels in group:
-            codes.append(some_codes)
-            labels.append(some_labels)
-            done += len(some_labels)
-            if progress is not None:
-                progress(done, total)
-        writer.write(shard, np.concatenate(codes), np.concatenate(labels))
+    with contextlib.closing(
+        _encode(encode_fn, source, views, batch_size, pieces, workers)
+    ) as encoded:
+        for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
+            codes = []
+            labels = []
+            for _, some_codes, some_labels in group:
+                codes.append(some_codes)
+                labels.append(some_labels)
+                done += len(some_labels)
+                if progress is not None:
+                    progress(done, total)
+            writer.write(shard, np.concatenate(codes), np.concatenate(labels))
 
 
 def _encode(
@@ -351,7 +354,7 @@ def _encode(
     batch_size: int,
     pieces: Sequence[tuple[int, range]],
     workers: int,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
     """Yield shard, tokens (n, views, t) and labels (n,) of every piece, one encoded ahead."""
     side = views.square.image_size
     channels = views.square.channels
@@ -374,11 +377,11 @@ def _encode(
     ahead: tuple[int, list, np.ndarray] | None = None
     numbers = grain.MapDataset.range(len(pieces))
     loaded = Prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
-    for (shard, _), batch in zip(pieces, loaded, strict=True):
-        codes = [encode_fn(view) for view in views.cut(batch["squares"])]
+    with contextlib.closing(loaded):  # ends its processes
+        for (shard, _), batch in zip(pieces, loaded, strict=True):
+            codes = [encode_fn(view) for view in views.cut(batch["squares"])]
+            if ahead is not None:
+                yield fetch(*ahead)
+            ahead = shard, codes, np.array(batch["labels"])
         if ahead is not None:
             yield fetch(*ahead)
-        ahead = shard, codes, np.array(batch["labels"])
-    if ahead is not None:
-        yield fetch(*ahead)
-    loaded.close()

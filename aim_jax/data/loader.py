@@ -5,6 +5,7 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 (seed, k): the complete state of an iterator is the number of batches it has returned.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -125,8 +126,11 @@ class Prefetched(Iterator):
 
     def __next__(self) -> Any:
         if self._elements is None:
-            self._elements = self._start()
-        element = next(self._elements)
+            with _interrupts_blocked(self._workers > 0):
+                self._elements = self._start()
+                element = next(self._elements)
+        else:
+            element = next(self._elements)
         self._next += 1
         return element
 
@@ -157,6 +161,16 @@ class Prefetched(Iterator):
                 grain.MultiprocessingOptions(num_workers=self._workers), _ignore_interrupts
             )
         return iter(ahead)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked(blocked: bool) -> Iterator[None]:
+    """Block Ctrl-C in the threads and processes that the block starts, from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if blocked else set())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:

@@ -5,7 +5,7 @@ in NumPy on the host. Distances between features are float32 in JAX.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -147,7 +147,12 @@ KERNEL_SUBSET = 1000
 
 
 def kernel_distance(
-    a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int = KERNEL_SUBSET, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    subsets: int = 100,
+    size: int = KERNEL_SUBSET,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, float]:
     """Compute KID, the unbiased squared MMD under the kernel (x . y / d + 1)^3 (arXiv 1801.01401).
 
@@ -157,6 +162,7 @@ def kernel_distance(
       subsets: number of random subsets.
       size: images per subset; all images of the smaller set if it has fewer.
       seed: seed of the subsets.
+      progress: called after each subset with the number of subsets done and their total.
 
     Returns:
       Mean and standard deviation over the subsets.
@@ -173,10 +179,12 @@ def kernel_distance(
         return (x @ y.T / x.shape[1] + 1) ** 3
 
     distances = []
-    for _ in range(subsets):
+    for done in range(1, subsets + 1):
         x, y = (t[rng.choice(len(t), size, replace=False)].astype(np.float64) for t in (a, b))
         within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
         distances.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
+        if progress is not None:
+            progress(done, subsets)
     return float(np.mean(distances)), float(np.std(distances))
 
 

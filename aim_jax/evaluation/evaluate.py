@@ -36,7 +36,7 @@ from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import decode_images, generate
 from aim_jax.utils.images import make_grid, save_png, to_rgb
-from aim_jax.utils.logging import Progress, say
+from aim_jax.utils.logging import Progress, reminding, say
 from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import local_encoder
 
@@ -70,7 +70,11 @@ def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
     names = (*SETTINGS, "cfg_schedule")
     overrides = {name: config.sample[name] for name in names}
     sampling = SamplingConfig(**model.sampling).updated(overrides)
-    return {name: getattr(sampling, name) for name in names}
+    settings = {name: getattr(sampling, name) for name in names}
+    # Only a model can set it. Left out where it changes nothing, as in the settings of older files.
+    if sampling.cfg_interval != SamplingConfig().cfg_interval:
+        settings["cfg_interval"] = list(sampling.cfg_interval)
+    return settings
 
 
 def size_of_samples(model: Pretrained) -> tuple[int, int]:
@@ -120,10 +124,11 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
         for done, i in enumerate(share, start=1):
             batch = labels[i * size : (i + 1) * size]
             # The last part is padded with extra images, which are dropped.
-            samples = generate(
-                model, np.resize(batch, size), config.seed, first_index=i * size, **settings
-            )
-            parts.add(i, to_rgb(np.asarray(samples.images)[: len(batch)]))
+            with reminding(f"sampling batch {done} of {len(share)}"):
+                samples = generate(
+                    model, np.resize(batch, size), config.seed, first_index=i * size, **settings
+                )
+                parts.add(i, to_rgb(np.asarray(samples.images)[: len(batch)]))
             progress(min(done * size, len(labels)), min(len(share) * size, len(labels)))
         wait_for_all("samples")
         if jax.process_index() == 0:
@@ -170,15 +175,20 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
       The metrics fid, kid, precision, recall, density and coverage; sfid and inception_score where
       they are available. kid and inception_score are [mean, standard deviation]. Then the notes.
     """
-    metrics: dict = {"fid": frechet_distance(made.pool, reference.pool)}
     notes = notes_on_covariances(made, reference)
+    with reminding("computing FID"):
+        metrics: dict = {"fid": frechet_distance(made.pool, reference.pool)}
     if made.spatial is not None and reference.spatial is not None:
-        metrics["sfid"] = frechet_distance(made.spatial, reference.spatial)
+        with reminding("computing sFID"):
+            metrics["sfid"] = frechet_distance(made.spatial, reference.spatial)
     if made.inception_score is not None:
         metrics["inception_score"] = list(made.inception_score)
-    metrics["kid"] = list(kernel_distance(reference.features, made.features))
-    metrics |= precision_recall(reference.features, made.features)
-    metrics |= density_coverage(reference.features, made.features)
+    progress = Progress("computing KID", "subsets")
+    metrics["kid"] = list(kernel_distance(reference.features, made.features, progress=progress))
+    with reminding("computing precision and recall"):
+        metrics |= precision_recall(reference.features, made.features)
+    with reminding("computing density and coverage"):
+        metrics |= density_coverage(reference.features, made.features)
     if made.count < 10_000:
         notes.append(
             f"FID of {made.count} samples is larger than FID of 50,000 samples of the same model; "
@@ -397,7 +407,8 @@ def evaluate(
     if not reconstructions:
         metrics, notes = score(features, ref.features)
     else:
-        metrics = {"rfid": frechet_distance(features.pool, ref.features.pool)} | extra
+        with reminding("computing rFID"):
+            metrics = {"rfid": frechet_distance(features.pool, ref.features.pool)} | extra
         notes = notes_on_covariances(features, ref.features)
         if "ssim" not in extra:
             notes.append(f"No SSIM: its windows of {WINDOW} pixels are larger than the images.")

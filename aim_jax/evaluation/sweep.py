@@ -95,7 +95,7 @@ def sweep(
     identity = {
         "num_samples": config.num_samples, "seed": config.seed, "reference": ref.images.identity,
         "neighbour_images": config.neighbour_images,
-        "cfg_schedule": config.sample.cfg_schedule,
+        "cfg_schedule": evaluate.sampling_settings(model, config)["cfg_schedule"],
         "model": evaluate.identity_of(model), "inception": extract.identity,
     }  # fmt: skip
     file = out / "sweep.json"
@@ -178,7 +178,7 @@ def check_writable(checkpoint: str, config: ConfigDict) -> None:
             f"--write_defaults: {checkpoint} is read-only; make a copy with "
             f"aim-jax publish --checkpoint {checkpoint} --out DIR and pass --checkpoint DIR."
         )
-    if config.sample.cfg_schedule != "constant":
+    if config.sample.cfg_schedule not in (None, "constant"):
         raise ValueError(
             "--write_defaults: sampling defaults of a model cannot hold a guidance schedule; use "
             "cfg_schedule 'constant'."

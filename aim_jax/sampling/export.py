@@ -3,6 +3,7 @@
 Shapes: b images; 2 b rows, conditional rows before null-class rows.
 """
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,7 @@ from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
 from aim_jax.utils.files import replacing, write_json
+from aim_jax.utils.logging import Progress, reminding
 from aim_jax.utils.random import random_key
 from aim_jax.weights.pretrained import Pretrained
 
@@ -56,17 +58,19 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
 
     Returns:
       `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
-      settings) -> (tokens (b, t) int32, images (b, H, W, c) uint8). `settings` holds the numeric
-      fields of `SamplingConfig` by name, (b,) float32 or int32; they are not validated.
+      settings, interval (2,) float32) -> (tokens (b, t) int32, images (b, H, W, c) uint8).
+      `settings` holds the numeric fields of `SamplingConfig` by name, (b,) float32 or int32, and
+      `interval` its `cfg_interval`; they are not validated. The `cfg_schedule` is compiled in: that
+      of the model.
     """
     assert model.aim_config is not None and model.vq_config is not None
-    method = Method(model.aim_config, guided=True, schedule="constant", engine=ENGINE)
+    schedule = SamplingConfig(**model.sampling).cfg_schedule
+    method = Method(model.aim_config, guided=True, schedule=schedule, engine=ENGINE)
 
-    def sample(weights, labels, seed, index, settings):
+    def sample(weights, labels, seed, index, settings, interval):
         params = _unflatten(weights)
         no_prefix = jnp.zeros((labels.shape[0], 0), jnp.int32)
         request = Request(labels, index, settings, no_prefix)
-        interval = jnp.array([0.0, 1.0], jnp.float32)
         random = jax.random.key_data(random_key(seed))
         tokens = generate_on_device(params["aim"], random, request, interval, method=method)
         return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
@@ -75,7 +79,8 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
     ints = jax.ShapeDtypeStruct((b,), jnp.int32)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     settings = {k: jax.ShapeDtypeStruct((b,), v.dtype) for k, v in SETTINGS.items()}
-    arguments = (ints, seed, ints, settings)
+    interval = jax.ShapeDtypeStruct((2,), jnp.float32)
+    arguments = (ints, seed, ints, settings, interval)
     weights = _shapes(flat_weights(model, dtype))
     return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
@@ -177,7 +182,11 @@ def describe(name: str, exported: jax.export.Exported) -> dict:
 
 
 def save_exported(
-    model: Pretrained, out: str | os.PathLike, images: int = 1, dtype: str = "float32"
+    model: Pretrained,
+    out: str | os.PathLike,
+    images: int = 1,
+    dtype: str = "float32",
+    cfg_schedule: str | None = None,
 ) -> Path:
     """Write a directory that generates images without this library.
 
@@ -191,6 +200,8 @@ def save_exported(
       out: directory to create; it may exist if it is empty.
       images: batch size of begin, step and embed, which have two rows per image.
       dtype: dtype of the stored weights; arithmetic uses the compute dtype of the model.
+      cfg_schedule: guidance schedule of the sampler, the only one that it offers; by default that
+        of the model.
 
     Returns:
       The directory.
@@ -206,21 +217,34 @@ def save_exported(
         raise ValueError(f"{model.name}: exporting a sampler requires an AiM and a tokenizer.")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another directory.")
-    with replacing(out) as partial:
+    sampling = SamplingConfig(**model.sampling).updated({"cfg_schedule": cfg_schedule})
+    model = dataclasses.replace(model, sampling=dataclasses.asdict(sampling))
+    progress = Progress("exporting", "programs")
+    total = 2 * len(STEP) + 1
+    with replacing(out) as partial, reminding("exporting"):
         partial.mkdir()
         # Programs for several platforms take a platform index as an extra first argument, so the
         # StableHLO, which is the same for every platform, is exported for one.
         for name, exported in export_decode_step(model, 2 * images, dtype, ("cpu",)).items():
             (partial / f"{name}.mlirbc").write_bytes(exported.mlir_module_serialized)
             write_json(partial / f"{name}.json", describe(name, exported))
+        progress(len(STEP), total)
         programs = export_decode_step(model, 2 * images, dtype)
+        progress(2 * len(STEP), total)
         programs["sampler"] = export_sampler(model, dtype)
         for name, exported in programs.items():
             (partial / f"{name}.jax").write_bytes(exported.serialize())
+        progress(total, total)
         save_file(flat_weights(model, dtype), partial / "weights.safetensors")
-        numbers = SamplingConfig(**model.sampling).numbers()
         dtypes = {name: np.dtype(setting.dtype).name for name, setting in SETTINGS.items()}
-        content = {"num_classes": model.aim_config.num_classes, "settings": numbers}
-        write_json(partial / "settings.json", content | {"dtypes": dtypes})
+        content = {
+            "num_classes": model.aim_config.num_classes,
+            "class_names": list(model.class_names),
+            "settings": sampling.numbers(),
+            "cfg_schedule": sampling.cfg_schedule,
+            "cfg_interval": list(sampling.cfg_interval),
+            "dtypes": dtypes,
+        }
+        write_json(partial / "settings.json", content)
         shutil.copyfile(RUNNER, partial / "sample.py")
     return out

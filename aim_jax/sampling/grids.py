@@ -14,10 +14,11 @@ from PIL import Image
 
 from aim_jax.data import preprocess
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.generate import encode_rows, generate
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import make_grid, save_png, to_rgb, to_uint8
-from aim_jax.utils.logging import Progress
+from aim_jax.utils.logging import Progress, reminding
 from aim_jax.weights.pretrained import Pretrained
 
 
@@ -32,6 +33,8 @@ def generate_many(
     seed: int,
     batch_size: int,
     watch: Callable[[int, np.ndarray], None] | None = None,
+    *,
+    prefix: np.ndarray | None = None,
     **settings: Any,
 ) -> Iterable[np.ndarray]:
     """Generate any number of images in equal batches that share one compilation.
@@ -43,6 +46,7 @@ def generate_many(
       batch_size: images per batch.
       watch: called as watch(start, images) after every row of tokens, with the index of the first
         image of the batch and the partial images of the batch.
+      prefix: (n, l), the first tokens of the images; see `generate`.
       **settings: see `generate`.
 
     Yields:
@@ -58,9 +62,21 @@ def generate_many(
             settings["callback"] = lambda samples, start=start, done=done: watch(
                 start, np.asarray(samples.images)[: done - start]
             )
-        images = generate(model, part, seed, first_index=start, **settings).images
-        yield np.asarray(images)[: done - start]
+        per_image = {k: v for k, v in settings.items() if k in SETTINGS and np.ndim(v)}
+        if prefix is not None:
+            per_image["prefix"] = prefix
+        own = {k: _rows_of_batch(np.asarray(v), start, batch_size) for k, v in per_image.items()}
+        with reminding(f"sampling images {start + 1} to {done} of {len(labels)}"):
+            images = generate(model, part, seed, first_index=start, **settings | own).images
+            images = np.asarray(images)
+        yield images[: done - start]
         progress(done, len(labels))
+
+
+def _rows_of_batch(rows: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Return `size` rows from `start` on; the last batch is padded with repeated rows."""
+    part = rows[start : start + size]
+    return np.resize(part, (size, *part.shape[1:]))
 
 
 class _GrowingGrid:
@@ -223,6 +239,7 @@ def complete(
     rows: int | None = None,
     seed: int = 0,
     min_side: int = 64,
+    batch_size: int = 64,
     **settings: Any,
 ) -> Image.Image:
     """Return a grid with one row per image: the image, its kept part and `count` completions.
@@ -235,6 +252,7 @@ def complete(
       rows: rows of tokens to keep; half of them by default.
       seed: see `generate`.
       min_side: see `make_grid`.
+      batch_size: completions sampled at once.
       **settings: see `generate`.
 
     Raises:
@@ -251,13 +269,15 @@ def complete(
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
-    samples = generate(
-        model, np.repeat(classes, count), seed, prefix=np.repeat(prefix, count, axis=0), **settings
-    )
+    completions = generate_many(
+        model, np.repeat(classes, count), seed, batch_size, prefix=np.repeat(prefix, count, axis=0),
+        **settings,
+    )  # fmt: skip
     originals = np.asarray(to_uint8(jnp.asarray(pixels)))
     kept = originals.copy()
     kept[:, rows * model.vq_config.downsampling :] = 127
-    completed = np.asarray(samples.images).reshape(len(originals), count, *originals.shape[1:])
+    completed = np.concatenate(list(completions))
+    completed = completed.reshape(len(originals), count, *originals.shape[1:])
     table = np.concatenate([originals[:, None], kept[:, None], completed], axis=1)
     names = [class_name(model, label) for label in classes]
     return make_grid(table.reshape(-1, *originals.shape[1:]), count + 2, names, min_side=min_side)

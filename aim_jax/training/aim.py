@@ -1,5 +1,6 @@
 """Training of AiM: class-conditional next-token prediction (arXiv 2408.12245, section 3)."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -241,14 +242,15 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     def encode_and_step(state, batch):
         return setup.train_step(state, data.encode(batch, after=state))
 
-    stage = Stage(
-        train_step=encode_and_step,
-        batches=data.train_batches(),
-        callbacks=[*loop.run_callbacks(config, evaluate, sample, export), *callbacks],
-        export=export,
-        flops=training_flops(model_config),
-    )
-    return loop.run(config, workdir, mesh, state, stage)
+    with contextlib.closing(data.train_batches()) as batches:  # ends its processes
+        stage = Stage(
+            train_step=encode_and_step,
+            batches=batches,
+            callbacks=[*loop.run_callbacks(config, evaluate, sample, export), *callbacks],
+            export=export,
+            flops=training_flops(model_config),
+        )
+        return loop.run(config, workdir, mesh, state, stage)
 
 
 def open_start(name_or_path: str, config: AiMConfig) -> dict:

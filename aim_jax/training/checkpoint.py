@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,9 @@ CHUNK_BYTES = 8 * 2**20  # size of a read
 # affect a tokenizer's batch norm, adaptive weight and entropy, which are computed per micro-batch;
 # it may change because a run may have to resume with less memory.
 RESUMABLE = (
-    "steps", "log_every", "eval_every", "sample_every", "save_every", "export_every", "keep",
-    "profile", "codes", "data.dir", "data.workers", "inception", "lpips", "init", "export_dtype",
+    "steps", "log_every", "eval_every", "sample_every", "save_every", "save_minutes",
+    "export_every", "keep", "profile", "codes", "data.dir", "data.workers", "inception", "lpips",
+    "init", "export_dtype",
     "sample.images", "sample.per_class", "sample.classes",
     *(f"sample.{name}" for name in SETTINGS),
     "optimizer.skip_limit", "optimizer.lr", "optimizer.clip_norm", "accumulate",
@@ -219,6 +221,46 @@ class RunCheckpoints:
                 f"checkpoint: {newest}. Free disk space or fix the disk, and run the same command "
                 "again."
             ) from error
+
+
+class SaveTimer:
+    """Timer that tells all processes, after the same step, that a save is due by time.
+
+    The clock of process 0 decides. Several processes exchange its decision after steps that they
+    have agreed on before, more often as the time comes closer.
+
+    Args:
+      minutes: Minutes between two saves; 0 disables the timer.
+      step: Step from which the run starts or resumes.
+    """
+
+    MOST_STEPS = 10_000  # between two exchanges
+
+    def __init__(self, minutes: float, step: int):
+        self._seconds = 60 * minutes
+        self._saved = time.monotonic()
+        self._asked = step, self._saved
+        self._next = step + 1
+
+    def saved(self) -> None:
+        """Start the time anew, after a save for any reason."""
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Return whether to save now; call it after every step, on all processes."""
+        if not self._seconds or step < self._next:
+            return False
+        now = time.monotonic()
+        remaining = self._seconds - (now - self._saved)
+        if jax.process_count() == 1:
+            return remaining <= 0
+        before, then = self._asked
+        self._asked = step, now
+        steps_per_second = (step - before) / max(now - then, 1e-9)
+        pause = int(np.clip(remaining * steps_per_second / 2, 1, self.MOST_STEPS))
+        answer = multihost_utils.broadcast_one_to_all(np.array([remaining <= 0, pause], np.int32))
+        self._next = step + int(answer[1])
+        return bool(answer[0])
 
 
 def _checksums(path: Path) -> dict[str, list[int]]:

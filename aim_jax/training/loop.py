@@ -1,5 +1,6 @@
 """Training loop of AiM and the tokenizer: restore, step, report, and call what is due."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +16,10 @@ from aim_jax.data.loader import Prefetched
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
 from aim_jax.perf import accelerators
-from aim_jax.training.checkpoint import RunCheckpoints
+from aim_jax.training.checkpoint import RunCheckpoints, SaveTimer
 from aim_jax.training.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.training.state import TrainState
-from aim_jax.utils.logging import say
+from aim_jax.utils.logging import reminding, say
 from aim_jax.weights.pretrained import EXPORT_DTYPES
 
 
@@ -122,17 +123,20 @@ def run_callbacks(
     """
 
     def evaluate_and_write(info: StepInfo) -> None:
-        scalars = evaluate(info.state)
+        with reminding(f"step {info.step}: evaluating"):
+            scalars = evaluate(info.state)
         info.write(scalars)
         listed = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         say(f"step {info.step}  {listed}")
 
     def export_between(info: StepInfo) -> None:
         if not info.last:  # the loop exports at the end, once the last checkpoint is complete
-            export(info.state)
+            with reminding(f"step {info.step}: writing the model"):
+                export(info.state)
 
     def write_samples(info: StepInfo) -> None:
-        sample(info.state, info.workdir / "samples" / f"step_{info.step:07d}.png")
+        with reminding(f"step {info.step}: sampling"):
+            sample(info.state, info.workdir / "samples" / f"step_{info.step:07d}.png")
 
     return [
         Every(config.eval_every, evaluate_and_write),
@@ -175,6 +179,11 @@ def check_reports(config: ConfigDict) -> None:
             f"config.log_every={config.log_every}; expected 1 or more, because the metrics of "
             "every step are kept until a report."
         )
+    if config.save_minutes < 0:
+        raise ValueError(
+            f"config.save_minutes={config.save_minutes}; expected minutes between saves, or 0 for "
+            "none by time."
+        )
     if config.keep < 1:
         raise ValueError(f"config.keep={config.keep}; expected 1 checkpoint or more.")
     for name, count in config.sample.items():
@@ -188,12 +197,15 @@ def run(
     """Train to `config.steps`, from the newest intact checkpoint in `workdir` if there is one.
 
     Training stops early, after a save, on SIGTERM (sent to any of the processes) or Ctrl-C; the
-    returned state then has fewer steps. A resumed run repeats an uninterrupted one bit for bit.
+    returned state then has fewer steps. A single process then writes the model directory too; with
+    several, little time is left after SIGTERM. A resumed run repeats an uninterrupted one bit for
+    bit.
 
     Raises:
       ValueError: config.profile is malformed, or every checkpoint is damaged.
       BadStepsError: Too many steps in a row were skipped.
       SaveError: A checkpoint could not be written.
+      KeyboardInterrupt: Ctrl-C was pressed twice. A save that had begun is complete.
     """
     workdir = Path(workdir)
     profiler = Profiler(config.profile, workdir / "profile")
@@ -204,35 +216,47 @@ def run(
     mfu = stage.flops and peak and config.batch_size * stage.flops / peak
     log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
 
+    stop = StopSignal(step, checkpoints.wait)
+    by_time = SaveTimer(config.save_minutes, step)
+
     def save(step: int, state: TrainState) -> None:
         log.check()
-        checkpoints.save(step, state, stage.batches)
+        with stop.saving():
+            checkpoints.save(step, state, stage.batches)
+        by_time.saved()
 
     # Saving comes first, so that the failure of another callback does not lose the checkpoint.
     saving = Every(config.save_every, lambda info: save(info.step, info.state))
     callbacks = Callbacks([saving, *stage.callbacks], config.steps, workdir, writer)
-    stop = StopSignal(step)
+    first = step
     metrics_of_step = None
     try:
         while step < config.steps and not stop.reached(step):
-            with log.waiting():
-                batch = shard_batch(next(stage.batches), mesh)
-            profiler.before(step + 1, metrics_of_step)
-            state, metrics_of_step = stage.train_step(state, batch)
-            step += 1
-            log.add(step, metrics_of_step)
+            with _reminding_once(step == first):
+                with log.waiting():
+                    batch = shard_batch(next(stage.batches), mesh)
+                profiler.before(step + 1, metrics_of_step)
+                state, metrics_of_step = stage.train_step(state, batch)
+                step += 1
+                log.add(step, metrics_of_step)
             profiler.after(step, metrics_of_step)
             if step in (1, config.steps) or step % config.log_every == 0:
                 callbacks.show(log.report(step))
+            elif log.due():
+                log.show(step)
             with log.pause():
+                if by_time.due(step) and not saving.due(step, step == config.steps):
+                    save(step, state)
                 callbacks.call(step, state)
         if stop.received:
-            save(step, state)
+            with stop.saving():
+                save(step, state)
+                checkpoints.wait()
+                say(f"{stop.received}: saved step {step}; the same command resumes from there.")
         checkpoints.wait()
-        if stop.received:
-            say(f"{stop.received}: saved step {step}; the same command resumes from there.")
-        if step == config.steps or stop.received == "SIGINT":
-            stage.export(state)
+        if step == config.steps or (stop.received and jax.process_count() == 1):
+            with reminding("writing the model"):
+                stage.export(state)
         # Only process 0 writes models and file lists; JAX aborts it once the others have exited.
         wait_for_all("the end of the run")
     finally:
@@ -241,6 +265,11 @@ def run(
         checkpoints.close()
         writer.close()
     return state
+
+
+def _reminding_once(first: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context that prints lines during the first step, whose compilation takes long."""
+    return reminding("first step, with compilation") if first else contextlib.nullcontext()
 
 
 def pad_batch(batch: dict, size: int) -> dict:

@@ -164,7 +164,12 @@ def gradients(
 
     (recon, codebook), backward, quantized = jax.vjp(reconstruct, params["vq"], has_aux=True)
     (loss, metrics), pull = jax.value_and_grad(fidelity, has_aux=True)(recon)
-    metrics |= {"vq_loss": quantized.vq_loss}
+    # The entropy loss is negative where the codebook is used evenly, and so may be the sum.
+    metrics |= {
+        "vq_loss": quantized.vq_loss,
+        "commit_loss": quantized.commit_loss,
+        "entropy_loss": quantized.entropy_loss,
+    }
     loss += codebook
     grads = {}
     if losses.adversarial:

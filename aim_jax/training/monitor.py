@@ -3,10 +3,14 @@
 import contextlib
 import json
 import math
+import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import jax
 import numpy as np
@@ -15,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.files import replacing
-from aim_jax.utils.logging import duration, say
+from aim_jax.utils.logging import QUIET_SECONDS, duration, say
+from aim_jax.utils.signals import EXIT_INTERRUPTED, PATIENCE, heard_at_once
 
 AHEAD = 2  # steps that the host may dispatch before the first of them is done
 
@@ -66,10 +71,23 @@ class BadStepsError(RuntimeError):
     """Too many training steps in a row were skipped because of their gradients."""
 
 
+def _means(fetched: list[dict]) -> dict[str, float]:
+    """Return the means of metrics over the steps that were not skipped, and the skipped steps."""
+    if not fetched:
+        return {}
+    used = [m for m in fetched if not m["skipped_in_a_row"]] or fetched[-1:]
+    counts = {"skipped": float(fetched[-1]["skipped"])}
+    names = [name for name in used[0] if name not in ("skipped", "skipped_in_a_row")]
+    return {name: float(np.mean([m[name] for m in used])) for name in names} | counts
+
+
 class StepLog:
     """Collector of the metrics of every step, which reports their means.
 
-    Metrics stay on the device until a report, so that the device stays busy.
+    Metrics stay on the device until a report, so that the device stays busy. The first report of a
+    process gives the time of its first step, which includes compilation. Speed and ETA follow from
+    the second report on, and leave that time out. The ETA includes evaluation and samples, as far
+    as the process has seen them.
 
     Args:
       writer: Destination of the reports.
@@ -98,6 +116,8 @@ class StepLog:
         self._step = first_step
         self._time = time.perf_counter()
         self._waited = 0.0
+        self._began: tuple[int, float] | None = None  # step and time of the first report
+        self._printed = self._time
 
     def add(self, step: int, metrics: dict) -> None:
         """Keep the (device) metrics of one step; wait for those of the step `AHEAD` steps earlier.
@@ -127,12 +147,7 @@ class StepLog:
                     "optimizer.lr or set optimizer.clip_norm, and resume from the last checkpoint, "
                     "or raise optimizer.skip_limit."
                 )
-        if not fetched:
-            return {}
-        used = [m for _, m in fetched if not m["skipped_in_a_row"]] or [fetched[-1][1]]
-        counts = {"skipped": float(fetched[-1][1]["skipped"])}
-        names = [name for name in used[0] if name not in ("skipped", "skipped_in_a_row")]
-        return {name: float(np.mean([m[name] for m in used])) for name in names} | counts
+        return _means([metrics for _, metrics in fetched])
 
     def report(self, step: int) -> dict[str, float]:
         """Write the means since the last report, and print a line with rate and time left.
@@ -143,33 +158,72 @@ class StepLog:
         means = self.check()
         self._pending.clear()
         now = time.perf_counter()
-        elapsed = now - self._time
+        speed = self._speed(step, now)
+        scalars = means | speed
+        self._writer.write(step, scalars)
+        self._print(step, means, speed, now)
+        self._restart(step, now)
+        return scalars
+
+    def due(self) -> bool:
+        """Return whether to call `show`: after the first step, or after a while without a line."""
+        if self._began is None:
+            return True
+        waited = time.perf_counter() - self._printed
+        return jax.process_index() == 0 and waited >= QUIET_SECONDS
+
+    def show(self, step: int) -> None:
+        """Print a line between two reports; what is written does not depend on time."""
+        means = _means([jax.device_get(metrics) for _, metrics in self._pending])
+        now = time.perf_counter()
+        first = self._began is None
+        self._print(step, means, self._speed(step, now), now)
+        if first:
+            self._restart(step, now)
+
+    def _speed(self, step: int, now: float) -> dict[str, float]:
+        """Return the speed since the last report; none at the first one."""
+        if self._began is None:
+            return {}
+        elapsed = max(now - self._time, 1e-9)
         steps_per_second = max(step - self._step, 1) / elapsed
         speed = {
             "examples_per_second": steps_per_second * self._examples,
             "input_wait": self._waited / elapsed,  # share of the time spent waiting for a batch
         }
-        if self._mfu:
-            speed["mfu"] = steps_per_second * self._mfu
+        return speed | ({"mfu": steps_per_second * self._mfu} if self._mfu else {})
+
+    def _restart(self, step: int, now: float) -> None:
+        """Measure the speed from this step on."""
+        self._began = self._began or (step, now)
         self._step = step
         self._time = now
         self._waited = 0.0
-        scalars = means | speed
-        self._writer.write(step, scalars)
+
+    def _print(
+        self, step: int, means: dict[str, float], speed: dict[str, float], now: float
+    ) -> None:
+        means = dict(means)
         skipped = means.pop("skipped", 0.0)
         ordered = sorted(means, key=lambda name: name != "loss")
         parts = [f"{name} {means[name]:.4g}" for name in ordered]
         if skipped:
             parts.append(f"skipped {skipped:.0f}")
-        parts.append(f"{speed['examples_per_second']:.0f} images/s")
-        if self._mfu:
+        if speed:
+            parts.append(f"{speed['examples_per_second']:.0f} images/s")
+        if "mfu" in speed:
             parts.append(f"MFU {speed['mfu']:.1%}")
-        remaining = (self._steps - step) / steps_per_second
-        line = f"step {step}/{self._steps}  {'  '.join(parts)}  ETA {duration(remaining)}"
+        if self._began is None:
+            parts.append(f"first step, with compilation: {duration(now - self._time)}")
+        else:
+            first, since = self._began
+            remaining = (self._steps - step) * (now - since) / max(step - first, 1)
+            parts.append(f"ETA {duration(remaining)}")
+        line = f"step {step}/{self._steps}  {'  '.join(parts)}"
+        self._printed = now
         say(line)
         if jax.process_index() == 0:
             platform.work_unit().set_notes(line)
-        return scalars
 
     @contextlib.contextmanager
     def pause(self):
@@ -237,17 +291,33 @@ class Profiler:
 class StopSignal:
     """Handler that turns SIGTERM, and a single process's first Ctrl-C, into a stop between steps.
 
+    A line says so at once. A second Ctrl-C raises KeyboardInterrupt, after a save if one has begun.
+
     Several processes have to stop after the same step, whichever of them got the signal. There,
     JAX's preemption service handles SIGTERM and lets the processes agree.
 
     Args:
       step: Step from which the run starts or resumes.
+      finish: Waits for work in the background, such as a save. Called if a second Ctrl-C ends the
+        process during a compilation or another long call.
+
+    Attributes:
+      received: Name of the signal, or None.
     """
 
-    def __init__(self, step: int = 0):
+    def __init__(self, step: int = 0, finish: Callable[[], None] = lambda: None):
         self.received: str | None = None
-        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._previous = {s: signal.signal(s, self._receive) for s in caught}
+        self._finish = finish
+        self._heard = 0
+        self._again = False
+        self._saves = 0  # blocks of `saving` that are running
+        self._interrupted = False
+        self._timers: list[threading.Timer] = []
+        self._caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._hearing = contextlib.ExitStack()
+        if self._caught:
+            self._hearing.enter_context(heard_at_once(self._hear))
+        self._previous = {s: signal.signal(s, self._receive) for s in self._caught}
         # The processes agree on the step after the last one that any of them has asked about. If
         # the signal came before the first question, that is step 1, which a resumed run never
         # reaches. So ask about step 1 first.
@@ -255,11 +325,49 @@ class StopSignal:
             wait_for_all("the first step")
             self.reached(1)
 
-    def _receive(self, number, frame):
+    def _hear(self, number: int) -> None:
+        """Say what a signal leads to; called in another thread, before `_receive`."""
+        if number not in self._caught:
+            return
+        self._heard += 1
+        if self._heard == 1:
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            say(f"{signal.Signals(number).name}: stopping after this step, which is saved{again}")
+        elif number == signal.SIGINT:
+            say("stopping now; complete checkpoints are kept")
+            self._timers.append(threading.Timer(PATIENCE, self._end))
+            self._timers[-1].daemon = True
+            self._timers[-1].start()
+
+    def _end(self) -> None:
+        """End the process if the main thread could not react to the second Ctrl-C."""
+        if not self._saves and not self._interrupted:
+            with contextlib.suppress(Exception):
+                self._finish()
+            os._exit(EXIT_INTERRUPTED)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received and number == signal.SIGINT:
+        if not self.received:
+            self.received = signal.Signals(number).name
+        elif number == signal.SIGINT:
+            self._again = True
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._again and not self._saves:
+            self._interrupted = True
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Delay a second Ctrl-C to the end of the block."""
+        self._saves += 1
+        try:
+            yield
+        finally:
+            self._saves -= 1
+        self._interrupt()
 
     def reached(self, step: int) -> bool:
         """Return whether to stop now; call it before every step, on all processes."""
@@ -271,3 +379,6 @@ class StopSignal:
         """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._hearing.close()
+        for timer in self._timers:
+            timer.cancel()

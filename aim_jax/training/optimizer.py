@@ -39,7 +39,8 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
     remaining = steps - config.warmup_steps
     if remaining < 0:
         raise ValueError(
-            f"optimizer.warmup_steps={config.warmup_steps} exceeds the {steps} steps of the run."
+            f"config.optimizer.warmup_steps={config.warmup_steps} exceeds the {steps} steps of the "
+            f"run; pass --config.optimizer.warmup_steps={steps // 10}, or more --config.steps."
         )
     remaining = max(remaining, 1)
     schedules = {

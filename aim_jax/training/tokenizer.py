@@ -1,5 +1,6 @@
 """Training of the VQ tokenizer (arXiv 2406.06525, section 2.1); its losses are in `losses`."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -344,13 +345,14 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         sample=lambda state, path: held_out.draw(state.eval_params, path),
         export=export,
     )
-    stage = Stage(
-        train_step=lambda state, batch: setup.train_step(state, batch, lpips_params),
-        batches=batches("train"),
-        callbacks=[*reports, *callbacks],
-        export=export,
-    )
-    return loop.run(config, workdir, mesh, state, stage)
+    with contextlib.closing(batches("train")) as train_batches:  # ends its processes
+        stage = Stage(
+            train_step=lambda state, batch: setup.train_step(state, batch, lpips_params),
+            batches=train_batches,
+            callbacks=[*reports, *callbacks],
+            export=export,
+        )
+        return loop.run(config, workdir, mesh, state, stage)
 
 
 def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aim_jax.utils.files import replacing
 
@@ -74,6 +74,11 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
         canvas.paste(image, (left, 0))
         left += image.width
     return canvas
+
+
+def framed(image: Image.Image) -> Image.Image:
+    """Return an image with a black frame and a white border, to tell it from its neighbours."""
+    return ImageOps.expand(ImageOps.expand(image, 2, "black"), 8, "white")
 
 
 def picture_path(out: str | os.PathLike, name: str) -> Path:

@@ -242,6 +242,12 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
     path = bundled.get(str(name_or_path), Path(name_or_path))
     if not (path / MODEL_FILE).is_file() and (path / "model" / MODEL_FILE).is_file():
         path = path / "model"
+    if not (path / MODEL_FILE).is_file() and (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"no model {str(name_or_path)!r}: this training run ended before it wrote one. Repeat "
+            "its training command, which resumes it; the model is written at the end, and after "
+            "Ctrl-C."
+        )
     if not (path / MODEL_FILE).is_file():
         raise FileNotFoundError(
             f"no model {str(name_or_path)!r}: expected a directory with {MODEL_FILE} (a training "

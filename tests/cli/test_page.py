@@ -129,6 +129,39 @@ def test_nothing_is_read_but_small_uploads(address, model, tmp_path):
     assert "event: error" in complete(address, model, {"path": None, "url": bomb})[1]
 
 
+def test_the_interface_for_programs_names_what_it_offers(address):
+    status, text = ask(address, "info")
+    assert status == 200
+    assert set(json.loads(text)["named_endpoints"]) == {"/draw", "/compare", "/complete"}
+    assert not json.loads(text)["unnamed_endpoints"]
+
+
+def test_pictures_are_sent_without_loss(address, model):
+    """The grid as PNG, pixel by pixel; and an upload keeps its transparency on the way in."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[4:, :, 3] = 0
+    files = []
+    for picture in (Image.fromarray(pixels), on_white(Image.fromarray(pixels))):
+        status, text = complete(address, model, {"path": None, "url": as_address(picture)})
+        assert status == 200 and "event: complete" in text, text
+        (result,) = json.loads(text.partition("event: complete\ndata: ")[2].splitlines()[0])
+        assert result["path"].endswith(".png")
+        with urllib.request.urlopen(result["url"], timeout=60) as answer:
+            files.append(np.asarray(Image.open(io.BytesIO(answer.read()))))
+    np.testing.assert_array_equal(*files)
+
+
+def on_white(picture):
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def test_comparisons_start_with_two_settings(model):
+    page = build({"tiny": model, "other": model})
+    scales = [x.value for x in page.blocks.values() if getattr(x, "elem_id", "") == "cfg_scale"]
+    assert len(scales) == 4 and scales[1] == 2.0 and scales[2] != scales[1]  # left and right
+
+
 def shown(page, element: str) -> bool:
     """Waits for a picture inside an element."""
     picture = page.locator(f"#{element} img").first

@@ -5,9 +5,18 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from aim_jax.cli.page_actions import MOST_IMAGES, Actions, class_names, drawn, sliders_of
+from aim_jax.cli.page_actions import (
+    MOST_IMAGES,
+    Actions,
+    class_names,
+    drawn,
+    other_settings,
+    sliders_of,
+)
 from aim_jax.configs.defaults import vq_defaults
+from aim_jax.data import decode_image
 from aim_jax.sampling import SamplingConfig
 from aim_jax.sampling.generate import generate
 
@@ -58,6 +67,47 @@ def test_settings_are_compared_on_the_same_seeds(model, actions, values):
     again, guided = compare(8.0, *values[1:])
     np.testing.assert_array_equal(again, left)
     assert not np.array_equal(guided, left)
+
+
+def test_comparisons_start_with_two_settings():
+    settings = {"cfg_scale": 2.0, "top_k": 3}
+    assert other_settings(settings) == {"cfg_scale": 1.0, "top_k": 3}
+    assert other_settings(settings | {"cfg_scale": 1.0})["cfg_scale"] != 1.0
+
+
+def test_halves_of_a_comparison_are_apart(model, actions, values):
+    both = np.asarray(actions.compare("tiny", class_names(model)[0], 2, SEED, *values, *values))
+    middle = both.shape[1] // 2
+    assert (both[:, middle - 8 : middle + 8] == 255).all()
+    for line in (both[8:-8, middle - 10 : middle - 8], both[8:-8, middle + 8 : middle + 10]):
+        assert (line == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_transparent_uploads_are_completed_on_white(model, actions, values, tmp_path, kind):
+    """As everywhere else; what a file hides under transparent pixels does not show."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[4:, :, 3] = 0
+    picture = Image.fromarray(pixels)
+    options = {}
+    if kind == "P":
+        picture = picture.convert("RGB").quantize(16)
+        picture.putpixel((0, 0), 0)
+        options["transparency"] = 0
+    elif kind == "LA":
+        picture = picture.convert("LA")
+    picture.save(tmp_path / "a.png", **options)
+    on_white = decode_image(tmp_path / "a.png", "a.png")
+    name = class_names(model)[0]
+
+    def complete(uploaded):
+        return np.asarray(actions.complete("tiny", name, uploaded, None, 1, 2, SEED, *values))
+
+    done = complete(str(tmp_path / "a.png"))
+    np.testing.assert_array_equal(done, complete(on_white))
+    opaque = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    assert (done != complete(opaque)).any()
 
 
 def test_pictures_and_drawings_are_completed(actions, values, model):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from aim_jax.cli import PROGRAMS
 from aim_jax.cli.common import errors_in_one_line, recipes
-from aim_jax.configs.defaults import aim_defaults, vq_defaults
+from aim_jax.configs.defaults import aim_defaults, eval_defaults, vq_defaults
+from aim_jax.evaluation.evaluate import sampling_settings
 from aim_jax.models import AiMConfig
 from aim_jax.models.config import VQConfig
 from aim_jax.sampling.config import FIELDS
@@ -32,7 +33,7 @@ from aim_jax.sampling.grids import (
 from aim_jax.training.monitor import AHEAD, MetricsWriter, StepLog
 from aim_jax.utils.images import make_grid, picture_path, save_png
 from aim_jax.utils.logging import duration
-from aim_jax.weights.pretrained import class_ids, save_model
+from aim_jax.weights.pretrained import class_ids, load_pretrained, save_model
 from tests.conftest import ROOT
 from tests.programs import run
 
@@ -133,6 +134,106 @@ def test_help_and_one_line_errors(tmp_path):
     wrong = run("compare", "--top_k", "10,2.5")
     assert wrong.returncode == 1 and "--top_k=10,2.5: expected integers" in wrong.stderr
     assert not (tmp_path / "w").exists()
+
+
+FILES_OF_CONFIGS = {
+    "syntax": ("def get_config(:", r"line 1: SyntaxError: "),
+    "import": ("import not_installed", r"line 1: ModuleNotFoundError: No module named 'not_inst"),
+    "name": (None, r"line 4: NameError: name 'stepz' is not defined", "config.steps = stepz"),
+    "field": (
+        None,
+        r"line 4: AttributeError: optimiser\. Did you mean",
+        "config.optimiser.lr = 1.0",
+    ),
+    "key": (None, r"line 4: KeyError: 'a'", "{}['a']"),
+    "type": (None, r"line 4: TypeError: .*int", "config.steps = 'many'"),
+    "file": (None, r"No such file or directory: '/nowhere/names' \(in ", "open('/nowhere/names')"),
+    "value": (None, r"only on Sundays \(in ", "raise ValueError('only on Sundays')"),
+    "missing": (None, r"save_minutes missing; start from aim_defaults", "del config.save_minutes"),
+    "stage": (None, r"no configuration with a stage out of aim, vq, eval", "config.stage = 'x'"),
+    "none": ("def get_config():\n    pass", r"get_config\(\) returns None"),
+    "function": ("x = 1", r"defines no get_config\(\)"),
+    "argument": (
+        "def get_config(size):\n    pass",
+        r"TypeError: get_config\(\) missing 1 required",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES_OF_CONFIGS)
+def test_an_error_of_a_configuration_names_the_file_and_the_cause(kind, tmp_path):
+    text, message, *line = FILES_OF_CONFIGS[kind]
+    if text is None:
+        text = (
+            "from aim_jax.configs.defaults import aim_defaults\n"
+            f"def get_config():\n    config = aim_defaults()\n    {line[0]}\n    return config\n"
+        )
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    wrong = run("train", "--config", file, "--workdir", tmp_path / "w")
+    (said,) = wrong.stderr.strip().splitlines()
+    assert wrong.returncode == 1 and said.startswith("error: ")
+    assert f"--config={file}" in said and re.search(message, said), said
+
+
+def test_an_error_of_a_shipped_configuration_names_it_as_it_was_given(tmp_path):
+    wrong = run("train", "--config=aim_ablation:foo", "--workdir", tmp_path / "w")
+    assert wrong.stderr.strip().endswith("(in --config=aim_ablation:foo)")
+    wrong = run("train_vq", "--config", "folder_vq:/nowhere", "--workdir", tmp_path / "w")
+    (said,) = wrong.stderr.strip().splitlines()
+    assert "/nowhere does not exist (in --config=folder_vq:/nowhere)" in said
+    wrong = run("train", "--config", "fashion_mnist:x", "--workdir", tmp_path / "w")
+    assert "--config=fashion_mnist:x" in wrong.stderr and "takes 0 positional" in wrong.stderr
+    wrong = run("train", "--config", "fashion_mnist", "--workdir", "w", "--config.steps=many")
+    assert "config.steps" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_sampling_keeps_a_models_own_settings_where_none_are_given(
+    tiny_model, tmp_path, monkeypatch
+):
+    """Also those that are not numbers, which once were replaced by the flags' defaults."""
+    own = {"cfg_scale": 3.0, "cfg_schedule": "cosine", "cfg_interval": [0.0, 0.5], "min_p": 0.1}
+    model = save_model(tmp_path / "model", dataclasses.replace(tiny_model, sampling=own))
+    command = ("sample", "--checkpoint", model, "--per_class", 2, "--npz", "--out")
+
+    def samples(name, *options):
+        ended = run(*command, tmp_path / name, *options)
+        assert ended.returncode == 0, ended.stderr
+        return np.load(tmp_path / name / "samples.npz")["arr_0"]
+
+    labels = np.repeat([0, 1, 2], 2)
+    expected = generate(load_pretrained(model), labels)
+    np.testing.assert_array_equal(samples("own"), expected.images)
+    constant = generate(
+        load_pretrained(model), labels, cfg_schedule="constant", cfg_interval=(0.25, 1.0)
+    )
+    given = samples("given", "--cfg_schedule", "constant", "--cfg_interval", "0.25,1")
+    np.testing.assert_array_equal(given, constant.images)
+    assert (given != samples("own")).any()
+    wrong = run(*command, tmp_path / "wrong", "--cfg_interval", "0.1,late")
+    assert wrong.returncode == 1 and "--cfg_interval=0.1,late: expected two" in wrong.stderr
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_evaluation_keeps_a_models_own_settings_too(tiny_model):
+    own = {"cfg_scale": 3.0, "cfg_schedule": "cosine", "cfg_interval": [0.0, 0.5]}
+    settings = sampling_settings(dataclasses.replace(tiny_model, sampling=own), eval_defaults())
+    assert settings.items() >= own.items()
+    settings = sampling_settings(tiny_model, eval_defaults())
+    assert settings["cfg_schedule"] == "constant" and "cfg_interval" not in settings
+
+
+def test_completions_are_made_in_batches_with_progress(tiny_model, capsys):
+    data = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0}
+    info = {"data": data | {"random_crop": False, "random_flip": False}}
+    model = dataclasses.replace(tiny_model, info=info)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), dtype=np.uint8)
+    scales = np.linspace(1, 3, 10).tolist()
+    whole = complete(model, pixels, [0, 2], 5, cfg_scale=scales)
+    assert "sampling: 10/10 images" in capsys.readouterr().err
+    parts = complete(model, pixels, [0, 2], 5, batch_size=4, cfg_scale=scales)
+    np.testing.assert_array_equal(np.asarray(parts), np.asarray(whole))
+    assert "sampling: 10/10 images" in capsys.readouterr().err
 
 
 def test_the_package_lists_and_runs_the_programs():

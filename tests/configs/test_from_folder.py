@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from aim_jax.configs import from_folder as own_images
-from aim_jax.configs.from_folder import Survey, aim_config, survey, vq_config
+from aim_jax.configs.from_folder import Survey, aim_config, describe, survey, vq_config
 from aim_jax.models import AiMConfig, VQConfig
 
 
@@ -37,13 +37,13 @@ def folder(request, tmp_path):
     return tmp_path, {"L": 1, "RGB": 3}[request.param]
 
 
-def test_both_stages_fit_the_folder_and_each_other(folder, capsys, monkeypatch):
+def test_both_stages_fit_the_folder_and_each_other(folder, monkeypatch):
     path, channels = folder
     monkeypatch.delenv("AIM_JAX_LPIPS", raising=False)
     found = survey(str(path))
     assert found == Survey(str(path), 6, 2, channels, 60)
     tokenizer, aim = vq_config(str(path)), aim_config(str(path))
-    said = capsys.readouterr().err
+    said = describe(tokenizer)
     assert "6 " in said and "2 classes, about 60 pixels -> 64" in said and "without LPIPS" in said
     vq, model = VQConfig(**tokenizer.model), AiMConfig(**aim.model)
     assert vq.downsampling == 4 and vq.in_channels == vq.out_channels == channels
@@ -57,6 +57,27 @@ def test_both_stages_fit_the_folder_and_each_other(folder, capsys, monkeypatch):
     assert vq_config(str(path)).eval_every == 200_000 // 50  # most of the time is for training
     monkeypatch.setenv("AIM_JAX_LPIPS", "lpips.safetensors")
     assert vq_config(str(path)).loss.perceptual == 1.0
+
+
+def test_a_run_tells_the_values_after_changes_by_the_user(folder, capsys, monkeypatch):
+    path, channels = folder
+    monkeypatch.delenv("AIM_JAX_LPIPS", raising=False)
+    tokenizer, aim = vq_config(str(path)), aim_config(str(path))
+    assert capsys.readouterr() == ("", "")  # nothing before the changes are known
+    for config in (tokenizer, aim):
+        config.steps, config.batch_size, config.data.image_size = 77, 5, 32
+    tokenizer.model.update(n_embed=99, ch_mult=(1, 1, 1, 1))
+    tokenizer.loss.perceptual = 1.0
+    aim.model.update(n_layer=3, d_model=48, num_tokens=16)
+    aim.tokenizer = "runs/other"
+    said = describe(tokenizer)
+    assert "pixels -> 32; tokenizer f8 with 99 codebook entries, 77 steps of 5 images" in said
+    assert said.endswith("with LPIPS")
+    said = describe(aim)
+    assert "AiM with 3 layers of width 48 on 16 tokens, 77 steps of 5 images" in said
+    assert said.endswith("tokenizer of runs/other")
+    aim.data.channels = 4 - channels
+    assert f"-> 32 in {'grey' if channels == 3 else 'colour'}" in describe(aim)
 
 
 def test_a_missing_folder_is_said():

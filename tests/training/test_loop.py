@@ -1,5 +1,6 @@
 """The loop: what is called after which step, with what, and in which order."""
 
+import functools
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 from aim_jax.configs import fashion_mnist
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.parallel.sharding import make_mesh
-from aim_jax.training import aim, loop, monitor, tokenizer
+from aim_jax.training import aim, checkpoint, loop, monitor, tokenizer
 from aim_jax.training.checkpoint import RunCheckpoints
 from aim_jax.training.loop import Every, Stage
 from aim_jax.training.state import TrainState
@@ -23,17 +24,18 @@ from tests.training.test_aim import records
 
 
 class Batches:
-    """Counts the batches it gives; batch number `stop_at` sends this process a signal first."""
+    """Counts the batches it gives; batch number `stop_at` sends this process signals first."""
 
-    def __init__(self, stop_at=None, number=signal.SIGTERM):
+    def __init__(self, stop_at=None, *numbers):
         self.given = 0
         self._stop_at = stop_at
-        self._number = number
+        self._numbers = numbers or (signal.SIGTERM,)
 
     def __next__(self):
         self.given += 1
         if self.given == self._stop_at:
-            os.kill(os.getpid(), self._number)
+            for number in self._numbers:
+                os.kill(os.getpid(), number)
         return {"x": np.full(8, self.given, np.float32)}
 
     def get_state(self):
@@ -134,15 +136,152 @@ def test_a_resumed_run_calls_them_after_the_same_steps(run, config):
         Every(0, lambda info: called.append("never")),
     )
     steps, events = run(Batches(stop_at=4), *pairs)
-    assert steps == 4 and called == [2, 4] and events[-1] == ("save", 4)  # not "export"
+    assert steps == 4 and called == [2, 4]
+    assert events[-2:] == [("save", 4), ("export", 4)]  # a model for the next stage
     called.clear()
     assert run(Batches(), *pairs)[0] == 7
     assert called == ["end 5", 6, 7]
     called.clear()
     assert run(Batches(), *pairs) == (7, [("export", 7)]) and not called  # nothing left to do
     config.steps = 9
-    steps, events = run(Batches(stop_at=8, number=signal.SIGINT), *pairs)
+    steps, events = run(Batches(8, signal.SIGINT), *pairs)
     assert (steps, called, events[-2:]) == (8, [8], [("save", 8), ("export", 8)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ending_says_at_once_what_it_leads_to(run, tmp_path, capsys, number):
+    steps, events = run(Batches(5, number))
+    said = capsys.readouterr().err
+    name = signal.Signals(number).name
+    assert f"{name}: stopping after this step, which is saved" in said
+    assert f"{name}: saved step 5; the same command resumes from there." in said
+    assert said.index("stopping") < said.index("saved step 5")
+    assert steps == 5 and events[-2:] == [("save", 5), ("export", 5)]
+    assert run(Batches())[0] == 7
+
+
+def test_ending_twice_ends_at_once_and_keeps_the_last_save(run, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(Batches(5, signal.SIGINT, signal.SIGINT))
+    assert "stopping now; complete checkpoints are kept" in capsys.readouterr().err
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["3"]  # not cut short
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    steps, events = run(Batches())
+    assert steps == 7 and events[0] == ("evaluate", 4)  # it resumed from step 3
+
+
+def test_ending_again_during_the_save_waits_for_it(run, tmp_path, monkeypatch, capsys):
+    real = RunCheckpoints.save
+
+    def save(*arguments):
+        if arguments[1] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunCheckpoints, "save", save)
+        run(Batches(5, signal.SIGINT))
+    assert "SIGINT: saved step 5" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "5" / "files.json").is_file()
+    assert run(Batches())[0] == 7
+
+
+def test_ending_again_while_the_model_is_written_loses_nothing(run, tmp_path):
+    run(Batches(5, signal.SIGTERM, signal.SIGTERM))  # as some systems send it
+    assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Batches that take 100 s each, by the clocks of reports and saves."""
+    clock = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+
+    class Slow(Batches):
+        def __next__(self):
+            clock[0] += 400.0 if self.given == 0 else 100.0
+            return super().__next__()
+
+    return Slow
+
+
+def test_saves_by_time_lose_minutes_only(run, config, slow):
+    config.save_every = 0
+    config.save_minutes = 3.0
+    _, events = run(slow())
+    # After 400, 600, 800 and 1000 s; at the end there is one in any event.
+    assert [step for name, step in events if name == "save"] == [1, 3, 5, 7]
+
+
+def test_saves_by_time_and_by_steps_do_not_repeat_each_other(run, config, slow):
+    config.save_every = 2
+    config.save_minutes = 3.0
+    _, events = run(slow())
+    assert [step for name, step in events if name == "save"] == [1, 2, 4, 6, 7]
+    config.steps = 9
+    config.save_minutes = 0.0
+    _, events = run(slow())
+    assert [step for name, step in events if name == "save"] == [8, 9]
+
+
+def test_saves_by_time_are_agreed_on_by_all_processes(monkeypatch):
+    """The clock of process 0 counts; the others learn when to ask again."""
+    clock = [0.0]
+    sent = []
+    asked = {0: [], 1: []}
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    timers = [checkpoint.SaveTimer(10.0, 0) for _ in range(2)]
+
+    def broadcast(process, values):
+        sent.extend([values] if process == 0 else [])
+        asked[process].append(step)
+        return sent[-1]
+
+    saves = []
+    for step in range(1, 2001):
+        clock[0] += 1.0
+        decisions = []
+        for process, timer in enumerate(timers):
+            exchange = functools.partial(broadcast, process)
+            monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", exchange)
+            clock[0] += 5000.0 * process  # another clock
+            decisions.append(timer.due(step))
+            clock[0] -= 5000.0 * process
+        assert decisions[0] == decisions[1]
+        if decisions[0]:
+            saves.append(step)
+            for timer in timers:
+                timer.saved()
+    assert asked[0] == asked[1] and len(asked[0]) < 60
+    assert saves == [600, 1200, 1800]
+
+
+def test_a_run_tells_its_eta_from_the_second_report_on(run, config, slow, capsys):
+    config.log_every = 3
+    config.eval_every = config.sample_every = config.save_every = 0
+    config.save_minutes = 0.0
+    run(slow())
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
+    # A line at least every 30 s, that is after every step; the first one took 400 s.
+    assert [line.split()[1] for line in lines] == [f"{i}/7" for i in range(1, 8)]
+    assert "first step, with compilation: 6:40" in lines[0] and "ETA" not in lines[0]
+    assert lines[1].endswith("ETA 8:20") and lines[2].endswith("ETA 6:40")
+    assert lines[-1].endswith("ETA 0:00")
+
+
+def test_a_resumed_run_tells_the_time_of_its_compilation_too(run, config, slow, tmp_path, capsys):
+    config.log_every = 3
+    run(Batches(stop_at=4))
+    capsys.readouterr()
+    run(slow())
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step 5/7")]
+    assert "first step, with compilation: " in lines[0] and "ETA" not in lines[0]
+    # What is written depends on steps alone.
+    steps = [row["step"] for row in records(tmp_path / "run") if "loss" in row]
+    assert steps == [1, 3, 6, 7]
 
 
 def test_the_training_rate_leaves_their_time_out(run, monkeypatch):

@@ -1,0 +1,95 @@
+"""Signals that are answered at once, even while compiled code runs."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+# 128 + SIGINT, the convention of shells.
+EXIT_INTERRUPTED = 130
+# Seconds for a program to remove its temporary files after Ctrl-C.
+PATIENCE = 3.0
+
+
+@contextlib.contextmanager
+def heard_at_once(listener: Callable[[int], None]) -> Iterator[None]:
+    """Call `listener(number)` in a thread as soon as a signal arrives, during the block.
+
+    Python's own handlers run in the main thread, which cannot run them during a compilation or
+    another long call. They are called as well, once it can. Only signals with such a handler are
+    heard. Inside a nested block, only the innermost listener is called. Outside the main thread
+    nothing is heard, because only that thread may change how signals are handled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        while numbers := reader.recv(64):
+            for number in numbers:
+                listener(number)
+
+    thread = threading.Thread(target=listen, name="aim_jax signals", daemon=True)
+    thread.start()
+    outer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()
+
+
+def end_later(seconds: float = PATIENCE) -> threading.Timer:
+    """End the process with `EXIT_INTERRUPTED` after some seconds; cancel the timer to prevent it.
+
+    The process ends without the interpreter's clean-up, which waits for running computations.
+    """
+    timer = threading.Timer(seconds, os._exit, (EXIT_INTERRUPTED,))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+@contextlib.contextmanager
+def ctrl_c_in_one_line() -> Iterator[None]:
+    """End the block with one line and `SystemExit(EXIT_INTERRUPTED)` after Ctrl-C.
+
+    The line is printed at once. If the block does not end within `PATIENCE` seconds, or after
+    another Ctrl-C, the process ends without it. Errors that follow from the interruption, such as
+    those of libraries that are being imported, are not shown.
+    """
+    timers: list[threading.Timer] = []
+
+    def hear(number: int) -> None:
+        if number != signal.SIGINT:
+            return
+        if timers:
+            os._exit(EXIT_INTERRUPTED)
+        timers.append(end_later())
+        _say_stopped()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [timer.cancel() for timer in timers])
+        try:
+            with heard_at_once(hear):
+                yield
+        except BaseException as error:
+            if not timers and not isinstance(error, KeyboardInterrupt):
+                raise
+            if not timers:
+                _say_stopped()
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        if timers:
+            raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _say_stopped() -> None:
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may be unfinished
+    print(f"{start}stopped by Ctrl-C", file=sys.stderr, flush=True)
