@@ -8,13 +8,12 @@ Example:
 
 import ast
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_jax.utils.signals import EXIT_INTERRUPTED, ctrl_c_in_one_line
+from aim_jax.utils.signals import EXIT_INTERRUPTED, ctrl_c_in_one_line, end_interrupted
 
 PROGRAMS = (
     "sample",
@@ -68,17 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status != EXIT_INTERRUPTED:
             raise
     if status == EXIT_INTERRUPTED:
-        _end_interrupted()
+        sys.stdout.flush()
+        end_interrupted()
     # The interpreter's clean-up can still be interrupted, but the work is done.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    signal.signal(signal.SIGINT, lambda *_: end_interrupted())
     return status if isinstance(status, int) else 0
-
-
-def _end_interrupted() -> None:
-    """End the process without the interpreter's clean-up, which crashes beside running threads."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(EXIT_INTERRUPTED)
 
 
 def _main(arguments: Sequence[str]) -> int:

@@ -7,10 +7,14 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -158,7 +162,7 @@ class Prefetched(Iterator):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             ahead = ahead.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers), _ignore_interrupts
+                grain.MultiprocessingOptions(num_workers=self._workers), _follow_program
             )
         return iter(ahead)
 
@@ -166,17 +170,39 @@ class Prefetched(Iterator):
 @contextlib.contextmanager
 def _interrupts_blocked(blocked: bool) -> Iterator[None]:
     """Block Ctrl-C in the threads and processes that the block starts, from their first moment."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if blocked else set())
+    if not blocked:
+        yield
+        return
+    _start_tracker()  # Python would start it beside the first worker, and unblock Ctrl-C then
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_interrupts(worker: int, workers: int) -> None:
-    """Ignore a terminal's Ctrl-C in workers; they end with their program, after it has saved."""
+def _start_tracker() -> None:
+    """Start the process that frees the semaphores of a program that was killed, without a word."""
+    quiet = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(quiet)  # processes inherit them
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(quiet)
+
+
+def _follow_program(worker: int, workers: int) -> None:
+    """Let a worker ignore a terminal's Ctrl-C, and end with its program, however that ends."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_program, name="aim_jax program", daemon=True).start()
+
+
+def _end_with_program() -> None:
+    program = multiprocessing.parent_process()
+    if program is not None:
+        program.join()
+        os._exit(1)
 
 
 def image_batches(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import re
 import signal
 import threading
@@ -20,7 +19,7 @@ from jax.experimental import multihost_utils
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import QUIET_SECONDS, duration, say
-from aim_jax.utils.signals import EXIT_INTERRUPTED, PATIENCE, heard_at_once
+from aim_jax.utils.signals import PATIENCE, end_interrupted, heard_at_once
 
 AHEAD = 2  # steps that the host may dispatch before the first of them is done
 
@@ -344,7 +343,7 @@ class StopSignal:
         if not self._saves and not self._interrupted:
             with contextlib.suppress(Exception):
                 self._finish()
-            os._exit(EXIT_INTERRUPTED)
+            end_interrupted()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -1,12 +1,14 @@
 """Signals that are answered at once, even while compiled code runs."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 # 128 + SIGINT, the convention of shells.
 EXIT_INTERRUPTED = 130
@@ -46,15 +48,14 @@ def heard_at_once(listener: Callable[[int], None]) -> Iterator[None]:
         reader.close()
 
 
-def end_later(seconds: float = PATIENCE) -> threading.Timer:
-    """End the process with `EXIT_INTERRUPTED` after some seconds; cancel the timer to prevent it.
+def end_interrupted() -> NoReturn:
+    """End the process and its worker processes with `EXIT_INTERRUPTED`, at once.
 
-    The process ends without the interpreter's clean-up, which waits for running computations.
+    The interpreter's clean-up would wait for running computations, and may crash beside them.
     """
-    timer = threading.Timer(seconds, os._exit, (EXIT_INTERRUPTED,))
-    timer.daemon = True
-    timer.start()
-    return timer
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
@@ -65,14 +66,16 @@ def ctrl_c_in_one_line() -> Iterator[None]:
     another Ctrl-C, the process ends without it. Errors that follow from the interruption, such as
     those of libraries that are being imported, are not shown.
     """
-    timers: list[threading.Timer] = []
+    timers: list[threading.Timer] = []  # one, after the first Ctrl-C
 
     def hear(number: int) -> None:
         if number != signal.SIGINT:
             return
         if timers:
-            os._exit(EXIT_INTERRUPTED)
-        timers.append(end_later())
+            end_interrupted()
+        timers.append(threading.Timer(PATIENCE, end_interrupted))
+        timers[0].daemon = True
+        timers[0].start()
         _say_stopped()
 
     with contextlib.ExitStack() as stack:
