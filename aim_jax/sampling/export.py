@@ -218,6 +218,7 @@ def save_exported(
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose another directory.")
     sampling = SamplingConfig(**model.sampling).updated({"cfg_schedule": cfg_schedule})
+    num_classes = model.aim_config.num_classes
     model = dataclasses.replace(model, sampling=dataclasses.asdict(sampling))
     progress = Progress("exporting", "programs")
     total = 2 * len(STEP) + 1
@@ -238,7 +239,7 @@ def save_exported(
         save_file(flat_weights(model, dtype), partial / "weights.safetensors")
         dtypes = {name: np.dtype(setting.dtype).name for name, setting in SETTINGS.items()}
         content = {
-            "num_classes": model.aim_config.num_classes,
+            "num_classes": num_classes,
             "class_names": list(model.class_names),
             "settings": sampling.numbers(),
             "cfg_schedule": sampling.cfg_schedule,

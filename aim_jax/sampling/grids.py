@@ -67,8 +67,8 @@ def generate_many(
             per_image["prefix"] = prefix
         own = {k: _rows_of_batch(np.asarray(v), start, batch_size) for k, v in per_image.items()}
         with reminding(f"sampling images {start + 1} to {done} of {len(labels)}"):
-            images = generate(model, part, seed, first_index=start, **settings | own).images
-            images = np.asarray(images)
+            samples = generate(model, part, seed, first_index=start, **settings | own)
+            images = np.asarray(samples.images)
         yield images[: done - start]
         progress(done, len(labels))
 

@@ -78,19 +78,20 @@ def ctrl_c_in_one_line() -> Iterator[None]:
         timers[0].start()
         _say_stopped()
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [timer.cancel() for timer in timers])
-        try:
-            with heard_at_once(hear):
-                yield
-        except BaseException as error:
-            if not timers and not isinstance(error, KeyboardInterrupt):
-                raise
-            if not timers:
-                _say_stopped()
-            raise SystemExit(EXIT_INTERRUPTED) from None
-        if timers:
-            raise SystemExit(EXIT_INTERRUPTED)
+    try:
+        with heard_at_once(hear):
+            yield
+    except BaseException as error:
+        if not timers and not isinstance(error, KeyboardInterrupt):
+            raise
+        if not timers:
+            _say_stopped()
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        for timer in timers:
+            timer.cancel()
+    if timers:
+        raise SystemExit(EXIT_INTERRUPTED)
 
 
 def _say_stopped() -> None:
