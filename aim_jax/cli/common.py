@@ -246,9 +246,9 @@ def _parse_error(error: Exception, config: str) -> str:
         cause = text.partition("earlier failure to load: ")[2] or text
         return f"{cause.splitlines()[0]} (in --config={config})"
     if isinstance(error, AttributeError):
-        text = text.strip("'").replace("\\n", ". ").replace("\\'", "")
         if "no attribute 'get_config'" in text:
             return f"--config={config}: the file defines no get_config()."
+        text = text.strip("'").replace("\\n", ". ").replace("\\'", "")
         if not lines and error.args and isinstance(error.args[0], KeyError):
             return f"unknown setting of --config: {text}"
     own = bool(lines) or "Error whilst parsing config file" in text
