@@ -129,7 +129,9 @@ def test_help_and_one_line_errors(tmp_path):
     wrong = run("sample", "--classes", "cat", "ship")
     assert wrong.returncode == 1 and "error: unexpected 'ship'; separate lists with" in wrong.stderr
     wrong = run("train", "--config", "aim_ablation:foo", "--workdir", "w")
-    assert wrong.stderr.strip().startswith("error: variant 'foo'; expected one of no_position")
+    assert wrong.stderr.strip().startswith(
+        "error: unknown variant 'foo'; expected one of no_position"
+    )
     wrong = run("compare", "--top_k", "10,2.5")
     assert wrong.returncode == 1 and "--top_k=10,2.5: expected integers" in wrong.stderr
     assert not (tmp_path / "w").exists()

@@ -33,6 +33,8 @@ from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
 from tests.conftest import TINY_AIM, TINY_VQ
 
+pytestmark = pytest.mark.usefixtures("start_once")
+
 
 def small(config, folder):
     config.steps, config.batch_size, config.log_every = 6, 8, 1
@@ -77,44 +79,6 @@ def aim_config(picture_folder, codes, tiny_model_dir):
     config.model.update({k: v for k, v in vars(TINY_AIM).items()})
     config.sample.per_class = 2
     return config
-
-
-@pytest.fixture(scope="module")
-def made():
-    """What `start_once` keeps for the tests of this file."""
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def start_once(monkeypatch, made):
-    """Runs of equal configurations share their compiled steps, first states and tokenizers.
-
-    A run spends most of its time on those. Every run gets a copy of the first state of its own, as
-    its steps consume it.
-    """
-    new_setup, create_sharded = train.Setup, train.create_sharded
-    open_tokenizer = train.open_tokenizer
-
-    def once(key, make):
-        if key not in made:
-            made[key] = make()
-        return made[key]
-
-    def setup_once(config):
-        config = config.copy_and_resolve_references()  # tests change theirs afterwards
-        return once(("setup", config.to_json()), lambda: new_setup(config))
-
-    def state_once(make, mesh, rules):
-        first = once(("state", make), lambda: create_sharded(make, mesh, rules))
-        placed = jax.tree.map(lambda x: x.sharding, first)
-        return jax.device_put(first, placed, may_alias=False)
-
-    def tokenizer_once(path):
-        return once(("tokenizer", path), lambda: open_tokenizer(path))
-
-    monkeypatch.setattr(train, "Setup", setup_once)
-    monkeypatch.setattr(train, "create_sharded", state_once)
-    monkeypatch.setattr(train, "open_tokenizer", tokenizer_once)
 
 
 @pytest.fixture(scope="module")
