@@ -219,18 +219,18 @@ def _match_classes(folder: Path, layout: Layout) -> list[Path]:
     if unmatched:
         raise ValueError(
             f"{folder} and {layout.splits['train']} differ in their class folders: only one of "
-            f"them has images of {short_list(unmatched)}"
+            f"them has {short_list(unmatched)}"
         )
     if len(set(wanted)) < len(wanted):
         raise ValueError(
             f"{folder} has class folders whose names look the same ({short_list(wanted)}): they "
             "differ in their Unicode form; rename or merge them"
         )
-    empty = [f.name for f in folders(folder) if f.name not in {x.name for x in own.values()}]
+    empty = [str(f) for f in folders(folder) if f not in own.values()]
     if empty:
         raise ValueError(
-            f"{len(empty)} class folders of {folder} hold no images: {short_list(empty)}; "
-            "remove them or add images"
+            f"{len(empty)} class folders hold no images: {short_list(empty)}; remove them or add "
+            "images"
         )
     return [own[name] for name in wanted]
 

@@ -1,6 +1,7 @@
 """Labelled image grids, PNG files and pixel formats."""
 
 import functools
+import io
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -73,9 +74,9 @@ def make_grid(
 @functools.cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Load the font of captions: DejaVu Sans with Latin, Greek and Cyrillic letters."""
-    data = resources.files("aim_jax.utils") / "fonts" / "DejaVuSans.ttf"
-    with data.open("rb") as file:
-        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+    file = resources.files("aim_jax.utils") / "fonts" / "DejaVuSans.ttf"
+    data = io.BytesIO(file.read_bytes())
+    return ImageFont.truetype(data, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @functools.cache

@@ -29,7 +29,8 @@ def match_name(name: str, names: Sequence[str]) -> int | None:
         if len(matches) > 1:
             candidates = ", ".join(f"{names[i]!r} (number {i})" for i in matches[:LISTED])
             raise ValueError(
-                f"{name!r} fits {len(matches)} names: {candidates}; write one of them exactly, or its number."
+                f"{name!r} fits {len(matches)} names: {candidates}; write one of them exactly, or "
+                "its number."
             )
         if matches:
             return matches[0]

@@ -91,7 +91,7 @@ def test_layout_unclear_ones_are_refused_with_what_to_do(folders, message, tmp_p
 
 def test_layout_splits_must_have_the_same_classes(tmp_path):
     fill(tmp_path, "train/cat", "train/dog", "val/cat")
-    with pytest.raises(ValueError, match="only one of them has images of dog"):
+    with pytest.raises(ValueError, match="only one of them has dog"):
         open_images("folder", "validation", tmp_path)
 
 
