@@ -50,9 +50,7 @@ from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import decode_images, generate_tokens
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # find benchmarks/ and tests/ from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
 from benchmarks import traffic
 from benchmarks.decode_cpu import SETTINGS, seconds, surroundings

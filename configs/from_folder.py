@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
-from aim_jax.data import open_images
+from aim_jax.data import FolderImages, open_images
+from aim_jax.data.sources import is_grey
 
-LOOKED_AT = 64  # number of images to inspect
+LOOKED_AT = 64  # number of images whose size is inspected
 SIDES = (16, 32, 64, 128, 256)
 WITHOUT_LPIPS = (
     "without LPIPS; for sharper images set AIM_JAX_LPIPS=FILE, or --config.lpips=FILE "
@@ -25,7 +26,7 @@ class Survey(NamedTuple):
       directory: Folder of the class folders, or of train/ and validation/ with class folders.
       images: Number of training images.
       classes: Number of classes.
-      channels: 1 if all inspected images are grey, else 3.
+      channels: 1 if all images are grey, else 3.
       side: Median of the shorter sides of the inspected images, in pixels.
     """
 
@@ -53,7 +54,7 @@ class Survey(NamedTuple):
 
 
 def survey(directory: str) -> Survey:
-    """Count the classes and images of a folder, and inspect some of the images.
+    """Count the classes and images of a folder, and inspect its images.
 
     Raises:
       ValueError, FileNotFoundError: There is no such folder, or it has no class folders; see
@@ -67,8 +68,11 @@ def survey(directory: str) -> Survey:
     source = open_images("folder", "train", directory)
     some = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)
     shapes = [source[int(i)]["image"].shape for i in some]
+    # All images decide: one image in colour among thousands of grey ones would lose it.
+    paths = source.paths if isinstance(source, FolderImages) else []
+    grey = all(shape[2] == 1 for shape in shapes) and all(map(is_grey, paths))
     return Survey(
-        directory, len(source), len(source.class_names), max(shape[2] for shape in shapes),
+        directory, len(source), len(source.class_names), 1 if grey else 3,
         int(np.median([min(shape[:2]) for shape in shapes])),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -48,6 +49,10 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files are bytes: one that is not text of the terminal's encoding is escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with errors_in_one_line():
         if not hasattr(program, "define_flags"):
             return program.main(arguments) or 0

@@ -14,7 +14,6 @@ weights" of the documentation for details.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -87,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     """Convert the weights and print the path of the result."""
     args = parse(arguments)
     from aim_jax.utils.logging import say
+    from aim_jax.utils.names import read_names
     from aim_jax.weights import convert
     from aim_jax.weights.convert.files import save_tensors
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     elif args.program == "to-torch":
         out = convert.to_torch(args.checkpoint, args.out, args.dtype)
     else:
-        names = args.class_names and tuple(Path(args.class_names).read_text().splitlines())
+        names = read_names(args.class_names) if args.class_names else None
         adaln = "group" if args.adaln == "single" else args.adaln
         out = convert.to_jax(
             args.weights, args.out, vq=args.vq, config=args.config, dtype=args.dtype,

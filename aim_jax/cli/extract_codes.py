@@ -118,6 +118,8 @@ def extract(
         for split in splits
     }
     sources = {split: data.open_images(name, split, data_dir or None) for split in splits}
+    for source in sources.values():
+        say(source.summary)
     vq_config, _ = model.vq()
     side = spec.image_size // vq_config.downsampling
     writers = {
@@ -133,6 +135,7 @@ def extract(
             dataset=name,
             split=split,
             pictures=stored[split].pictures,
+            examples=source.fingerprint(),
             shard_size=shard_size,
         )
         for split, source in sources.items()

@@ -12,7 +12,14 @@ from aim_jax.data.extraction import (
 from aim_jax.data.imagenet import TarImages
 from aim_jax.data.loader import check_images, image_batches, index_batches
 from aim_jax.data.preprocessing import ImageSpec, preprocess
-from aim_jax.data.sources import ArrayImages, FolderImages, ImageSource, check_labels, decode_image
+from aim_jax.data.sources import (
+    ArrayImages,
+    FolderImages,
+    ImageSource,
+    check_labels,
+    decode_image,
+    identity_of,
+)
 from aim_jax.data.token_cache import TokenCache, check_alike, fingerprint, token_batches
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "decode_image",
     "extract_codes",
     "fingerprint",
+    "identity_of",
     "image_batches",
     "index_batches",
     "make_views",

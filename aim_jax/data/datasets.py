@@ -2,7 +2,6 @@
 
 import functools
 import gzip
-import hashlib
 import math
 import os
 import tarfile
@@ -14,24 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aim_jax.data import imagenet
-from aim_jax.data.sources import (
-    ArrayImages,
-    FolderImages,
-    ImageSource,
-    TfdsImages,
-    check_labels,
-    folders,
-    images_in,
-    is_image,
-)
+from aim_jax.data import class_folders, imagenet
+from aim_jax.data.sources import ArrayImages, ImageSource, TfdsImages, check_labels, folders
 
 SPLITS = ("train", "validation", "test")
 KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
 
-# Held-out shares of "train": for datasets that ship no validation split, and for class folders.
+# Share of "train" that is held out for datasets without a validation split.
 TAIL_FRACTION = 0.02
-VALIDATION_FRACTION = 0.05
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -76,8 +65,8 @@ def open_images(
     * a prepared array_record dataset: its version folder, or a tfds `data_dir` that holds
       `name/version`;
     * ImageNet's tar files or folders (name "imagenet2012"; see `imagenet.open_imagenet`);
-    * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*`, or just
-      `CLASS/*` (any name).
+    * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*` in their
+      common spellings, or just `CLASS/*` (any name; see `class_folders.recognise`).
 
     A dataset without a validation split gets one taken from "train", the same on every run: the
     last 2 % of its examples, or 5 % of each class for class folders (chosen by file name). The
@@ -115,7 +104,7 @@ def open_images(
     if name == imagenet.NAME:
         return imagenet.open_imagenet(root, split)
     if name == "folder" or _is_class_root(root):
-        return _open_folder(name, root, split)
+        return class_folders.open_folder(name, root, split)
     raise FileNotFoundError(
         f"{root} holds no known layout for {name!r}: expected Fashion-MNIST's .gz files, "
         "CIFAR-10's binary batches, a prepared array_record dataset of TensorFlow Datasets, or "
@@ -193,63 +182,7 @@ def _tail_start(size: int) -> int:
 
 
 def _is_class_root(root: Path) -> bool:
-    return (root / "train").is_dir() or any(
-        is_image(file.name) for folder in folders(root) for file in folder.iterdir()
-    )
-
-
-def _open_folder(name: str, root: Path, split: str) -> ImageSource:
-    train = root / "train" if (root / "train").is_dir() else root
-    split_folders = {"train": train}
-    if train is not root:
-        for folder in folders(root):
-            key = {"val": "validation", "valid": "validation"}.get(folder.name, folder.name)
-            split_folders.setdefault(key, folder)
-    if split == "test" and "test" not in split_folders:
-        raise ValueError(f"{root} has no test split: expected a folder {root / 'test'}")
-
-    class_names = tuple(folder.name for folder in folders(train))
-    if not class_names:
-        raise ValueError(f"{train} has no class folders: expected one folder of images per class")
-    split_folder = split_folders.get(split, train)
-    unmatched = sorted({folder.name for folder in folders(split_folder)} ^ set(class_names))
-    if unmatched:
-        raise ValueError(
-            f"{split_folder} and {train} differ in their class folders: only one of them has "
-            f"{', '.join(unmatched)}"
-        )
-
-    files = [images_in(split_folder / class_name) for class_name in class_names]
-    empty = [
-        str(split_folder / class_name)
-        for class_name, paths in zip(class_names, files, strict=True)
-        if not paths
-    ]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} class folders hold no images: {', '.join(empty[:10])}; "
-            "remove them or add images"
-        )
-    if split != "test" and "validation" not in split_folders:
-        files = [_folder_share(paths, split_folder, split) for paths in files]
-    paths = [path for group in files for path in group]
-    labels = [label for label, group in enumerate(files) for _ in group]
-    if not paths:
-        raise ValueError(
-            f"{root} has too few images to hold out a validation split: one in every class"
-        )
-    return FolderImages(name, split, class_names, paths, labels)
-
-
-def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
-    """Return the files of one class that belong to `split`, chosen by the hash of their names."""
-
-    def digest(path: str) -> bytes:
-        return hashlib.sha256(os.path.relpath(path, root).replace(os.sep, "/").encode()).digest()
-
-    count = max(1, round(VALIDATION_FRACTION * len(paths))) if len(paths) > 1 else 0
-    held_out = set(sorted(paths, key=digest)[:count])
-    return [path for path in paths if (path in held_out) == (split == "validation")]
+    return any(map(class_folders.holds_images, folders(root)))
 
 
 def _tfds_builder(name: str, root: Path | None) -> Any:
@@ -354,4 +287,4 @@ def _open_tfds(name: str, split: str, builder: Any) -> ImageSource:
     shape = features["image"].shape
     if class_names == imagenet.wordnet_ids():
         class_names = imagenet.imagenet_classes()
-    return TfdsImages(name, split, class_names, data_source, shape)
+    return TfdsImages(name, split, class_names, data_source, shape, str(builder.version))

@@ -148,6 +148,7 @@ class CacheWriter:
       num_examples: Number of examples in the finished cache.
       dataset, split, pictures: Name of the dataset, its split, and the preprocessing of its images.
         They are recorded, and compared when an extraction resumes.
+      examples: Fingerprint of the images, recorded and compared likewise.
       tokenizer_name: A readable name of the tokenizer, for error messages.
       shard_size: Examples per shard.
 
@@ -168,6 +169,7 @@ class CacheWriter:
         dataset: str = "",
         split: str = "",
         pictures: dict[str, Any] | None = None,
+        examples: str = "",
         tokenizer_name: str = "",
         shard_size: int = 16384,
     ):
@@ -182,6 +184,7 @@ class CacheWriter:
             "dataset": dataset,
             "split": split,
             "pictures": pictures or {},
+            "examples": examples,
             "num_examples": num_examples,
             "shard_size": shard_size,
             "views": list(views),

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,9 @@ class TarImages(ImageSource):
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def _content(self) -> Iterable[Any]:
+        return self.sizes, self.labels
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
@@ -114,7 +117,9 @@ def open_imagenet(root: Path, split: str) -> ImageSource:
     folder = next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
     if folder is not None:
         paths, labels = _in_folder(folder, split)
-        return FolderImages(NAME, split, imagenet_classes(), paths, labels, as_stored=True)
+        return FolderImages(
+            NAME, split, imagenet_classes(), paths, labels, as_stored=True, root=folder
+        )
     if tar.is_file():
         return TarImages(NAME, split, imagenet_classes(), tar, **_tar_index(tar, split))
     raise FileNotFoundError(

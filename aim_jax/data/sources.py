@@ -1,19 +1,27 @@
 """Sources of labelled images with random access: memory, files and TensorFlow Datasets."""
 
 import abc
+import hashlib
 import io
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from aim_jax.utils.names import short_list
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
+# Folders that systems and archives leave behind, beside hidden ones.
+BOOKKEEPING = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN",
+               "System Volume Information")  # fmt: skip
+GREY_MODES = ("1", "L", "LA")  # of Pillow
 # Total bytes up to which decoded tfds images are kept in memory.
 KEEP_BYTES = 2**30
 # Exceptions that Pillow raises on damaged files.
@@ -47,6 +55,23 @@ class ImageSource(abc.ABC):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the image and label at an index in [0, len)."""
 
+    @property
+    def summary(self) -> str:
+        """One line about the split as understood: images, classes, what was left aside."""
+        classes = f"{len(self.class_names)} classes ({short_list(self.class_names)})"
+        return f"{self.split}: {len(self)} images of {self.name}; {classes}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of the examples: the same data in the same order have the same one."""
+        digest = hashlib.sha256(repr((self.name, self.split, len(self))).encode())
+        for part in self._content():
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _content(self) -> Iterable[Any]:
+        """Return the parts, as bytes or arrays, that differ between two sets of examples."""
+        return ()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
@@ -55,6 +80,13 @@ class ImageSource(abc.ABC):
             f"{type(self).__name__}(name={self.name!r}, split={self.split!r}, "
             f"images={len(self)}, classes={len(self.class_names)})"
         )
+
+
+def identity_of(sources: Iterable[ImageSource]) -> dict[str, Any]:
+    """Return what tells the splits of one dataset from others, as JSON: classes and contents."""
+    listed = list(sources)
+    contents = {s.split: {"images": len(s), "sha256": s.fingerprint()} for s in listed}
+    return {"class_names": list(listed[0].class_names)} | contents
 
 
 class ArrayImages(ImageSource):
@@ -85,11 +117,15 @@ class ArrayImages(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
+    def _content(self) -> Iterable[Any]:
+        return np.ascontiguousarray(self.images), self.labels
+
 
 class FolderImages(ImageSource):
     """Image files labelled by their class folders, decoded on access.
 
-    `as_stored` is passed to `decode_image`.
+    `as_stored` is passed to `decode_image`. `root` is the folder that names of files are relative
+    to in the fingerprint.
     """
 
     def __init__(
@@ -100,14 +136,29 @@ class FolderImages(ImageSource):
         paths: list[str],
         labels: Sequence[int] | np.ndarray,
         as_stored: bool = False,
+        root: str | os.PathLike = "/",
+        summary: str = "",
     ):
         super().__init__(name, split, class_names)
         self.paths = paths
         self._as_stored = as_stored
+        self._root = root
+        self._summary = summary
         self.labels = np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def summary(self) -> str:
+        """One line about the split as understood: images, classes, what was left aside."""
+        return self._summary or super().summary
+
+    def _content(self) -> Iterable[Any]:
+        for path in self.paths:
+            name = os.path.relpath(path, self._root).replace(os.sep, "/")
+            yield os.fsencode(name) + b"\0%d\0" % os.path.getsize(path)
+        yield self.labels
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
@@ -129,9 +180,11 @@ class TfdsImages(ImageSource):
         class_names: tuple[str, ...],
         data_source: Sequence[Mapping[str, Any]],
         shape: tuple[int | None, ...],
+        version: str = "",
     ):
         super().__init__(name, split, class_names)
         self._data_source = data_source
+        self._version = version
         self._labels = np.full(len(data_source), -1, np.int32)
         self._images: np.ndarray | None = None
         sizes = [size for size in shape if size is not None]
@@ -140,6 +193,9 @@ class TfdsImages(ImageSource):
 
     def __len__(self) -> int:
         return len(self._data_source)
+
+    def _content(self) -> Iterable[Any]:
+        return (self._version.encode(),)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._images is not None and self._labels[index] >= 0:
@@ -172,7 +228,7 @@ def decode_image(
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its mode {image.mode} is not 8 bits per channel")
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            mode = "L" if image.mode in GREY_MODES else "RGB"
             converted: Image.Image = image
             if not as_stored:
                 # When Pillow rotates an image, it rewrites all EXIF tags and fails on damaged ones.
@@ -192,6 +248,15 @@ def decode_image(
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def is_grey(path: str | os.PathLike) -> bool:
+    """Return whether `decode_image` gives one channel; only the head of the file is read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in GREY_MODES
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
     """Raise ValueError, naming examples, unless every label lies in [0, num_classes)."""
     labels = np.asarray(labels)
@@ -204,8 +269,13 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
 
 
 def folders(root: Path) -> list[Path]:
-    """Return the subfolders of a folder, sorted, without hidden ones."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Return the sorted subfolders of a folder, without hidden and bookkeeping ones."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not is_bookkeeping(p.name))
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Return whether a folder is hidden, or one that systems and archives leave behind."""
+    return name.startswith(".") or name in BOOKKEEPING
 
 
 def is_image(name: str) -> bool:
@@ -213,11 +283,26 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def images_in(folder: Path) -> list[str]:
-    """Return the sorted paths of the images in a folder and its subfolders."""
-    return sorted(
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(folder)
-        for name in names
-        if is_image(name)
-    )
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder as `os.walk`, without hidden and bookkeeping folders."""
+    for directory, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not is_bookkeeping(name))
+        yield directory, subfolders, names
+
+
+def images_in(folder: Path, aside: Counter[str] | None = None) -> list[str]:
+    """Return the sorted paths of the images in a folder and its subfolders.
+
+    Args:
+      folder: The folder. Linked folders inside it are not followed.
+      aside: Counter of what is left aside: files by their suffix, and linked folders.
+    """
+    paths = []
+    for directory, subfolders, names in walk(folder):
+        paths += [os.path.join(directory, name) for name in names if is_image(name)]
+        if aside is not None:
+            others = (n for n in names if not is_image(n) and not n.startswith("."))
+            aside.update(f"{os.path.splitext(name)[1] or 'other'} files" for name in others)
+            links = sum(os.path.islink(os.path.join(directory, name)) for name in subfolders)
+            aside.update({"linked folders": links} if links else {})
+    return sorted(paths)

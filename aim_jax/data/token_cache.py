@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 
 from aim_jax.data.loader import Prefetched, index_batches
 from aim_jax.utils.logging import Progress
+from aim_jax.utils.names import short_list
 
 FORMAT = "aim_jax token cache"
 VERSION = 2
@@ -122,6 +123,18 @@ class TokenCache:
             codes[here] = self.shards[shard]["codes"][chosen]
             labels[here] = self.shards[shard]["label"][row_of[here]]
         return codes, labels
+
+    @property
+    def summary(self) -> str:
+        """One line about the cache: images, classes, views."""
+        return (
+            f"{self.path}: tokens of {len(self)} images ({', '.join(self.views)}); "
+            f"{len(self.class_names)} classes ({short_list(self.class_names)})"
+        )
+
+    def fingerprint(self) -> str:
+        """Return a digest of the tokens and labels, from the names of the shards."""
+        return hashlib.sha256("\n".join(self.manifest["shards"]).encode()).hexdigest()
 
     @property
     def views(self) -> tuple[str, ...]:

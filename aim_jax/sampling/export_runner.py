@@ -49,8 +49,8 @@ def class_id(name, stored):
     names = stored["class_names"]
     forms = (
         lambda text: text,
-        lambda text: unicodedata.normalize("NFC", text),
-        lambda text: unicodedata.normalize("NFC", text).casefold().replace("_", " "),
+        lambda text: unicodedata.normalize("NFC", text).strip(),
+        lambda text: unicodedata.normalize("NFC", text).strip().casefold().replace("_", " "),
     )
     for form in forms:
         found = [i for i, other in enumerate(names) if form(other) == form(name)]

@@ -17,7 +17,7 @@ from aim_jax.data.preprocessing import image_spec
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.generate import encode_rows, generate
 from aim_jax.utils.files import replacing
-from aim_jax.utils.images import make_grid, save_png, to_rgb, to_uint8
+from aim_jax.utils.images import class_caption, make_grid, save_png, to_rgb, to_uint8
 from aim_jax.utils.logging import Progress, reminding
 from aim_jax.weights.pretrained import Pretrained
 
@@ -25,6 +25,11 @@ from aim_jax.weights.pretrained import Pretrained
 def class_name(model: Pretrained, label: int) -> str:
     """Return the name of a class, or its id as text if the model has no names."""
     return model.class_names[label] if model.class_names else str(label)
+
+
+def caption(model: Pretrained, label: int) -> str:
+    """Return the caption of a class in a grid."""
+    return class_caption(model.class_names, label)
 
 
 def generate_many(
@@ -127,7 +132,7 @@ def sample_to_directory(
       The paths written, the grid first.
     """
     labels = np.repeat(np.asarray(classes, np.int32), per_class)
-    names = [class_name(model, label) for label in classes]
+    names = [caption(model, label) for label in classes]
     out.mkdir(parents=True, exist_ok=True)
     watch = _GrowingGrid(len(labels), per_class, names, out / "grid.png") if progressive else None
     batches = generate_many(model, labels, seed, batch_size, watch, **settings)
@@ -161,7 +166,7 @@ def compare_settings(
     """
     overrides: list[dict[str, Any]] = [{setting: value} for value in values]
     rows = [np.asarray(generate(model, labels, seed, **row).images) for row in overrides]
-    names = [class_name(model, label) for label in labels]
+    names = [caption(model, label) for label in labels]
     return make_grid(
         np.concatenate(rows), len(labels), [f"{setting} {v:g}" for v in values],
         column_labels=names,
@@ -189,8 +194,8 @@ def interpolate(
     shares = np.linspace(0, 1, steps, dtype=np.float32)
     mixed = with_mixed_classes(model, first, second, shares)
     rows = [np.asarray(generate(mixed, [i] * count, seed).images) for i in range(steps)]
-    names = [f"{1 - s:.0%} {class_name(model, first)}" for s in shares[:-1]]
-    return make_grid(np.concatenate(rows), count, [*names, f"100% {class_name(model, second)}"])
+    names = [f"{1 - s:.0%} {caption(model, first)}" for s in shares[:-1]]
+    return make_grid(np.concatenate(rows), count, [*names, f"100% {caption(model, second)}"])
 
 
 def with_mixed_classes(
@@ -279,5 +284,5 @@ def complete(
     completed = np.concatenate(list(completions))
     completed = completed.reshape(len(originals), count, *originals.shape[1:])
     table = np.concatenate([originals[:, None], kept[:, None], completed], axis=1)
-    names = [class_name(model, label) for label in classes]
+    names = [caption(model, label) for label in classes]
     return make_grid(table.reshape(-1, *originals.shape[1:]), count + 2, names, min_side=min_side)

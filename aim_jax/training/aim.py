@@ -40,7 +40,7 @@ from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
 from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
-from aim_jax.utils.images import make_grid, save_png
+from aim_jax.utils.images import class_caption, make_grid, save_png
 from aim_jax.utils.logging import say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
@@ -194,10 +194,12 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     tokenizer = open_tokenizer(config.tokenizer)
     tokenizer = dataclasses.replace(tokenizer, vq_params=replicate(tokenizer.vq_params, mesh))
     data = open_codes(config, tokenizer, share)
+    for line in data.summary:
+        say(line)
     check_fit(model_config, tokenizer, data)
     fresh = config.init and not has_checkpoint(workdir)
     start = open_start(config.init, model_config) if fresh else None
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, data.identity)
 
     state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:
@@ -232,7 +234,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         classes = range(min(config.sample.classes, model_config.num_classes))
         labels = np.repeat(list(classes), config.sample.per_class)
         images = to_host(generate(as_model(state), labels, config.seed).images)
-        names = [data.class_names[i] for i in classes]
+        names = [class_caption(data.class_names, i) for i in classes]
         if jax.process_index() == 0:
             save_png(make_grid(images, config.sample.per_class, names), path)
 

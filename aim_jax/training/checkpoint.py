@@ -5,6 +5,7 @@ A workdir holds `run.json` (the configuration) and `checkpoints/<step>`.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -26,9 +27,11 @@ from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
+from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
+DATA_KEY = "learned_from"  # entry of the run file beside the settings
 CHUNK_BYTES = 8 * 2**20  # size of a read
 # Settings that may change when a run resumes: its length, reports, paths, devices, the method of
 # computation, and the two settings that help against loss spikes (optimizer.lr and
@@ -284,24 +287,51 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdecimal() for path in (Path(workdir) / "checkpoints").glob("*"))
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+def _check_data(workdir: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raise ValueError if a run would resume on other classes or examples than it began with."""
+    if before is None or before == now:  # the first versions recorded no data
+        return
+    old = before["class_names"]
+    new = now["class_names"]
+    differences = [
+        f"class {i}: {a!r} -> {b!r}"
+        for i, (a, b) in enumerate(itertools.zip_longest(old, new))
+        if a != b
+    ]
+    if not differences:
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                differences.append(f"{name}: {before.get(name)} -> {now.get(name)}")
+    raise ValueError(
+        f"{workdir} is the workdir of a run on other data (its value -> yours): "
+        f"{short_list(differences)}. Use another --workdir, or the data of that run."
+    )
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> None:
     """Mark a workdir as that of this run, or check that it already is.
 
     A run without a checkpoint starts from the beginning, with any settings.
 
+    Args:
+      workdir: Directory of the run.
+      config: Configuration of the run.
+      data: What the run learns from, as JSON: its "class_names", and fingerprints.
+
     Raises:
-      ValueError: The directory has checkpoints of a run with other settings (each difference is
-        named), or of an unknown run.
+      ValueError: The directory has checkpoints of a run with other settings or data (each
+        difference is named), or of an unknown run.
     """
     workdir = Path(workdir)
     file = workdir / RUN_FILE
-    new = json.loads(config.to_json_best_effort())
+    new = json.loads(config.to_json_best_effort()) | {DATA_KEY: data}
     resumes = has_checkpoint(workdir)
     if resumes and file.exists():
         old = json.loads(file.read_text())
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
+        _check_data(workdir, old.pop(DATA_KEY, None), new.pop(DATA_KEY))
         before = flatten(old)
         after = flatten(new)
         changed = {
@@ -325,4 +355,4 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(file, new)
+        write_json(file, new | {DATA_KEY: data})

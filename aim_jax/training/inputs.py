@@ -14,6 +14,7 @@ from aim_jax.data import (
     TokenCache,
     check_alike,
     check_images,
+    identity_of,
     image_batches,
     open_images,
     token_batches,
@@ -54,6 +55,8 @@ class CodeData:
     """Training tokens from one or several token caches, and validation tokens from the first.
 
     Attributes:
+      summary: Lines about the data as understood.
+      identity: What the data are, for `claim_workdir`.
       unigram_entropy: Nats per token of the marginal distribution of the first cache's tokens: the
         loss of a model that ignores class, position and context.
     """
@@ -72,6 +75,12 @@ class CodeData:
         self.vocab_size = first.vocab_size
         self.train_size = sum(len(cache) for cache in self._train)
         self.validation_size = len(self._validation)
+        self.summary = [cache.summary for cache in (*self._train, self._validation)]
+        self.identity = {
+            "class_names": list(first.class_names),
+            "train": [cache.fingerprint() for cache in self._train],
+            "validation": self._validation.fingerprint(),
+        }
         self.unigram_entropy = unigram_entropy(first)
 
     def encode(self, batch: dict, after: Any = None) -> dict:
@@ -125,6 +134,8 @@ class EncodedImages:
         self.vocab_size = vq.n_embed
         self.train_size = len(self._train)
         self.validation_size = len(self._validation)
+        self.summary = [self._train.summary, self._validation.summary]
+        self.identity = identity_of([self._train, self._validation])
 
         def encode(params: dict, images: jax.Array) -> jax.Array:
             def encode_part(part: jax.Array) -> jax.Array:

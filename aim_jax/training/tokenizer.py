@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from aim_jax.data import check_images, image_batches, open_images
+from aim_jax.data import check_images, identity_of, image_batches, open_images
 from aim_jax.data.preprocessing import describe_data, image_spec
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.models.codebook import (
@@ -296,6 +296,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         for split in ("train", "validation")
     }
     for source in sources.values():
+        say(source.summary)
         check_images(source, spec)
     lpips_params = open_lpips(config.lpips, recipe.losses, config.data.image_size)
     lpips_params = replicate(lpips_params, mesh)
@@ -304,7 +305,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     start = None
     if fresh:
         start = open_start(config.init, recipe.model, config.decoder_only, config.export_dtype)
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, identity_of(sources.values()))
 
     state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:

@@ -1,6 +1,11 @@
 """Labelled image grids, PNG files and pixel formats."""
 
+import functools
+import io
 import os
+import unicodedata
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -30,7 +35,7 @@ def make_grid(
     Args:
       images: uint8 (n, H, W, c), row by row.
       columns: images per row.
-      row_labels: one caption per row.
+      row_labels: one caption per row. A character that the font lacks is shown by its code point.
       min_side: minimum height in pixels; smaller images are enlarged by an integer factor, without
         interpolation.
       column_labels: one caption per column, truncated to the width of the column.
@@ -41,7 +46,8 @@ def make_grid(
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = height * factor + MARGIN, width * factor + MARGIN
     rows = -(-n // columns)
-    font = ImageFont.load_default(size=max(12, min(20, height // 4)))
+    font = load_font(max(12, min(20, height // 4)))
+    row_labels = [_showable(label) for label in row_labels or []]
     left = 0
     if row_labels:
         left = int(max(font.getlength(label) for label in row_labels)) + 12
@@ -53,16 +59,47 @@ def make_grid(
         corner = left + MARGIN + column * width, top + MARGIN + row * height
         canvas.paste(Image.fromarray(image), corner)
     draw = ImageDraw.Draw(canvas)
-    for row, label in enumerate(row_labels or []):
+    for row, label in enumerate(row_labels):
         middle = top + row * height + height // 2
         draw.text((6, middle), label, fill="black", font=font, anchor="lm")
-    small_font = ImageFont.load_default(size=12)
-    for column, label in enumerate(column_labels or []):
+    small_font = load_font(12)
+    for column, label in enumerate(map(_showable, column_labels or [])):
         while small_font.getlength(label) > width:
             label = label[:-1]
         center = left + MARGIN + column * width + width // 2, top // 2
         draw.text(center, label, fill="black", font=small_font, anchor="mm")
     return canvas
+
+
+@functools.cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font of captions: DejaVu Sans with Latin, Greek and Cyrillic letters."""
+    file = resources.files("aim_jax.utils") / "fonts" / "DejaVuSans.ttf"
+    data = io.BytesIO(file.read_bytes())
+    return ImageFont.truetype(data, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.cache
+def _has_glyph(character: str) -> bool:
+    if "\ud800" <= character <= "\udfff":  # a byte of a file name that is not UTF-8
+        return False
+    if character.isspace():
+        return True
+    font = load_font(12)
+    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+
+
+def _showable(text: str) -> str:
+    """Replace characters that the font of captions lacks by their code points, as U+732B."""
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(c if _has_glyph(c) else f"U+{ord(c):04X}" for c in composed)
+
+
+def class_caption(names: Sequence[str], label: int) -> str:
+    """Return the caption of a class: its name, or its number if letters of the name are missing."""
+    if names and _showable(names[label]) == unicodedata.normalize("NFC", names[label]):
+        return names[label]
+    return str(label)
 
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:

@@ -26,6 +26,7 @@ from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
 from aim_jax.utils.files import replacing
+from aim_jax.utils.names import match_name
 from aim_jax.weights import hub
 
 MODEL_FILE = "model.json"
@@ -140,23 +141,23 @@ class Pretrained:
 def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
     """Return the class ids of names or numbers; without any, all ids, or the first 20 of many.
 
-    Names are compared without case, and underscores count as spaces. An item that is a class name
-    is never read as a number.
+    Names are matched by `aim_jax.utils.names.match_name`. An item that is a class name is never
+    read as a number.
 
     Raises:
-      ValueError: A name is unknown or a number out of range; the message lists the known classes.
-        Or the model holds no AiM.
+      ValueError: A name is unknown or fits several classes, or a number is out of range; the
+        message lists the classes. Or the model holds no AiM.
     """
     if model.aim_config is None:
         raise ValueError(f"{model.name} holds only a tokenizer; sampling needs an AiM.")
     count = model.aim_config.num_classes
     if not classes:
         return list(range(min(count, MOST_CLASSES)))
-    normalize = lambda name: name.strip().lower().replace("_", " ")  # noqa: E731
-    by_name = {normalize(name): i for i, name in enumerate(model.class_names)}
     ids = []
     for item in classes:
-        number = by_name.get(normalize(item), int(item) if item.strip().isdecimal() else -1)
+        number = match_name(item, model.class_names)
+        if number is None:
+            number = int(item) if item.strip().isdecimal() else -1
         if not 0 <= number < count:
             known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
             raise ValueError(f"unknown class {item!r}; {model.name} has the classes {known}.")

@@ -1,5 +1,6 @@
-"""Commands and Python blocks of the documentation."""
+"""Commands and Python blocks of the documentation, and commands of docstrings."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -21,9 +22,8 @@ class Command(NamedTuple):
     """A command of a page.
 
     Attributes:
-      page: path of the page from the root of the repository.
+      page: path of the page or module from the root of the repository.
       words: the command and its arguments, without variables in front of it.
-      directory: directory that a `cd` before it in the same line names, if any.
     """
 
     page: str
@@ -58,4 +58,24 @@ def commands(page: Path) -> list[Command]:
     return found
 
 
-ALL = [command for page in PAGES for command in commands(page)]
+def docstring_commands(file: Path) -> list[Command]:
+    """Return the commands that a module's docstring shows as examples."""
+    text = (ast.get_docstring(ast.parse(file.read_text())) or "").replace("\\\n", " ")
+    prose = re.compile(r"\.( |$)")
+    lines = (line.strip() for line in text.splitlines() if not prose.search(line))
+    return [
+        Command(str(file.relative_to(ROOT)), tuple(shlex.split(line, comments=True)))
+        for line in lines
+        if line.startswith(("aim-jax ", "python benchmarks/", "python launch/", "python tests/"))
+    ]
+
+
+MODULES = sorted(
+    path
+    for folder in ("aim_jax/cli", "configs", "benchmarks", "launch", "tests")
+    for path in (ROOT / folder).glob("*.py")
+)
+ALL = [
+    *(command for page in PAGES for command in commands(page)),
+    *(command for module in MODULES for command in docstring_commands(module)),
+]

@@ -1,4 +1,4 @@
-"""Every command of the documentation is one that exists, with flags and settings that exist.
+"""Every command of pages and docstrings is one that exists, with flags and settings that exist.
 
 `test_snippets` runs them.
 """

@@ -17,14 +17,14 @@ from flax import linen as nn
 
 from aim_jax.cli.common import errors_in_one_line
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
-from aim_jax.data import CacheWriter, extract_codes, make_views, open_images
+from aim_jax.data import CacheWriter, extract_codes, identity_of, make_views, open_images
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.layers import group_to_layer
 from aim_jax.training import aim as train
 from aim_jax.training import loop
 from aim_jax.training import optimizer as optim
 from aim_jax.training import tokenizer as train_vq
-from aim_jax.training.checkpoint import RunCheckpoints
+from aim_jax.training.checkpoint import RunCheckpoints, claim_workdir
 from aim_jax.training.inputs import open_codes
 from aim_jax.training.monitor import BadStepsError, Profiler
 from aim_jax.training.optimizer import accumulated_grads, decay_mask, learning_rate, update_ema
@@ -32,6 +32,8 @@ from aim_jax.weights import convert
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
 from tests.conftest import TINY_AIM, TINY_VQ
+
+pytestmark = pytest.mark.usefixtures("start_once")
 
 
 def small(config, folder):
@@ -77,44 +79,6 @@ def aim_config(picture_folder, codes, tiny_model_dir):
     config.model.update({k: v for k, v in vars(TINY_AIM).items()})
     config.sample.per_class = 2
     return config
-
-
-@pytest.fixture(scope="module")
-def made():
-    """What `start_once` keeps for the tests of this file."""
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def start_once(monkeypatch, made):
-    """Runs of equal configurations share their compiled steps, first states and tokenizers.
-
-    A run spends most of its time on those. Every run gets a copy of the first state of its own, as
-    its steps consume it.
-    """
-    new_setup, create_sharded = train.Setup, train.create_sharded
-    open_tokenizer = train.open_tokenizer
-
-    def once(key, make):
-        if key not in made:
-            made[key] = make()
-        return made[key]
-
-    def setup_once(config):
-        config = config.copy_and_resolve_references()  # tests change theirs afterwards
-        return once(("setup", config.to_json()), lambda: new_setup(config))
-
-    def state_once(make, mesh, rules):
-        first = once(("state", make), lambda: create_sharded(make, mesh, rules))
-        placed = jax.tree.map(lambda x: x.sharding, first)
-        return jax.device_put(first, placed, may_alias=False)
-
-    def tokenizer_once(path):
-        return once(("tokenizer", path), lambda: open_tokenizer(path))
-
-    monkeypatch.setattr(train, "Setup", setup_once)
-    monkeypatch.setattr(train, "create_sharded", state_once)
-    monkeypatch.setattr(train, "open_tokenizer", tokenizer_once)
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +342,47 @@ def test_workdir_of_another_run_is_refused(aim_config, finished_run, tmp_path):
     (tmp_path / "other" / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match="the run they belong to is unknown"):
         train.train(aim_config, tmp_path / "other")
+
+
+def test_identity_a_run_on_other_tokens_is_refused(aim_config, finished_run, codes, tmp_path):
+    """Class names and tokens belong to a run; a copy of them elsewhere does not change it."""
+    shutil.copytree(finished_run(aim_config)[0], tmp_path / "run")
+    shutil.copytree(codes, tmp_path / "codes")
+    aim_config.codes = str(tmp_path / "codes")
+    data = open_codes(aim_config, load_pretrained(aim_config.tokenizer), (0, 1))
+    claim_workdir(tmp_path / "run", aim_config, data.identity)
+    for split in ("train", "validation"):
+        manifest = tmp_path / "codes" / split / "manifest.json"
+        manifest.write_text(manifest.read_text().replace("boat", "ship"))
+    with pytest.raises(ValueError, match=r"other data .*class 0: 'boat' -> 'ship'"):
+        train.train(aim_config, tmp_path / "run")
+    other = data.identity | {"validation": "0" * 64}
+    with pytest.raises(ValueError, match=r"other data .*validation: .* -> 0000"):
+        claim_workdir(tmp_path / "run", aim_config, other)
+
+
+def test_identity_a_run_on_renamed_or_other_images_is_refused(picture_folder, tmp_path):
+    images = shutil.copytree(picture_folder, tmp_path / "images")
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    config = vq_defaults()
+
+    def claim():
+        sources = (open_images("folder", split, images) for split in ("train", "validation"))
+        claim_workdir(tmp_path / "run", config, identity_of(sources))
+
+    (tmp_path / "run" / "run.json").write_text(config.to_json_best_effort())
+    claim()  # a run of the first versions, which recorded no data
+    claim()
+    for split in ("train", "validation"):
+        (images / split / "boat").rename(images / split / "yacht")
+    with pytest.raises(ValueError, match="class 0: 'boat' -> 'house', class 1"):
+        claim()
+    for split in ("train", "validation"):
+        (images / split / "yacht").rename(images / split / "boat")
+    claim()
+    (images / "train" / "boat" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"train: .*'images': 48.* -> .*'images': 47"):
+        claim()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from tests import lpips_weights
 from tests.conftest import ROOT
 from tests.training.test_aim import assert_same_run, interrupt, records
 
+pytestmark = pytest.mark.usefixtures("start_once")
 GOLDEN = ROOT / "tests" / "golden"
 SMALL = VQConfig(
     ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16,
