@@ -283,6 +283,22 @@ def test_gradients_of_all_losses_at_once(start, lpips_params):
     assert 0.4 * ratio == pytest.approx(float(weight), rel=1e-3)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 10.0])
+def test_a_run_tells_all_parts_of_its_loss(start, ratio):
+    """Also the one that makes it negative."""
+    params, batch = start
+    losses = LossConfig(l2=0.5, adversarial=0.4)
+    model = dataclasses.replace(SMALL, entropy_loss_ratio=ratio)
+    compute = functools.partial(
+        gradients, model=model, losses=losses, discriminator=CRITIC, lpips_params=None
+    )
+    _, (metrics, _) = jax.jit(compute)(params, batch, jax.random.key(2), step=jnp.int32(0))
+    parts = [metrics[name] for name in ("rec_loss", "vq_loss", "commit_loss", "entropy_loss")]
+    expected = sum(parts) + metrics["gan_weight"] * metrics["gan_loss"]
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert (float(metrics["entropy_loss"]) < 0) == (ratio > 0)
+
+
 def test_impossible_losses_are_refused():
     with pytest.raises(ValueError, match="all 0"):
         LossConfig(l2=0.0, adversarial=1.0)
