@@ -41,7 +41,7 @@ from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
 from aim_jax.utils.images import class_caption, make_grid, save_png
-from aim_jax.utils.logging import say
+from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import adapt_aim
@@ -201,7 +201,8 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     start = open_start(config.init, model_config) if fresh else None
     claim_workdir(workdir, config, data.identity)
 
-    state = create_sharded(setup.new_state, mesh, setup.rules)
+    with reminding("creating the parameters, with compilation"):
+        state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:
         state = state.with_params(start)
     say(

@@ -52,7 +52,7 @@ from aim_jax.training.loop import Every, Stage
 from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
-from aim_jax.utils.logging import say
+from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
@@ -307,7 +307,8 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
         start = open_start(config.init, recipe.model, config.decoder_only, config.export_dtype)
     claim_workdir(workdir, config, identity_of(sources.values()))
 
-    state = create_sharded(setup.new_state, mesh, setup.rules)
+    with reminding("creating the parameters, with compilation"):
+        state = create_sharded(setup.new_state, mesh, setup.rules)
     if start is not None:
         state = state.with_params(start)
     say(
