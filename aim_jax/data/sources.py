@@ -12,7 +12,12 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Endings of image files; a build of Pillow may lack AVIF and JPEG 2000.
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
+IMAGE_SUFFIXES += tuple(x for x in (".avif", ".jp2") if x in Image.registered_extensions())
 
 # Total bytes up to which decoded tfds images are kept in memory.
 KEEP_BYTES = 2**30
