@@ -14,6 +14,7 @@ from aim_jax.weights.convert.lpips import load_lpips
 from aim_jax.weights.pretrained import load_pretrained
 from tests import lpips_weights
 from tests.conftest import TINY_AIM, TINY_VQ
+from tests.programs import run
 
 ONE, TWO, THREE = (np.full((2, 2), x, np.float32) for x in (1, 2, 3))
 
@@ -202,6 +203,10 @@ def test_unknown_prefixes_are_chosen(weights, tmp_path):
     with pytest.raises(WeightsError, match=r"belong neither to AiM .* pass it as --prefix"):
         convert.to_jax(tmp_path / "w.safetensors", tmp_path / "x")
     same_model(tmp_path / "w.safetensors", weights, tmp_path, prefix="policy.actor.")
+    given = ("--weights", tmp_path / "w.safetensors", "--out", tmp_path / "by_program")
+    done = run("convert", "to-jax", *given, "--prefix", "policy.actor.")
+    assert done.returncode == 0 and (tmp_path / "by_program" / "model.json").is_file()
+    assert f"took the {len(tensors) - 1} tensors policy.actor.*, not the other 1" in done.stderr
 
 
 def test_lpips_of_a_wrapped_module(tmp_path):
@@ -254,6 +259,14 @@ def test_refused_pickles_name_the_refused_type(name):
 
 def test_refusals_without_a_type_are_one_line():
     text = files.refusal(RuntimeError("\x1b[1mUnsupported operand 149\x1b[0m\nmore"))
+    assert text == "it is damaged, or holds more than tensors (Unsupported operand 149)"
+    text = files.refusal(
+        RuntimeError(
+            "Weights only load failed. In PyTorch 2.6, we changed the default value.\nPlease file "
+            "an issue with the following: WeightsUnpickler error: \n\nUnsupported operand 149\n\n"
+            "Check the documentation of torch.load to learn more."
+        )
+    )
     assert text == "it is damaged, or holds more than tensors (Unsupported operand 149)"
     assert files.refusal(KeyError()) == "it is damaged, or holds more than tensors (KeyError)"
 

@@ -52,6 +52,11 @@ REFUSED_TYPES = (
     r"but got <class '([\w.]+)'",
     r"unrecognized function <?(?:(?:built-in )?function |class ')?([\w.]+)",
 )
+# Its general advice, which precedes the reason.
+ADVICE = (
+    r"(?s)Weights only load failed\..*?(?:WeightsUnpickler error:|\n\n)"
+    r"|\n\nCheck the documentation.*"
+)
 REOPEN_AFTER = 128 * 2**20  # bytes read through a memory map before it is opened again
 
 DTYPES = {
@@ -383,8 +388,9 @@ def refusal(error: Exception) -> str:
                 f"it holds {match[1]} beside tensors, which could run code when loaded; save the "
                 "tensors alone (torch.save(model.state_dict(), FILE)) or as safetensors"
             )
-    reason = text.splitlines() or [type(error).__name__]
-    return f"it is damaged, or holds more than tensors ({reason[0][:300]})"
+    lines = [line.strip() for line in re.sub(ADVICE, "", text).splitlines()]
+    reason = next(filter(None, lines), type(error).__name__)
+    return f"it is damaged, or holds more than tensors ({reason[:300]})"
 
 
 def _open_torch(path: Path, weights_key: str) -> tuple[dict[str, LazyTensor], str]:
