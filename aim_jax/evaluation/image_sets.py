@@ -22,10 +22,12 @@ from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, prep
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.sources import UNREADABLE
 from aim_jax.utils.files import replacing
+from aim_jax.utils.logging import say
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 # Images of a source without files that are decoded to learn its sizes.
 LOOKED_AT = 32
+MANY_FILES = 10_000  # about ten seconds
 
 
 class ImageSet(abc.ABC):
@@ -125,6 +127,8 @@ def stored_shapes(sources: Sequence[ImageSource]) -> Counter[tuple[int, int, int
             _, height, width, channels = source.images.shape
             shapes[height, width, channels] += len(source)
         elif isinstance(source, FolderImages):
+            if len(source) >= MANY_FILES:
+                say(f"reading the sizes of {len(source)} images of {source.name}")
             shapes.update(_shape_of_file(source, i) for i in range(len(source)))
         else:
             count = min(LOOKED_AT, len(source))

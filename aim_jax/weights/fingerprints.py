@@ -1,5 +1,7 @@
 """Fingerprints of a model's parameters, which tie evaluation reports to models."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
@@ -22,3 +24,9 @@ def parameter_fingerprints(model: Pretrained) -> dict[str, str]:
 
 def _of_parameters(params: dict) -> str:
     return fingerprint({}, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+
+
+def other_parts(measured: Mapping[str, str], model: Pretrained) -> list[str]:
+    """Return the names of the parts whose fingerprints differ from those of a model."""
+    own = parameter_fingerprints(model)
+    return [name for name, value in measured.items() if own.get(name) != value]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from aim_jax.weights.convert.directories import LEFTOVERS
-from aim_jax.weights.fingerprints import parameter_fingerprints
+from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
@@ -83,9 +83,7 @@ def check_report(report: Mapping, model: Pretrained) -> None:
             "the evaluation report is of images from files (--samples), whose origin is unknown; "
             f"{again}."
         )
-    own = parameter_fingerprints(model)
-    other = [part for part, value in measured.items() if own.get(part) != value]
-    if other:
+    if other := other_parts(measured, model):
         scored = report["settings"].get("model", "another model")
         raise ValueError(
             f"the evaluation report is of other parameters than {model.name}: the "
