@@ -99,9 +99,7 @@ def read_run(workdir: Path) -> Run:
 def _check_parameters(report: Path, measured: dict | None, workdir: Path) -> None:
     """Raise ValueError if a report is of other parameters than the model of a run."""
     if not measured:
-        say(
-            f"{report}: does not record its parameters; its FID may be of an earlier state of the run"
-        )
+        say(f"{report}: does not record its parameters; its FID may be of an earlier state")
     elif other := other_parts(measured, load_pretrained(workdir, as_stored=True)):
         raise ValueError(
             f"{report} is of other parameters than the model of the run (its {' and '.join(other)} "

@@ -17,7 +17,6 @@ from aim_jax.evaluation.image_sets import (
 )
 from aim_jax.models import inception
 from tests import scoring
-from tests.programs import run
 
 SHARED = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
           "random_crop": False, "random_flip": False}  # fmt: skip
@@ -103,9 +102,7 @@ def test_small_images_anywhere_are_not_enlarged_unasked(rng, config, tmp_path):
     for file in ("002.png", "005.png"):
         (folder / file).unlink()
     images = references.open_set(str(folder), None, config, like)
-    assert images.fitted == "2 sizes from 9 x 9 to 8 x 12, to 8 x 8, resize" or images.fitted == (
-        "2 sizes from 8 x 12 to 9 x 9, to 8 x 8, resize"
-    )
+    assert images.fitted == "2 sizes from 9 x 9 to 8 x 12, to 8 x 8, resize"
 
 
 def test_sides_are_those_of_the_turned_image(rng, config, tmp_path):
@@ -248,9 +245,5 @@ def test_files_without_images_or_statistics_say_what_is_missing(config, tmp_path
 
 
 def test_statistics_are_no_samples(tmp_path):
-    stats = save_statistics(tmp_path / "stats.npz")
-    given = ("--samples", stats, "--reference", stats, "--inception", "none")
-    done = run("evaluate", *given, "--out", tmp_path / "out")
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()[-1]) < 500
     with pytest.raises(ValueError, match="images are missing: it holds mu, sigma"):
-        NpzImages(stats)
+        NpzImages(save_statistics(tmp_path / "stats.npz"))

@@ -125,6 +125,8 @@ def test_average_among_the_names_is_taken(capsys):
     found = plain(["ema_model.a.b", "online_model.a.b", "initted", "step"])
     assert found == {"a.b": "ema_model.a.b"}
     assert "took the moving average ema_model.*; the file also holds" in capsys.readouterr().err
+    names = ["module.ema.model.a.b", "module.ema.n_averaged", "module.model.a.b"]
+    assert plain(names) == {"a.b": "module.ema.model.a.b"}
     names = ["model.a.b", "model.c.d", "model_ema.ab", "model_ema.decay", "model_ema.num_updates"]
     assert plain(names) == {"a.b": "model_ema.ab", "c.d": "model.c.d"}  # LitEma drops the dots
     assert plain(names, "model.") == {"a.b": "model.a.b", "c.d": "model.c.d"}

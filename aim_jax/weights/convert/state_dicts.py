@@ -26,7 +26,8 @@ WRAPPERS = frozenset(
 )
 # Attributes under which programs hold the model; they occur at the start of a name.
 HOLDERS = frozenset(
-    {"model", "net", "network", "generator", "state_dict", "aim", "vq_model", "tokenizer"}
+    {"model", "net", "network", "generator", "state_dict", "aim", "gpt", "tokenizer", "vq"}
+    | {"vq_model", "vqgan", "vae", "autoencoder", "first_stage_model"}
 )
 # Entries of averages that are not weights.
 BOOKKEEPING = frozenset({"n_averaged", "num_updates", "decay", "initted", "step"})
@@ -241,7 +242,11 @@ def _average_of(
             f"{where}: holds several moving averages: {listed}; choose one with --prefix."
         )
     start = averages[0] + "."
-    average = {name.removeprefix(start): x for name, x in plain.items() if name.startswith(start)}
+    average = {
+        held_name(name.removeprefix(start)): x
+        for name, x in plain.items()
+        if name.startswith(start)
+    }
     others = {name: x for name, x in plain.items() if not name.startswith(start)}
     if others:
         say(
