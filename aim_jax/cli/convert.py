@@ -3,13 +3,15 @@
 Examples:
   aim-jax convert to-jax --weights aim-large --out models/aim_l
   aim-jax convert to-jax --weights vq_ds16_c2i.pt --out models/vq_f16
+  aim-jax convert to-jax --weights last.ckpt --weights_key state_dict --prefix model. --out mine
   aim-jax convert to-torch --checkpoint models/aim_l --out aim_l.safetensors
   aim-jax convert inception --weights inception-2015-12-05.pt --out inception.safetensors
   aim-jax convert lpips --weights vgg16.pth --heads vgg.pth --out lpips.safetensors
 
 Weights are a .safetensors file, a PyTorch pickle (.bin, .pt), an index of several files, or a
-directory with one of these. Pickles require `pip install 'aim_jax[torch]'`. See the page "Released
-weights" of the documentation for details.
+directory with one of these. Of a checkpoint with a moving average ("ema") beside the model, the
+average is taken; --weights_key names another dictionary. Pickles require
+`pip install 'aim_jax[torch]'`. See the page "Released weights" of the documentation for details.
 """
 
 import argparse
@@ -75,11 +77,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     lpips.add_argument("--weights", required=True, help="VGG16, with or without the linear heads")
     lpips.add_argument("--heads", help="linear heads, if --weights lacks them")
     lpips.add_argument("--out", required=True, help="*.safetensors")
+    for program in (jax, inception, lpips):
+        add_choice(program, "weights")
+    add_choice(jax, "vq", "vq_")
     for program in (jax, torch):
         program.add_argument(
             "--dtype", choices=DTYPES, help="dtype of the weights (default: that of the source)"
         )
     return parser.parse_args(argv)
+
+
+def add_choice(program: argparse.ArgumentParser, of: str, start: str = "") -> None:
+    """Add the options that choose among the tensors of a checkpoint."""
+    program.add_argument(
+        f"--{start}weights_key",
+        default="",
+        metavar="NAME",
+        help=f"dictionary in the pickle --{of} to read, such as ema, model or state_dict; dots "
+        "between nested names (default: a moving average if there is one, else the model)",
+    )
+    program.add_argument(
+        f"--{start}prefix",
+        default="",
+        help=f"take only the tensors of --{of} whose names start with this, without it (prefixes "
+        "of Lightning, FSDP, torch.compile and averaged models are known)",
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -93,11 +115,12 @@ def main(arguments: Sequence[str]) -> None:
     if args.program == "inception":
         from aim_jax.weights.convert.inception import load_inception
 
-        out = save_tensors(load_inception(args.weights), args.out)
+        out = save_tensors(load_inception(args.weights, args.weights_key, args.prefix), args.out)
     elif args.program == "lpips":
         from aim_jax.weights.convert.lpips import load_lpips
 
-        out = save_tensors(load_lpips(args.weights, args.heads), args.out)
+        params = load_lpips(args.weights, args.heads, args.weights_key, args.prefix)
+        out = save_tensors(params, args.out)
     elif args.program == "to-torch":
         out = convert.to_torch(args.checkpoint, args.out, args.dtype)
     else:
@@ -108,5 +131,7 @@ def main(arguments: Sequence[str]) -> None:
             position_offset=args.position_offset, adaln=adaln,
             num_groups=1 if args.adaln == "single" else args.num_groups,
             approximate=args.approximate, class_names=names,
+            weights_key=args.weights_key, prefix=args.prefix,
+            vq_weights_key=args.vq_weights_key, vq_prefix=args.vq_prefix,
         )  # fmt: skip
     say(f"wrote {out}")

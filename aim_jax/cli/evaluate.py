@@ -9,7 +9,8 @@ Examples:
 
 Samples are balanced over the classes, and an interrupted run resumes. The program writes to --out:
 samples.npz (arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and
-neighbours.png with the nearest reference images. --inception accepts the 2015 Inception network in
+neighbours.png with the nearest reference images. If --reference holds only the statistics mu and
+sigma, metrics that need its images are left out. --inception accepts the 2015 Inception network in
 any common format; see the page "Evaluation" of the documentation.
 """
 
@@ -33,7 +34,10 @@ def define_flags() -> None:
         "Images to score instead of sampling: npz, folder, or NAME:SPLIT of a dataset.",
     )
     flags.DEFINE_string(
-        "reference", "", "npz of images, ADM reference npz, folder, or NAME:SPLIT of a dataset."
+        "reference",
+        "",
+        "npz of images, ADM reference npz, npz of FID statistics alone (mu, sigma), folder, or "
+        "NAME:SPLIT of a dataset.",
     )
     flags.DEFINE_string("data", "", "Directory of the dataset; short for --config.data.dir.")
     flags.DEFINE_string(

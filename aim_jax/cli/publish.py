@@ -6,7 +6,6 @@ Example:
   aim-jax publish --checkpoint cifar10 --tokenizer runs/decoder --out models/mine
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -19,7 +18,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "tokenizer", "", "Another tokenizer with the same tokens and a better decoder."
     )
-    flags.DEFINE_string("evaluation", "", "Results of aim-jax evaluate, for the card.")
+    flags.DEFINE_string(
+        "evaluation", "", "Results of aim-jax evaluate for this model, for the card."
+    )
     flags.DEFINE_string(
         "repository",
         "",
@@ -30,9 +31,10 @@ def define_flags() -> None:
 
 def main() -> None:
     """Write the directory, upload it if requested, and print its path."""
+    from aim_jax.evaluation.report import read_report
     from aim_jax.utils.logging import say
     from aim_jax.weights.publish import publish
 
     f = flags.FLAGS
-    report = json.loads((Path(f.evaluation) / "report.json").read_text()) if f.evaluation else None
+    report = read_report(Path(f.evaluation)) if f.evaluation else None
     say(f"wrote {publish(f.checkpoint, f.out, report, f.repository, f.tokenizer)}")

@@ -68,6 +68,7 @@ def main() -> None:
         )
     if f.config.stage != "eval":
         raise ValueError("--config is a training configuration; expected one like --config eval.")
+    sweep.check_metric(f.metric, f.reference)
     if f.write_defaults:
         sweep.check_writable(f.checkpoint, f.config)
     f.config.num_samples = f.num_samples

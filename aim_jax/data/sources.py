@@ -16,7 +16,12 @@ from PIL import ExifTags, Image, ImageOps
 
 from aim_jax.utils.names import short_list
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Endings of image files; a build of Pillow may lack AVIF and JPEG 2000.
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
+IMAGE_SUFFIXES += tuple(x for x in (".avif", ".jp2") if x in Image.registered_extensions())
 
 # Folders that systems and archives leave behind, beside hidden ones.
 BOOKKEEPING = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN",

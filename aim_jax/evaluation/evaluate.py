@@ -27,6 +27,7 @@ from aim_jax.evaluation.references import (
     check_alike,
     open_reference,
     open_set,
+    open_target,
     stored_statistics,
 )
 from aim_jax.evaluation.report import check_out, provenance, write_report
@@ -37,11 +38,17 @@ from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import decode_images, generate
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, reminding, say
+from aim_jax.weights.fingerprints import parameter_fingerprints
 from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import local_encoder
 
 # Minimum number of images in a set: density uses the fifth neighbour of each image.
 FEWEST = 6
+STATISTICS_ALONE = (
+    "The reference holds statistics without images: KID, precision, recall, density, coverage and "
+    "nearest neighbours are left out. Its images must have had the size of the samples, and must "
+    "have been interpolated as here; clean-fid interpolates with antialiasing, which changes FID."
+)
 NOTHING_TO_SCORE = "there is nothing to score: give a model or samples."
 
 
@@ -172,8 +179,8 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
       reference: features of the reference images.
 
     Returns:
-      The metrics fid, kid, precision, recall, density and coverage; sfid and inception_score where
-      they are available. kid and inception_score are [mean, standard deviation]. Then the notes.
+      The metrics fid, and where they are available sfid, inception_score, kid, precision, recall,
+      density and coverage. kid and inception_score are [mean, standard deviation]. Then the notes.
     """
     notes = notes_on_covariances(made, reference)
     with reminding("computing FID"):
@@ -183,19 +190,22 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
             metrics["sfid"] = frechet_distance(made.spatial, reference.spatial)
     if made.inception_score is not None:
         metrics["inception_score"] = list(made.inception_score)
-    progress = Progress("computing KID", "subsets")
-    metrics["kid"] = list(kernel_distance(reference.features, made.features, progress=progress))
-    with reminding("computing precision and recall"):
-        metrics |= precision_recall(reference.features, made.features)
-    with reminding("computing density and coverage"):
-        metrics |= density_coverage(reference.features, made.features)
+    if len(reference.features):
+        progress = Progress("computing KID", "subsets")
+        metrics["kid"] = list(kernel_distance(reference.features, made.features, progress=progress))
+        with reminding("computing precision and recall"):
+            metrics |= precision_recall(reference.features, made.features)
+        with reminding("computing density and coverage"):
+            metrics |= density_coverage(reference.features, made.features)
+    else:
+        notes.append(STATISTICS_ALONE)
     if made.count < 10_000:
         notes.append(
             f"FID of {made.count} samples is larger than FID of 50,000 samples of the same model; "
             "compare it only with FID of equally many samples."
         )
     fewest = min(len(reference.features), len(made.features))
-    if fewest < KERNEL_SUBSET:
+    if 0 < fewest < KERNEL_SUBSET:
         notes.append(
             f"KID uses subsets of {fewest} images instead of {KERNEL_SUBSET}: it is still "
             "unbiased, but its standard deviation is different."
@@ -306,7 +316,7 @@ def check_enough(config: ConfigDict, counts: dict[str, int]) -> None:
 def _images_to_score(
     samples: ImageSet | None,
     model: Pretrained | None,
-    target: ImageSet,
+    target: ImageSet | None,
     config: ConfigDict,
     out: Path,
     reconstructions: bool,
@@ -316,10 +326,21 @@ def _images_to_score(
         return samples, {}
     if model is None:
         raise ValueError(NOTHING_TO_SCORE)
-    if reconstructions:
+    if reconstructions and target is not None:
         file, measured = reconstruct(model, target, config, out)
         return NpzImages(file), measured
     return NpzImages(sample_npz(model, config, out)), {}
+
+
+def _origin(model: Pretrained | None, given: bool, reconstructions: bool) -> dict[str, str]:
+    """Return fingerprints of the parts that made the scored images; {} for images given as files.
+
+    `aim_jax.weights.publish.check_report` compares them with the published model.
+    """
+    if model is None or given:
+        return {}
+    used = dataclasses.replace(model, aim_params=None) if reconstructions else model
+    return parameter_fingerprints(used)
 
 
 def evaluate(
@@ -373,7 +394,12 @@ def evaluate(
         )
     extract = FeatureExtractor(inception_params)
     sample_set = open_set(samples, None, config) if samples else None
-    target = open_set(reference, model, config, sample_set)
+    target = open_target(reference, model, config, sample_set)
+    if reconstructions and target is None:
+        raise ValueError(
+            f"{reference} holds statistics without images, so there is nothing to reconstruct; "
+            "pass a reference with images."
+        )
     source = model if sample_set is None else sample_set
     if source is None:
         raise ValueError(NOTHING_TO_SCORE)
@@ -384,14 +410,15 @@ def evaluate(
     if not reconstructions:
         stored_statistics(reference)
         size = size_of_samples(source) if isinstance(source, Pretrained) else source.shape[1:3]
-        check_alike(scored, size, target)
-        check_enough(config, {
-            "samples": config.num_samples if sample_set is None else len(sample_set),
-            "the reference": len(target),
-        })  # fmt: skip
+        counts = {"samples": config.num_samples if sample_set is None else len(sample_set)}
+        if target is not None:
+            check_alike(scored, size, target)
+            counts["the reference"] = len(target)
+        check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
     made, extra = _images_to_score(sample_set, model, target, config, out, reconstructions)
-    check_alike(made.name, made.shape[1:3], target)
+    if target is not None:
+        check_alike(made.name, made.shape[1:3], target)
     # Reconstructions are compared with the reconstructed images, not with stored statistics.
     ref = open_reference(
         reference, extract, model, config, cache, sample_set, only_images=reconstructions
@@ -415,9 +442,13 @@ def evaluate(
     settings = {"scored": made.name, "images": len(made), "reference": ref.name}
     settings["reference images"] = ref.features.count or "as in the file"
     for role, images in {"scored images": made, "reference": ref.images}.items():
+        if images is None:
+            continue
+        _, height, width, channels = images.shape
+        settings[f"{role}, read as"] = f"{height} x {width}, {'grey' if channels == 1 else 'RGB'}"
         if images.fitted:
             settings[f"{role}, fitted"] = images.fitted
-    if not reconstructions:
+    if not reconstructions and ref.images is not None:
         compared = f"{len(features.features)} and {len(ref.features.features)}"
         settings["images compared one by one"] = compared
     settings["network"] = f"Inception 2015, weights {extract.identity[:12]}"
@@ -428,11 +459,12 @@ def evaluate(
     report = {
         "title": title, "metrics": metrics, "notes": notes + label_notes,
         "settings": settings, "environment": provenance(),
+        "parameters": _origin(model, bool(samples), reconstructions),
     }  # fmt: skip
     write_report(out, report)
     preview = made.take(np.arange(min(100, len(made))))
     save_png(make_grid(preview, 10), out / "images.png")
-    if not reconstructions:
+    if not reconstructions and ref.images is not None:
         neighbours_picture(made, features, ref.images, ref.features, out / "neighbours.png")
     shutil.rmtree(out / ".features", ignore_errors=True)
     for note in report["notes"]:

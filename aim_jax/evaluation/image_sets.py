@@ -9,18 +9,25 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import grain
 import numpy as np
+from PIL import ExifTags, Image
 
 from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, preprocess
 from aim_jax.data.loader import Prefetched
+from aim_jax.data.sources import UNREADABLE
 from aim_jax.utils.files import replacing
+from aim_jax.utils.logging import say
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
+# Images of a source without files that are decoded to learn its sizes.
+LOOKED_AT = 32
+MANY_FILES = 10_000  # about ten seconds
 
 
 class ImageSet(abc.ABC):
@@ -70,11 +77,17 @@ class SourceImages(ImageSet):
     Args:
       sources: image sources that are concatenated, such as the splits of a dataset.
       spec: preprocessing; its random crop and flip are switched off.
+      shapes: see `stored_shapes`; counted here by default.
     """
 
     class_after_class = True
 
-    def __init__(self, sources: Sequence[ImageSource], spec: ImageSpec):
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        spec: ImageSpec,
+        shapes: Mapping[tuple[int, int, int], int] | None = None,
+    ):
         spec = dataclasses.replace(spec, random_crop=False, random_flip=False)
         self._sources = sources
         self._spec = spec
@@ -82,9 +95,7 @@ class SourceImages(ImageSet):
         self.name = f"{sources[0].name}, {' + '.join(source.split for source in sources)}"
         count = int(self._ends[-1])
         self.shape = (count, spec.image_size, spec.image_size, spec.channels)
-        height, width, _ = sources[0][0]["image"].shape
-        if (height, width) != self.shape[1:3]:
-            self.fitted = f"{height} x {width} to {spec.image_size} x {spec.image_size}, {spec.fit}"
+        self.fitted = describe_fit(shapes or stored_shapes(sources), spec)
         content = hashlib.sha256(b"".join(map(_content, sources))).hexdigest()
         self.identity = f"{self.name} {self.shape} {spec} {content}"
 
@@ -105,6 +116,63 @@ class SourceImages(ImageSet):
         return np.stack([self._image(int(i)) for i in indices])
 
 
+def stored_shapes(sources: Sequence[ImageSource]) -> Counter[tuple[int, int, int]]:
+    """Count the shapes (H, W, c) of the images of some sources.
+
+    Of image files and of arrays, every image counts. Of other sources, 32 images are decoded.
+    """
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for source in sources:
+        if isinstance(source, ArrayImages):
+            _, height, width, channels = source.images.shape
+            shapes[height, width, channels] += len(source)
+        elif isinstance(source, FolderImages):
+            if len(source) >= MANY_FILES:
+                say(f"reading the sizes of {len(source)} images of {source.name}")
+            shapes.update(_shape_of_file(source, i) for i in range(len(source)))
+        else:
+            count = min(LOOKED_AT, len(source))
+            for index in np.linspace(0, len(source) - 1, count).astype(int):
+                shapes[source[int(index)]["image"].shape] += 1
+    return shapes
+
+
+def _shape_of_file(source: FolderImages, index: int) -> tuple[int, int, int]:
+    """Return the shape of an image file as `decode_image` gives it, mostly from its header."""
+    with contextlib.suppress(*UNREADABLE), Image.open(source.paths[index]) as image:
+        channels = 1 if image.mode in ("1", "L", "LA") else 3
+        # Only the orientation in EXIF can exchange the sides; Pillow decodes some files to read it.
+        if image.mode[0] not in "IF" and (
+            image.height == image.width or image.getexif().get(ExifTags.Base.Orientation, 1) < 5
+        ):
+            return image.height, image.width, channels
+    height, width, channels = source[index]["image"].shape  # raises if the image is unreadable
+    return height, width, channels
+
+
+def describe_fit(shapes: Mapping[tuple[int, int, int], int], spec: ImageSpec) -> str:
+    """Describe for reports how images are changed to fit a spec; "" if they are not.
+
+    Args:
+      shapes: Number of images by shape (H, W, c).
+      spec: Size, channels and fitting.
+    """
+    side = spec.image_size
+    sizes = sorted({shape[:2] for shape in shapes}, key=lambda size: (math.prod(size), size))
+    parts = []
+    if sizes != [(side, side)]:
+        least, most = (f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+        stored = least if len(sizes) == 1 else f"{len(sizes)} sizes from {least} to {most},"
+        parts.append(f"{stored} to {side} x {side}, {spec.fit}")
+    total = sum(shapes.values())
+    grey = sum(count for shape, count in shapes.items() if shape[2] == 1)
+    if spec.channels == 1 and grey < total:
+        parts.append("colour converted to grey")
+    if spec.channels == 3 and 0 < grey < total:
+        parts.append(f"{grey} of {total} images are grey and read as RGB")
+    return "; ".join(parts)
+
+
 def _content(source: ImageSource) -> bytes:
     """Return a digest that changes whenever the images of a source change."""
     digest = hashlib.sha256()
@@ -118,6 +186,19 @@ def _content(source: ImageSource) -> bytes:
         for index in np.linspace(0, len(source) - 1, 32).astype(int):
             digest.update(source[int(index)]["image"].tobytes())
     return digest.digest()
+
+
+def array_names(path: str | os.PathLike) -> list[str]:
+    """Return the names of the arrays in an npz file; [] if it is no archive.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            return [name.removesuffix(".npy") for name in file.namelist()]
+    except zipfile.BadZipFile:
+        return []
 
 
 class NpzImages(ImageSet):
@@ -147,10 +228,10 @@ class NpzImages(ImageSet):
             )
         count, height, width, channels = shape
         self.shape = (count, height, width, channels)
-        if next(self.batches(64)).max() <= 1:
+        if all(batch.max() <= 1 for batch in self.batches(64)):  # ends at the first larger value
             raise ValueError(
-                f"{path}: the first images have no value above 1, expected pixels in [0, 255]. "
-                "Convert values in [0, 1] with round(x * 255)."
+                f"{path}: the images have no value above 1, expected pixels in [0, 255]. Convert "
+                "values in [0, 1] with round(x * 255)."
             )
 
     def labels(self) -> np.ndarray | None:
@@ -181,7 +262,13 @@ class NpzImages(ImageSet):
                 if fortran:
                     raise ValueError("in Fortran order; save it in C order")
                 yield stream, shape, dtype
-        except (*DAMAGED, KeyError, ValueError, AttributeError) as error:
+        except KeyError:
+            held = ", ".join(array_names(self._path)) or "no arrays"
+            raise ValueError(
+                f"{self._path}: images are missing: it holds {held}, expected {self.KEY} of uint8 "
+                "(n, H, W, c). A reference may hold mu and sigma of FID instead."
+            ) from None
+        except (*DAMAGED, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{self._path}: not a complete npz file with images in {self.KEY!r} ({error})."
             ) from None

@@ -1,8 +1,11 @@
 """References of evaluations: datasets, folders, npz files, statistics of other evaluators."""
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,7 +16,14 @@ from aim_jax.data.sources import FolderImages, images_in
 from aim_jax.evaluation.distribution import Gaussian
 from aim_jax.evaluation.feature_sets import FeatureSet
 from aim_jax.evaluation.features import FeatureExtractor
-from aim_jax.evaluation.image_sets import ImageSet, NpzImages, SourceImages
+from aim_jax.evaluation.image_sets import (
+    DAMAGED,
+    ImageSet,
+    NpzImages,
+    SourceImages,
+    array_names,
+    stored_shapes,
+)
 from aim_jax.models.inception import NUM_FEATURES, NUM_SPATIAL
 from aim_jax.weights.pretrained import Pretrained
 
@@ -23,13 +33,15 @@ class Reference(NamedTuple):
 
     Attributes:
       name: name for the report.
+      identity: changes whenever the reference changes.
       features: see `FeatureSet`; None on all processes but the first.
-      images: the images of the kept features.
+      images: the images of the kept features; None for a file of statistics alone.
     """
 
     name: str
+    identity: str
     features: FeatureSet | None
-    images: ImageSet
+    images: ImageSet | None
 
 
 def open_set(
@@ -42,7 +54,8 @@ def open_set(
     it, and needs no class folders.
 
     Images are preprocessed as for the model, or to the size in the configuration. Without a model
-    and such a size, they are cropped to the size of `like` or, without `like`, of the first image.
+    and such a size, they are read as RGB, and cropped to the size of `like`; without `like`, all of
+    them must be squares of one size.
 
     Args:
       name: see above.
@@ -58,7 +71,8 @@ def open_set(
         return NpzImages(name)
     name, _, split = name.partition(":")
     sources = _open_sources(name, split, config.data.dir or None)
-    return SourceImages(sources, _spec(name, sources[0], model, config, like))
+    shapes = stored_shapes(sources)
+    return SourceImages(sources, _spec(name, shapes, model, config, like), shapes)
 
 
 def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSource]:
@@ -76,12 +90,12 @@ def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSou
 
 def _spec(
     name: str,
-    source: ImageSource,
+    shapes: Counter[tuple[int, int, int]],
     model: Pretrained | None,
     config: ConfigDict,
     like: ImageSet | None,
 ) -> ImageSpec:
-    """Return the preprocessing of the images of a set."""
+    """Return the preprocessing of the images of a set, from the shapes (H, W, c) of all of them."""
     if model is not None and "data" in model.info:
         spec = image_spec(ConfigDict(model.info["data"]))
         if config.data.image_size not in (0, spec.image_size):
@@ -97,22 +111,50 @@ def _spec(
             f"{model.name} does not record the size of its training images; set "
             f"--config.data.image_size for the images of {name!r}."
         )
-    height, width, channels = source[0]["image"].shape
+    sizes = sorted({shape[:2] for shape in shapes})
     if like is not None:
         size = like.shape[1]
+        height, width = min(sizes, key=min)
         if min(height, width) < size:
+            small = sum(count for shape, count in shapes.items() if min(shape[:2]) < size)
+            which = "the images" if small == shapes.total() else f"{small} images"
             raise ValueError(
-                f"the images of {name!r} have {height} x {width} pixels, fewer than {like.name}; "
+                f"{which} of {name!r} have {height} x {width} pixels, fewer than {like.name}; "
                 f"enlarge them with --config.data.image_size={size} and --config.data.fit=pad or "
                 "--config.data.fit=resize."
             )
-        return ImageSpec(size, like.shape[3])
+        return ImageSpec(size)
+    height, width = sizes[0]
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the images of {name!r} have {len(sizes)} sizes, such as {height} x {width} and "
+            f"{sizes[-1][0]} x {sizes[-1][1]} pixels, expected one; set --config.data.image_size, "
+            "the side of the squares to crop from the images."
+        )
     if height != width:
         raise ValueError(
-            f"the first image of {name!r} has {height} x {width} pixels, expected a square; set "
+            f"the images of {name!r} have {height} x {width} pixels, expected squares; set "
             "--config.data.image_size, the side of the squares to crop from the images."
         )
-    return ImageSpec(height, channels)
+    return ImageSpec(height)
+
+
+def open_target(
+    name: str, model: Pretrained | None, config: ConfigDict, like: ImageSet | None = None
+) -> ImageSet | None:
+    """Open the images of a reference, as `open_set`; return None for statistics alone."""
+    return None if statistics_alone(name) else open_set(name, model, config, like)
+
+
+def statistics_alone(name: str) -> bool:
+    """Return whether a reference is an npz file of mu and sigma without images.
+
+    Files of this kind come from pytorch-fid, clean-fid and TTUR.
+    """
+    if not name.endswith(".npz"):
+        return False
+    names = set(array_names(name))
+    return {"mu", "sigma"} <= names and NpzImages.KEY not in names
 
 
 def open_reference(
@@ -129,6 +171,7 @@ def open_reference(
     Args:
       name: see `open_set`. For a reference file of the ADM evaluator, the stored statistics (`mu`,
         `sigma`, `mu_s`, `sigma_s`) are used unchanged, and the images (`arr_0`) for other metrics.
+        A file of statistics alone (`mu`, `sigma`) has features of no images.
       extract: the feature extractor.
       model: see `open_set`.
       config: see `open_set`; `config.neighbour_images` is the number of kept features.
@@ -141,32 +184,53 @@ def open_reference(
       ValueError: see `open_set` and `stored_statistics`.
     """
     statistics = {} if only_images else stored_statistics(name)
+    if statistics_alone(name):
+        if only_images:
+            raise ValueError(f"{name} holds statistics alone; expected a reference with images.")
+        stat = os.stat(name)
+        identity = f"{Path(name).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        none = np.zeros((0, NUM_FEATURES), np.float32)
+        alone = FeatureSet(0, *_gaussians(statistics), none, np.zeros(0, int), None)
+        first = jax.process_index() == 0
+        return Reference(Path(name).name, identity, alone if first else None, None)
     images = open_set(name, model, config, like)
     features = extract.of_cached(images, config.neighbour_images, cache)
     if statistics and features is not None:
-        spatial = None
-        if {"mu_s", "sigma_s"} <= set(statistics):
-            spatial = Gaussian(statistics["mu_s"], statistics["sigma_s"])
-        pool = Gaussian(statistics["mu"], statistics["sigma"])
+        pool, spatial = _gaussians(statistics)
         features = features._replace(count=0, pool=pool, spatial=spatial)
-    return Reference(images.name, features, images)
+    return Reference(images.name, images.identity, features, images)
+
+
+def _gaussians(statistics: dict[str, np.ndarray]) -> tuple[Gaussian, Gaussian | None]:
+    """Return stored statistics for FID, and for sFID if the file has them."""
+    pool = Gaussian(statistics["mu"], statistics["sigma"])
+    if not {"mu_s", "sigma_s"} <= set(statistics):
+        return pool, None
+    return pool, Gaussian(statistics["mu_s"], statistics["sigma_s"])
 
 
 def stored_statistics(name: str) -> dict[str, np.ndarray]:
-    """Load means and covariances from a reference file of the ADM evaluator.
+    """Load means and covariances from a reference file.
+
+    Such files come from the ADM evaluator, and without images from pytorch-fid, clean-fid and TTUR.
 
     Returns:
-      The arrays by name; {} for a reference without stored statistics.
+      The arrays by name, as float64; {} for a reference without stored statistics.
 
     Raises:
-      ValueError: if they have the wrong shapes, are incomplete, or are not finite.
+      ValueError: if the arrays cannot be read, have the wrong shapes, are incomplete, or are not
+        finite.
     """
     if not name.endswith(".npz"):
         return {}
-    with np.load(name, allow_pickle=False) as file:
-        statistics = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
-    if not statistics:
+    names = [k for k in ("mu", "sigma", "mu_s", "sigma_s") if k in array_names(name)]
+    if not names:
         return {}
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            statistics: dict[str, np.ndarray] = {k: np.asarray(file[k], np.float64) for k in names}
+    except (*DAMAGED, ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {', '.join(names)} cannot be read ({error}).") from None
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}

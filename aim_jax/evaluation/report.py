@@ -57,6 +57,30 @@ def write_report(out: Path, report: dict) -> None:
         partial.write_text("\n".join(lines) + "\n")
 
 
+def read_report(directory: Path) -> dict:
+    """Read the report that `write_report` wrote into a directory.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged.
+    """
+    file = directory / "report.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{directory}: holds no report.json; expected the directory --out of aim-jax evaluate."
+        )
+    try:
+        report = json.loads(file.read_text())
+        missing = [k for k in ("metrics", "notes", "settings", "environment") if k not in report]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: is not a report of aim-jax evaluate ({error}).") from None
+    if missing:
+        raise ValueError(
+            f"{file}: is not a report of aim-jax evaluate; {', '.join(missing)} are missing."
+        )
+    return report
+
+
 def check_out(out: Path, title: str) -> None:
     """Check that a directory does not hold a report with another title.
 

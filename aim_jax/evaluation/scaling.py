@@ -11,7 +11,9 @@ import numpy as np
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.perf.flops import training_flops
-from aim_jax.weights.pretrained import MODEL_FILE
+from aim_jax.utils.logging import say
+from aim_jax.weights.fingerprints import other_parts
+from aim_jax.weights.pretrained import MODEL_FILE, load_pretrained
 
 # Settings of a report that must agree for FIDs to be comparable.
 COMPARED = ("images", "reference", "reference images", "network")
@@ -62,7 +64,8 @@ def read_run(workdir: Path) -> Run:
 
     Raises:
       FileNotFoundError: if there is no such run.
-      ValueError: if the run trains a tokenizer or has no validation loss yet.
+      ValueError: if the run trains a tokenizer, has no validation loss yet, or its report is of
+        other parameters than its model.
     """
     model_file = workdir / "model" / MODEL_FILE
     if not model_file.is_file():
@@ -84,11 +87,24 @@ def read_run(workdir: Path) -> Run:
     report = workdir / "evaluation" / "report.json"
     content = json.loads(report.read_text()) if report.exists() else {"metrics": {}}
     fid = content["metrics"].get("fid")
+    if fid is not None:
+        _check_parameters(report, content.get("parameters"), workdir)
     settings = content.get("settings", {})
     compared = None if fid is None else {k: settings.get(k) for k in COMPARED}
     last = losses[-1]
     flops = training_flops(model) * batch * last["step"]
     return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid, compared)
+
+
+def _check_parameters(report: Path, measured: dict | None, workdir: Path) -> None:
+    """Raise ValueError if a report is of other parameters than the model of a run."""
+    if not measured:
+        say(f"{report}: does not record its parameters; its FID may be of an earlier state")
+    elif other := other_parts(measured, load_pretrained(workdir, as_stored=True)):
+        raise ValueError(
+            f"{report} is of other parameters than the model of the run (its {' and '.join(other)} "
+            "changed, as by further training); evaluate the run again, or delete the report."
+        )
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:

@@ -12,7 +12,13 @@ from ml_collections import ConfigDict
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import NpzImages
-from aim_jax.evaluation.references import check_alike, open_reference, open_set
+from aim_jax.evaluation.references import (
+    check_alike,
+    open_reference,
+    open_target,
+    statistics_alone,
+    stored_statistics,
+)
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
@@ -45,6 +51,24 @@ def best_of(rows: Sequence[Mapping], metric: str) -> Mapping:
         raise ValueError(f"no setting has a value of {metric}; see the notes in sweep.md.")
     choose = max if METRICS[metric] else min
     return choose(rows, key=lambda row: value_of(row["metrics"], metric))
+
+
+def check_metric(metric: str, reference: str) -> None:
+    """Check before a sweep that a reference allows the metric.
+
+    Raises:
+      ValueError: if the metric requires images or statistics that the reference does not have.
+    """
+    if not statistics_alone(reference):
+        return
+    missing = metric == "kid" or (
+        metric == "sfid" and not {"mu_s", "sigma_s"} <= set(stored_statistics(reference))
+    )
+    if missing:
+        raise ValueError(
+            f"--metric={metric}: {reference} holds statistics without images, which do not give "
+            f"{metric}; use --metric=fid, or a reference with images."
+        )
 
 
 def sweep(
@@ -80,20 +104,23 @@ def sweep(
     for name, values in grid.items():  # fail before long computations
         for value in values:
             SamplingConfig(**{name: value})
-    target = open_set(reference, model, config)
-    check_alike(model.name, evaluate.size_of_samples(model), target)
+    target = open_target(reference, model, config)
+    if target is not None:
+        check_alike(model.name, evaluate.size_of_samples(model), target)
     extract = FeatureExtractor(inception_params)
     ref = open_reference(reference, extract, model, config, cache)
     if ref.features is None:
         raise ValueError("a sweep runs in a single process; start it without other processes.")
-    counts = {"samples": config.num_samples, "the reference": len(ref.features.features)}
+    counts = {"samples": config.num_samples}
+    if ref.images is not None:
+        counts["the reference"] = len(ref.features.features)
     evaluate.check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
     combinations = [
         dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
     ]
     identity = {
-        "num_samples": config.num_samples, "seed": config.seed, "reference": ref.images.identity,
+        "num_samples": config.num_samples, "seed": config.seed, "reference": ref.identity,
         "neighbour_images": config.neighbour_images,
         "cfg_schedule": evaluate.sampling_settings(model, config)["cfg_schedule"],
         "model": evaluate.identity_of(model), "inception": extract.identity,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from aim_jax.weights.convert.directories import LEFTOVERS
+from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
@@ -28,14 +29,15 @@ def publish(
     Args:
       checkpoint: Model to publish; see `find_model`.
       out: Directory to create.
-      report: Report of `aim_jax.evaluation.evaluate.evaluate` for the card.
+      report: Report of `aim_jax.evaluation.evaluate.evaluate` for the card; see `check_report`.
       repository: "owner/name" on the hub; "" uploads nothing.
       tokenizer: Model directory whose tokenizer replaces the model's own; see
         `Pretrained.with_tokenizer`.
 
     Raises:
       FileExistsError: `out` exists.
-      ValueError: The tokens of the other tokenizer differ from those of the model's own.
+      ValueError: The tokens of the other tokenizer differ from those of the model's own, or the
+        report is not of the published parameters.
     """
     out = Path(out)
     if out.exists():
@@ -47,6 +49,8 @@ def publish(
         files[LEFTOVERS] = functools.partial(shutil.copyfile, source / LEFTOVERS)
     if tokenizer:
         model = model.with_tokenizer(load_pretrained(tokenizer, as_stored=True))
+    if report is not None:
+        check_report(report, model)
     if repository:
         prepare(repository)  # creates the repository, so only once the model is known to load
     model = dataclasses.replace(model, name=str(checkpoint))
@@ -56,6 +60,35 @@ def publish(
     if repository:
         upload(out, repository)
     return out
+
+
+def check_report(report: Mapping, model: Pretrained) -> None:
+    """Check that a report was measured with the parameters of a model.
+
+    Raises:
+      ValueError: The report is of other parameters, or does not say of which.
+    """
+    measured = report.get("parameters")
+    again = (
+        "evaluate the model that you publish: aim-jax evaluate --checkpoint; it reuses the samples "
+        "of its --out, if they are of this model"
+    )
+    if not isinstance(measured, Mapping):
+        raise ValueError(
+            "the evaluation report does not record which parameters it is of, because an older "
+            f"version wrote it; {again}."
+        )
+    if not measured:
+        raise ValueError(
+            "the evaluation report is of images from files (--samples), whose origin is unknown; "
+            f"{again}."
+        )
+    if other := other_parts(measured, model):
+        scored = report["settings"].get("model", "another model")
+        raise ValueError(
+            f"the evaluation report is of other parameters than {model.name}: the "
+            f"{' and the '.join(other)} of {scored} made its images; {again}."
+        )
 
 
 def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:

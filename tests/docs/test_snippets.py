@@ -45,12 +45,12 @@ SKIPPED = {
     r"eval_imagenet": "50,000 images of 256 x 256",
 }
 # Appended to the commands of a program, so that they take seconds.
-SMALL_RUN = ["--config.steps=2", "--config.batch_size=8"] + [
+SMALL_RUN = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.warmup_steps=1"] + [
     f"--config.{event}_every=2" for event in ("log", "eval", "save", "sample")
 ]
 SMALL = {
     "train_vq": [*SMALL_RUN, "--config.model.ch=32", "--config.model.num_res_blocks=1"],
-    "train": [*SMALL_RUN, "--config.model.n_layer=1", "--config.optimizer.warmup_steps=1"],
+    "train": [*SMALL_RUN, "--config.model.n_layer=1"],
     "sample": ["--batch_size=8"],
 }
 RUN = [
@@ -70,6 +70,7 @@ def imagenet_model(tiny_model, tmp_path_factory):
         aim_config=config,
         aim_params=nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))),
         class_names=imagenet_classes(),
+        info={"data": {"image_size": 4, "channels": 1}},
     )
     save_model(root / "model", model)
     done = run("convert", "to-torch", "--checkpoint", root / "model", "--out", root / "official")

@@ -160,7 +160,7 @@ def test_pictures_scored_against_themselves(
             tmp_path / "same_real.npz", cache, reconstructions=True,
         )  # fmt: skip
     Image.new("L", (6, 4)).save(folder / "00.png")
-    with pytest.raises(ValueError, match=r"'.*real' has 4 x 6 pixels, expected a square; set"):
+    with pytest.raises(ValueError, match=r"'.*real' have 2 sizes, such as 4 x 4 and 4 x 6 pixels"):
         references.open_set(str(folder), None, config)
     unsaid = dataclasses.replace(model, info={})
     with pytest.raises(ValueError, match=r"does not record the size .* the images of '.*real'"):

@@ -13,6 +13,7 @@ from aim_jax.evaluation.feature_sets import FeatureSet
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.models import PRESETS
 from aim_jax.utils.images import to_rgb
+from aim_jax.weights.fingerprints import parameter_fingerprints
 from aim_jax.weights.pretrained import load_pretrained, save_model
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
@@ -103,7 +104,7 @@ def test_published_figures_have_the_published_correlation():
         scaling.fit([5, 5], [1, 2])
 
 
-def test_scaling_report_of_runs(tiny_model, tmp_path):
+def test_scaling_report_of_runs(tiny_model, tmp_path, capsys):
     runs = []
     for name, width, loss, fid in (("small", 16, 4.0, 50.0), ("wide", 64, 3.0, 25.0)):
         workdir = tmp_path / name
@@ -116,6 +117,7 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
         made = {"metrics": {"fid": fid}, "settings": {"images": 500, "reference": "cifar10, test"}}
         (workdir / "evaluation" / "report.json").write_text(json.dumps(made))
         runs.append(scaling.read_run(workdir))
+    assert capsys.readouterr().err.count("does not record its parameters") == 2
     assert [run.loss for run in runs] == [4.0, 3.0] and [run.fid for run in runs] == [50.0, 25.0]
     assert runs[1].flops > runs[0].flops and runs[1].parameters > runs[0].parameters
     found = scaling.fits(runs)
@@ -130,6 +132,15 @@ def test_scaling_report_of_runs(tiny_model, tmp_path):
         scaling.report([other, runs[1]])
     with pytest.raises(ValueError, match="at least two runs"):
         scaling.report(runs[:1])
+    capsys.readouterr()
+    made["parameters"] = parameter_fingerprints(tiny_model)
+    (tmp_path / "small" / "evaluation" / "report.json").write_text(json.dumps(made))
+    assert scaling.read_run(tmp_path / "small").fid == 25.0
+    assert not capsys.readouterr().err
+    made["parameters"]["tokenizer"] = "0"
+    (tmp_path / "small" / "evaluation" / "report.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=r"report\.json is of other parameters .* \(its tokenizer"):
+        scaling.read_run(tmp_path / "small")
 
 
 def test_plots(tiny_model, tmp_path):

@@ -163,6 +163,39 @@ def test_incomplete_or_unknown_configurations_are_refused():
         convert.vq_config_from_official({"ch": 32, "codebook": 8})
 
 
+HUB = {
+    "transformers": {
+        "_name_or_path": "someone/model", "architectures": ["AiM"], "model_type": "aim",
+        "torch_dtype": "float32", "transformers_version": "4.40.0", "id2label": {"0": "LABEL_0"},
+        "tie_word_embeddings": True, "pad_token_id": None, "_attn_implementation_autoset": True,
+    },
+    "diffusers": {"_class_name": "AiM", "_diffusers_version": "0.30.0"},
+    "generation": {"do_sample": False, "num_beams": 1, "temperature": 1.0, "max_length": 20},
+    "hub": {"library_name": "aim", "tags": [], "license": "mit", "auto_map": {}, "dtype": "bf16"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("library", HUB)
+def test_entries_of_hub_libraries_are_accepted(library):
+    aim = convert.official_aim_config(TINY_AIM)
+    vq = convert.official_vq_config(TINY_VQ)
+    found = convert.aim_config_from_official(aim | HUB[library], position_offset=0, chunk_size=4)
+    assert found == dataclasses.replace(TINY_AIM, chunk_size=4)
+    entries = {k: v for k, v in HUB[library].items() if k != "tie_word_embeddings"}
+    assert convert.vq_config_from_official(vq | entries) == TINY_VQ
+
+
+def test_entries_that_change_a_network_are_refused():
+    aim = convert.official_aim_config(TINY_AIM)
+    for entry, message in (
+        ({"quantization_config": {"bits": 4}}, r"unknown options \['quantization_config'\]"),
+        ({"rope_theta": 1e4}, "unknown options"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.aim_config_from_official(aim | entry)
+
+
 def infer(tensors):
     """Configuration from nothing but shapes."""
     shapes = {key: tensor.shape for key, tensor in tensors.items()}

@@ -11,6 +11,7 @@ import pytest
 
 from aim_jax import load_pretrained
 from aim_jax.weights.convert.directories import LEFTOVERS
+from aim_jax.weights.fingerprints import parameter_fingerprints
 from aim_jax.weights.hub import PATTERNS
 from aim_jax.weights.publish import publish
 
@@ -59,6 +60,7 @@ def test_published_model_is_loaded_by_its_address(hub, tiny_model, tiny_model_di
     report = {
         "metrics": {"fid": 12.345678, "kid": [0.1, 0.01]}, "notes": ["Few samples."],
         "settings": {"reference": "cifar10, test"}, "environment": {"commit": "abc"},
+        "parameters": parameter_fingerprints(tiny_model),
     }  # fmt: skip
     out = publish(tiny_model_dir, tmp_path / "out", report, "someone/tiny")
     card = (out / "README.md").read_text()

@@ -13,7 +13,8 @@ from aim_jax.weights.convert.configs import (
     vq_config_from_official,
 )
 from aim_jax.weights.convert.directories import load_official, to_jax, to_torch
-from aim_jax.weights.convert.files import WeightsError, open_weights
+from aim_jax.weights.convert.errors import WeightsError
+from aim_jax.weights.convert.files import open_weights
 from aim_jax.weights.convert.rules import (
     TIED_HEAD,
     USAGE_HISTORY,

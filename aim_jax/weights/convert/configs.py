@@ -45,6 +45,25 @@ _MIXER_FREE = {
 }
 _VQ_FIELDS = tuple(f.name for f in dataclasses.fields(VQConfig) if f.name != "compute_dtype")
 _VQ_FREE = {"show_usage"}
+# Entries that the libraries of hubs add to any config.json: they describe the file, or the
+# generation of text, and not the network. Names that begin with "_" are of this kind too.
+_HUB_FREE = {
+    "architectures", "auto_map", "dtype", "finetuning_task", "id2label", "is_composition",
+    "is_decoder", "is_encoder_decoder", "label2id", "library_name", "license", "model_type",
+    "output_attentions", "output_hidden_states", "pipeline_tag", "problem_type", "return_dict",
+    "tags", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "use_bfloat16", "use_cache", "use_return_dict",
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "eos_token_id", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "pad_token_id",
+    "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "top_k", "top_p", "typical_p", "pruned_heads",
+}  # fmt: skip
+_HUB_FIXED = {"tie_word_embeddings": True}
 
 
 def aim_config_from_official(config: Mapping, **overrides: Any) -> AiMConfig:
@@ -62,7 +81,8 @@ def aim_config_from_official(config: Mapping, **overrides: Any) -> AiMConfig:
     mixer = dict(config.pop("ssm_cfg", None) or {})
     group = config.pop("adaln_group", False)
     required = ("d_model", "n_layer", "vocab_size", "num_classes", "num_tokens")
-    fields = _read("config", config, _AIM_FIELDS, _AIM_FIXED, _AIM_FREE, required)
+    config = _without_hub_entries(config)
+    fields = _read("config", config, _AIM_FIELDS, _AIM_FIXED | _HUB_FIXED, _AIM_FREE, required)
     layer = mixer.pop("layer", "Mamba1")
     if layer not in _MIXER_FIELDS:
         raise ValueError(f"ssm_cfg: layer={layer!r}; expected one of {sorted(_MIXER_FIELDS)}.")
@@ -91,7 +111,17 @@ def vq_config_from_official(config: Mapping, **overrides: Any) -> VQConfig:
       ValueError: An option is unknown or not supported.
     """
     names = {name: name for name in _VQ_FIELDS}
-    return VQConfig(**(_read("config", dict(config), names, {}, _VQ_FREE) | overrides))
+    fields = _read("config", _without_hub_entries(config), names, {}, _VQ_FREE)
+    return VQConfig(**(fields | overrides))
+
+
+def _without_hub_entries(config: Mapping) -> dict:
+    """Return a config.json without the entries that the libraries of hubs add to any."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _HUB_FREE and not name.startswith("_")
+    }
 
 
 def _read(

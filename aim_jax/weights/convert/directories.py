@@ -20,8 +20,9 @@ from aim_jax.models.codebook import HISTORY_LENGTH
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import rearrange_adaln
-from aim_jax.weights.convert import configs, files, rules
-from aim_jax.weights.convert.files import LazyTensor, WeightsError
+from aim_jax.weights.convert import configs, files, rules, state_dicts
+from aim_jax.weights.convert.errors import WeightsError
+from aim_jax.weights.convert.files import LazyTensor
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 # Official tensors that are not weights; kept so that the conversion back gives the same file.
@@ -32,15 +33,19 @@ SAMPLING = {"cfg_scale": 5.0, "temperature": 1.0, "top_k": 600, "top_p": 0.98}
 AIM_MODULES = ("backbone", "lm_head")
 VQ_MODULES = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 BESIDES = {rules.TIED_HEAD, rules.USAGE_HISTORY}  # not parameters of their own
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of data-parallel and of compiled modules
 
 Config = TypeVar("Config", AiMConfig, VQConfig)
 
 
 def official_keys(
-    tensors: Mapping[str, LazyTensor], where: str | os.PathLike
+    tensors: Mapping[str, LazyTensor], where: str | os.PathLike, prefix: str = ""
 ) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """Split tensors into those of AiM and of the tokenizer, by official key without wrappers.
+
+    Args:
+      tensors: Tensors by the key in the file.
+      where: The file, for messages.
+      prefix: See `state_dicts.plain_names`.
 
     Raises:
       WeightsError: Keys belong to neither part, or two keys become the same.
@@ -48,19 +53,15 @@ def official_keys(
     aim: dict[str, LazyTensor] = {}
     vq: dict[str, LazyTensor] = {}
     unknown = []
-    seen = set()
-    for key, tensor in tensors.items():
-        name = key
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
-        first = name.split(".", 1)[0]
+    for plain, (key, tensor) in state_dicts.plain_names(tensors, where, prefix).items():
+        first = plain.split(".", 1)[0]
+        name = plain
         if first in AIM_MODULES:
-            name = rules.AIM_PREFIX + name
+            name = rules.AIM_PREFIX + plain
         elif first in VQ_MODULES:
-            name = rules.VQ_PREFIX + name
-        if name in seen:
+            name = rules.VQ_PREFIX + plain
+        if name in aim or name in vq:
             raise WeightsError(f"{where}: {key} occurs under two names.")
-        seen.add(name)
         if name.startswith(rules.AIM_PREFIX):
             aim[name] = tensor
         elif name.startswith(rules.VQ_PREFIX):
@@ -70,7 +71,8 @@ def official_keys(
     if unknown:
         raise WeightsError(
             f"{where}: {len(unknown)} keys belong neither to AiM ({rules.AIM_PREFIX}*) nor to its "
-            f"tokenizer ({rules.VQ_PREFIX}*): {', '.join(sorted(unknown)[:10])}"
+            f"tokenizer ({rules.VQ_PREFIX}*): {', '.join(sorted(unknown)[:10])}. If the weights "
+            "have names with another prefix, pass it as --prefix."
         )
     return aim, vq
 
@@ -153,6 +155,10 @@ def to_jax(
     approximate: bool = False,
     dtype: str | None = None,
     class_names: tuple[str, ...] | None = None,
+    weights_key: str = "",
+    prefix: str = "",
+    vq_weights_key: str = "",
+    vq_prefix: str = "",
 ) -> Path:
     """Convert official weights into a model directory, which is written atomically.
 
@@ -168,6 +174,9 @@ def to_jax(
       approximate: Allow an arrangement that changes the model.
       dtype: Storage dtype; None keeps the dtypes of the file.
       class_names: By default the names of ImageNet for 1000 classes, else none.
+      weights_key: Dictionary of the pickle `weights` to read; see `open_weights`.
+      prefix: Prefix of the names of the tensors to take; see `state_dicts.plain_names`.
+      vq_weights_key, vq_prefix: The same for `vq`.
 
     Raises:
       FileNotFoundError: A file is missing.
@@ -175,7 +184,12 @@ def to_jax(
         model.
     """
     _check_free(Path(out))
-    aim, tokenizer, sources = _open_parts(weights, vq, config)
+    if vq is None and (vq_weights_key or vq_prefix):
+        raise WeightsError("vq_weights_key and vq_prefix describe the file vq, which is not given.")
+    opened = _open_source(weights, weights_key, prefix)
+    other = None if vq is None else _open_source(vq, vq_weights_key, vq_prefix)
+    aim, tokenizer = _parts(opened, other, config)
+    sources = [(path, source.key) for source in (opened, other) if source for path in source.files]
     model = Pretrained(
         name=str(weights),
         aim_config=aim_config(*aim, position_offset=position_offset) if aim.tensors else None,
@@ -190,7 +204,7 @@ def to_jax(
 
     changes: dict[str, Any] = {"class_names": tuple(names), "sampling": dict(SAMPLING)}
     with ThreadPoolExecutor(1) as pool:
-        hashes = pool.map(files.sha256, sources)
+        hashes = pool.map(files.sha256, [path for path, _ in sources])
         if model.aim_config:
             _describe("AiM", aim.tensors, model.aim_config)
             shape = model.aim_config
@@ -204,7 +218,8 @@ def to_jax(
         provenance = {
             "sources": [
                 {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-                for path, digest in zip(sources, hashes, strict=True)
+                | ({"weights_key": key} if key else {})
+                for (path, key), digest in zip(sources, hashes, strict=True)
             ],
             "converter": f"aim_jax {__version__}",
         }
@@ -224,32 +239,53 @@ class Part(NamedTuple):
     config: dict | None
 
 
-def _open_parts(
-    weights: str | os.PathLike,
-    vq: str | os.PathLike | None,
-    config: str | os.PathLike | None,
-) -> tuple[Part, Part, tuple[Path, ...]]:
-    """Return AiM, its tokenizer (either may be empty), and the files that they come from."""
-    opened = files.open_weights(weights)
+class Source(NamedTuple):
+    """Opened weights.
+
+    Attributes:
+      path: The file or directory that was named.
+      aim, vq: Tensors of AiM and of a tokenizer by official key; either may be empty.
+      config: Content of the config.json beside them, or None.
+      files: Files that hold the tensors.
+      key: Dictionary of the file that they were taken from, or "".
+    """
+
+    path: str | os.PathLike
+    aim: dict[str, LazyTensor]
+    vq: dict[str, LazyTensor]
+    config: dict | None
+    files: tuple[Path, ...]
+    key: str
+
+
+def _open_source(path: str | os.PathLike, weights_key: str, prefix: str) -> Source:
+    opened = files.open_weights(path, weights_key)
+    aim, vq = official_keys(opened.tensors, path, prefix)
+    return Source(path, aim, vq, opened.config, opened.files, opened.weights_key)
+
+
+def _parts(
+    opened: Source, other: Source | None, config: str | os.PathLike | None
+) -> tuple[Part, Part]:
+    """Return AiM and its tokenizer, which may be in a file of its own; either may be empty."""
     content = opened.config if config is None else files.read_json(Path(config))
-    aim_tensors, vq_tensors = official_keys(opened.tensors, weights)
-    if not aim_tensors and not vq_tensors:
-        raise WeightsError(f"{weights}: holds neither an AiM nor a tokenizer.")
-    aim = Part(aim_tensors, content)
-    if vq is None:
+    if not opened.aim and not opened.vq:
+        raise WeightsError(f"{opened.path}: holds neither an AiM nor a tokenizer.")
+    aim = Part(opened.aim, content)
+    if other is None:
         # The config.json of a file with both parts describes only the AiM.
-        return aim, Part(vq_tensors, None if aim_tensors else content), opened.files
-    other = files.open_weights(vq)
-    other_aim, tensors = official_keys(other.tensors, vq)
-    if not tensors:
-        raise WeightsError(f"{vq}: holds no tokenizer.")
-    if not aim_tensors:
-        raise WeightsError(f"{weights}: holds no AiM that the tokenizer {vq} could belong to.")
-    if vq_tensors:
-        say(f"ignoring the tokenizer in {weights} in favour of {vq}")
-    if other_aim:
-        say(f"ignoring the AiM in {vq} in favour of {weights}")
-    return aim, Part(tensors, None if other_aim else other.config), (*opened.files, *other.files)
+        return aim, Part(opened.vq, None if opened.aim else content)
+    if not other.vq:
+        raise WeightsError(f"{other.path}: holds no tokenizer.")
+    if not opened.aim:
+        raise WeightsError(
+            f"{opened.path}: holds no AiM that the tokenizer {other.path} could belong to."
+        )
+    if opened.vq:
+        say(f"ignoring the tokenizer in {opened.path} in favour of {other.path}")
+    if other.aim:
+        say(f"ignoring the AiM in {other.path} in favour of {opened.path}")
+    return aim, Part(other.vq, None if other.aim else other.config)
 
 
 def _check_free(out: Path) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -27,15 +28,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aim_jax.utils.files import replacing
+from aim_jax.utils.logging import say
+from aim_jax.weights.convert import state_dicts
+from aim_jax.weights.convert.errors import WeightsError, printable
 from aim_jax.weights.pretrained import flatten
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 CONFIG = "config.json"
+DIFFUSERS = "diffusion_pytorch_model"
 # File names that a directory may hold, in order of preference.
-HUB_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", TORCH, f"{TORCH}.index.json")
+HUB_FILES = tuple(
+    f"{name}{index}"
+    for name in (SAFETENSORS, TORCH, f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin")
+    for index in ("", ".index.json")
+)
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+# Texts of torch's weights-only loader that name the type it refuses.
+REFUSED_TYPES = (
+    r"GLOBAL ([\w.]+)",
+    r"[Uu]nsupported class (?:<class ')?([\w.]+)",
+    r"but got <class '([\w.]+)'",
+    r"unrecognized function <?(?:(?:built-in )?function |class ')?([\w.]+)",
+)
+# Its general advice, which precedes the reason.
+ADVICE = (
+    r"(?s)Weights only load failed\..*?(?:WeightsUnpickler error:|\n\n)"
+    r"|\n\nCheck the documentation.*"
+)
 REOPEN_AFTER = 128 * 2**20  # bytes read through a memory map before it is opened again
 
 DTYPES = {
@@ -51,10 +72,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class WeightsError(ValueError):
-    """A file of weights is damaged, hostile, or not of the expected kind."""
 
 
 class LazyTensor(NamedTuple):
@@ -81,19 +98,23 @@ class WeightFiles(NamedTuple):
       tensors: Tensors by the key in the file.
       files: Files that hold the tensors.
       config: Content of the config.json beside them, or None.
+      weights_key: Dotted name of the dictionary in a pickle that holds the tensors, or "".
     """
 
     tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
     config: dict | None = None
+    weights_key: str = ""
 
 
-def open_weights(path: str | os.PathLike) -> WeightFiles:
+def open_weights(path: str | os.PathLike, weights_key: str = "") -> WeightFiles:
     """Open weights without reading any tensor.
 
     Args:
       path: A .safetensors file; a zip pickle of torch (.bin, .pt, .pth); an index of several such
         files (*.index.json); or a directory that holds one of them under its usual name.
+      weights_key: Dictionary of a pickle to read, with dots between nested names. By default a
+        moving average if there is one ("ema"), else the model.
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -113,8 +134,9 @@ def open_weights(path: str | os.PathLike) -> WeightFiles:
     belongs = path.name in HUB_FILES and _kind(config_file, missing=True)
     config = read_json(config_file) if belongs else None
     if path.name.endswith(".index.json"):
-        return _open_index(path)._replace(config=config)
-    return WeightFiles(_open_file(path), (path,), config)
+        return _open_index(path, weights_key)._replace(config=config)
+    tensors, key = _open_file(path, weights_key)
+    return WeightFiles(tensors, (path,), config, key)
 
 
 def read_json(path: Path) -> dict:
@@ -159,15 +181,21 @@ def _kind(path: Path, missing: bool = False) -> str | None:
     return "file"
 
 
-def _open_file(path: Path) -> dict[str, LazyTensor]:
+def _open_file(path: Path, weights_key: str = "") -> tuple[dict[str, LazyTensor], str]:
+    """Return the tensors of a file, and the name of the dictionary that holds them."""
     if _kind(path) == "directory":
         raise WeightsError(f"{path}: is a directory, expected a file of weights.")
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(ZIP_MAGIC):
-        return _open_torch(path)
+        return _open_torch(path, weights_key)
     if start[8:] == b"{":
-        return _open_safetensors(path)
+        if weights_key:
+            raise WeightsError(
+                f"{path}: is a safetensors file, which holds no dictionaries to choose from with "
+                f"--weights_key {weights_key}; --prefix chooses tensors by name."
+            )
+        return _open_safetensors(path), ""
     raise WeightsError(
         f"{path}: is neither a safetensors file nor a zip file of torch.save (it starts with "
         f"{start[:8].hex(' ') or 'nothing'}). Save files of old torch versions again with a newer "
@@ -175,7 +203,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     )
 
 
-def _open_index(path: Path) -> WeightFiles:
+def _open_index(path: Path, weights_key: str) -> WeightFiles:
     """Open several files and the index that maps keys to files."""
     index = read_json(path)
     weight_map = index.get("weight_map")
@@ -190,10 +218,10 @@ def _open_index(path: Path) -> WeightFiles:
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {len(names)} files are missing: {', '.join(missing[:5])}."
         )
-    shards = {name: _open_file(path.parent / name) for name in names}
+    shards = {name: _open_file(path.parent / name, weights_key) for name in names}
     tensors = {}
     problems = []
-    for name, shard in shards.items():
+    for name, (shard, _) in shards.items():
         for key, tensor in shard.items():
             if weight_map.get(key) != name:
                 problems.append(f"{key}: in {name}, expected in {weight_map.get(key, 'no file')}")
@@ -287,22 +315,32 @@ def write_safetensors(
 # Torch pickles
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read all tensors of a small file by name, even if torch.save wrote it before zip files.
+def read_tensors(path: Path, weights_key: str = "", prefix: str = "") -> dict[str, np.ndarray]:
+    """Read all tensors of a small file by plain name, even if torch.save wrote it before zip files.
+
+    Args:
+      path: The file.
+      weights_key: See `open_weights`.
+      prefix: See `state_dicts.plain_names`.
 
     Raises:
       FileNotFoundError, WeightsError: See `open_weights`.
     """
     with path.open("rb") as file:
         older = file.read(1) == b"\x80"
-    if not older:
-        return {name: tensor.read() for name, tensor in open_weights(path).tensors.items()}
-    torch = import_torch(path, "reading")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.numpy() for name, tensor in state.items()}
-    except Exception as error:  # a hostile pickle can make the loader raise anything
-        raise WeightsError(f"{path}: torch's weights-only loader refuses it ({error}).") from None
+    if older:
+        torch = import_torch(path, "reading")
+        content = _load_torch(torch, path, mmap=False)
+        state = _state_dict(path, content, torch.Tensor, weights_key)
+        try:
+            arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
+        except Exception as error:  # a hostile pickle may hold tensors of any kind
+            raise WeightsError(f"{path}: holds an unsupported kind of tensor ({error}).") from None
+    else:
+        opened = open_weights(path, weights_key).tensors
+        arrays = {name: np.asarray(tensor) for name, tensor in opened.items()}
+    plain = state_dicts.plain_names(arrays, path, prefix)
+    return {name: array for name, (_, array) in plain.items()}
 
 
 def save_tensors(params: dict, path: str | os.PathLike) -> Path:
@@ -324,8 +362,39 @@ def import_torch(path: Path, purpose: str) -> ModuleType:
     return torch
 
 
-def _open_torch(path: Path) -> dict[str, LazyTensor]:
-    """Open the tensors of a zip file that torch.save wrote."""
+def _load_torch(torch: ModuleType, path: Path, mmap: bool = True) -> Any:
+    """Return the content of a pickle by torch's weights-only loader, which runs no code."""
+    try:
+        # Training programs store their parsed arguments beside the weights; a Namespace holds only
+        # names and values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a hostile pickle can make the loader raise anything
+        raise WeightsError(
+            f"{path}: torch's weights-only loader refuses it: {refusal(error)}. None of its code "
+            "was run."
+        ) from None
+
+
+def refusal(error: Exception) -> str:
+    """Return why torch's weights-only loader refused a file, with the refused type if it has one.
+
+    The loader's own message is several lines about options that load the file without protection.
+    """
+    text = printable(str(error)).strip()
+    for pattern in REFUSED_TYPES:
+        if match := re.search(pattern, text):
+            return (
+                f"it holds {match[1]} beside tensors, which could run code when loaded; save the "
+                "tensors alone (torch.save(model.state_dict(), FILE)) or as safetensors"
+            )
+    lines = [line.strip() for line in re.sub(ADVICE, "", text).splitlines()]
+    reason = next(filter(None, lines), type(error).__name__)
+    return f"it is damaged, or holds more than tensors ({reason[:300]})"
+
+
+def _open_torch(path: Path, weights_key: str) -> tuple[dict[str, LazyTensor], str]:
+    """Open the tensors of a zip file that torch.save wrote; return them and their dictionary."""
     _check_zip(path)
     torch = import_torch(path, "reading")
     numpy_dtypes = {
@@ -337,20 +406,10 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         torch.int32: np.dtype(np.int32),
     }
 
-    def load() -> dict:
-        try:
-            # Training programs store their parsed arguments beside the weights; a Namespace holds
-            # only names and values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a hostile pickle can make the loader raise anything
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise WeightsError(
-                f"{path}: torch's weights-only loader refuses it ({reason[0][:300]}); it is "
-                "damaged, or holds more than tensors and would run code when loaded. None of its "
-                "code was run."
-            ) from None
-        return _state_dict(path, content, torch.Tensor)
+    content = _load_torch(torch, path)
+    chosen = _choose(path, content, torch.Tensor, weights_key).key
+    state = _state_dict(path, content, torch.Tensor, weights_key)
+    del content
 
     def copy_of(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().contiguous()
@@ -358,7 +417,6 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
         return np.array(raw.numpy()).view(dtype)
 
-    state = load()
     used = 0
 
     def read(key: str) -> np.ndarray:
@@ -367,7 +425,8 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
         if used > REOPEN_AFTER:
             state = {}
             used = 0
-            state = load()
+            content = _load_torch(torch, path)
+            state = dict(_choose(path, content, torch.Tensor, chosen).content)
         used += state[key].nbytes
         return copy_of(state[key])
 
@@ -392,7 +451,7 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
     return {
         key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], functools.partial(read, key))
         for key, t in state.items()
-    }
+    }, chosen
 
 
 def _check_zip(path: Path) -> None:
@@ -414,20 +473,38 @@ def _check_zip(path: Path) -> None:
         raise WeightsError(f"{path}: declares entries larger than the file.")
 
 
-def _state_dict(path: Path, content: Any, tensor_type: type) -> dict:
-    """Return the tensors of a checkpoint, which may be nested under "model" or "state_dict"."""
-    for name in ("state_dict", "model"):
-        inner = content.get(name) if isinstance(content, dict) else None
-        if isinstance(inner, dict):
-            content = inner
-    if not isinstance(content, dict) or not content:
-        raise WeightsError(
-            f"{path}: expected tensors by name, alone or under 'model' or 'state_dict'; got "
-            f"{type(content).__name__}."
+def _state_dict(path: Path, content: Any, tensor_type: type, weights_key: str = "") -> dict:
+    """Return the tensors of a checkpoint, which may be nested; see `state_dicts.choose`."""
+    chosen = _choose(path, content, tensor_type, weights_key)
+    if chosen.others:
+        say(
+            f"{path}: took the weights under {chosen.key!r}; the file also holds "
+            f"{', '.join(chosen.others)} (--weights_key chooses)"
         )
-    wrong = [str(k) for k, v in content.items() if not isinstance(v, tensor_type)]
-    wrong += [repr(k) for k in content if not isinstance(k, str)]
-    tensors = {k: v for k, v in content.items() if isinstance(v, tensor_type)}
+    return _tensors(path, chosen.content, tensor_type)
+
+
+def _choose(path: Path, content: Any, tensor_type: type, weights_key: str) -> state_dicts.StateDict:
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(
+            f"{path}: expected tensors by name, alone or under names such as 'model' or "
+            f"'state_dict'; got {type(content).__name__}."
+        )
+    try:
+        return state_dicts.choose(content, lambda x: isinstance(x, tensor_type), weights_key)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}.") from None
+
+
+def _tensors(path: Path, content: Mapping, tensor_type: type) -> dict:
+    """Return the tensors of a dictionary, which must hold nothing else but bookkeeping."""
+    tensors = {}
+    wrong = []
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, tensor_type):
+            tensors[key] = value
+        elif key not in state_dicts.BOOKKEEPING or not isinstance(value, int | float | None):
+            wrong.append(key if isinstance(key, str) else repr(key))
     if wrong or not tensors:
         problem = f"entries that are not tensors: {', '.join(wrong[:5])}" if wrong else "no tensors"
         raise WeightsError(f"{path}: holds {problem}.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aim_jax.weights.convert.files import WeightsError
+from aim_jax.weights.convert.errors import WeightsError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 FLOAT = 1  # in the enumerations of both TensorFlow and ONNX

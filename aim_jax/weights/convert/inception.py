@@ -9,7 +9,8 @@ import numpy as np
 
 from aim_jax.models import inception
 from aim_jax.weights.convert import graphs
-from aim_jax.weights.convert.files import WeightsError, read_tensors
+from aim_jax.weights.convert.errors import WeightsError
+from aim_jax.weights.convert.files import read_tensors
 from aim_jax.weights.pretrained import flatten
 
 EPSILON = 1e-3  # epsilon of its batch norms, which have no scale
@@ -46,12 +47,13 @@ PARTS = {
 }  # fmt: skip
 
 
-def load_inception(path: str | os.PathLike) -> dict:
+def load_inception(path: str | os.PathLike, weights_key: str = "", prefix: str = "") -> dict:
     """Load parameters of `aim_jax.models.inception.Inception` from any file of the 2015 network.
 
     Args:
       path: A file as described by `EXPECTED`. The last layer may be missing, which rules out the
         Inception Score.
+      weights_key, prefix: For pickles of torch and safetensors; see `files.read_tensors`.
 
     Returns:
       float32 arrays by layer and "kernel" or "bias", with the batch norms folded in.
@@ -63,7 +65,7 @@ def load_inception(path: str | os.PathLike) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. The weights of Inception are {EXPECTED}.")
-    tensors = _read(path)
+    tensors = _read(path, weights_key, prefix)
     shapes = flatten(inception.shapes(with_logits=True))
     if set(tensors) <= set(shapes) and path.suffix == ".safetensors":
         flat = dict(tensors)
@@ -90,7 +92,7 @@ def load_inception(path: str | os.PathLike) -> dict:
     return params
 
 
-def _read(path: Path) -> Mapping[str, np.ndarray]:
+def _read(path: Path, weights_key: str, prefix: str) -> Mapping[str, np.ndarray]:
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix == ".onnx":
@@ -99,7 +101,7 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
         return graphs.read_graphdef(path)
     if start[:2] == b"PK" and graphs.is_torchscript(path):
         return graphs.read_torchscript(path)
-    return read_tensors(path)
+    return read_tensors(path, weights_key, prefix)
 
 
 def _by_layer(tensors: Mapping, layers: set[str]) -> dict[str, dict[str, np.ndarray]]:

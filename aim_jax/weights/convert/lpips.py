@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from aim_jax.models import lpips
-from aim_jax.weights.convert.files import WeightsError, read_tensors
+from aim_jax.weights.convert.errors import WeightsError
+from aim_jax.weights.convert.files import read_tensors
 from aim_jax.weights.pretrained import flatten
 
 EXPECTED = (
@@ -31,12 +32,18 @@ NAMES = (
 )
 
 
-def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) -> dict:
+def load_lpips(
+    path: str | os.PathLike,
+    heads: str | os.PathLike | None = None,
+    weights_key: str = "",
+    prefix: str = "",
+) -> dict:
     """Load the parameters of `aim_jax.models.lpips.LPIPS` from files of VGG16 and its linear heads.
 
     Args:
       path: A file as described by `EXPECTED`.
       heads: File of the linear heads, if `path` does not hold them.
+      weights_key, prefix: For pickles of torch and safetensors in `path`; see `files.read_tensors`.
 
     Returns:
       float32 arrays.
@@ -50,7 +57,8 @@ def load_lpips(path: str | os.PathLike, heads: str | os.PathLike | None = None) 
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file. The weights of LPIPS are {EXPECTED}.")
-        flat |= _named(_read(file))
+        options = (weights_key, prefix) if file == files[0] else ("", "")
+        flat |= _named(_read(file, *options))
     shapes = flatten(lpips.shapes())
     problems = [f"missing {k}" for k in sorted(set(shapes) - set(flat))]
     for k in sorted(set(shapes) & set(flat)):
@@ -94,21 +102,27 @@ def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _read(path: Path) -> Mapping[str, np.ndarray]:
+def _read(path: Path, weights_key: str, prefix: str) -> Mapping[str, np.ndarray]:
     with path.open("rb") as file:
-        if file.read(1) == b"\x80":
+        pickled = file.read(1) == b"\x80"
+        if pickled:
             file.seek(0)
             try:
                 return flatten(_NumPyUnpickler(file).load())
-            except _RefusedError:
-                pass  # the format of torch.save before zip files, or hostile
+            except _RefusedError as error:  # the format of torch.save before zip files, or hostile
+                refused = error
             except Exception as error:  # a damaged pickle can make the loader raise anything
                 raise WeightsError(f"{path}: is damaged ({error}); download it again.") from None
-    return read_tensors(path)
+    try:
+        return read_tensors(path, weights_key, prefix)
+    except WeightsError as error:
+        if not pickled:
+            raise
+        raise WeightsError(f"{error} As a pickle of NumPy, it is refused: {refused}.") from None
 
 
 class _RefusedError(Exception):
-    """A pickle that holds more than arrays."""
+    """A pickle that holds more than arrays; its message names the refused type."""
 
 
 class _DType:
@@ -165,7 +179,7 @@ class _NumPyUnpickler(pickle.Unpickler):
     def load(self) -> dict:
         content = super().load()
         if not isinstance(content, dict):  # the older format of torch begins with a number
-            raise _RefusedError(type(content).__name__)
+            raise _RefusedError(f"it starts with {type(content).__name__}, as torch's old files do")
         return jax.tree.map(self._array, content)
 
     @staticmethod
