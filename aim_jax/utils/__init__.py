@@ -1,1 +1,1 @@
-"""Atomic file writes, image grids, plots, messages and progress."""
+"""Atomic file writes, image grids, plots, messages, progress and signals."""
