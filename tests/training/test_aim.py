@@ -450,9 +450,7 @@ def test_schedules():
     with pytest.raises(ValueError, match="'step'; expected one of"):
         learning_rate(optimizer, 110)
     optimizer.update(schedule="linear", warmup_steps=200)
-    with pytest.raises(
-        ValueError, match=r"exceeds the 110 steps .* --config.optimizer.warmup_steps=11"
-    ):
+    with pytest.raises(ValueError, match=r"exceeds the 110 steps .* --config\.optimizer\.warm"):
         learning_rate(optimizer, 110)
 
 
