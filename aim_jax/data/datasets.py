@@ -25,6 +25,8 @@ from aim_jax.data.sources import (
     images_in,
     is_image,
 )
+from aim_jax.utils.cache import default_or_cached
+from aim_jax.utils.checks import check_arguments
 
 SPLITS = ("train", "validation", "test")
 KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
@@ -62,6 +64,7 @@ CIFAR10_CLASSES = (
 CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
+@check_arguments
 def open_images(
     name: str, split: str = "train", data_dir: str | os.PathLike | None = None
 ) -> ImageSource:
@@ -264,8 +267,11 @@ def _tfds_builder(name: str, root: Path | None) -> Any:
         if builder.name != name.partition("/")[0]:
             raise ValueError(f"{prepared} holds the dataset {builder.name!r}, not {name!r}")
     else:
+        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        elsewhere = default_or_cached(default, "datasets")
+        options = {} if elsewhere is None else {"data_dir": elsewhere}
         try:
-            builder = tfds.builder(name, file_format="array_record")
+            builder = tfds.builder(name, file_format="array_record", **options)
         except ValueError as error:  # not in the catalog, or not a valid name
             raise ValueError(
                 f"unknown dataset {name!r}: it is neither a folder nor a name in the TensorFlow "
