@@ -14,6 +14,7 @@ from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import NpzImages
 from aim_jax.evaluation.references import check_alike, open_reference, open_set
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub
@@ -47,6 +48,7 @@ def best_of(rows: Sequence[Mapping], metric: str) -> Mapping:
     return choose(rows, key=lambda row: value_of(row["metrics"], metric))
 
 
+@check_arguments
 def sweep(
     model: Pretrained,
     grid: Mapping[str, Sequence],
