@@ -108,7 +108,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 def check_fields(instance: Any) -> None:
     """Check the types of the fields of a dataclass; see `check_type`."""
-    kind = type(instance)
+    kind: Any = type(instance)
     for name, hint in _hints(kind).items():
         check_type(f"{kind.__name__}: {name}", getattr(instance, name), hint)
 
