@@ -5,7 +5,6 @@ python -m tests.end_to_end OUT
 It prints the sampled tokens as JSON; they do not depend on JAX's configuration.
 """
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -79,12 +78,12 @@ def dtypes(tree) -> set[str]:
 
 
 def sampled_tokens() -> dict[str, list]:
-    """Tokens of every implementation and form, with guidance and all filters."""
+    """Tokens of both implementations for CPUs, with guidance and all filters."""
     settings = dict(cfg_scale=3.0, temperature=0.9, top_k=12, top_p=0.95, min_p=0.01)
     model = random_model()
     assert dtypes((model.aim_params, model.vq_params)) == {"float32"}
     found = {}
-    for implementation, form in itertools.product(("xla", "native"), ("recurrent", "dual")):
+    for implementation, form in (("xla", "recurrent"), ("native", "dual")):
         options = dict(implementation=implementation, form=form, cfg_schedule="cosine")
         samples = generate(model, [0, 2, 3], 5, **settings, **options)
         assert samples.tokens.dtype == jnp.int32 and samples.images.dtype == jnp.uint8
@@ -106,7 +105,7 @@ def trained_and_scored(out: Path) -> None:
     images = write_images(out / "images")
     vq, codes, aim = (str(out / name) for name in ("vq", "codes", "aim"))
     more = (
-        "--config.restart_codes=1", "--config.sample.images=4", "--config.model.ch_mult=(1,1)",
+        "--config.sample.images=4", "--config.model.ch_mult=(1,1)",
         "--config.model.ch=32", "--config.model.num_res_blocks=1",
     )  # fmt: skip
     succeed("train_vq", "--config", f"folder_vq:{images}", "--workdir", vq, *SHORT, *more)
