@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from aim_jax.configs.defaults import aim_defaults, eval_defaults, vq_defaults
-from aim_jax.ops.native.build import BuildError, cache_directory
+from aim_jax.ops.native.build import BuildError
 from aim_jax.parallel import processes
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
+from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.logging import say
 from aim_jax.utils.signals import ctrl_c_in_one_line
 
@@ -35,6 +36,8 @@ EXIT_STOPPED = 75
 EXIT_LOST = 69
 # Seconds that a process waits after an error before it exits, if there are several processes.
 GRACE = 5.0
+# Text of JAX's error where the platform of JAX_PLATFORMS is missing.
+NO_BACKEND = "Unable to initialize backend"
 
 
 def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
@@ -108,8 +111,8 @@ def _usual_errors_in_one_line() -> Iterator[None]:
     logging.set_verbosity(logging.WARNING)
     # Orbax also logs the errors that it raises, with tracebacks.
     logging.get_absl_handler().addFilter(_is_not_of_orbax)
-    keep_compiled_programs()
     try:
+        keep_compiled_programs()
         yield
     except (ValueError, OSError, BadStepsError, BuildError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -126,6 +129,16 @@ def _usual_errors_in_one_line() -> Iterator[None]:
         # Usually communication failed because another process was lost.
         print(f"error: a step over all processes failed: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)  # a regular exit would wait for the other processes
+    except RuntimeError as error:
+        if NO_BACKEND not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        print(
+            f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}. Set it to a "
+            "platform of this machine, such as cpu, or unset it.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise SystemExit(1) from None
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:
@@ -331,12 +344,12 @@ def cores_as_devices() -> None:
 def keep_compiled_programs() -> None:
     """Enable JAX's persistent compilation cache, so that a second run compiles little.
 
-    Programs that take over half a second to compile are stored in `cache_directory`.
-    JAX_COMPILATION_CACHE_DIR sets another directory, and JAX_ENABLE_COMPILATION_CACHE=0 disables
-    the cache.
+    Programs that take over half a second to compile are stored in `cache_directory`, which only the
+    user can write, because they are code that runs. JAX_COMPILATION_CACHE_DIR sets another
+    directory, which is not checked, and JAX_ENABLE_COMPILATION_CACHE=0 disables the cache.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from absl import flags
 
 from aim_jax.cli.common import cores_as_devices, define_config
-from aim_jax.ops.native.build import cache_directory
 from aim_jax.parallel import processes
+from aim_jax.utils.cache import cache_directory
 
 
 def define_flags() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     model = load_pretrained(f.checkpoint) if f.checkpoint else None
     report = evaluate(
         model, f.samples, f.reference, load_inception(f.inception), f.config, Path(f.out),
-        cache_directory() / "references", reconstructions=f.reconstruct,
+        cache_directory("references"), reconstructions=f.reconstruct,
     )  # fmt: skip
     if report:
         print((Path(f.out) / "report.md").read_text())

@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import flags
 
 from aim_jax.cli.common import cores_as_devices, define_config, numbers
-from aim_jax.ops.native.build import cache_directory
 from aim_jax.sampling.config import SETTINGS
+from aim_jax.utils.cache import cache_directory
 
 
 def define_flags() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     model = load_pretrained(f.checkpoint)
     rows = sweep.sweep(
         model, grid, f.reference, load_inception(f.inception), f.config, out,
-        cache_directory() / "references",
+        cache_directory("references"),
     )  # fmt: skip
     (out / "sweep.md").write_text(sweep.table(rows))
     best = sweep.best_of(rows, f.metric)

@@ -15,6 +15,8 @@ from PIL import Image
 
 from aim_jax.data import class_folders, imagenet
 from aim_jax.data.sources import ArrayImages, ImageSource, TfdsImages, check_labels, folders
+from aim_jax.utils.cache import default_or_cached
+from aim_jax.utils.checks import check_arguments
 
 SPLITS = ("train", "validation", "test")
 KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
@@ -51,6 +53,7 @@ CIFAR10_CLASSES = (
 CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
+@check_arguments
 def open_images(
     name: str, split: str = "train", data_dir: str | os.PathLike | None = None
 ) -> ImageSource:
@@ -197,8 +200,11 @@ def _tfds_builder(name: str, root: Path | None) -> Any:
         if builder.name != name.partition("/")[0]:
             raise ValueError(f"{prepared} holds the dataset {builder.name!r}, not {name!r}")
     else:
+        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        elsewhere = default_or_cached(default, "datasets")
+        options = {} if elsewhere is None else {"data_dir": elsewhere}
         try:
-            builder = tfds.builder(name, file_format="array_record")
+            builder = tfds.builder(name, file_format="array_record", **options)
         except ValueError as error:  # not in the catalog, or not a valid name
             raise ValueError(
                 f"unknown dataset {name!r}: it is neither a folder nor a name in the TensorFlow "

@@ -26,6 +26,7 @@ from aim_jax.data.sources import (
     images_in,
     is_image,
 )
+from aim_jax.utils.cache import writable_or_cached
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import Progress
 
@@ -103,7 +104,8 @@ def open_imagenet(root: Path, split: str) -> ImageSource:
       root: Directory that holds `train/ID/*.JPEG` or ILSVRC2012_img_train.tar to open "train", and
         `val/ID/*.JPEG`, `val/ILSVRC2012_val_*.JPEG` or ILSVRC2012_img_val.tar to open "validation"
         (ID: a WordNet id; the folder may be named "validation" too). Folders take precedence. When
-        a tar file is opened for the first time, its index is written beside it (`*.index.npz`).
+        a tar file is opened for the first time, its index is written beside it (`*.index.npz`), or
+        to the cache directory if that is read-only.
       split: "train" or "validation".
 
     Raises:
@@ -170,19 +172,19 @@ def _numbered_labels(names: Sequence[str], source: Path) -> np.ndarray:
 def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
     """Return offsets, sizes and labels of the images of a tar file, from the index beside it.
 
-    The index is created if it does not exist or belongs to another version of the tar file.
+    The index is created if it does not exist or belongs to another version of the tar file. It is
+    kept in the cache directory if the directory of the tar file is read-only.
     """
-    file = tar.with_name(f"{tar.name}.index.npz")
+    beside = tar.with_name(f"{tar.name}.index.npz")
     status = tar.stat()
     stamp = np.array([status.st_size, status.st_mtime_ns])
-    if file.is_file():
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                index = dict(saved)
-            if np.array_equal(index.pop("stamp"), stamp):
-                return index
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove it") from error
+    index = _saved_index(beside, stamp)
+    if index is not None:
+        return index
+    file = writable_or_cached(beside)
+    index = None if file == beside else _saved_index(file, stamp)
+    if index is not None:
+        return index
     index = _make_tar_index(tar, split, status.st_size)
     arrays: dict[str, Any] = {"stamp": stamp, **index}
     try:
@@ -194,6 +196,18 @@ def _tar_index(tar: Path, split: str) -> dict[str, np.ndarray]:
             "writable directory, and use that directory"
         ) from error
     return index
+
+
+def _saved_index(file: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
+    """Read an index; None if there is none, or it is of another version of the tar file."""
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            index = dict(saved)
+        return index if np.array_equal(index.pop("stamp"), stamp) else None
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it") from error
 
 
 def _make_tar_index(tar: Path, split: str, size: int) -> dict[str, np.ndarray]:

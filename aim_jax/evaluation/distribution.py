@@ -205,7 +205,8 @@ def _squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     """Compute the squared distances (a, n) between x (a, d) and y (n, d)."""
     with jax.default_matmul_precision("highest"):
         products = x @ y.T
-    return jnp.maximum(jnp.sum(x**2, 1)[:, None] - 2 * products + jnp.sum(y**2, 1), 0)
+    squares = jnp.sum(x**2, 1)[:, None] - 2 * products + jnp.sum(y**2, 1)[None]
+    return jnp.maximum(squares, 0)
 
 
 def _blocks(x: np.ndarray, max_rows: int = 1000) -> Iterator[np.ndarray]:
@@ -248,7 +249,7 @@ class Overlap(NamedTuple):
 
 @jax.jit
 def _membership(x: jax.Array, features: jax.Array, radii: jax.Array) -> jax.Array:
-    return _squared_distances(x, features) <= radii
+    return _squared_distances(x, features) <= radii[None]
 
 
 def overlap(features: np.ndarray, manifold: Manifold) -> Overlap:

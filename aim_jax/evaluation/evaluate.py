@@ -36,6 +36,7 @@ from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import decode_images, generate
+from aim_jax.utils.checks import check_arguments, check_integer
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, reminding, say
 from aim_jax.weights.fingerprints import parameter_fingerprints
@@ -343,6 +344,7 @@ def _origin(model: Pretrained | None, given: bool, reconstructions: bool) -> dic
     return parameter_fingerprints(used)
 
 
+@check_arguments
 def evaluate(
     model: Pretrained | None,
     samples: str,
@@ -375,6 +377,8 @@ def evaluate(
       ValueError: if the configuration, the model, the samples and the reference do not fit
         together, or there are too few images.
     """
+    for name in ("num_samples", "batch_size", "seed", "neighbour_images"):
+        check_integer(f"config.{name}", config.get(name))
     if config.stage != "eval" or config.batch_size < 1 or config.num_samples < 2:
         raise ValueError(
             f"the configuration has stage {config.stage!r}, batch_size {config.batch_size} and "

@@ -20,6 +20,7 @@ from aim_jax.evaluation.references import (
     stored_statistics,
 )
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub
@@ -71,6 +72,7 @@ def check_metric(metric: str, reference: str) -> None:
         )
 
 
+@check_arguments
 def sweep(
     model: Pretrained,
     grid: Mapping[str, Sequence],

@@ -32,6 +32,7 @@ from aim_jax.models.mamba2 import (
     init_mamba2_dual_cache,
 )
 from aim_jax.parallel.sharding import constrain
+from aim_jax.utils.checks import check_arguments
 
 MODULES: dict[str, tuple] = {
     "mamba1": (Mamba1, init_mamba1_cache),
@@ -180,7 +181,7 @@ class AiM(nn.Module):
     def features(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
         """Compute the features (b, t, d) that the output matrix is applied to; see `__call__`."""
         start, modulation = self.condition(labels, train)
-        x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1))
+        x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1, dtype=jnp.int32))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
         carry, _ = self.stack(x, modulation)
         hidden, residual = carry
@@ -196,7 +197,7 @@ class AiM(nn.Module):
         x = self.token_embedding(codes)
         if not self.config.positions:
             return x
-        return x + self.position_embedding(index + self.config.position_offset)
+        return x + self.position_embedding(index + self.config.position_offset)[None]
 
     def forward(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
@@ -256,6 +257,7 @@ class AiM(nn.Module):
         return gathered(table, ("vocab", "embed"))
 
 
+@check_arguments
 def init_cache(
     config: AiMConfig, batch: int, *, dual: int | None = None, dtype: str = "float32"
 ) -> Cache:

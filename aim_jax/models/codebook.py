@@ -62,7 +62,7 @@ class VectorQuantizer(nn.Module):
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             codebook = jax.random.uniform(
-                key, shape, minval=-1 / cfg.n_embed, maxval=1 / cfg.n_embed
+                key, shape, jnp.float32, -1 / cfg.n_embed, 1 / cfg.n_embed
             )
             return unit(codebook) if cfg.l2_norm else codebook
 
@@ -84,7 +84,7 @@ class VectorQuantizer(nn.Module):
         products = jnp.matmul(flat, codebook.T, precision="highest")
         distances = (
             jnp.sum(jnp.square(flat), axis=1, keepdims=True)
-            + jnp.sum(jnp.square(codebook), axis=1)
+            + jnp.sum(jnp.square(codebook), axis=1)[None]
             - 2 * products
         )
         indices = jnp.argmin(distances, axis=1)

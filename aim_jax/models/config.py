@@ -3,8 +3,18 @@
 import dataclasses
 import math
 
+from aim_jax.utils.checks import (
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    check_fields,
+    check_integer,
+    check_number,
+)
+
 MIXERS = ("mamba1", "mamba2")
 REMAT = ("none", "full", "dots")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 # Fields that change speed and memory; results change by rounding only.
 HOW_COMPUTED = ("chunk_size", "scan_implementation", "remat", "logits_chunk", "scan_unroll")
 
@@ -78,7 +88,9 @@ class AiMConfig:
             if not ok:
                 raise ValueError(f"AiMConfig: {message}")
 
-        for name, known in (("mixer", MIXERS), ("remat", REMAT)):
+        check_fields(self)
+        choices = (("mixer", MIXERS), ("remat", REMAT), ("compute_dtype", COMPUTE_DTYPES))
+        for name, known in choices:
             value = getattr(self, name)
             require(value in known, f"{name}={value!r}; expected one of {', '.join(known)}.")
         require(
@@ -98,6 +110,10 @@ class AiMConfig:
             is_size = isinstance(value, int) and 1 <= value < 2**31  # JAX counts in int32
             require(is_size, f"{name}={value!r}; expected an integer from 1 to {2**31 - 1}.")
         require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
+        check_integer("AiMConfig: d_intermediate", self.d_intermediate)
+        check_number("AiMConfig: class_dropout", self.class_dropout, FRACTION)
+        check_number("AiMConfig: token_dropout", self.token_dropout, BELOW_ONE)
+        check_number("AiMConfig: norm_eps", self.norm_eps, NOT_NEGATIVE)
         if self.mixer == "mamba2":
             require(
                 self.d_inner % self.headdim == 0,
@@ -184,7 +200,21 @@ class VQConfig:
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        sizes = ("in_channels", "out_channels", "ch", "z_channels", "embed_dim", "n_embed")
+        for name in (*sizes, "num_res_blocks"):
+            check_integer(f"VQConfig: {name}", getattr(self, name), 1)
+        for number in self.ch_mult:
+            check_integer("VQConfig: ch_mult", number, 1)
+        for name in ("beta", "entropy_loss_ratio"):
+            check_number(f"VQConfig: {name}", getattr(self, name), NOT_NEGATIVE)
+        check_number("VQConfig: dropout", self.dropout, BELOW_ONE)
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"VQConfig: compute_dtype={self.compute_dtype!r}; expected one of "
+                f"{', '.join(COMPUTE_DTYPES)}."
+            )
         narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
         if not self.ch_mult or self.ch % NORM_GROUPS or narrow:
             raise ValueError(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from aim_jax.ops.reference import with_rank
+
 SIDE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
@@ -203,8 +205,8 @@ class Convolution(nn.Module):
         """Convolve x (b, h, w, c) to (b, h', w', features)."""
         features, (rows, columns), stride, padding = self.conv
         shape = (rows, columns, x.shape[-1], features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (features,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         if shape[:2] == (1, 1) or (stride > 1 and x.shape[-1] > 3):
             x = _sum_of_products(x, kernel, stride)
         else:
@@ -215,7 +217,7 @@ class Convolution(nn.Module):
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
             x = x[:, 1:-1, 1:-1] if cropped else x
-        return nn.relu(x + bias)
+        return nn.relu(x + with_rank(bias, x.ndim))
 
 
 def _sum_of_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from aim_jax import ops
+from aim_jax.ops.reference import with_rank
 from aim_jax.parallel.sharding import constrain
 
 
@@ -25,7 +26,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-5) -> jax.Array:
     The result is at least float32.
     """
     x = at_least_fp32(x)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * rstd * with_rank(weight, x.ndim)
 
 
 def gated_rms_norm(
@@ -78,7 +80,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize x over its last axis, in at least float32."""
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.eps)
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],), jnp.float32), self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -96,7 +98,7 @@ class GatedRMSNorm(nn.Module):
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         """Gate x by z and normalize over the last axis, in at least float32."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("inner",))
-        weight = self.param("scale", init, (x.shape[-1],))
+        weight = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return gated_rms_norm(x, z, weight, eps=self.eps, group_size=self.group_size)
 
 
@@ -217,7 +219,8 @@ class LabelEmbedder(nn.Module):
     def __call__(self, labels: jax.Array, train: bool = False) -> jax.Array:
         """Embed int labels (b,) as (b, d); training with dropout needs the "dropout" rng."""
         if train and self.dropout:
-            drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropout, labels.shape)
+            rate = jnp.float32(self.dropout)
+            drop = jax.random.bernoulli(self.make_rng("dropout"), rate, labels.shape)
             labels = jnp.where(drop, self.num_classes, labels)
         return self.table(labels)
 
@@ -252,18 +255,19 @@ class AdaLN(nn.Module):
         init = uniform_init(d) if self.table else nn.initializers.zeros
         axes = ("adaln_group", "embed", "adaln_part", "modulation")
         shape = (self.num_groups, d, self.parts, d)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), shape)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         zeros = nn.with_logical_partitioning(
             nn.initializers.zeros, ("adaln_group", "adaln_part", "modulation")
         )
-        bias = self.param("bias", zeros, (self.num_groups, self.parts, d))
-        group = jnp.arange(self.n_layer) % self.num_groups
+        bias = self.param("bias", zeros, (self.num_groups, self.parts, d), jnp.float32)
+        group = jnp.arange(self.n_layer, dtype=jnp.int32) % self.num_groups
         offset = bias[group]
         if self.table:
             init = nn.with_logical_partitioning(
                 nn.initializers.normal(d**-0.5), ("layers", "adaln_part", "modulation")
             )
-            offset = offset + self.param("table", init, (self.n_layer, self.parts, d))
+            table_shape = (self.n_layer, self.parts, d)
+            offset = offset + self.param("table", init, table_shape, jnp.float32)
         kernel = gathered(kernel, axes)
         shared = jnp.einsum("bd,gdpe->gbpe", nn.silu(c), kernel)
         return shared[group] + offset[:, None]

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax.ops.conv2d import conv_general_dilated
+from aim_jax.ops.reference import with_rank
 
 # Widths of the convolutions between poolings (arXiv 1409.1556, configuration D).
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -45,9 +46,9 @@ class LPIPS(nn.Module):
                 f"LPIPS: images of {a.shape[1]} x {a.shape[2]} are too small; expected at least "
                 f"{MIN_SIDE} pixels along both sides."
             )
-        x = (jnp.concatenate([a, b]) - SHIFT) / SCALE
+        x = (jnp.concatenate([a, b]) - with_rank(SHIFT, 4)) / with_rank(SCALE, 4)
         number = 0
-        distance = jnp.zeros(len(a))
+        distance = jnp.zeros(len(a), jnp.float32)
         for i, widths in enumerate(BLOCKS):
             x = nn.max_pool(x, (2, 2), (2, 2)) if i else x
             for width in widths:
@@ -57,7 +58,7 @@ class LPIPS(nn.Module):
                 )  # fmt: skip
                 x = nn.relu(conv(x))
                 number += 1
-            head = self.param(f"head_{i}", nn.initializers.ones, (widths[-1],))
+            head = self.param(f"head_{i}", nn.initializers.ones, (widths[-1],), jnp.float32)
             ours, theirs = jnp.split(_unit(x), 2)
             distance += jnp.mean(jnp.square(ours - theirs) @ head, axis=(1, 2))
         return distance

@@ -77,7 +77,8 @@ class Mamba1(nn.Module):
         A_log = self.param(
             "A_log", nn.with_logical_partitioning(a_log_init, ("inner", "state")), (e, n)
         )
-        D = self.param("D", nn.with_logical_partitioning(nn.initializers.ones, inner), (e,))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, inner)
+        D = self.param("D", ones, (e,), jnp.float32)
         A = -jnp.exp(A_log)
 
         dt = dt.astype(dt_bias.dtype)

@@ -39,7 +39,8 @@ def inverse_softplus_of_log_uniform(
 
     See arXiv 2312.00752, section 3.6.
     """
-    log_dt = jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high))
+    bounds = (jnp.log(jnp.float32(x)) for x in (low, high))
+    log_dt = jax.random.uniform(key, shape, jnp.float32, *bounds)
     dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
 
@@ -92,7 +93,9 @@ class Mamba2(nn.Module):
             "dt_bias", nn.with_logical_partitioning(inverse_softplus_of_log_uniform, heads), (h,)
         )
         A_log = self.param("A_log", nn.with_logical_partitioning(a_log_init, heads), (h,))
-        D = self.param("D", nn.with_logical_partitioning(nn.initializers.ones, heads), (h,))
+        D = self.param(
+            "D", nn.with_logical_partitioning(nn.initializers.ones, heads), (h,), jnp.float32
+        )
         A = -jnp.exp(A_log)
 
         xs = xs.reshape(b, l, h, p)
@@ -120,7 +123,7 @@ class Mamba2(nn.Module):
 
 def a_log_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Initialize A_log so that -A is uniform in [1, 16]."""
-    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, minval=1.0, maxval=16.0))
 
 
 def init_mamba2_cache(config: AiMConfig, batch: int) -> Mamba2Cache:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax.ops.conv2d import conv_general_dilated
+from aim_jax.ops.reference import with_rank
 
 _normal = nn.initializers.normal(0.02)
 
@@ -65,8 +66,12 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize x (b, h, w, c) per channel."""
-        scale = self.param("scale", lambda key, shape: 1 + _normal(key, shape), x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        mean = jnp.mean(x, axis=(0, 1, 2))
-        variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
+        scale = self.param(
+            "scale", lambda key, shape: 1 + _normal(key, shape, jnp.float32), x.shape[-1:]
+        )
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2), keepdims=True)
+        scale = with_rank(scale, x.ndim)
+        bias = with_rank(bias, x.ndim)
         return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias

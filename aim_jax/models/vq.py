@@ -112,8 +112,8 @@ class DoublingConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (b, h, w, c) to (b, 2 h, 2 w, c)."""
         b, h, w, c = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
 
         def halves(k: jax.Array) -> jax.Array:
             """Sum kernel rows (3, ...) into those of even and odd outputs (2, 2, ...)."""
@@ -129,7 +129,7 @@ class DoublingConv(nn.Module):
         # The windows of even outputs start one pixel before those of odd ones.
         kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
         y = jnp.stack([jnp.stack(row, axis=3) for row in kinds], axis=2)
-        return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)
+        return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)[None, None, None]
 
 
 class Upsample(nn.Module):
@@ -273,4 +273,5 @@ class VQModel(nn.Module):
 def init_params(config: VQConfig, key: jax.Array) -> dict:
     """Initialize float32 parameters."""
     side = config.downsampling
-    return VQModel(config).init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
+    images = jnp.zeros((1, side, side, config.in_channels), jnp.float32)
+    return VQModel(config).init(key, images)["params"]

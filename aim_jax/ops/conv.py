@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
-from aim_jax.ops.reference import bind_axes, compute_dtype
+from aim_jax.ops.reference import bind_axes, compute_dtype, require_floats, with_rank
+from aim_jax.utils.checks import check_arguments
 
 
+@check_arguments
 def causal_conv1d(
     x: jax.Array,
     weight: jax.Array,
@@ -42,6 +44,7 @@ def causal_conv1d(
         raise ValueError(f'causal_conv1d: activation is {activation!r}, expected "silu" or None')
     sizes = bind_axes("causal_conv1d", x=(x, "blc"), weight=(weight, "wc"), bias=(bias, "c"))
     b, l, c, w = (sizes[axis] for axis in "blcw")
+    require_floats("causal_conv1d", x=x)
     if initial_state is not None and initial_state.shape != (b, w - 1, c):
         raise ValueError(
             f"causal_conv1d: initial_state has shape {initial_state.shape}, "
@@ -54,15 +57,16 @@ def causal_conv1d(
     wider = jnp.promote_types(x.dtype, initial_state.dtype)
     inputs = jnp.concatenate([initial_state.astype(wider), x.astype(wider)], axis=1)
     weight = weight.astype(dtype)
-    taps = [weight[k] * inputs[:, k : k + l].astype(dtype) for k in range(w)]
+    taps = [weight[k, None, None] * inputs[:, k : k + l].astype(dtype) for k in range(w)]
     y = sum(taps[1:], taps[0])
     if bias is not None:
-        y = y + bias.astype(dtype)
+        y = y + with_rank(bias.astype(dtype), y.ndim)
     if activation == "silu":
         y = jax.nn.silu(y)
     return y.astype(x.dtype), inputs[:, l:].astype(dtype)
 
 
+@check_arguments
 def conv_ring(window: jax.Array, position: jax.typing.ArrayLike) -> jax.Array:
     """Convert the state of `causal_conv1d` to the ring buffer that the fused decode steps use.
 

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
-from aim_jax.ops.reference import split_length
+from aim_jax.ops.reference import split_length, with_rank
+from aim_jax.utils.checks import check_arguments
 
 
+@check_arguments
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
@@ -25,11 +27,13 @@ def cross_entropy(
     """
     implementation_of("cross_entropy", implementation, ("xla",))
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
+    values = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    is_label = labels[..., None] == with_rank(values, logits.ndim)
     label_logit = jnp.sum(jnp.where(is_label, shifted, 0), axis=-1)
     return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - label_logit
 
 
+@check_arguments
 def linear_cross_entropy(
     x: jax.Array,
     table: jax.Array,

@@ -26,8 +26,10 @@ from aim_jax.ops.implementation import implementation_of, kernels_of
 from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
 from aim_jax.ops.selective_scan import selective_scan_step
 from aim_jax.ops.ssd import ssd_step
+from aim_jax.utils.checks import check_arguments
 
 
+@check_arguments
 def linear(
     x: jax.Array,
     weight: jax.Array,
@@ -58,6 +60,7 @@ def linear(
     return jax.lax.dot_general(x, weight, contract, preferred_element_type=dtype)
 
 
+@check_arguments
 def add_norm_modulate(
     hidden: jax.Array,
     residual: jax.Array,
@@ -146,12 +149,13 @@ def add_norm_modulate(
             factor = factor * jax.lax.rsqrt(mean + mixer_eps)
         new = jnp.where(source >= 0, residual + factor * update, update)
     mean = jnp.mean(new * new, axis=-1, keepdims=True)
-    normed = new * jax.lax.rsqrt(mean + eps) * norm_scale[layer].astype(jnp.float32)
+    normed = new * jax.lax.rsqrt(mean + eps) * norm_scale[layer].astype(jnp.float32)[None]
     parts = modulation[layer].astype(jnp.float32)
     x = normed * (1 + parts[:, scale]) + parts[:, shift]
     return x.astype(dtype or hidden.dtype), new
 
 
+@check_arguments
 def conv_step(
     projected: jax.Array,
     conv_cache: jax.Array,
@@ -201,6 +205,7 @@ def conv_step(
     return y.astype(projected.dtype), conv_cache
 
 
+@check_arguments
 def mamba1_step(
     x: jax.Array,
     dt: jax.Array,
@@ -271,6 +276,7 @@ def mamba1_step(
     return y.astype(x.dtype), _put(state, new, layer)
 
 
+@check_arguments
 def mamba2_step(
     projected: jax.Array,
     conv_cache: jax.Array,
@@ -337,6 +343,7 @@ def mamba2_step(
     return y.astype(projected.dtype), sum_squares, conv_cache, _put(state, new, layer)
 
 
+@check_arguments
 def dual_step(
     projected: jax.Array,
     conv_cache: jax.Array,
@@ -408,7 +415,7 @@ def dual_step(
 
     def past(cache):
         rows = cache[layer]
-        return jnp.where(is_past.reshape(-1, *(1,) * (rows.ndim - 2)), rows, 0)
+        return jnp.where(is_past.reshape(1, -1, *(1,) * (rows.ndim - 2)), rows, 0)
 
     decays = past(log_decay)
     last = jnp.take(decays, jnp.maximum(position - 1, 0), axis=1)
@@ -436,7 +443,7 @@ def _convolve(inputs, conv_cache, layer, position, weight, bias):
     ring = conv_cache[layer].at[:, position % width].set(inputs.astype(conv_cache.dtype))
     window = jnp.roll(ring, -(position + 1), axis=1).astype(jnp.float32)
     y = jnp.einsum("bwc,wc->bc", window, weight[layer].astype(jnp.float32), precision="highest")
-    return jax.nn.silu(y + bias[layer].astype(jnp.float32)), _put(conv_cache, ring, layer)
+    return jax.nn.silu(y + bias[layer].astype(jnp.float32)[None]), _put(conv_cache, ring, layer)
 
 
 def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias, sizes):
@@ -457,4 +464,4 @@ def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias
 
 def _scaled_with_squares(u: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return u (b, h, p) times the norm's scale as (b, e), and the sums of u^2 per head (b, h)."""
-    return u.reshape(len(u), -1) * scale, jnp.sum(u * u, axis=-1)
+    return u.reshape(len(u), -1) * scale[None], jnp.sum(u * u, axis=-1)

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
-from aim_jax.ops.reference import bind_axes, compute_dtype, skip_and_gate, step_sizes
+from aim_jax.ops.reference import (
+    bind_axes,
+    compute_dtype,
+    require_floats,
+    skip_and_gate,
+    step_sizes,
+    with_rank,
+)
+from aim_jax.utils.checks import check_arguments
 
 
 class DualCache(NamedTuple):
@@ -27,6 +35,7 @@ class DualCache(NamedTuple):
     position: jax.Array
 
 
+@check_arguments
 def init_dual_cache(
     b: int, tokens: int, h: int, p: int, g: int, n: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> DualCache:
@@ -40,6 +49,7 @@ def init_dual_cache(
     )
 
 
+@check_arguments
 def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
     """Extend the cache to room for `tokens` positions; ValueError if it already has more."""
 
@@ -51,6 +61,7 @@ def grow_dual_cache(cache: DualCache, tokens: int) -> DualCache:
     )
 
 
+@check_arguments
 def ssd_dual_extend(
     cache: DualCache,
     x: jax.Array,
@@ -91,7 +102,7 @@ def ssd_dual_extend(
     )
     dtype = cache.log_decay.dtype
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
-    log_decay = cache.total[:, None] + jnp.cumsum(dt * A.astype(dtype), axis=1)
+    log_decay = cache.total[:, None] + jnp.cumsum(dt * with_rank(A.astype(dtype), 3), axis=1)
 
     def put(buffer, rows):
         return jax.lax.dynamic_update_slice_in_dim(
@@ -107,6 +118,7 @@ def ssd_dual_extend(
     )
 
 
+@check_arguments
 def ssd_dual_step(
     cache: DualCache,
     x: jax.Array,
@@ -145,6 +157,7 @@ def ssd_dual_step(
     implementation_of("ssd_dual_step", implementation, ("xla",))
     sizes = bind_axes("ssd_dual_step", x=(x, "bhp"), C=(C, "bgn"), D=(D, "h"), z=(z, "bhp"))
     h, g = sizes["h"], sizes["g"]
+    require_floats("ssd_dual_step", x=x)
     cache = ssd_dual_extend(
         cache, x[:, None], dt[:, None], A, B[:, None], dt_bias=dt_bias, dt_softplus=dt_softplus
     )

@@ -3,10 +3,20 @@
 import jax
 import jax.numpy as jnp
 
+from aim_jax.utils.checks import check_arguments
+
 
 def compute_dtype(x):
     """Return the dtype of states and decays for an input x: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def with_rank(t, ndim):
+    """Prepend axes of size one until t has `ndim` axes.
+
+    NumPy's rules do so by themselves, unless jax_numpy_rank_promotion forbids it.
+    """
+    return t.reshape((1,) * (ndim - t.ndim) + t.shape)
 
 
 def bind_axes(op, **arrays):
@@ -54,6 +64,15 @@ def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
         dt_bias=(dt_bias, "h"),
         initial_state=(initial_state, "bhpn"),
     )
+
+
+def require_floats(op, **arrays):
+    """Raise ValueError unless all arrays are floats; results in their dtype would be truncated."""
+    for name, array in arrays.items():
+        require(
+            jnp.issubdtype(array.dtype, jnp.floating),
+            f"{op}: {name} is {array.dtype}, expected floats",
+        )
 
 
 def require(ok, message):
@@ -116,7 +135,7 @@ def step_sizes(dt, dt_bias, dt_softplus, dtype):
     """Compute the step sizes softplus(dt + dt_bias) in `dtype`; both operations are optional."""
     dt = dt.astype(dtype)
     if dt_bias is not None:
-        dt = dt + dt_bias.astype(dtype)
+        dt = dt + with_rank(dt_bias.astype(dtype), dt.ndim)
     return jax.nn.softplus(dt) if dt_softplus else dt
 
 
@@ -126,7 +145,7 @@ def skip_and_gate(y, x, D, z):
     D broadcasts against x. None for D or z omits that operation.
     """
     if D is not None:
-        y = y + D.astype(y.dtype) * x.astype(y.dtype)
+        y = y + with_rank(D.astype(y.dtype), y.ndim) * x.astype(y.dtype)
     if z is not None:
         y = y * jax.nn.silu(z.astype(y.dtype))
     return y.astype(x.dtype)
@@ -151,6 +170,7 @@ def compose(first, then):
     return a * a_then, a_then * s + s_then
 
 
+@check_arguments
 def recurrence(
     x: jax.Array,
     dt: jax.Array,
@@ -196,6 +216,7 @@ def recurrence(
     # A is checked separately, because it may broadcast over heads, channels and states.
     sizes = bind_ssd("recurrence", x, dt, None, B, C, D, z, dt_bias, initial_state)
     b, h, p, n, g = (sizes[axis] for axis in "bhpng")
+    require_floats("recurrence", x=x)
     if A.ndim != 3 or any(a not in (1, full) for a, full in zip(A.shape, (h, p, n), strict=True)):
         raise ValueError(
             f"recurrence: A has shape {tuple(A.shape)}, expected one that broadcasts to "
@@ -213,7 +234,7 @@ def recurrence(
     def step(state, inputs):
         x, dt, B, C = inputs
         dt = dt[..., None, None]
-        state = jnp.exp(dt * A) * state + dt * x[..., None] * B[:, :, None]
+        state = jnp.exp(dt * A[None]) * state + dt * x[..., None] * B[:, :, None]
         return state, jnp.sum(state * C[:, :, None], axis=-1)
 
     inputs = (x.astype(dtype), dt, per_head(B), per_head(C))

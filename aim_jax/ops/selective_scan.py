@@ -9,10 +9,13 @@ from aim_jax.ops.reference import (
     compose,
     compute_dtype,
     pad_length,
+    require_floats,
     skip_and_gate,
     split_length,
     step_sizes,
+    with_rank,
 )
+from aim_jax.utils.checks import check_arguments
 
 
 @jax.custom_vjp
@@ -57,6 +60,7 @@ def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
     )
 
 
+@check_arguments
 def selective_scan(
     x: jax.Array,
     dt: jax.Array,
@@ -112,6 +116,7 @@ def selective_scan(
         )  # fmt: skip
     sizes = bind_selective_scan("selective_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     b, l, e, n = (sizes[axis] for axis in "blen")
+    require_floats("selective_scan", x=x)
     num_chunks, chunk = split_length(l, chunk_size)
 
     dtype = compute_dtype(x)
@@ -125,7 +130,7 @@ def selective_scan(
 
     def scan_chunk(state, inputs):
         x, dt, B, C = inputs
-        decay = jnp.exp(dt[..., None] * A)
+        decay = jnp.exp(dt[..., None] * with_rank(A, 4))
         updates = (dt * x)[..., None] * B[:, :, None]
         states = linear_scan(decay, updates.at[0].add(decay[0] * state))
         return states[-1], jnp.einsum("qben,qbn->qbe", states, C)
@@ -136,6 +141,7 @@ def selective_scan(
     return skip_and_gate(y, x, D, z), state
 
 
+@check_arguments
 def selective_scan_step(
     state: jax.Array,
     x: jax.Array,
@@ -184,9 +190,10 @@ def selective_scan_step(
         dt_bias=(dt_bias, "e"),
         state=(state, "ben"),
     )
+    require_floats("selective_scan_step", x=x)
     dtype = compute_dtype(x)
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
-    decay = jnp.exp(dt[..., None] * A.astype(dtype))
+    decay = jnp.exp(dt[..., None] * with_rank(A.astype(dtype), 3))
     update = (dt * x.astype(dtype))[..., None] * B.astype(dtype)[:, None]
     state = decay * state.astype(dtype) + update
     y = jnp.einsum("ben,bn->be", state, C.astype(dtype))

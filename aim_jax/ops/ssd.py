@@ -10,12 +10,16 @@ from aim_jax.ops.reference import (
     compose,
     compute_dtype,
     pad_length,
+    require_floats,
     skip_and_gate,
     split_length,
     step_sizes,
+    with_rank,
 )
+from aim_jax.utils.checks import check_arguments
 
 
+@check_arguments
 def ssd_scan(
     x: jax.Array,
     dt: jax.Array,
@@ -74,6 +78,7 @@ def ssd_scan(
             initial_state=initial_state, chunk_size=min(chunk_size, 32),
         )  # fmt: skip
     sizes = bind_ssd("ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
+    require_floats("ssd_scan", x=x)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     c, q = split_length(l, chunk_size)
     r = h // g
@@ -95,7 +100,10 @@ def ssd_scan(
     # repeat it for every element of the weights.
     causal = jnp.tril(jnp.ones((q, q), bool))
     log_decay = jnp.einsum(
-        "msr,qs->mrq", fold(dt * A.astype(dtype)), causal.astype(dtype), precision="highest"
+        "msr,qs->mrq",
+        fold(dt * with_rank(A.astype(dtype), 3)),
+        causal.astype(dtype),
+        precision="highest",
     )
 
     # Masked before the exponential, which would overflow above the diagonal: masking its result
@@ -130,6 +138,7 @@ def ssd_scan(
     return skip_and_gate(y, x, D, z), states[:, -1].reshape(b, h, p, n)
 
 
+@check_arguments
 def ssd_step(
     state: jax.Array,
     x: jax.Array,
@@ -180,10 +189,11 @@ def ssd_step(
     )
     b, h, p, g, n = (sizes[axis] for axis in "bhpgn")
     dtype = compute_dtype(x)
+    require_floats("ssd_step", x=x)
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
     # Batch and group are folded into one axis m, as in `ssd_scan`.
     m, r = b * g, h // g
-    decay = jnp.exp(dt * A.astype(dtype)).reshape(m, r, 1, 1)
+    decay = jnp.exp(dt * with_rank(A.astype(dtype), 2)).reshape(m, r, 1, 1)
     inputs = (dt[..., None] * x.astype(dtype)).reshape(m, r, p, 1)
     B, C = B.astype(dtype).reshape(m, 1, 1, n), C.astype(dtype).reshape(m, n)
     state = decay * state.astype(dtype).reshape(m, r, p, n) + inputs * B

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aim_jax.sampling.logits import SCHEDULES
+from aim_jax.utils.checks import ArgumentError
 
 
 class Setting(NamedTuple):
@@ -71,17 +72,11 @@ class SamplingConfig:
     def __post_init__(self):
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), setting))
-        if self.cfg_schedule not in SCHEDULES:
+        if not isinstance(self.cfg_schedule, str) or self.cfg_schedule not in SCHEDULES:
             raise ValueError(
                 f"cfg_schedule={self.cfg_schedule!r}: expected one of {sorted(SCHEDULES)}."
             )
-        interval = self.cfg_interval
-        if np.shape(interval) != (2,) or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(
-                f"cfg_interval={interval!r}: expected two fractions of the image in [0, 1], with "
-                "start < end."
-            )
-        object.__setattr__(self, "cfg_interval", (float(interval[0]), float(interval[1])))
+        object.__setattr__(self, "cfg_interval", _checked_interval(self.cfg_interval))
 
     @property
     def guided(self) -> bool:
@@ -123,21 +118,23 @@ class SamplingConfig:
         return dataclasses.replace(self, **changes)
 
 
+# Logits times guidance over temperature stay finite in float32 below this limit of both factors.
+LARGEST = 1e15
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 # The numeric settings, in the order in which they are applied. Every list of settings is built
 # from this table.
 SETTINGS = {
     "cfg_scale": Setting(
         float,
-        math.isfinite,
-        "a finite number",
+        lambda x: abs(x) <= LARGEST,
+        f"a finite number of at most {LARGEST:g}",
         "Guidance scale; 1 disables guidance.",
         (1.0, 8.0, 0.25),
     ),
     "temperature": Setting(
         float,
-        lambda x: 0 < x < math.inf,
-        "a positive number",
+        lambda x: 1 / LARGEST <= x < math.inf,
+        f"a positive number, {1 / LARGEST:g} or more",
         "Divisor of the logits.",
         (0.1, 2.0, 0.05),
     ),
@@ -163,6 +160,21 @@ SETTINGS = {
         (0.0, 1.0, 0.01),
     ),
 }
+
+
+def _checked_interval(interval: Any) -> tuple[float, float]:
+    """Validate `cfg_interval`, as rounded to float32, and return it as Python numbers."""
+    try:
+        array = np.asarray(interval)
+    except ValueError:  # a ragged sequence
+        array = np.asarray(None)
+    fits = array.shape == (2,) and array.dtype.kind in "iuf"
+    if not fits or not 0 <= np.float32(array[0]) < np.float32(array[1]) <= 1:
+        raise ArgumentError(
+            f"cfg_interval={interval!r}: expected two fractions of the image in [0, 1], with "
+            "start < end."
+        )
+    return float(array[0]), float(array[1])
 
 
 def _checked(name: str, value: Any, setting: Setting) -> Any:

@@ -21,6 +21,7 @@ from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.utils.logging import Progress, reminding
 from aim_jax.utils.random import random_key
@@ -49,6 +50,7 @@ def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+@check_arguments
 def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Exported:
     """Export `aim_jax.generate` as one program for any number of images.
 
@@ -85,6 +87,7 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
     return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
 
+@check_arguments
 def export_decode_step(
     model: Pretrained, rows: int, dtype: str = "float32", platforms: Sequence[str] = PLATFORMS
 ) -> dict[str, jax.export.Exported]:
@@ -181,6 +184,7 @@ def describe(name: str, exported: jax.export.Exported) -> dict:
     }
 
 
+@check_arguments
 def save_exported(
     model: Pretrained,
     out: str | os.PathLike,

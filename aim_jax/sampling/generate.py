@@ -25,6 +25,7 @@ from aim_jax.sampling.decoder import Decoder, ModuleDecoder
 from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.logits import guidance_at
+from aim_jax.utils.checks import ArgumentError, check_type
 from aim_jax.utils.images import to_uint8
 from aim_jax.utils.random import GENERATOR, is_key, random_key
 from aim_jax.weights.pretrained import Pretrained, class_ids
@@ -66,14 +67,12 @@ class Method(NamedTuple):
       guided: whether each image has a second row, of the null class.
       schedule: guidance schedule; see `guidance_at`.
       engine: a resolved engine.
-      generator: JAX's name of the random number generator.
     """
 
     config: AiMConfig
     guided: bool
     schedule: str
     engine: Engine
-    generator: str = GENERATOR
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Repeat rows per image as rows per sequence: with guidance each image has two."""
@@ -147,9 +146,8 @@ def generate_tokens(
     devices = sharding.devices_of(params)
     rows = -(-b // len(devices)) * (2 if guided else 1)
     engine = resolve(engine, config, rows, devices[0].platform)
-    key = random_key(seed)
-    method = Method(config, guided, sampling.cfg_schedule, engine, str(jax.random.key_impl(key)))
-    random = jax.random.key_data(key)
+    method = Method(config, guided, sampling.cfg_schedule, engine)
+    random = jax.random.key_data(random_key(seed))
     interval = jnp.asarray(sampling.cfg_interval, jnp.float32)
     if callback is None and len(devices) == 1:
         return generate_on_device(params, random, request, interval, method=method)
@@ -180,7 +178,7 @@ def generate_on_device(
 
     Args:
       params: AiM parameters.
-      random: key data of `method.generator`.
+      random: key data of `GENERATOR`.
       request: the images to generate.
       interval: (2,) float32; see `guidance_at`.
       method: the static part of the loop.
@@ -210,11 +208,11 @@ def _begin(
     if method.guided:
         labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
     start, modulation = apply("condition", labels)
-    prefix = method.rows(apply("embed_codes", request.prefix, jnp.arange(first)))
+    prefix = method.rows(apply("embed_codes", request.prefix, jnp.arange(first, dtype=jnp.int32)))
     x = jnp.concatenate([start, prefix], axis=1)
     decoder = make_decoder(params, modulation, config, method.engine)
     caches = decoder.start(params, x[:, :-1], decoder.segments(first)[0])
-    base = jax.random.wrap_key_data(random, impl=method.generator)
+    base = jax.random.wrap_key_data(random, impl=GENERATOR)
     keys = jax.vmap(functools.partial(jax.random.fold_in, base))(request.index)
     return decoder, Loop(x[:, -1:], caches, keys)
 
@@ -236,16 +234,16 @@ def _advance(
         scale = guidance_at(
             position, config.num_tokens, request.settings["cfg_scale"], method.schedule, interval
         )
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(
-            loop.keys
-        )
+        uniform = jax.vmap(
+            lambda key: jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+        )(loop.keys)
         token = decoder.sample(logits, uniform, request.settings | {"cfg_scale": scale})
         x = AiM(config).apply(
             {"params": decoder.params}, token[:, None], position[None], method="embed_codes"
         )
         return loop._replace(x=method.rows(x), caches=caches), token
 
-    loop, tokens = jax.lax.scan(step, loop, first + jnp.arange(count))
+    loop, tokens = jax.lax.scan(step, loop, first + jnp.arange(count, dtype=jnp.int32))
     return loop, tokens.T
 
 
@@ -365,6 +363,18 @@ def whole_number(name: str, value: Any) -> int:
     return number
 
 
+def as_array(name: str, value: Any) -> np.ndarray:
+    """Return an argument as a NumPy array.
+
+    Raises:
+      ArgumentError: its parts have different lengths, or it is no array; the message names it.
+    """
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: expected an array or a list of numbers: {error}") from error
+
+
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Check that labels are a non-empty one-dimensional array of class ids.
 
@@ -390,7 +400,7 @@ def check_prefix(prefix: np.ndarray, count: int, config: AiMConfig) -> jax.Array
     Raises:
       ValueError: if the shape, the dtype or a token is invalid.
     """
-    prefix = np.asarray(prefix)
+    prefix = as_array("prefix", prefix)
     fits = prefix.ndim == 2 and len(prefix) == count and 0 < prefix.shape[1] < config.num_tokens
     if not fits or prefix.dtype.kind not in "iu":
         raise ValueError(
@@ -484,7 +494,8 @@ def generate(
         raise TypeError(f"config: expected a SamplingConfig, got {type(config).__name__}.")
     sampling = (config or SamplingConfig(**model.sampling)).updated(settings)
     engine = Engine(form, implementation, cache_dtype)
-    labels = np.asarray(labels)
+    check_type("callback", callback, Callable | None)
+    labels = as_array("labels", labels)
     if labels.dtype.kind == "U" and labels.ndim == 1:
         labels = np.asarray(class_ids(model, labels.tolist()))
     check_labels(labels, model.aim_config.num_classes)
@@ -497,7 +508,7 @@ def generate(
         model.aim_params,
         labels,
         seed,
-        first_index + jnp.arange(labels.size),
+        first_index + jnp.arange(labels.size, dtype=jnp.int32),
         sampling,
         config=model.aim_config,
         prefix=None if prefix is None else check_prefix(prefix, labels.size, model.aim_config),

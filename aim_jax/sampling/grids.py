@@ -16,6 +16,7 @@ from aim_jax.data import preprocess
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.generate import encode_rows, generate
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import class_caption, make_grid, save_png, to_rgb, to_uint8
 from aim_jax.utils.logging import Progress, reminding
@@ -101,6 +102,7 @@ class _GrowingGrid:
         save_png(make_grid(self._images, self._columns, self._names), self._path)
 
 
+@check_arguments
 def sample_to_directory(
     model: Pretrained,
     classes: Sequence[int],
@@ -150,6 +152,7 @@ def sample_to_directory(
     return paths
 
 
+@check_arguments
 def compare_settings(
     model: Pretrained, labels: Sequence[int], setting: str, values: Sequence[float], seed: int = 0
 ) -> Image.Image:
@@ -173,6 +176,7 @@ def compare_settings(
     )  # fmt: skip
 
 
+@check_arguments
 def interpolate(
     model: Pretrained, first: int, second: int, steps: int, count: int, seed: int = 0
 ) -> Image.Image:
@@ -202,12 +206,12 @@ def with_mixed_classes(
     model: Pretrained, first: int, second: int, shares: np.ndarray
 ) -> Pretrained:
     """Return the model with class i mixed as (1 - shares[i]) * `first` + shares[i] * `second`."""
-    weights = jnp.asarray(shares)[:, None]
+    weights = jnp.asarray(shares, jnp.float32)[:, None]
 
     aim_config, aim_params = model.aim()
 
     def mix(table: jax.Array) -> jax.Array:
-        rows = (1 - weights) * table[first] + weights * table[second]
+        rows = (1 - weights) * table[first][None] + weights * table[second][None]
         return jnp.concatenate([rows, table[-1:]]).astype(table.dtype)  # last row: null class
 
     mixed = jax.tree.map(mix, aim_params["class_embedding"])
@@ -235,6 +239,7 @@ def fitted(model: Pretrained, picture: np.ndarray) -> np.ndarray:
     return preprocess(picture, spec)
 
 
+@check_arguments
 def complete(
     model: Pretrained,
     pictures: Sequence[np.ndarray],

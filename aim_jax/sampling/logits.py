@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.utils.checks import check_arguments
 
 # Guidance ramps, as functions of the fraction of tokens sampled so far.
 SCHEDULES = {
@@ -40,8 +41,8 @@ def guidance_at(
       schedule: "constant", "linear" or "cosine".
       interval: guidance applies while the fraction position / num_tokens is in [start, end).
     """
-    ramp = SCHEDULES[schedule](jnp.asarray((position + 1) / num_tokens, jnp.float32))
-    fraction = position / num_tokens
+    ramp = SCHEDULES[schedule](jnp.asarray(position + 1, jnp.float32) / num_tokens)
+    fraction = jnp.asarray(position, jnp.float32) / num_tokens
     inside = (fraction >= interval[0]) & (fraction < interval[1])
     return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)
 
@@ -192,6 +193,7 @@ def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
     return index, target - (take(ends) - take(weights))
 
 
+@check_arguments
 def sample(
     logits: jax.Array,
     uniform: jax.Array,

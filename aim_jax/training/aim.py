@@ -40,6 +40,7 @@ from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
 from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.images import class_caption, make_grid, save_png
 from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
@@ -172,6 +173,7 @@ class Setup:
         return state, {"codes": codes.update(sharding=sharding), "labels": labels}
 
 
+@check_arguments
 def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
     """Train an AiM, and write checkpoints, metrics, samples and a model directory to the workdir.
 

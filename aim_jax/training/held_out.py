@@ -62,7 +62,7 @@ def _measure(
         for name, values in per_image.items()
     }
     ones = jnp.broadcast_to(weights[:, None], quantized.indices.shape)
-    counts = jnp.zeros(config.n_embed).at[quantized.indices].add(ones)
+    counts = jnp.zeros(config.n_embed, jnp.float32).at[quantized.indices].add(ones)
     codes = metrics.Average(total=counts, count=jnp.sum(weights))
     return metrics.Collection.create_collection(**averages, codes=codes)
 

@@ -18,7 +18,9 @@ from aim_jax.parallel.sharding import shard_batch
 from aim_jax.perf import accelerators
 from aim_jax.training.checkpoint import RunCheckpoints, SaveTimer
 from aim_jax.training.monitor import MetricsWriter, Profiler, StepLog, StopSignal
+from aim_jax.training.settings import check_settings
 from aim_jax.training.state import TrainState
+from aim_jax.utils.checks import check_fields, check_integer
 from aim_jax.utils.logging import reminding, say
 from aim_jax.weights.pretrained import EXPORT_DTYPES
 
@@ -63,6 +65,10 @@ class Every:
     steps: int
     callback: Callable[[StepInfo], None]
     at_end: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_integer("Every: steps", self.steps)
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether to call the callback after this step."""
@@ -167,28 +173,12 @@ class Stage:
 
 def check_reports(config: ConfigDict) -> None:
     """Raise ValueError for settings that would fail only later, in a report, sample or export."""
-    if not 0 <= config.seed < 2**31:
-        raise ValueError(f"config.seed={config.seed}: expected 0 to 2**31 - 1.")
+    check_settings(config)
     if config.export_dtype not in EXPORT_DTYPES:
         raise ValueError(
             f"config.export_dtype={config.export_dtype!r}; expected one of "
             f"{', '.join(EXPORT_DTYPES)}."
         )
-    if config.log_every < 1:
-        raise ValueError(
-            f"config.log_every={config.log_every}; expected 1 or more, because the metrics of "
-            "every step are kept until a report."
-        )
-    if config.save_minutes < 0:
-        raise ValueError(
-            f"config.save_minutes={config.save_minutes}; expected minutes between saves, or 0 for "
-            "none by time."
-        )
-    if config.keep < 1:
-        raise ValueError(f"config.keep={config.keep}; expected 1 checkpoint or more.")
-    for name, count in config.sample.items():
-        if name in ("images", "classes", "per_class") and count < 1:
-            raise ValueError(f"config.sample.{name}={count}; expected 1 or more.")
 
 
 def run(

@@ -18,6 +18,7 @@ from aim_jax.models.config import VQConfig
 from aim_jax.models.lpips import MIN_SIDE, lpips
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import VQModel, encoder_params
+from aim_jax.utils.checks import NOT_NEGATIVE, check_integer, check_number, check_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,10 @@ class LossConfig:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.loss.{name}={getattr(self, name)}; expected 0 or more.")
+        for name in ("l1", "l2", "perceptual", "adversarial"):
+            check_number(f"config.loss.{name}", getattr(self, name), NOT_NEGATIVE)
+        check_integer("config.loss.adversarial_start", self.adversarial_start)
+        check_type("config.loss.adaptive", self.adaptive, bool)
         if not self.l1 + self.l2 + self.perceptual:
             raise ValueError(
                 "config.loss: l1, l2 and perceptual are all 0, so no loss compares reconstructions "
@@ -202,7 +204,7 @@ def adaptive_weight(
     """
 
     def norm(pull: jax.Array) -> jax.Array:
-        (grads,) = backward((pull, jnp.zeros(())))
+        (grads,) = backward((pull, jnp.zeros((), jnp.float32)))
         return jnp.linalg.norm(grads["decoder"]["conv_out"]["kernel"])
 
     ratio = norm(pull) / (norm(adversarial_pull) + 1e-4)

@@ -56,9 +56,10 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
         )
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup_steps, 1))
     schedule = schedules[config.schedule]()
-    if not config.warmup_steps:
-        return schedule
-    return optax.join_schedules([warmup, schedule], [config.warmup_steps])
+    if config.warmup_steps:
+        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
+    # Optax would compute with a float64 fraction if JAX_ENABLE_X64 is set.
+    return lambda count: jnp.asarray(schedule(jnp.asarray(count, jnp.float32)), jnp.float32)
 
 
 def make_optimizer(
@@ -121,7 +122,7 @@ def skip_bad_steps(
 
     def init(params: Any) -> GuardState:
         zero = jnp.zeros((), jnp.int32)
-        return GuardState(inner.init(params), jnp.zeros(()), zero, zero, zero)
+        return GuardState(inner.init(params), jnp.zeros((), jnp.float32), zero, zero, zero)
 
     def update(grads: Any, state: GuardState, params: Any = None) -> tuple[Any, GuardState]:
         norm = optax.tree.norm(grads).astype(jnp.float32)
@@ -133,7 +134,7 @@ def skip_bad_steps(
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         updates, new = inner.update(grads, state.inner, params)
-        weight = 1 / jnp.minimum(state.used + 1, GUARD_MEMORY)
+        weight = 1 / jnp.minimum(state.used + 1, GUARD_MEMORY).astype(jnp.float32)
         usual = state.usual_norm + weight * (norm - state.usual_norm)
         state = GuardState(
             inner=choose(new, state.inner),
@@ -213,5 +214,6 @@ def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """
     if ema is None:
         return None
+    step = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)

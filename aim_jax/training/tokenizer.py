@@ -52,6 +52,7 @@ from aim_jax.training.loop import Every, Stage
 from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
@@ -99,7 +100,8 @@ def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 
     params = name_axes(init_params(recipe.model, jax.random.fold_in(key, 1)), parts)
     adversary = None
     if recipe.losses.adversarial:
-        images = jnp.zeros((1, image_size, image_size, recipe.model.out_channels))
+        shape = (1, image_size, image_size, recipe.model.out_channels)
+        images = jnp.zeros(shape, jnp.float32)
         adversary_params = recipe.discriminator.init(jax.random.fold_in(key, 2), images)["params"]
         adversary_params = name_axes(adversary_params, parts)
         adversary = Discriminator(adversary_params, recipe.optimizer.init(adversary_params))
@@ -272,6 +274,7 @@ class Setup:
         )  # fmt: skip
 
 
+@check_arguments
 def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = ()) -> TrainState:
     """Train a tokenizer, and write checkpoints, metrics, images and a model directory to workdir.
 

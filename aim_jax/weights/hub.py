@@ -1,9 +1,13 @@
 """Model directories on the Hugging Face hub; needs the extra `hub`."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from aim_jax.utils.cache import default_or_cached
 
 PREFIX = "hf://"
 # Files of a model directory; nothing else of a repository is downloaded or uploaded.
@@ -26,8 +30,13 @@ def download(address: str) -> Path:
     if name.count("/") != 1 or not all(name.split("/")):
         raise ValueError(f"{address!r}: expected hf://owner/name or hf://owner/name@revision.")
     hub = import_hub()
+    elsewhere = default_or_cached(_default_cache(), "hub")
+    options: dict[str, Any] = {} if elsewhere is None else {"cache_dir": elsewhere}
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
+        directory = hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=PATTERNS, **options
+        )
+        return Path(directory)
     except hub.errors.LocalEntryNotFoundError:
         raise FileNotFoundError(
             f"{address}: the hub cannot be reached, and the model is not in its cache. Connect to "
@@ -38,6 +47,13 @@ def download(address: str) -> Path:
             f"{address}: no such repository or revision, or it is private: log in with hf auth "
             "login."
         ) from None
+
+
+def _default_cache() -> str:
+    """Return the directory in which huggingface_hub keeps what it downloads."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
+    return os.environ.get("HF_HUB_CACHE") or f"{home}/hub"
 
 
 def prepare(repository: str) -> None:

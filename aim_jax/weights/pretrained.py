@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing
 from aim_jax.utils.names import match_name
 from aim_jax.weights import hub
@@ -165,6 +166,7 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
     return ids
 
 
+@check_arguments
 def save_model(
     path: str | os.PathLike, model: Pretrained, dtype: str | None = "float32", files: Mapping = {}
 ) -> Path:
@@ -231,6 +233,7 @@ def bundled_models() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(root.glob(f"*/{MODEL_FILE}"))}
 
 
+@check_arguments
 def find_model(name_or_path: str | os.PathLike) -> Path:
     """Return the model directory of a bundled name, a directory, a workdir or a hub address.
 
@@ -257,6 +260,7 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
     return path
 
 
+@check_arguments
 def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False) -> Pretrained:
     """Load a bundled model by name, or a model directory.
 

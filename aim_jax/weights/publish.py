@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 
+from aim_jax.utils.checks import check_arguments
 from aim_jax.weights.convert.directories import LEFTOVERS
 from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 
+@check_arguments
 def publish(
     checkpoint: str | os.PathLike,
     out: str | os.PathLike,

@@ -277,7 +277,7 @@ def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
         broken.chmod(0o755)
         with pytest.raises(build.BuildError, match=r"could not compile.*no such processor"):
             build.compile_sources()
-        assert [path.name for path in (tmp_path / "aim_jax").iterdir()] == []
+        assert not list((tmp_path / "aim_jax" / "native").glob("*.s*"))
     finally:
         native_kernels.cache_clear()
         build.register.cache_clear()

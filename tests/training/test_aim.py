@@ -247,7 +247,7 @@ def test_pictures_are_encoded_on_the_way_to_the_same_codes(aim_config, finished_
     with pytest.raises(ValueError, match="log_every=0; expected 1 or more"):
         train.train(aim_config, tmp_path / "c")
     aim_config.log_every, aim_config.keep = 1, 0
-    with pytest.raises(ValueError, match="keep=0; expected 1 checkpoint or more"):
+    with pytest.raises(ValueError, match="keep=0; expected 1 or more"):
         train.train(aim_config, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 

@@ -12,11 +12,16 @@ from jax_triton.triton_lib import (
     triton_kernel_call_p,
 )
 
+from aim_jax.utils.cache import default_or_cached
+
 # Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
 # to lower or compile, ahead of time, functions that call kernels indirectly.
 default_compute_capability = None
 
 TARGET = "triton_kernel_call_ffi"
+
+if (elsewhere := default_or_cached(triton.knobs.cache.dir, "triton")) is not None:
+    triton.knobs.cache.dir = str(elsewhere)
 
 
 def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, **options):
