@@ -258,7 +258,7 @@ def _interpolate(x: jax.Array, axis: int) -> jax.Array:
     high = np.minimum(low + 1, size - 1)
     shape = [1] * x.ndim
     shape[axis] = SIDE
-    fraction = (position - low).reshape(shape)
+    fraction = (position - low).astype(np.float32).reshape(shape)
     lower = jnp.take(x, low, axis)
     upper = jnp.take(x, high, axis)
     return lower + (upper - lower) * fraction
