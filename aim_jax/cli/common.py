@@ -129,16 +129,27 @@ def _usual_errors_in_one_line() -> Iterator[None]:
         # Usually communication failed because another process was lost.
         print(f"error: a step over all processes failed: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)  # a regular exit would wait for the other processes
-    except RuntimeError as error:
-        if NO_BACKEND not in str(error):
+    except (AssertionError, RuntimeError) as error:
+        if not is_backend_missing(error):
             raise
-        reason = str(error).splitlines()[0].rstrip(". ")
+        reason = (str(error) or "no such platform here").splitlines()[0].rstrip(". ")
         print(
             f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}. Set it to a "
             "platform of this machine, such as cpu, or unset it.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         raise SystemExit(1) from None
+
+
+def is_backend_missing(error: Exception) -> bool:
+    """Return whether an error is JAX's for a platform that is not there.
+
+    JAX 0.10 fails an assertion for "cuda" without its plugin.
+    """
+    if isinstance(error, RuntimeError):
+        return NO_BACKEND in str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).name == "xla_bridge.py"
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:

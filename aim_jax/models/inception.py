@@ -123,7 +123,7 @@ def _maximum(x: jax.Array) -> jax.Array:
 def _mean(x: jax.Array) -> jax.Array:
     """Average-pool 3 x 3 windows with stride 1; pixels outside the image do not count."""
     row, column = (np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3])
-    count = np.outer(row, column)[..., None].astype(np.float32)
+    count = np.outer(row, column)[None, ..., None].astype(np.float32)
     return _over_windows(jnp.add, _padded(x, 0)) / count
 
 
@@ -258,7 +258,7 @@ def _interpolate(x: jax.Array, axis: int) -> jax.Array:
     high = np.minimum(low + 1, size - 1)
     shape = [1] * x.ndim
     shape[axis] = SIDE
-    fraction = (position - low).reshape(shape)
+    fraction = (position - low).astype(np.float32).reshape(shape)
     lower = jnp.take(x, low, axis)
     upper = jnp.take(x, high, axis)
     return lower + (upper - lower) * fraction

@@ -214,6 +214,6 @@ def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """
     if ema is None:
         return None
-    step = step.astype(jnp.float32)
+    step = jnp.asarray(step, jnp.float32)
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)
