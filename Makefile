@@ -23,9 +23,9 @@ test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs the slow
 wheel-test: $(VENV)/.tests  ## build the package and run its programs in a fresh environment
 	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py
 
-docs: $(VENV)/.docs  ## build the documentation into site/, and run its snippets
+docs: $(VENV)/.docs  ## build the documentation into site/, and run its snippets and notebooks
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
-	@$(VENV)/bin/python -m pytest -m docs tests/docs
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m docs tests/docs tests/notebooks
 
 lint: $(VENV)/.tests  ## check style, formatting and types
 	@$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The notebooks, run from top to bottom with small settings."""
+"""The notebooks, run from top to bottom with small settings: `make docs`."""
 
 import base64
 import io
@@ -14,6 +14,7 @@ from PIL import Image
 from tests.compilation import xla_flags
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.docs
 NOTEBOOKS = ROOT / "notebooks"
 
 
