@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union
 
 import jax
+import jax.export
 import numpy as np
 
 P = ParamSpec("P")
@@ -87,7 +88,8 @@ def check_integer(name: str, value: Any, low: int = 0, high: int = INT32_MAX) ->
     if not _is_integer(value):
         raise ArgumentError(f"{name}={_shown(value)}; expected an integer.")
     if not low <= operator.index(value) <= high:
-        expected = f"{low} or more" if high == INT32_MAX else f"{low} to {high}"
+        above = operator.index(value) > high
+        expected = f"{low} to {high}" if above or high != INT32_MAX else f"{low} or more"
         raise ValueError(f"{name}={value}; expected {expected}.")
 
 
@@ -162,6 +164,13 @@ def _is_integer(value: Any) -> bool:
     return True
 
 
+@functools.cache
+def _symbolic_dimension() -> type:
+    """Return the type of sizes that are left open in exported programs."""
+    (size,) = jax.export.symbolic_shape("n")
+    return type(size)
+
+
 def _is_real(value: Any) -> bool:
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 0 and np.dtype(value.dtype).kind in "iuf"
@@ -183,7 +192,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint in (None, type(None)):
         return value is None
     if origin is int:
-        return _is_integer(value)
+        return _is_integer(value) or isinstance(value, _symbolic_dimension())
     if origin is float:
         return _is_real(value)
     if origin is bool:

@@ -66,6 +66,7 @@ def test_the_platform_is_told_which_process_writes_where(monkeypatch):
     config = types.SimpleNamespace(stage="aim", steps=3)
     given = types.SimpleNamespace(config=config, data="", workdir="runs/mine")
     monkeypatch.setattr(common.flags, "FLAGS", given)
+    monkeypatch.setattr(common, "config_name", lambda: "mine")
     finished = types.SimpleNamespace(step=3)
     assert common.start_training(lambda config, workdir: finished, "aim") == 0
     directory = platform.ArtifactType.DIRECTORY

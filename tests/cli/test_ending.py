@@ -101,7 +101,9 @@ def test_ending_while_processes_decode_images(tiny_model, picture_folder, tmp_pa
     options = ("--out", tmp_path / "codes", "--workers", 2, "--split", "train")
     status, said = interrupted([*command, *options], workers_started)
     if moment == "start":
-        assert (status, said.splitlines()) == (EXIT_INTERRUPTED, [LINE])
+        layout, *others = said.splitlines()
+        assert layout.startswith("train: 48 images")
+        assert (status, others) == (EXIT_INTERRUPTED, [LINE])
     assert status in (0, EXIT_INTERRUPTED) and "Traceback" not in said
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}/exe").exists() for child in started):

@@ -404,7 +404,7 @@ def test_model_that_does_not_fit_is_refused(aim_config, tmp_path, field, value, 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seed", 2**31, "seed=2147483648: expected 0 to"),
+        ("seed", 2**31, "seed=2147483648; expected 0 to"),
         ("export_dtype", "float12", "export_dtype='float12'; expected one of float32"),
         ("sample.classes", 0, "sample.classes=0; expected 1"),
         ("sample.top_p", 0.0, "top_p=0.0: expected in"),
