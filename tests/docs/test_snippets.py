@@ -18,6 +18,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
+from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data.imagenet import imagenet_classes
 from aim_jax.models.aim import init_params
 from aim_jax.weights.pretrained import save_model
@@ -70,7 +71,7 @@ def imagenet_model(tiny_model, tmp_path_factory):
         aim_config=config,
         aim_params=nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))),
         class_names=imagenet_classes(),
-        info={"data": {"image_size": 4, "channels": 1}},
+        info={"data": vq_defaults().data.to_dict() | {"image_size": 4, "channels": 1}},
     )
     save_model(root / "model", model)
     done = run("convert", "to-torch", "--checkpoint", root / "model", "--out", root / "official")
