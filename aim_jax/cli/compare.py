@@ -31,7 +31,7 @@ def define_flags() -> None:
 def main() -> None:
     """Write the grid and print its path."""
     from aim_jax.sampling.grids import compare_settings, interpolate
-    from aim_jax.utils.images import picture_path, save_png
+    from aim_jax.utils.images import image_path, save_png
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
@@ -51,4 +51,4 @@ def main() -> None:
         grid = interpolate(model, first, second, f.steps, f.count, f.seed)
     else:
         grid = compare_settings(model, class_ids(model, f.classes), setting, values, f.seed)
-    print(save_png(grid, picture_path(f.out, "comparison.png")))
+    print(save_png(grid, image_path(f.out, "comparison.png")))

@@ -30,7 +30,7 @@ def main() -> None:
     """Write the grid of completions and print its path."""
     from aim_jax.data import decode_image
     from aim_jax.sampling.grids import complete
-    from aim_jax.utils.images import picture_path, save_png
+    from aim_jax.utils.images import image_path, save_png
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     f = flags.FLAGS
@@ -39,4 +39,4 @@ def main() -> None:
         model, [decode_image(name, name) for name in f.images], class_ids(model, f.classes),
         f.count, rows=f.rows or None, seed=f.seed, **given_settings(f),
     )  # fmt: skip
-    print(save_png(grid, picture_path(f.out, "completions.png")))
+    print(save_png(grid, image_path(f.out, "completions.png")))

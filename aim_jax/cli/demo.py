@@ -29,7 +29,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Write the grids, or serve the page."""
-    serve_page() if flags.FLAGS.page else write_pictures()
+    serve_page() if flags.FLAGS.page else write_images()
 
 
 def serve_page() -> None:
@@ -42,7 +42,7 @@ def serve_page() -> None:
     serve({name: load_pretrained(name) for name in names}, f.host, f.port)
 
 
-def write_pictures() -> None:
+def write_images() -> None:
     """Write a grid per model, and all grids side by side."""
     from PIL import Image
 

@@ -283,7 +283,7 @@ def reconstruct(
     return file, metrics | codebook_use(counts)
 
 
-def neighbours_picture(
+def neighbours_image(
     made: ImageSet,
     features: FeatureSet,
     reference: ImageSet,
@@ -469,7 +469,7 @@ def evaluate(
     preview = made.take(np.arange(min(100, len(made))))
     save_png(make_grid(preview, 10), out / "images.png")
     if not reconstructions and ref.images is not None:
-        neighbours_picture(made, features, ref.images, ref.features, out / "neighbours.png")
+        neighbours_image(made, features, ref.images, ref.features, out / "neighbours.png")
     shutil.rmtree(out / ".features", ignore_errors=True)
     for note in report["notes"]:
         say(f"note: {note}")

@@ -120,7 +120,7 @@ class EncodedImages:
     def __init__(self, config: ConfigDict, tokenizer: Pretrained, share: tuple[int, int]):
         data = config.data
         vq, self._params = tokenizer.vq()
-        check_pictures_fit(vq, data)
+        check_images_fit(vq, data)
         self._config = config
         self._spec = image_spec(data)
         self._share = share
@@ -191,7 +191,7 @@ def open_codes(
     return (CodeData if config.codes else EncodedImages)(config, tokenizer, share)
 
 
-def check_pictures_fit(model: VQConfig, data: ConfigDict) -> None:
+def check_images_fit(model: VQConfig, data: ConfigDict) -> None:
     """Raise ValueError where a tokenizer and the images disagree in channels or size."""
     if {model.in_channels, model.out_channels} != {data.channels}:
         raise ValueError(

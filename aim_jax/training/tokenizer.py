@@ -47,7 +47,7 @@ from aim_jax.parallel.sharding import (
 from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.training.held_out import HeldOut
-from aim_jax.training.inputs import check_pictures_fit
+from aim_jax.training.inputs import check_images_fit
 from aim_jax.training.loop import Every, Stage
 from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
@@ -250,7 +250,7 @@ class Setup:
 
     def __init__(self, config: ConfigDict):
         model = VQConfig(**config.model)
-        check_pictures_fit(model, config.data)
+        check_images_fit(model, config.data)
         check_decoder_only(config)
         self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices)
         check_mesh(config, self.mesh)

@@ -102,12 +102,12 @@ def class_caption(names: Sequence[str], label: int) -> str:
     return str(label)
 
 
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+def side_by_side(images: list[Image.Image]) -> Image.Image:
     """Join images in one row, aligned at the top, on a white background."""
-    size = sum(p.width for p in pictures), max(p.height for p in pictures)
+    size = sum(p.width for p in images), max(p.height for p in images)
     canvas = Image.new("RGB", size, "white")
     left = 0
-    for image in pictures:
+    for image in images:
         canvas.paste(image, (left, 0))
         left += image.width
     return canvas
@@ -118,7 +118,7 @@ def framed(image: Image.Image) -> Image.Image:
     return ImageOps.expand(ImageOps.expand(image, 2, "black"), 8, "white")
 
 
-def picture_path(out: str | os.PathLike, name: str) -> Path:
+def image_path(out: str | os.PathLike, name: str) -> Path:
     """Return the path of an output image: `name` in `out` if that is a directory, else `out`."""
     return Path(out) / name if Path(out).is_dir() else Path(out)
 

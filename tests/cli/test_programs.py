@@ -31,7 +31,7 @@ from aim_jax.sampling.grids import (
     with_mixed_classes,
 )
 from aim_jax.training.monitor import AHEAD, MetricsWriter, StepLog
-from aim_jax.utils.images import make_grid, picture_path, save_png
+from aim_jax.utils.images import image_path, make_grid, save_png
 from aim_jax.utils.logging import duration
 from aim_jax.weights.pretrained import class_ids, load_pretrained, save_model
 from tests.conftest import ROOT
@@ -326,8 +326,8 @@ def test_every_field_of_a_model_can_be_overridden():
 def test_a_picture_never_takes_the_place_of_a_directory(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    assert picture_path(tmp_path / "mine", "grid.png") == tmp_path / "mine" / "grid.png"
-    assert picture_path(tmp_path / "new.png", "grid.png") == tmp_path / "new.png"
+    assert image_path(tmp_path / "mine", "grid.png") == tmp_path / "mine" / "grid.png"
+    assert image_path(tmp_path / "new.png", "grid.png") == tmp_path / "new.png"
     with pytest.raises(IsADirectoryError, match="mine is a directory; name a file"):
         save_png(Image.new("L", (2, 2)), tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
