@@ -163,10 +163,12 @@ def test_comparisons_start_with_two_settings(model):
 
 
 def shown(page, element: str) -> bool:
-    """Waits for a picture inside an element."""
-    picture = page.locator(f"#{element} img").first
-    picture.wait_for(state="visible")
-    return picture.evaluate("image => image.decode().then(() => image.naturalWidth > 50)")
+    """Wait for an image inside an element: the page may replace it while it is being decoded."""
+    complete = "image => image !== null && image.complete && image.naturalWidth > 50"
+    handle = page.wait_for_function(
+        f"name => ({complete})(document.querySelector(name))", arg=f"#{element} img"
+    )
+    return handle.json_value()
 
 
 def test_clicking_draws_a_picture(browser_page):

@@ -60,7 +60,7 @@ def test_integers_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             check_integer("n", value, 1, 3)
-    with pytest.raises(ValueError, match="n=2147483648; expected 0 or more"):
+    with pytest.raises(ValueError, match="n=2147483648; expected 0 to 2147483647"):
         check_integer("n", 2**31)
 
 
