@@ -23,7 +23,7 @@ class RefusedError(ValueError):
     """A value that the page does not offer; the message is shown to visitors."""
 
 
-def hide_errors(page: Any, shown: type[Exception]) -> None:
+def hide_errors(page: Any, shown: Any) -> None:
     """Show visitors the messages of `RefusedError` only, and `FAILED` for every other error.
 
     Other errors are printed where the server runs. They can hold its paths and objects.

@@ -50,9 +50,9 @@ def page_address(tiny_model):
     page.close(verbose=False)
 
 
-WEIRD = (
-    None, True, [], {}, {"a": 1}, "x", -1, 1e308, 10**400, float("nan"), "\0", "../../etc/passwd",
-    [[1]], {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+WRONG = (
+    [], {"a": 1}, "x", -1, 10**400, float("nan"), "\0",
+    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
     {"path": None, "url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}},
 )  # fmt: skip
 
@@ -63,21 +63,16 @@ def test_no_wrong_value_shows_the_inside(page_address, tiny_model):
         "draw": ["tiny", "boat", 1, 0, *values],
         "complete": ["tiny", "boat", None, None, 1, 1, 0, *values],
     }
-    places = [("draw", 0), ("draw", 2), ("draw", 4), ("complete", 2), ("complete", 3)]
-    requests = [("draw", []), ("draw", [1]), ("draw", [*offered["draw"], 1])]
-    for name, place in places:
-        for value in WEIRD:
+    requests = [("draw", [1])]
+    for name, place in (("draw", 1), ("draw", 2), ("complete", 2), ("complete", 3)):
+        for value in WRONG:
             data = list(offered[name])
             data[place] = value
             requests.append((name, data))
-    failed = 0
     for name, data in requests:
         _, text = ask(page_address, "GET", f"call/{name}/{post(page_address, name, data)}")
-        if "event: error" in text:
-            shown = json.loads(text.partition("event: error\ndata: ")[2])["error"]
-            assert shown.endswith(".") and not INTERNAL.search(shown), (name, data, shown)
-            failed += 1
-    assert failed > len(requests) - 10  # True means 1, and some infinite numbers are cut
+        shown = json.loads(text.partition("event: error\ndata: ")[2])["error"]
+        assert shown.endswith(".") and not INTERNAL.search(shown), (name, data, shown)
 
 
 @pytest.mark.parametrize(
