@@ -9,6 +9,7 @@ Example:
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -39,7 +40,7 @@ def serve_page() -> None:
 
     f = flags.FLAGS
     names = f.checkpoint or bundled_models()
-    serve({name: load_pretrained(name) for name in names}, f.host, f.port)
+    serve(dict(zip(short_names(names), map(load_pretrained, names), strict=True)), f.host, f.port)
 
 
 def write_images() -> None:
@@ -54,11 +55,10 @@ def write_images() -> None:
     start = time.monotonic()
     grids = []
     names = f.checkpoint or bundled_models()
-    for number, name in enumerate(names):
+    for name, short_name in zip(names, short_names(names), strict=True):
         print(f"{name}:", file=sys.stderr)
         model = load_pretrained(name)
-        unique = [Path(other).name for other in names].count(Path(name).name) == 1
-        out = Path(f.out) / (Path(name).name if unique else f"{number}_{Path(name).name}")
+        out = Path(f.out) / short_name
         classes = class_ids(model, [])
         grids += sample_to_directory(
             model, classes, f.per_class, out, seed=f.seed, batch_size=len(classes) * f.per_class
@@ -74,6 +74,14 @@ def write_images() -> None:
         f"  {command} sample --checkpoint cifar10 --classes ship --cfg_scale 3\n"
         f"  {command} train --help     # train on your images\n"
     )
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last parts of paths, those that occur twice after the number of the path."""
+    names = [Path(path).name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{number}_{name}" for number, name in enumerate(names)
+    ]
 
 
 def own_command() -> str:

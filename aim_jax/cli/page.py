@@ -18,12 +18,16 @@ from aim_jax.cli.page_actions import (
     other_settings,
     sliders_of,
 )
+from aim_jax.cli.page_requests import PlainErrors, Readers, RefusedError, hide_errors
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.weights.pretrained import Pretrained
 
 QUEUE = 16  # maximum number of waiting requests
 MOST_BYTES = 4 * 2**20  # maximum size of an upload
 KEPT_SECONDS = 3600  # lifetime of generated and uploaded images
+# Gradio remembers the components of this many sessions. A tab of a browser is a session, and so is
+# every request of a program.
+SESSIONS = 128
 
 
 def build(models: Mapping[str, Pretrained]) -> Any:
@@ -54,9 +58,10 @@ def build(models: Mapping[str, Pretrained]) -> Any:
             lambda name: [new for _, update in follow for new in update(models[name])],
             chosen, outputs, api_visibility="private",
         )  # fmt: skip
+    hide_errors(page, gr.Error)
     # Events with the same concurrency_id use the device one at a time. Requests beyond the queue
-    # are rejected with a message.
-    return page.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # are rejected with a message, and none can pass it by.
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
 def _sample_tab(
@@ -200,9 +205,10 @@ def launch(page: Any, **options: Any) -> Any:
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns above it and refuses above its double
     # Gradio's limit covers only its upload route, but images can also be sent inside JSON.
     body_limit = Middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BYTES + 2**16)
+    middleware = [Middleware(PlainErrors), body_limit, Middleware(Readers, page=page)]
     return page.launch(
-        max_file_size=MOST_BYTES, allowed_paths=[], show_error=True,
-        app_kwargs={"middleware": [body_limit]}, **options,
+        max_file_size=MOST_BYTES, allowed_paths=[], state_session_capacity=SESSIONS,
+        app_kwargs={"middleware": middleware}, **options,
     )  # fmt: skip
 
 
@@ -212,7 +218,7 @@ def _reject_urls(component: Any) -> None:
 
     async def move_uploads(path: str | Path) -> Any:
         if str(path).lower().startswith(("http:", "https:")):
-            raise ValueError("URLs are not supported; upload the image.")
+            raise RefusedError("URLs are not supported; upload the image.")
         return await move_to_cache(path)
 
     component.async_move_resource_to_block_cache = move_uploads

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aim_jax.cli.page_requests import RefusedError
 from aim_jax.data import decode_image
 from aim_jax.sampling import grids
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import Samples, generate
 from aim_jax.utils.images import framed, make_grid, side_by_side
+from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import Pretrained
 
 Number = float | None  # value of a slider or a number box, which may be empty
@@ -66,7 +68,7 @@ class Actions:
     """Generation, comparison and completion with one of several models.
 
     In all methods, `values` are those of the sliders, in their order. A value that the page does
-    not offer raises ValueError with a message for users.
+    not offer raises RefusedError, whose message is shown to visitors.
 
     Attributes:
       models: models by the name that is shown.
@@ -130,14 +132,14 @@ class Actions:
         if drawing is not None and np.ptp(drawing) == 0:  # the sketchpad is empty
             drawing = None
         if isinstance(uploaded, str):
-            uploaded = decode_image(uploaded, "the uploaded image")
+            uploaded = _decoded(uploaded)
         image = drawing if uploaded is None else uploaded
         if image is None:
-            raise ValueError("Upload an image or draw one.")
+            raise RefusedError("Upload an image or draw one.")
         if image.shape[0] * image.shape[1] > MOST_PIXELS:
-            raise ValueError(f"The image has more than {MOST_PIXELS:,} pixels; make it smaller.")
+            raise RefusedError(f"The image has more than {MOST_PIXELS:,} pixels; make it smaller.")
         if max(image.shape[:2]) > MOST_RATIO * min(image.shape[:2]):
-            raise ValueError(f"One side is over {MOST_RATIO} times the other; crop the image.")
+            raise RefusedError(f"One side is over {MOST_RATIO} times the other; crop the image.")
         return grids.complete(
             model, [image[..., :3]], [label], _integer(count, 1, COLUMNS, "the completions"),
             rows=_integer(rows, 1, most_rows(model), "the rows to keep"), seed=_seed(seed),
@@ -145,18 +147,19 @@ class Actions:
         )  # fmt: skip
 
     def _validated(self, name: str, chosen: str, *values: Number) -> tuple[Pretrained, int, dict]:
-        """Return the model, the class id and the settings, or raise ValueError."""
+        """Return the model, the class id and the settings, or raise RefusedError."""
         if name not in self.models:
-            raise ValueError(f"Unknown model {name!r}.")
+            raise RefusedError(f"Unknown model; the models are {short_list([*self.models])}.")
         model = self.models[name]
         settings = {}
         for (key, minimum, maximum, *_), value in zip(sliders_of(model), values, strict=True):
             if value is None or not minimum <= value <= maximum:
-                raise ValueError(f"{key} must be from {minimum} to {maximum}.")
+                raise RefusedError(f"{key} must be from {minimum} to {maximum}.")
             settings[key] = SETTINGS[key].kind(value)
-        if chosen not in class_names(model):
-            raise ValueError(f"{name} has no class {chosen!r}.")
-        return model, class_names(model).index(chosen), settings
+        classes = class_names(model)
+        if chosen not in classes:
+            raise RefusedError(f"Unknown class; the classes of {name} are {short_list(classes)}.")
+        return model, classes.index(chosen), settings
 
 
 def drawn(
@@ -195,9 +198,16 @@ def drawn(
         worker.join()
 
 
+def _decoded(path: str) -> np.ndarray:
+    try:
+        return decode_image(path, path)
+    except ValueError:  # it names the path
+        raise RefusedError("The upload is not an image that can be read here.") from None
+
+
 def _integer(value: Number, minimum: int, maximum: int, name: str) -> int:
     if value is None or not minimum <= value <= maximum or value != int(value):
-        raise ValueError(f"{name} must be an integer from {minimum} to {maximum}.")
+        raise RefusedError(f"{name} must be an integer from {minimum} to {maximum}.")
     return int(value)
 
 

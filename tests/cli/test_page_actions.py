@@ -151,8 +151,8 @@ def test_what_is_not_offered_is_refused(actions, values, model):
         return next(actions.draw(model, chosen, count, seed, *values))
 
     refused = {
-        "Unknown model 'x'": {"model": "x"},
-        "tiny has no class 'x'": {"chosen": "x"},
+        "Unknown model; the models are tiny": {"model": "x"},
+        "Unknown class; the classes of tiny are boat, house, old tree": {"chosen": "x"},
         "number of images must be an integer from 1 to 16": {"count": MOST_IMAGES + 1},
         "number of images must be": {"count": None},
         "the seed must be": {"seed": -1},
