@@ -12,6 +12,7 @@ processes (--coordinator) or independently (--part 1/N to N/N). See the page "Im
 documentation for a full-size example.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from aim_jax import data
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.parallel import processes
+from aim_jax.parallel.ownership import owned
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.logging import Progress, say
 from aim_jax.weights.tokenizer import local_encoder, open_tokenizer, tokenizer_fingerprint
@@ -100,6 +102,7 @@ def extract(
       ValueError: if the tokenizer, the dataset or an image is invalid, `out` holds another cache,
         or `part` is given with connected processes.
       FileNotFoundError: if the tokenizer or the dataset is missing.
+      OwnershipError: if another run writes one of the caches.
     """
     if part and jax.process_count() > 1:
         raise ValueError(
@@ -122,45 +125,53 @@ def extract(
         say(source.summary)
     vq_config, _ = model.vq()
     side = spec.image_size // vq_config.downsampling
-    writers = {
-        split: data.CacheWriter(
-            out / split,
-            tokenizer=tokenizer_fingerprint(model),
-            tokenizer_name=model.name,
-            vocab_size=vq_config.n_embed,
-            grid=(side, side),
-            class_names=source.class_names,
-            views=stored[split].names,
-            num_examples=len(source),
-            dataset=name,
-            split=split,
-            pictures=stored[split].pictures,
-            examples=source.fingerprint(),
-            shard_size=shard_size,
-        )
-        for split, source in sources.items()
-    }
-    encode, devices = local_encoder(model)
-    missing = [split for split, writer in writers.items() if writer.missing()]
-    for split in missing:
-        data.check_images(sources[split], spec)
-    part_name = f", part {share[0] + 1}/{share[1]}" if share[1] > 1 else ""
-    for split in missing:
-        data.extract_codes(
-            encode, sources[split], stored[split], writers[split], batch_size * devices,
-            part=share, workers=workers, progress=Progress(f"encoding {split}{part_name}"),
-        )  # fmt: skip
-    for writer in writers.values():
-        remaining = len(_finish(writer))
-        shards = len(writer.ranges)
-        names = writer.manifest["views"]
-        count = writer.manifest["num_examples"]
-        if remaining:
-            say(f"{writer.path}: {remaining} of {shards} shards are left to other parts")
-        else:
-            say(f"{writer.path}: {count} images, {len(names)} views of {side * side} tokens each")
-    # Process 0 reads all shards at the end; JAX aborts it if the other processes exit before.
-    wait_for_all("the caches")
+    with contextlib.ExitStack() as claimed:
+        claims = {
+            split: claimed.enter_context(owned(out / split, share if part else (0, 1)))
+            for split in sources
+        }
+        writers = {
+            split: data.CacheWriter(
+                out / split,
+                tokenizer=tokenizer_fingerprint(model),
+                tokenizer_name=model.name,
+                vocab_size=vq_config.n_embed,
+                grid=(side, side),
+                class_names=source.class_names,
+                views=stored[split].names,
+                num_examples=len(source),
+                dataset=name,
+                split=split,
+                pictures=stored[split].pictures,
+                examples=source.fingerprint(),
+                shard_size=shard_size,
+            )
+            for split, source in sources.items()
+        }
+        encode, devices = local_encoder(model)
+        missing = [split for split, writer in writers.items() if writer.missing()]
+        for split in missing:
+            data.check_images(sources[split], spec)
+        part_name = f", part {share[0] + 1}/{share[1]}" if share[1] > 1 else ""
+        for split in missing:
+            data.extract_codes(
+                encode, sources[split], stored[split], writers[split], batch_size * devices,
+                part=share, workers=workers, progress=Progress(f"encoding {split}{part_name}"),
+                claim=claims[split],
+            )  # fmt: skip
+        for split, writer in writers.items():
+            claims[split].check()
+            remaining = len(_finish(writer))
+            shards = len(writer.ranges)
+            names = writer.manifest["views"]
+            count = writer.manifest["num_examples"]
+            if remaining:
+                say(f"{writer.path}: {remaining} of {shards} shards are left to other parts")
+            else:
+                size = f"{len(names)} views of {side * side} tokens each"
+                say(f"{writer.path}: {count} images, {size}")
+        # Process 0 reads all shards at the end; JAX aborts it if the other processes exit before.
+        wait_for_all("the caches")
 
 
 def _finish(writer: data.CacheWriter) -> list[int]:

@@ -32,6 +32,7 @@ from aim_jax.data.token_cache import (
     shard_name,
     shard_ranges,
 )
+from aim_jax.parallel.ownership import NO_CLAIM, Claim
 from aim_jax.utils.files import replacing
 
 VIEWS = ("centre", "centre_flip", "ten_crop")
@@ -307,6 +308,7 @@ def extract_codes(
     part: tuple[int, int] = (0, 1),
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    claim: Claim = NO_CLAIM,
 ) -> None:
     """Encode the images of all missing shards, or of one process's part of them.
 
@@ -322,8 +324,10 @@ def extract_codes(
       part: (i, n) takes every n-th shard, starting with the i-th.
       workers: Processes that decode images; 0 uses threads of this process.
       progress: Called after each batch with the number of images done and the total.
+      claim: Ownership of the writer's directory.
 
     Raises:
+      OwnershipError: The ownership was lost.
       ValueError: The first image does not fit `views`, or an image cannot be read.
     """
     preprocess(source[0]["image"], views.square)
@@ -347,6 +351,7 @@ def extract_codes(
                 done += len(some_labels)
                 if progress is not None:
                     progress(done, total)
+            claim.check()
             writer.write(shard, np.concatenate(codes), np.concatenate(labels))
 
 

@@ -32,6 +32,7 @@ from aim_jax.evaluation.references import (
 )
 from aim_jax.evaluation.report import check_out, provenance, write_report
 from aim_jax.models.inception import NUM_FEATURES
+from aim_jax.parallel.ownership import NO_CLAIM, Claim, owned
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
@@ -98,20 +99,22 @@ def identity_of(model: Pretrained) -> list[str]:
     return [fingerprint(*model.aim()), fingerprint(*model.vq())]
 
 
-def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
+def sample_npz(model: Pretrained, config: ConfigDict, out: Path, claim: Claim = NO_CLAIM) -> Path:
     """Sample `config.num_samples` images into out/samples.npz.
 
     The file holds arr_0 uint8 (n, H, W, 3) and labels int32 (n,). Grey images are stored as RGB,
     because other evaluators accept nothing else.
 
     All processes must call this; they share the directory and divide the batches. Batches of an
-    interrupted run are kept in out/parts and are not sampled again.
+    interrupted run are kept in out/parts and are not sampled again. `claim` is the ownership of the
+    directory.
 
     Returns:
       The path of the file.
 
     Raises:
       ValueError: if the directory holds samples with other settings, or a setting is out of range.
+      OwnershipError: if the ownership was lost.
     """
     settings = sampling_settings(model, config)
     size = config.batch_size
@@ -136,10 +139,12 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path) -> Path:
                 samples = generate(
                     model, np.resize(batch, size), config.seed, first_index=i * size, **settings
                 )
+                claim.check()
                 parts.add(i, to_rgb(np.asarray(samples.images)[: len(batch)]))
             progress(min(done * size, len(labels)), min(len(share) * size, len(labels)))
         wait_for_all("samples")
         if jax.process_index() == 0:
+            claim.check()
             parts.join(len(numbers), labels=labels)
         wait_for_all("the file of the samples")
     return file
@@ -222,7 +227,7 @@ def score(made: FeatureSet, reference: FeatureSet) -> tuple[dict, list[str]]:
 
 
 def reconstruct(
-    model: Pretrained, images: ImageSet, config: ConfigDict, out: Path
+    model: Pretrained, images: ImageSet, config: ConfigDict, out: Path, claim: Claim = NO_CLAIM
 ) -> tuple[Path, dict[str, float]]:
     """Encode and decode a set of images with the tokenizer.
 
@@ -231,6 +236,7 @@ def reconstruct(
       images: the images to reconstruct.
       config: `config.batch_size` is used.
       out: directory for the file of reconstructions.
+      claim: ownership of the directory.
 
     Returns:
       The path of an npz file with the reconstructions (arr_0), and the metrics psnr, usage and
@@ -238,6 +244,7 @@ def reconstruct(
 
     Raises:
       ValueError: if the tokenizer does not accept the images.
+      OwnershipError: if the ownership was lost.
     """
     vq_config, _ = model.vq()
     _, height, width, channels = images.shape
@@ -268,6 +275,7 @@ def reconstruct(
         tokens = encode(padded.astype(np.float32) / 127.5 - 1)
         reconstructed = np.asarray(decode_images(vq_params, tokens, config=vq_config))
         reconstructed = reconstructed[: len(batch)]
+        claim.check()
         parts.add(i, reconstructed)
         counts += np.bincount(np.asarray(tokens)[: len(batch)].ravel(), minlength=len(counts))
         sums += [float(np.sum(metric(batch, reconstructed))) for metric in functions.values()]
@@ -277,6 +285,7 @@ def reconstruct(
     counts = sum_over_processes(counts)
     sums = sum_over_processes(sums)
     if rank == 0:
+        claim.check()
         parts.join(total)
     metrics = dict(zip(functions, (sums / len(images)).tolist(), strict=True))
     wait_for_all("reconstructions")
@@ -321,6 +330,7 @@ def _images_to_score(
     config: ConfigDict,
     out: Path,
     reconstructions: bool,
+    claim: Claim,
 ) -> tuple[ImageSet, dict[str, float]]:
     """Return the images to score, and metrics that were computed while they were made."""
     if samples is not None:
@@ -328,9 +338,9 @@ def _images_to_score(
     if model is None:
         raise ValueError(NOTHING_TO_SCORE)
     if reconstructions and target is not None:
-        file, measured = reconstruct(model, target, config, out)
+        file, measured = reconstruct(model, target, config, out, claim)
         return NpzImages(file), measured
-    return NpzImages(sample_npz(model, config, out)), {}
+    return NpzImages(sample_npz(model, config, out, claim)), {}
 
 
 def _origin(model: Pretrained | None, given: bool, reconstructions: bool) -> dict[str, str]:
@@ -376,7 +386,26 @@ def evaluate(
     Raises:
       ValueError: if the configuration, the model, the samples and the reference do not fit
         together, or there are too few images.
+      OwnershipError: if another run uses `out`.
     """
+    with owned(out) as claim:
+        return _evaluate(
+            model, samples, reference, inception_params, config, out, cache, reconstructions, claim
+        )
+
+
+def _evaluate(
+    model: Pretrained | None,
+    samples: str,
+    reference: str,
+    inception_params: dict,
+    config: ConfigDict,
+    out: Path,
+    cache: Path,
+    reconstructions: bool,
+    claim: Claim,
+) -> dict | None:
+    """Evaluate into a directory that this run owns."""
     for name in ("num_samples", "batch_size", "seed", "neighbour_images"):
         check_integer(f"config.{name}", config.get(name))
     if config.stage != "eval" or config.batch_size < 1 or config.num_samples < 2:
@@ -420,7 +449,7 @@ def evaluate(
             counts["the reference"] = len(target)
         check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
-    made, extra = _images_to_score(sample_set, model, target, config, out, reconstructions)
+    made, extra = _images_to_score(sample_set, model, target, config, out, reconstructions, claim)
     if target is not None:
         check_alike(made.name, made.shape[1:3], target)
     # Reconstructions are compared with the reconstructed images, not with stored statistics.
@@ -465,6 +494,7 @@ def evaluate(
         "settings": settings, "environment": provenance(),
         "parameters": _origin(model, bool(samples), reconstructions),
     }  # fmt: skip
+    claim.check()
     write_report(out, report)
     preview = made.take(np.arange(min(100, len(made))))
     save_png(make_grid(preview, 10), out / "images.png")

@@ -19,6 +19,7 @@ from aim_jax.evaluation.references import (
     statistics_alone,
     stored_statistics,
 )
+from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
@@ -100,7 +101,23 @@ def sweep(
     Raises:
       ValueError: if the model lacks a part, a setting is out of range, `out` holds another sweep,
         or there are several processes.
+      OwnershipError: if another run uses `out`.
     """
+    with owned(out) as claim:
+        return _sweep(model, grid, reference, inception_params, config, out, cache, claim)
+
+
+def _sweep(
+    model: Pretrained,
+    grid: Mapping[str, Sequence],
+    reference: str,
+    inception_params: dict,
+    config: ConfigDict,
+    out: Path,
+    cache: Path,
+    claim: Claim,
+) -> list[dict]:
+    """Sweep into a directory that this run owns."""
     if model.aim_params is None or model.vq_params is None:
         raise ValueError(f"{model.name}: a sweep requires an AiM and a tokenizer.")
     for name, values in grid.items():  # fail before long computations
@@ -147,9 +164,10 @@ def sweep(
         say(f"setting {number} of {len(combinations)}: {settings}")
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         samples = out / f"samples_{key}"
-        images = NpzImages(evaluate.sample_npz(model, chosen, samples))
+        images = NpzImages(evaluate.sample_npz(model, chosen, samples, claim))
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
+        claim.check()
         write_json(file, {"identity": identity, "rows": rows})
         shutil.rmtree(samples, ignore_errors=True)
     return rows

@@ -1,12 +1,17 @@
 """Initialization of JAX on several hosts, from flags or a cluster's environment variables."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+
+TEXT_BYTES = 1000  # of a text that processes exchange
+MEETING_SECONDS = 5.0
 
 
 def define_flags() -> None:
@@ -92,6 +97,28 @@ def wait_for_all(what: str) -> None:
     """Wait until all processes reach this call; `what` names it, equally in all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def text_of_first(make: Callable[[], str]) -> str:
+    """Return the text that `make` returns on process 0; all processes must call this.
+
+    `make` may take minutes. The processes meet every `MEETING_SECONDS` meanwhile, because those of
+    CPU devices end with an error if one of them comes half a minute late to the first exchange.
+
+    Args:
+      make: Called on process 0 only. Its text is cut to `TEXT_BYTES`.
+    """
+    if jax.process_count() == 1:
+        return make()
+    with ThreadPoolExecutor(1) as pool:
+        made = [pool.submit(make)] if jax.process_index() == 0 else []
+        while True:
+            is_done = bool(made and wait(made, MEETING_SECONDS).done)
+            text = f"+{made[0].result()}" if is_done else ""
+            data = np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES), np.uint8)
+            data = multihost_utils.broadcast_one_to_all(data)
+            if text := data.tobytes().decode(errors="replace").strip():
+                return text[1:]
 
 
 def initialize_from(given: flags.FlagValues) -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.config import AiMConfig
+from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.parallel.sharding import (
     axis_rules,
     batch_sharding,
@@ -185,9 +186,17 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     Raises:
       ValueError, FileNotFoundError: A configuration, cache or workdir does not fit. Raised before
         any work starts.
+      OwnershipError: Another run uses the workdir.
     """
-    workdir = Path(workdir)
     loop.check_reports(config)
+    with owned(workdir) as claim:
+        return _train(config, Path(workdir), callbacks, claim)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, callbacks: Sequence[Every], claim: Claim
+) -> TrainState:
+    """Train in a workdir that this run owns."""
     settings = SamplingConfig(**{name: config.sample[name] for name in SETTINGS})
     setup = Setup(config)
     mesh = setup.mesh
@@ -255,7 +264,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
             export=export,
             flops=training_flops(model_config),
         )
-        return loop.run(config, workdir, mesh, state, stage)
+        return loop.run(config, workdir, mesh, state, stage, claim)
 
 
 def open_start(name_or_path: str, config: AiMConfig) -> dict:

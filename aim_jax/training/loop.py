@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
+from aim_jax.parallel.ownership import NO_CLAIM, Claim
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
 from aim_jax.perf import accelerators
@@ -182,7 +183,12 @@ def check_reports(config: ConfigDict) -> None:
 
 
 def run(
-    config: ConfigDict, workdir: Path, mesh: Mesh, state: TrainState, stage: Stage
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    state: TrainState,
+    stage: Stage,
+    claim: Claim = NO_CLAIM,
 ) -> TrainState:
     """Train to `config.steps`, from the newest intact checkpoint in `workdir` if there is one.
 
@@ -195,6 +201,7 @@ def run(
       ValueError: config.profile is malformed, or every checkpoint is damaged.
       BadStepsError: Too many steps in a row were skipped.
       SaveError: A checkpoint could not be written.
+      OwnershipError: `claim`, the ownership of the workdir, was lost.
       KeyboardInterrupt: Ctrl-C was pressed twice. A save that had begun is complete.
     """
     workdir = Path(workdir)
@@ -211,6 +218,7 @@ def run(
 
     def save(step: int, state: TrainState) -> None:
         log.check()
+        claim.check()
         with stop.saving():
             checkpoints.save(step, state, stage.batches)
         by_time.saved()
@@ -230,6 +238,7 @@ def run(
                 step += 1
                 log.add(step, metrics_of_step)
             profiler.after(step, metrics_of_step)
+            claim.check()
             if step in (1, config.steps) or step % config.log_every == 0:
                 callbacks.show(log.report(step))
             elif log.due():
@@ -245,6 +254,7 @@ def run(
                 say(f"{stop.received}: saved step {step}; the same command resumes from there.")
         checkpoints.wait()
         if step == config.steps or (stop.received and jax.process_count() == 1):
+            claim.check()
             with reminding("writing the model"):
                 stage.export(state)
         # Only process 0 writes models and file lists; JAX aborts it once the others have exited.

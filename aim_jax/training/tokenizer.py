@@ -31,6 +31,7 @@ from aim_jax.models.config import VQConfig
 from aim_jax.models.lpips import MIN_SIDE
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import ENCODER, VQModel, encoder_params, init_params
+from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.parallel.sharding import (
     axis_rules,
     batch_share,
@@ -286,9 +287,17 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
     Raises:
       ValueError, FileNotFoundError: A configuration, dataset or workdir does not fit. Raised before
         any work starts.
+      OwnershipError: Another run uses the workdir.
     """
-    workdir = Path(workdir)
     loop.check_reports(config)
+    with owned(workdir) as claim:
+        return _train(config, Path(workdir), callbacks, claim)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, callbacks: Sequence[Every], claim: Claim
+) -> TrainState:
+    """Train in a workdir that this run owns."""
     setup = Setup(config)
     spec = image_spec(config.data)
     mesh = setup.mesh
@@ -357,7 +366,7 @@ def train(config: ConfigDict, workdir: str | Path, callbacks: Sequence[Every] = 
             callbacks=[*reports, *callbacks],
             export=export,
         )
-        return loop.run(config, workdir, mesh, state, stage)
+        return loop.run(config, workdir, mesh, state, stage, claim)
 
 
 def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from aim_jax.cli.common import EXIT_STOPPED
+from aim_jax.parallel.ownership import LOCK, owned
 from aim_jax.parallel.processes import settings
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.training import aim as train
@@ -179,6 +180,14 @@ def test_an_error_of_one_process_ends_it_with_its_code():
     exits, output = finish(start(command, 2), 90)
     assert exits[1] == 1 and exits[0] not in (0, 1, 2, EXIT_STOPPED), output
     assert "error: not on this host" in output and "Traceback" not in output
+
+
+def test_processes_of_a_run_are_one_owner_and_are_refused_together(config_file, tmp_path):
+    with owned(tmp_path / "run"):
+        exits, output = finish(start(training(config_file, tmp_path / "run"), 2))
+        assert os.listdir(tmp_path / "run") == [LOCK]
+    assert exits == [1, 1] and "Traceback" not in output
+    assert output.count(f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on ") == 2
 
 
 def test_the_last_work_of_process_0_is_waited_for():

@@ -483,7 +483,7 @@ def test_training_starts_from_converted_weights(
     aim_config, vq_config, tiny_model, tmp_path, monkeypatch
 ):
     """Official weights, converted, as the start: another adaLN arrangement, the same tokenizer."""
-    monkeypatch.setattr(loop, "run", lambda config, workdir, mesh, state, stage: state)
+    monkeypatch.setattr(loop, "run", lambda config, workdir, mesh, state, *_: state)
     ours = save_model(tmp_path / "ours", tiny_model)
     official = convert.to_torch(ours, tmp_path / "w.safetensors")
     start = convert.to_jax(official, tmp_path / "start")

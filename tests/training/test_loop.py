@@ -14,6 +14,8 @@ import pytest
 
 from aim_jax.configs import fashion_mnist
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
+from aim_jax.parallel import ownership
+from aim_jax.parallel.ownership import NO_CLAIM
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.training import aim, checkpoint, loop, monitor, tokenizer
 from aim_jax.training.checkpoint import RunCheckpoints
@@ -74,7 +76,7 @@ def run(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(RunCheckpoints, "save", noted)
 
-    def run(batches, *callbacks):
+    def run(batches, *callbacks, claim=NO_CLAIM):
         events.clear()
         note = lambda name: lambda state, *_: events.append((name, int(state.step)))  # noqa: E731
         zero = jnp.zeros((), jnp.int32)
@@ -87,7 +89,7 @@ def run(config, tmp_path, monkeypatch):
         )
         stage = Stage(step_on, batches, [*reports, *callbacks], note("export"))
         state = loop.run(
-            config, tmp_path / "run", make_mesh(devices=jax.devices()[:1]), state, stage
+            config, tmp_path / "run", make_mesh(devices=jax.devices()[:1]), state, stage, claim
         )
         return int(state.step), list(events)
 
@@ -354,7 +356,7 @@ def test_the_example_sends_scalars_to_weights_and_biases(
 
 def test_training_of_the_tokenizer_takes_callbacks_too(picture_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(loop, "run", lambda *args: given.append(args[-1]))
+    monkeypatch.setattr(loop, "run", lambda *args: given.append(args[4]))
     state = types.SimpleNamespace(params={})
     monkeypatch.setattr(tokenizer, "create_sharded", lambda *_: state)
     small = vq_defaults()
@@ -364,3 +366,20 @@ def test_training_of_the_tokenizer_takes_callbacks_too(picture_folder, tmp_path,
     mine = Every(3, print)
     tokenizer.train(small, tmp_path / "run", [mine])
     assert given[0].callbacks[-1] is mine and len(given[0].callbacks) == 4
+
+
+def test_a_run_that_lost_its_workdir_writes_no_more(run, tmp_path, monkeypatch):
+    """Neither a checkpoint nor the model, whoever removed its lock or took it over."""
+    monkeypatch.setattr(ownership, "CHECK_SECONDS", 0.0)
+    seen = []
+
+    def lose(info):
+        seen.append(info.step)
+        if info.step == 4:
+            (tmp_path / "run" / ownership.LOCK).unlink()
+
+    lost = pytest.raises(ownership.OwnershipError, match="was removed, so this run no longer owns")
+    with lost, ownership.owned(tmp_path / "run") as claim:
+        run(Batches(), Every(1, lose), claim=claim)
+    assert seen == [1, 2, 3, 4]
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
