@@ -1,0 +1,153 @@
+"""Watch over the processes of a run: a lost one ends the others with one line and `EXIT_LOST`.
+
+JAX's own heartbeat ends a process by aborting it, with a dump of the native stack and a status that
+says nothing. This watch is faster than it, and leaves it the cases in which Python cannot run.
+
+Every process writes a beat into the key-value store of JAX's coordination service, which runs in
+process 0. Process 0 reads the beats and publishes the verdict, which the others wait for; if the
+service does not answer them, process 0 itself is lost.
+"""
+
+import atexit
+import threading
+import time
+from typing import Any, NoReturn
+
+from jax._src import distributed
+
+from aim_jax.utils.signals import EXIT_LOST, EXIT_STOPPED, RESUMES, end_with_line
+
+BEATS = "aim_jax/beats/"
+VERDICT = "aim_jax/verdict"
+# Key under which JAX's preemption service announces that some process got SIGTERM.
+PREEMPTION = "RECEIVED_PREEMPTION_NOTICE"
+# A process that has ended its work, but may wait for others at its exit.
+FINISHED = "finished"
+# Seconds between a verdict and the end of a process, which breaks the connections to it: all should
+# have read the verdict by then. That of process 0 also ends the service.
+LINGER = 1.0
+LINGER_OF_FIRST = 2.0
+
+
+class Watch:
+    """Watch of one process over the others, in threads of its own.
+
+    Args:
+      client: Client of JAX's coordination service.
+      process: Number of this process.
+      count: Number of processes.
+      seconds: Seconds without a beat after which a process is lost.
+    """
+
+    def __init__(self, client: Any, process: int, count: int, seconds: float):
+        self._client = client
+        self._process = process
+        self._count = count
+        self._seconds = seconds
+        self._pause = min(seconds / 10, 5.0)
+        self._starting = True
+        self._finished = False
+        self._answered = time.monotonic()
+        self._seen = dict.fromkeys(range(count), ("", self._answered))
+
+    def start(self) -> None:
+        """Start the threads."""
+        for work in (self._beat, self._time):
+            threading.Thread(target=work, name="aim_jax watch", daemon=True).start()
+
+    def started(self) -> None:
+        """Leave SIGTERM to the training loop from now on."""
+        self._starting = False
+
+    def finish(self) -> None:
+        """Stop watching: the process exits."""
+        self._finished = True
+        try:
+            self._client.key_value_set(f"{BEATS}{self._process}", FINISHED, True)
+        except Exception:  # the service has ended
+            return
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._finished:
+            number += 1
+            try:
+                self._client.key_value_set(f"{BEATS}{self._process}", str(number), True)
+                if self._finished:
+                    self.finish()  # this beat may have replaced its last word
+                    return
+                self._judge() if self._process == 0 else self._await_verdict()
+            except Exception:
+                if not self._finished:
+                    self._end_lost(0, "its connection was closed")
+                return
+            self._answered = time.monotonic()
+
+    def _time(self) -> None:
+        """End the process if the service neither answers nor fails, as that of a lost host."""
+        while not self._finished:
+            time.sleep(self._pause)
+            if time.monotonic() - self._answered > self._seconds and not self._finished:
+                self._end_lost(0, self._silence())
+
+    def _judge(self) -> None:
+        time.sleep(self._pause)
+        now = time.monotonic()
+        for key, beat in self._client.key_value_dir_get(BEATS):
+            process = int(key.rpartition("/")[2])
+            if beat == FINISHED or beat != self._seen[process][0]:
+                self._seen[process] = beat, now
+        for process, (_, since) in self._seen.items():
+            if now - since > self._seconds and not self._finished:
+                self._publish(EXIT_LOST, self._lost(process, self._silence()))
+        if self._starting and self._is_preempted():
+            self._publish(EXIT_STOPPED, f"SIGTERM: stopped; {RESUMES}")
+
+    def _is_preempted(self) -> bool:
+        try:
+            return bool(self._client.key_value_try_get(PREEMPTION))
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                return False
+            raise
+
+    def _publish(self, status: int, line: str) -> NoReturn:
+        self._client.key_value_set(VERDICT, f"{status} {line}", True)
+        end_with_line(line, status, LINGER_OF_FIRST)
+
+    def _await_verdict(self) -> None:
+        try:
+            verdict = self._client.blocking_key_value_get(VERDICT, int(1000 * self._pause))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return
+            raise
+        status, _, line = verdict.partition(" ")
+        end_with_line(line, int(status), LINGER)
+
+    def _silence(self) -> str:
+        return f"it has not answered for {self._seconds:g} s (--heartbeat_seconds)"
+
+    def _lost(self, process: int, how: str) -> str:
+        return f"error: process {process} of {self._count} was lost: {how}; {RESUMES}"
+
+    def _end_lost(self, process: int, how: str) -> NoReturn:
+        end_with_line(self._lost(process, how), EXIT_LOST, LINGER)
+
+
+_watch: Watch | None = None
+
+
+def watch_others(seconds: float) -> None:
+    """Start the watch of this process, which is connected to the others."""
+    global _watch
+    state = distributed.global_state
+    _watch = Watch(state.client, state.process_id, state.num_processes, seconds)
+    _watch.start()
+    atexit.register(_watch.finish)
+
+
+def start_is_over() -> None:
+    """Let the training loop answer SIGTERM from now on; before, it ends all processes at once."""
+    if _watch is not None:
+        _watch.started()
