@@ -139,7 +139,7 @@ class Watch:
         return f"error: process {process} of {self._count} was lost: {how}; {RESUMES}"
 
     def _end_lost(self, process: int, how: str) -> NoReturn:
-        end_with_line(self._lost(process, how), EXIT_LOST, LINGER)
+        end_with_line(self._lost(process, how), EXIT_LOST)  # before JAX aborts the process
 
 
 _watch: Watch | None = None

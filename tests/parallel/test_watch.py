@@ -1,5 +1,6 @@
 """The verdicts of the watch over other processes, with a store in place of JAX's service."""
 
+import contextlib
 import threading
 import time
 
@@ -47,6 +48,9 @@ class Store:
         return self.values[key]
 
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 @pytest.fixture
 def run(monkeypatch):
     """Starts watches; returns their store, the watches, and a function that waits for ends."""
@@ -60,12 +64,17 @@ def run(monkeypatch):
             ended.notify_all()
         raise SystemExit  # ends the thread
 
+    def until_end(work):
+        with contextlib.suppress(SystemExit):
+            work()
+
     def start(count, seconds=0.5, absent=()):
         watches = {i: watch.Watch(store, i, count, seconds) for i in range(count)}
         for i, each in watches.items():
             if i not in absent:
                 for work in (each._beat, each._time):
-                    threading.Thread(target=work, name=f"{i}{work.__name__}", daemon=True).start()
+                    name = f"{i}{work.__name__}"
+                    threading.Thread(target=until_end, args=(work,), name=name, daemon=True).start()
 
         def wait(number):
             with ended:
