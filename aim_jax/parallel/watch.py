@@ -10,6 +10,7 @@ service does not answer them, process 0 itself is lost.
 
 import atexit
 import contextlib
+import socket
 import threading
 import time
 from typing import Any, NoReturn
@@ -26,6 +27,8 @@ PREEMPTION = "RECEIVED_PREEMPTION_NOTICE"
 FINISHED = "finished"
 # Longest call that waits for the verdict; a process that exits waits for it.
 POLL_MILLISECONDS = 500
+# Pause before another connection to the service; JAX aborts the process within a second.
+RETRY_SECONDS = 0.01
 # Seconds between a verdict and the end of a process, which breaks the connections to it: all should
 # have read the verdict by then. That of process 0 also ends the service.
 LINGER = 1.0
@@ -40,13 +43,15 @@ class Watch:
       process: Number of this process.
       count: Number of processes.
       seconds: Seconds without a beat after which a process is lost.
+      address: "HOST:PORT" of the service, to notice its end before its client aborts the process.
     """
 
-    def __init__(self, client: Any, process: int, count: int, seconds: float):
+    def __init__(self, client: Any, process: int, count: int, seconds: float, address: str = ""):
         self._client = client
         self._process = process
         self._count = count
         self._seconds = seconds
+        self._address = address
         self._pause = min(seconds / 10, 5.0)
         self._starting = True
         self._finished = threading.Event()
@@ -56,7 +61,10 @@ class Watch:
 
     def start(self) -> None:
         """Start the threads."""
-        for work in (self._beat, self._time):
+        works = [self._beat, self._time]
+        if self._address and self._process != 0:
+            works.append(self._follow_service)
+        for work in works:
             self._threads.append(threading.Thread(target=work, name="aim_jax watch", daemon=True))
             self._threads[-1].start()
 
@@ -92,6 +100,27 @@ class Watch:
             self._finished.wait(self._pause)
             if time.monotonic() - self._answered > self._seconds and not self._finished.is_set():
                 self._end_lost(0, self._silence())
+
+    def _follow_service(self) -> None:
+        """End the process as soon as nothing listens at the address of the service.
+
+        Its client notices that as well, but then aborts the process in the thread that would also
+        answer the calls of `_beat`.
+        """
+        host, _, port = self._address.rpartition(":")
+        while not self._finished.is_set():
+            try:
+                with socket.create_connection((host.strip("[]"), int(port)), self._seconds) as link:
+                    link.settimeout(POLL_MILLISECONDS / 1000)
+                    while not self._finished.is_set():
+                        with contextlib.suppress(TimeoutError):
+                            if not link.recv(4096):
+                                break  # the service closes connections that say nothing
+            except ConnectionRefusedError:
+                if not self._finished.is_set():
+                    self._end_lost(0, "its connection was closed")
+            except OSError:
+                self._finished.wait(RETRY_SECONDS)
 
     def _judge(self) -> None:
         self._finished.wait(self._pause)
@@ -149,7 +178,9 @@ def watch_others(seconds: float) -> None:
     """Start the watch of this process, which is connected to the others."""
     global _watch
     state = distributed.global_state
-    _watch = Watch(state.client, state.process_id, state.num_processes, seconds)
+    _watch = Watch(
+        state.client, state.process_id, state.num_processes, seconds, state.coordinator_address
+    )
     _watch.start()
     atexit.register(_watch.finish)
 
