@@ -179,7 +179,11 @@ def watch_others(seconds: float) -> None:
     global _watch
     state = distributed.global_state
     _watch = Watch(
-        state.client, state.process_id, state.num_processes, seconds, state.coordinator_address
+        state.client,
+        state.process_id,
+        state.num_processes,
+        seconds,
+        state.coordinator_address or "",
     )
     _watch.start()
     atexit.register(_watch.finish)
