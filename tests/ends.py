@@ -7,11 +7,14 @@ import time
 
 from absl import app, flags
 
-from aim_jax.cli.common import EXIT_STOPPED, errors_in_one_line
+from aim_jax.cli.common import errors_in_one_line
 from aim_jax.parallel import processes
+from aim_jax.parallel.watch import start_is_over
 from aim_jax.training.monitor import StopSignal
+from aim_jax.utils.signals import EXIT_STOPPED
 
-flags.DEFINE_enum("end", None, ["error", "late", "signal"], "How.")
+flags.DEFINE_enum("end", None, ["error", "late", "signal", "signal_at_start", "killed"], "How.")
+flags.DEFINE_integer("killed", 1, "Process that is killed.")
 processes.define_flags()
 
 
@@ -20,13 +23,22 @@ def main(_):
 
     with errors_in_one_line():
         processes.initialize_from(flags.FLAGS)
+        if flags.FLAGS.end == "killed":
+            if flags.FLAGS.process_id == flags.FLAGS.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # imports, compiles or restores
         first = jax.process_index() == 0
         processes.wait_for_all("the start")
         if flags.FLAGS.end == "error":
             if not first:
                 raise FileNotFoundError("not on this host")
             processes.wait_for_all("a step that the other one never takes")
+        if flags.FLAGS.end == "signal_at_start":
+            if not first:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)  # restores
         if flags.FLAGS.end == "signal":
+            start_is_over()
             if not first:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)  # until all know of it

@@ -7,13 +7,19 @@ Example:
 """
 
 import ast
+import contextlib
 import importlib
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_jax.utils.signals import EXIT_INTERRUPTED, ctrl_c_in_one_line, end_interrupted
+from aim_jax.utils.signals import (
+    EXIT_INTERRUPTED,
+    ctrl_c_in_one_line,
+    end_interrupted,
+    sigterm_in_one_line,
+)
 
 PROGRAMS = (
     "sample",
@@ -32,6 +38,9 @@ PROGRAMS = (
     "export",
     "compile",
 )
+
+# Programs that launchers stop by SIGTERM, and restart.
+STOPPABLE = ("train", "train_vq", "extract_codes")
 
 
 def overview() -> str:
@@ -60,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments)
     status: object = EXIT_INTERRUPTED
     try:
-        with ctrl_c_in_one_line():
+        stoppable = "".join(sys.argv[1:2]).replace("-", "_") in STOPPABLE
+        stopping = sigterm_in_one_line() if stoppable else contextlib.nullcontext()
+        with ctrl_c_in_one_line(), stopping:
             status = _main(sys.argv[1:])
     except SystemExit as end:
         status = end.code

@@ -27,13 +27,16 @@ from aim_jax.parallel import processes
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 from aim_jax.utils.cache import cache_directory
+from aim_jax.utils.files import FULL, DiskFullError
 from aim_jax.utils.logging import say
-from aim_jax.utils.signals import ctrl_c_in_one_line
+from aim_jax.utils.signals import (
+    EXIT_LOST,
+    EXIT_STOPPED,
+    RESUMES,
+    ctrl_c_in_one_line,
+    end_with_line,
+)
 
-# EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command resumes.
-EXIT_STOPPED = 75
-# EX_UNAVAILABLE: another process was lost; the same command resumes from the last checkpoint.
-EXIT_LOST = 69
 # Seconds that a process waits after an error before it exits, if there are several processes.
 GRACE = 5.0
 # Text of JAX's error where the platform of JAX_PLATFORMS is missing.
@@ -115,7 +118,8 @@ def _usual_errors_in_one_line() -> Iterator[None]:
         keep_compiled_programs()
         yield
     except (ValueError, OSError, BadStepsError, BuildError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        end_if_step_failed(error)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
             # A regular exit waits for the other processes, is aborted with them, and returns
             # another code. Processes with the same error get time to print it, for which they need
@@ -124,11 +128,8 @@ def _usual_errors_in_one_line() -> Iterator[None]:
             os._exit(1)
         raise SystemExit(1) from None
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        # Usually communication failed because another process was lost.
-        print(f"error: a step over all processes failed: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)  # a regular exit would wait for the other processes
+        end_if_step_failed(error)
+        raise
     except (AssertionError, RuntimeError) as error:
         if not is_backend_missing(error):
             raise
@@ -139,6 +140,24 @@ def _usual_errors_in_one_line() -> Iterator[None]:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         raise SystemExit(1) from None
+
+
+def end_if_step_failed(error: Exception) -> None:
+    """End the process with `EXIT_LOST` if a step over several processes failed with `error`.
+
+    Usually communication failed because another process was lost.
+    """
+    if processes.is_failed_step(error):
+        reason = str(error).strip().partition("\n")[0]
+        # A regular exit would wait for the other processes.
+        end_with_line(f"error: a step over all processes failed: {reason}; {RESUMES}", EXIT_LOST)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error; that of the system about a full disk tells what to do."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return str(DiskFullError(error.filename or "a file", os.strerror(error.errno)))
+    return str(error)
 
 
 def is_backend_missing(error: Exception) -> bool:

@@ -23,13 +23,14 @@ def define_flags() -> None:
 def main() -> None:
     """Write and print the report, and write the plot."""
     from aim_jax.evaluation import scaling
+    from aim_jax.utils.files import replacing
     from aim_jax.utils.plots import pyplot
 
     out = Path(flags.FLAGS.out)
     pyplot()
     runs = [scaling.read_run(Path(run)) for run in flags.FLAGS.runs]
     text = scaling.report(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scaling.md").write_text(text)
+    with replacing(out / "scaling.md") as partial:
+        partial.write_text(text)
     print(text)
     print(scaling.draw(runs, out / "scaling.png"))

@@ -18,6 +18,7 @@ from absl import flags
 from aim_jax.cli.common import cores_as_devices, define_config, numbers
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.utils.cache import cache_directory
+from aim_jax.utils.files import replacing
 
 
 def define_flags() -> None:
@@ -79,10 +80,12 @@ def main() -> None:
         model, grid, f.reference, load_inception(f.inception), f.config, out,
         cache_directory("references"),
     )  # fmt: skip
-    (out / "sweep.md").write_text(sweep.table(rows))
+    with replacing(out / "sweep.md") as partial:
+        partial.write_text(sweep.table(rows))
     best = sweep.best_of(rows, f.metric)
     text = sweep.table(rows, best)
-    (out / "sweep.md").write_text(text)
+    with replacing(out / "sweep.md") as partial:
+        partial.write_text(text)
     print(text)
     print(sweep.draw(rows, out / "sweep.png"))
     if f.write_defaults:

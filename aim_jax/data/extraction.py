@@ -4,7 +4,6 @@ A shard depends only on its number. Several processes can therefore share the wo
 interrupted extraction resumes with the missing shards.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -33,6 +32,7 @@ from aim_jax.data.token_cache import (
     shard_ranges,
 )
 from aim_jax.parallel.ownership import NO_CLAIM, Claim
+from aim_jax.utils.endings import closing_all
 from aim_jax.utils.files import replacing
 
 VIEWS = ("centre", "centre_flip", "ten_crop")
@@ -339,9 +339,9 @@ def extract_codes(
     ]
     total = sum(len(piece) for _, piece in pieces)
     done = 0
-    with contextlib.closing(
-        _encode(encode_fn, source, views, batch_size, pieces, workers)
-    ) as encoded:
+    encoded = _encode(encode_fn, source, views, batch_size, pieces, workers)
+    with closing_all() as at_end:
+        at_end(encoded.close)
         for shard, group in itertools.groupby(encoded, key=lambda item: item[0]):
             codes = []
             labels = []
@@ -385,7 +385,8 @@ def _encode(
     ahead: tuple[int, list, np.ndarray] | None = None
     numbers = grain.MapDataset.range(len(pieces))
     loaded = Prefetched(numbers.map(load), min(8, os.cpu_count() or 1), workers)
-    with contextlib.closing(loaded):  # ends its processes
+    with closing_all() as at_end:
+        at_end(loaded.close)  # ends its processes
         for (shard, _), batch in zip(pieces, loaded, strict=True):
             codes = [encode_fn(view) for view in views.cut(batch["squares"])]
             if ahead is not None:

@@ -1,7 +1,10 @@
 """Initialization of JAX on several hosts, from flags or a cluster's environment variables."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -10,8 +13,16 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from aim_jax.parallel.watch import watch_others
+from aim_jax.utils.signals import EXIT_LOST, RESUMES, end_with_line
+
 TEXT_BYTES = 1000  # of a text that processes exchange
 MEETING_SECONDS = 5.0
+# Seconds by which JAX's own bounds are wider than ours. They abort the process, with a dump of the
+# native stack.
+MARGIN = 30
+# Start of the runtime's errors, such as those of a connection.
+STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 
 
 def define_flags() -> None:
@@ -30,6 +41,12 @@ def define_flags() -> None:
         "heartbeat_seconds",
         100,
         "Seconds without a heartbeat from a process after which the whole job ends.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "start_seconds",
+        300,
+        "Seconds for all processes to connect, after which those that have started end.",
         lower_bound=1,
     )
 
@@ -121,9 +138,18 @@ def text_of_first(make: Callable[[], str]) -> str:
                 return text[1:]
 
 
+def is_failed_step(error: BaseException) -> bool:
+    """Return whether `error` is that of a step over several processes, such as a lost connection.
+
+    Errors of collectives are not always of JAX's type, but begin with the name of a status.
+    """
+    is_of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or STATUS.match(str(error))
+    return jax.distributed.is_initialized() and bool(is_of_runtime)
+
+
 def initialize_from(given: flags.FlagValues) -> None:
     """Call `initialize` with the flags of `define_flags`."""
-    names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds")
+    names = ("coordinator", "num_processes", "process_id", "heartbeat_seconds", "start_seconds")
     values: dict[str, Any] = {name: given[name].value for name in names}
     initialize(**values)
 
@@ -133,17 +159,40 @@ def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    start_seconds: int = 300,
 ) -> None:
     """Connect this process to the others, if there are any. Call it before any other use of JAX.
 
     Args:
       heartbeat_seconds: seconds without a heartbeat after which a process ends the whole job.
       coordinator, num_processes, process_id: see `settings`.
+      start_seconds: seconds for all processes to connect. If they do not, this one ends with a line
+        and `EXIT_LOST`.
     """
     arguments = settings(os.environ, coordinator, num_processes, process_id)
-    if arguments is not None:
+    if arguments is None:
+        return
+    with _bounded(start_seconds):
         jax.distributed.initialize(
             **arguments,
-            heartbeat_timeout_seconds=heartbeat_seconds,
+            initialization_timeout=start_seconds + MARGIN,
+            heartbeat_timeout_seconds=heartbeat_seconds + MARGIN,
             shutdown_timeout_seconds=heartbeat_seconds,
         )
+    watch_others(heartbeat_seconds)
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """End the process with `EXIT_LOST` if the block, which connects it to others, takes longer."""
+    line = (
+        f"error: the processes did not all connect within {seconds:g} s (--start_seconds): one was "
+        f"lost, or cannot reach the address of process 0; {RESUMES}"
+    )
+    timer = threading.Timer(seconds, end_with_line, (line, EXIT_LOST))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

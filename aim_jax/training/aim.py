@@ -1,6 +1,5 @@
 """Training of AiM: class-conditional next-token prediction (arXiv 2408.12245, section 3)."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
 from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.endings import closing_all
 from aim_jax.utils.images import class_caption, make_grid, save_png
 from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
@@ -256,7 +256,9 @@ def _train(
     def encode_and_step(state, batch):
         return setup.train_step(state, data.encode(batch, after=state))
 
-    with contextlib.closing(data.train_batches()) as batches:  # ends its processes
+    batches = data.train_batches()
+    with closing_all() as at_end:
+        at_end(batches.close)  # ends its processes
         stage = Stage(
             train_step=encode_and_step,
             batches=batches,

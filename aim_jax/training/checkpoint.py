@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from ml_collections import ConfigDict
 
 from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
+from aim_jax.parallel.processes import is_failed_step
 from aim_jax.sampling.config import SETTINGS
-from aim_jax.utils.files import write_json
+from aim_jax.utils.endings import closing_all
+from aim_jax.utils.files import DiskFullError, full_disk, write_json
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import flatten
@@ -51,7 +53,44 @@ RESUMABLE = (
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written."""
+    """A run could not write its checkpoint or another file."""
+
+
+def _save_error(checkpoints: Path, path: str | os.PathLike, reason: str) -> SaveError:
+    """Return the error of a run that cannot write `path`; it names the newest checkpoint."""
+    complete = [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
+    newest = f"that of step {max(complete)}" if complete else "none yet"
+    return SaveError(
+        f"cannot write {path} ({reason}). The newest whole checkpoint: {newest}. Free disk space "
+        "or fix the disk, and run the same command again."
+    )
+
+
+@contextlib.contextmanager
+def naming_newest_checkpoint(
+    workdir: Path, finish: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Name the newest checkpoint of a run in the error if the disk is full.
+
+    Args:
+      workdir: Directory of the run.
+      finish: Waits for work in the background, such as a save; its errors come second.
+
+    Raises:
+      SaveError: The disk is full.
+    """
+    try:
+        yield
+    except SaveError:
+        raise
+    except Exception as error:
+        reason = full_disk(error)
+        if not reason:
+            raise
+        with contextlib.suppress(Exception):
+            finish()
+        path = error.path if isinstance(error, DiskFullError) else workdir
+        raise _save_error(Path(workdir) / "checkpoints", path, reason) from error
 
 
 class RunCheckpoints:
@@ -69,8 +108,10 @@ class RunCheckpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with self._save_errors():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._lister: threading.Thread | None = None
+        self._list_error: Exception | None = None
         self._closed = threading.Event()
 
     def latest_step(self) -> int | None:
@@ -92,7 +133,7 @@ class RunCheckpoints:
         self.wait()  # a new save may delete the previous checkpoint, whose list must be written
         with self._save_errors():
             self._manager.save(step, args=args)
-        self._lister = threading.Thread(target=self._list_files, args=(step,), daemon=True)
+        self._lister = threading.Thread(target=self._list_or_keep_error, args=(step,), daemon=True)
         self._lister.start()
 
     def wait(self) -> None:
@@ -103,7 +144,7 @@ class RunCheckpoints:
         """
         with self._save_errors():
             self._manager.wait_until_finished()
-        self._join_lister()
+            self._join_lister()
 
     def restore_newest(self, state: Any, iterator: Prefetched) -> tuple[int, Any]:
         """Restore the newest intact checkpoint; return its step and state.
@@ -157,8 +198,17 @@ class RunCheckpoints:
     def close(self) -> None:
         """Stop the background work; a failure of the last save is not reported here."""
         self._closed.set()
-        self._join_lister()
-        self._manager.close()
+        with closing_all() as at_end:
+            at_end(self._manager.close)
+            with self._save_errors():
+                self._join_lister()
+
+    def _list_or_keep_error(self, step: int) -> None:
+        """Call `_list_files`, and keep its error for the thread that joins this one."""
+        try:
+            self._list_files(step)
+        except Exception as error:
+            self._list_error = error
 
     def _list_files(self, step: int) -> None:
         """Write the list of a checkpoint's files as soon as the checkpoint has its final name."""
@@ -177,6 +227,9 @@ class RunCheckpoints:
         if self._lister is not None:
             self._lister.join()
             self._lister = None
+        error, self._list_error = self._list_error, None
+        if error is not None:
+            raise error
 
     def _problem(self, step: int) -> str:
         """Return a description of damaged or missing files, or ""; all processes get the same."""
@@ -216,14 +269,11 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            complete = [int(p.name) for p in self.directory.glob("*") if p.name.isdecimal()]
-            newest = f"step {max(complete)}" if complete else "none yet"
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            raise SaveError(
-                f"cannot write a checkpoint to {self.directory} ({reason}). Newest complete "
-                f"checkpoint: {newest}. Free disk space or fix the disk, and run the same command "
-                "again."
-            ) from error
+            full = full_disk(error)
+            if not full and is_failed_step(error):  # the steps before it, or a lost process
+                raise
+            reason = full or str(error).strip() or type(error).__name__
+            raise _save_error(self.directory, self.directory, reason.splitlines()[0]) from error
 
 
 class SaveTimer:
@@ -354,5 +404,5 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
             "use another --workdir."
         )
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(file, new | {DATA_KEY: data})
+        with naming_newest_checkpoint(workdir):
+            write_json(file, new | {DATA_KEY: data})

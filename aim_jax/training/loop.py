@@ -17,11 +17,12 @@ from aim_jax.parallel.ownership import NO_CLAIM, Claim
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import shard_batch
 from aim_jax.perf import accelerators
-from aim_jax.training.checkpoint import RunCheckpoints, SaveTimer
+from aim_jax.training.checkpoint import RunCheckpoints, SaveTimer, naming_newest_checkpoint
 from aim_jax.training.monitor import MetricsWriter, Profiler, StepLog, StopSignal
 from aim_jax.training.settings import check_settings
 from aim_jax.training.state import TrainState
 from aim_jax.utils.checks import check_fields, check_integer
+from aim_jax.utils.endings import closing_all, patient_event_loops
 from aim_jax.utils.logging import reminding, say
 from aim_jax.weights.pretrained import EXPORT_DTYPES
 
@@ -200,35 +201,46 @@ def run(
     Raises:
       ValueError: config.profile is malformed, or every checkpoint is damaged.
       BadStepsError: Too many steps in a row were skipped.
-      SaveError: A checkpoint could not be written.
+      SaveError: A checkpoint could not be written, or the disk is full.
       OwnershipError: `claim`, the ownership of the workdir, was lost.
       KeyboardInterrupt: Ctrl-C was pressed twice. A save that had begun is complete.
     """
     workdir = Path(workdir)
     profiler = Profiler(config.profile, workdir / "profile")
     checkpoints = RunCheckpoints(workdir, config.keep)
-    step, state = checkpoints.restore_newest(state, stage.batches)
-    writer = MetricsWriter(workdir, step)
-    peak = accelerators.peak_flops(mesh.devices.flat)
-    mfu = stage.flops and peak and config.batch_size * stage.flops / peak
-    log = StepLog(writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu)
+    with (
+        patient_event_loops(),
+        closing_all() as at_last,
+        naming_newest_checkpoint(workdir, checkpoints.wait),
+        closing_all() as at_end,
+    ):
+        at_last(checkpoints.close)
+        at_end(profiler.close)
+        step, state = checkpoints.restore_newest(state, stage.batches)
+        writer = MetricsWriter(workdir, step)
+        at_end(writer.close)
+        peak = accelerators.peak_flops(mesh.devices.flat)
+        mfu = stage.flops and peak and config.batch_size * stage.flops / peak
+        log = StepLog(
+            writer, config.steps, step, config.batch_size, config.optimizer.skip_limit, mfu
+        )
 
-    stop = StopSignal(step, checkpoints.wait)
-    by_time = SaveTimer(config.save_minutes, step)
+        stop = StopSignal(step, checkpoints.wait)
+        at_end(stop.restore)
+        by_time = SaveTimer(config.save_minutes, step)
 
-    def save(step: int, state: TrainState) -> None:
-        log.check()
-        claim.check()
-        with stop.saving():
-            checkpoints.save(step, state, stage.batches)
-        by_time.saved()
+        def save(step: int, state: TrainState) -> None:
+            log.check()
+            claim.check()
+            with stop.saving():
+                checkpoints.save(step, state, stage.batches)
+            by_time.saved()
 
-    # Saving comes first, so that the failure of another callback does not lose the checkpoint.
-    saving = Every(config.save_every, lambda info: save(info.step, info.state))
-    callbacks = Callbacks([saving, *stage.callbacks], config.steps, workdir, writer)
-    first = step
-    metrics_of_step = None
-    try:
+        # Saving comes first, so that the failure of another callback does not lose the checkpoint.
+        saving = Every(config.save_every, lambda info: save(info.step, info.state))
+        callbacks = Callbacks([saving, *stage.callbacks], config.steps, workdir, writer)
+        first = step
+        metrics_of_step = None
         while step < config.steps and not stop.reached(step):
             with _reminding_once(step == first):
                 with log.waiting():
@@ -259,11 +271,6 @@ def run(
                 stage.export(state)
         # Only process 0 writes models and file lists; JAX aborts it once the others have exited.
         wait_for_all("the end of the run")
-    finally:
-        stop.restore()
-        profiler.close()
-        checkpoints.close()
-        writer.close()
     return state
 
 

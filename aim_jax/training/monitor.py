@@ -17,7 +17,8 @@ from clu import platform
 from jax.experimental import multihost_utils
 
 from aim_jax.parallel.processes import wait_for_all
-from aim_jax.utils.files import replacing
+from aim_jax.parallel.watch import start_is_over
+from aim_jax.utils.files import replacing, writing
 from aim_jax.utils.logging import QUIET_SECONDS, duration, say
 from aim_jax.utils.signals import PATIENCE, end_interrupted, heard_at_once
 
@@ -38,25 +39,64 @@ class MetricsWriter:
             kept = [line for line in lines if _step_of(line) <= first_step]
             with replacing(self._path) as partial:
                 partial.write_text("".join(kept))
-        from tensorboardX import SummaryWriter  # imports torch if installed, which takes seconds
-
-        directory = str(Path(workdir) / "tensorboard")
-        self._board = SummaryWriter(directory, purge_step=first_step + 1)
+        self._board = TensorBoardFile(Path(workdir) / "tensorboard", first_step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Record the scalars of a step."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in scalars.items()}
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, scalars)
 
     def close(self) -> None:
         """Close TensorBoard's file."""
         if self._active:
             self._board.close()
+
+
+class TensorBoardFile:
+    """File of TensorBoard's events, written by the calling thread, which gets the errors.
+
+    Args:
+      directory: Directory of the file.
+      first_step: TensorBoard drops the records of earlier files from this step on.
+    """
+
+    FLUSH_SECONDS = 120.0
+
+    def __init__(self, directory: Path, first_step: int):
+        # Imports torch if installed, which takes seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event = Event
+        self._scalar = scalar
+        self._directory = directory
+        self._flushed = time.monotonic()
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(directory / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(session_log=start, step=first_step, wall_time=time.time()))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Record the scalars of a step; the file has them `FLUSH_SECONDS` later at most."""
+        with writing(self._directory):
+            for name, value in scalars.items():
+                summary = self._scalar(name, value)
+                event = self._event(summary=summary, step=step, wall_time=time.time())
+                self._writer.write_event(event)
+            if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is buffered, and close the file."""
+        with writing(self._directory):
+            self._writer.close()
 
 
 def _step_of(line: str) -> float:
@@ -323,6 +363,7 @@ class StopSignal:
         if step > 1:
             wait_for_all("the first step")
             self.reached(1)
+        start_is_over()
 
     def _hear(self, number: int) -> None:
         """Say what a signal leads to; called in another thread, before `_receive`."""

@@ -1,6 +1,5 @@
 """Training of the VQ tokenizer (arXiv 2406.06525, section 2.1); its losses are in `losses`."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -54,6 +53,7 @@ from aim_jax.training.losses import LossConfig, gradients
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import Discriminator, TrainState
 from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.endings import closing_all
 from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
@@ -359,7 +359,9 @@ def _train(
         sample=lambda state, path: held_out.draw(state.eval_params, path),
         export=export,
     )
-    with contextlib.closing(batches("train")) as train_batches:  # ends its processes
+    train_batches = batches("train")
+    with closing_all() as at_end:
+        at_end(train_batches.close)  # ends its processes
         stage = Stage(
             train_step=lambda state, batch: setup.train_step(state, batch, lpips_params),
             batches=train_batches,

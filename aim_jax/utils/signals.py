@@ -7,13 +7,23 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
 
 # 128 + SIGINT, the convention of shells.
 EXIT_INTERRUPTED = 130
+# EX_TEMPFAIL of sysexits.h: stopped by SIGTERM; the same command resumes.
+EXIT_STOPPED = 75
+# EX_UNAVAILABLE: another process was lost; the same command resumes from the last checkpoint.
+EXIT_LOST = 69
 # Seconds for a program to remove its temporary files after Ctrl-C.
 PATIENCE = 3.0
+# What to do after such an end.
+RESUMES = "the same command resumes."
+
+_ending = threading.Lock()  # taken by the thread that ends the process
 
 
 @contextlib.contextmanager
@@ -48,14 +58,53 @@ def heard_at_once(listener: Callable[[int], None]) -> Iterator[None]:
         reader.close()
 
 
-def end_interrupted() -> NoReturn:
-    """End the process and its worker processes with `EXIT_INTERRUPTED`, at once.
+def end_at_once(status: int) -> NoReturn:
+    """End the process and its worker processes with an exit status, at once.
 
     The interpreter's clean-up would wait for running computations, and may crash beside them.
     """
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(status)
+
+
+def end_with_line(line: str, status: int, linger: float = 0.0) -> NoReturn:
+    """Print a line to stderr and call `end_at_once`; the first of several threads does.
+
+    Args:
+      line: The line.
+      status: Exit status.
+      linger: Seconds between the line and the end, less than `PATIENCE`.
+    """
+    if _ending.acquire(timeout=PATIENCE):
+        print(line, file=sys.stderr, flush=True)
+        time.sleep(linger)
+    end_at_once(status)
+
+
+def end_interrupted() -> NoReturn:
+    """End the process and its worker processes with `EXIT_INTERRUPTED`, at once."""
+    end_at_once(EXIT_INTERRUPTED)
+
+
+def end_stopped(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Answer a signal to a program that has nothing to save: one line and `EXIT_STOPPED`."""
+    del frame
+    name = signal.Signals(number).name
+    end_with_line(f"{name}: stopped; {RESUMES}", EXIT_STOPPED)
+
+
+@contextlib.contextmanager
+def sigterm_in_one_line() -> Iterator[None]:
+    """Answer SIGTERM with `end_stopped` during the block, where no other handler replaces it.
+
+    Inside `ctrl_c_in_one_line` it is answered even while compiled code runs.
+    """
+    before = signal.signal(signal.SIGTERM, end_stopped)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -69,6 +118,8 @@ def ctrl_c_in_one_line() -> Iterator[None]:
     timers: list[threading.Timer] = []  # one, after the first Ctrl-C
 
     def hear(number: int) -> None:
+        if number == signal.SIGTERM and signal.getsignal(number) is end_stopped:
+            end_stopped(number)
         if number != signal.SIGINT:
             return
         if timers:

@@ -26,6 +26,7 @@ from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
 from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.endings import closing_all, patient_event_loops
 from aim_jax.utils.files import replacing
 from aim_jax.utils.names import match_name
 from aim_jax.weights import hub
@@ -215,7 +216,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
         "sampling": model.sampling,
         "info": model.info,
     }
-    with replacing(path) as partial:
+    with replacing(path) as partial, patient_event_loops():
         partial.mkdir()
         for part, params in (("aim", model.aim_params), ("vq", model.vq_params)):
             if params is not None:
@@ -337,7 +338,9 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
     args = ocp.args.PyTreeSave(
         params, save_args=save_args, ocdbt_target_data_file_size=2 * CHUNK_BYTES
     )
-    with _checkpointer(alone=True) as checkpointer:
+    with closing_all() as at_end:
+        checkpointer = _checkpointer(alone=True)
+        at_end(checkpointer.close)
         checkpointer.save(path, args=args)
 
 

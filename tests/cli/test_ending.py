@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from aim_jax.configs.defaults import vq_defaults
-from aim_jax.utils.signals import EXIT_INTERRUPTED
+from aim_jax.utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, RESUMES
 from aim_jax.weights.pretrained import save_model
 from tests.conftest import ROOT
 
 LINE = "stopped by Ctrl-C"
 
 
-def interrupted(command, wait_for, options=()):
-    """Starts a program and presses Ctrl-C after `wait_for(process, lines)`.
+def interrupted(command, wait_for, options=(), number=signal.SIGINT):
+    """Starts a program and sends a signal, that of Ctrl-C, after `wait_for(process)`.
 
     Returns its status, and what it wrote to stderr afterwards.
     """
@@ -34,7 +34,7 @@ def interrupted(command, wait_for, options=()):
     )  # fmt: skip
     try:
         wait_for(process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         said = process.communicate(timeout=120)[1]
     finally:
         process.kill()
@@ -67,6 +67,14 @@ def test_ending_during_imports(command):
     status, said = interrupted(command, until_line("jax._src"), ("-X", "importtime"))
     others = [line for line in said.splitlines() if not line.startswith("import time:")]
     assert (status, others) == (EXIT_INTERRUPTED, [LINE])
+
+
+def test_sigterm_during_the_imports_of_training():
+    command = ("train", "--config", "fashion_mnist", "--workdir", "never")
+    wait = until_line("jax._src")
+    status, said = interrupted(command, wait, ("-X", "importtime"), signal.SIGTERM)
+    others = [line for line in said.splitlines() if not line.startswith("import time:")]
+    assert (status, others) == (EXIT_STOPPED, [f"SIGTERM: stopped; {RESUMES}"])
 
 
 def test_ending_of_sampling(tiny_model_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aim_jax.cli.common import EXIT_STOPPED
 from aim_jax.parallel.ownership import LOCK, owned
 from aim_jax.parallel.processes import settings
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.training import aim as train
 from aim_jax.training import tokenizer as train_vq
+from aim_jax.utils.signals import EXIT_LOST, EXIT_STOPPED
 from tests.compilation import xla_flags
 from tests.conftest import ROOT
 from tests.training.test_aim import aim_config, codes  # noqa: F401  (fixtures)
@@ -175,11 +176,54 @@ def test_processes_divide_what_is_scored(tiny_model_dir, picture_folder, tmp_pat
 
 
 def test_an_error_of_one_process_ends_it_with_its_code():
-    """Which is what tells launchers not to try again; the other one ends by the heartbeat."""
+    """Which is what tells launchers not to try again; the other one ends as one that lost it."""
     command = ["-m", "tests.ends", "--end", "error", "--heartbeat_seconds", "5"]
     exits, output = finish(start(command, 2), 90)
-    assert exits[1] == 1 and exits[0] not in (0, 1, 2, EXIT_STOPPED), output
-    assert "error: not on this host" in output and "Traceback" not in output
+    assert exits == [EXIT_LOST, 1], output
+    assert "error: not on this host" in output and not is_dump(output)
+
+
+def is_dump(output):
+    """Whether an output holds Python's traceback or a dump of the native stack."""
+    return "Traceback" in output or "stack trace" in output
+
+
+def test_a_start_without_the_other_process_is_bounded():
+    command = ["-m", "tests.ends", "--end", "late", "--start_seconds", "2"]
+    with socket.socket() as nobody:
+        nobody.bind(("localhost", 0))  # and does not listen
+        port = nobody.getsockname()[1]
+        options = ["--coordinator", f"localhost:{port}", "--num_processes", "2"]
+        (job,) = start([*command, *options, "--process_id", "1"], 1)
+        exits, output = finish([job], 90)
+    assert exits == [EXIT_LOST], output
+    line = "error: the processes did not all connect within 2 s (--start_seconds)"
+    assert output.startswith(line)
+    assert len(output.splitlines()) == 1, output
+
+
+def test_a_process_that_is_killed_during_the_start_ends_the_other_one():
+    command = ["-m", "tests.ends", "--end", "killed", "--heartbeat_seconds", "4"]
+    exits, output = finish(start(command, 2), 90)
+    assert exits == [EXIT_LOST, -signal.SIGKILL], output
+    line = "error: process 1 of 2 was lost: it has not answered for 4 s (--heartbeat_seconds); "
+    assert output.startswith(line) and output.strip().count("\n") == 0, output
+
+
+@pytest.mark.slow
+def test_the_other_one_may_be_process_0():
+    command = ["-m", "tests.ends", "--end", "killed", "--killed", "0", "--heartbeat_seconds", "4"]
+    exits, output = finish(start(command, 2), 90)
+    assert exits == [-signal.SIGKILL, EXIT_LOST], output
+    line = "error: process 0 of 2 was lost: its connection was closed; "
+    assert line in output and not is_dump(output)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_start_ends_all_processes():
+    exits, output = finish(start(["-m", "tests.ends", "--end", "signal_at_start"], 2), 90)
+    assert exits == [EXIT_STOPPED] * 2, output
+    assert output.count("SIGTERM: stopped; the same command resumes") == 2, output
 
 
 def test_processes_of_a_run_are_one_owner_and_are_refused_together(config_file, tmp_path):
@@ -222,7 +266,7 @@ def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):
     jobs = running(int(saved[0]) + 2)
     jobs[1].kill()
     exits, output = finish(jobs, 90)
-    # By an error of the exchange or by the heartbeat; neither "complete" nor "do not repeat".
-    assert exits[0] not in (0, 1, 2, EXIT_STOPPED), output
+    # By an error of the exchange or by the heartbeat.
+    assert exits[0] == EXIT_LOST and not is_dump(output), output
     assert f"resumed from step {saved[0]}" in output
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == saved

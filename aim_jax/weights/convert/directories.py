@@ -1,6 +1,7 @@
 """Conversion of complete checkpoints: official files to model directories, and back."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ from aim_jax import __version__
 from aim_jax.data.imagenet import imagenet_classes
 from aim_jax.models.codebook import HISTORY_LENGTH
 from aim_jax.models.config import AiMConfig, VQConfig
+from aim_jax.utils.endings import closing_all
+from aim_jax.utils.files import writing
 from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import rearrange_adaln
 from aim_jax.weights.convert import configs, files, rules, state_dicts
@@ -395,8 +398,9 @@ def to_torch(
 
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with writing(out), closing_all() as at_end:
+        at_end(functools.partial(shutil.rmtree, work, ignore_errors=True))
+        work.mkdir(parents=True)
         files.write_safetensors(
             work / files.SAFETENSORS,
             {key.removeprefix(prefix): shape for key, shape in shapes.items()},
@@ -415,8 +419,6 @@ def to_torch(
                 work / files.TORCH, work / files.SAFETENSORS, {} if prefix else tied, nest
             )
             os.replace(work / files.TORCH, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
