@@ -22,7 +22,9 @@ def define_flags() -> None:
         "checkpoint", "cifar10", "Bundled model, model directory, workdir of a run, or hf://."
     )
     flags.DEFINE_bool(
-        "seal", False, "Write the checksums of a model directory again, after you edited model.json."
+        "seal",
+        False,
+        "Write the checksums of a model directory again, after you edited model.json.",
     )
 
 

@@ -333,11 +333,12 @@ def seal_model(name_or_path: str | os.PathLike) -> Path:
             f"{name_or_path} --out DIR, and edit and seal the copy."
         )
     file = find_model(name_or_path) / MODEL_FILE
-    load_pretrained(file.parent, as_stored=True, verify=False)  # the edit is one that can be read
     content = json.loads(file.read_text())
-    if seal.is_sealed(content):
+    sealed = seal.is_sealed(content)
+    if sealed:
         seal.check_files(file, content)
-    else:
+    load_pretrained(file.parent, as_stored=True, verify=False)  # an edit that cannot be read fails
+    if not sealed:
         content |= {"version": FORMAT_VERSION, seal.FILES: seal.file_sums(file)}
     seal.write_description(file, content)
     return file
@@ -391,6 +392,8 @@ def _load_params(
         raise ValueError(f"{path} is missing; the model directory is incomplete.")
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path.absolute()).item_metadata
+        if stored is None:
+            raise ValueError(f"{path} cannot be read: its metadata is damaged or missing.")
         actual = by_path(stored.tree)
         expected = by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]

@@ -38,7 +38,7 @@ def file_sums(file: Path) -> dict[str, str]:
 
 def is_sealed(content: dict[str, Any]) -> bool:
     """Return whether a description should have checksums: all but those of the first version."""
-    return content["version"] != UNSEALED_VERSION or FILES in content or OWN in content
+    return content.get("version") != UNSEALED_VERSION or FILES in content or OWN in content
 
 
 def check_description(file: Path, content: dict[str, Any]) -> None:
@@ -65,9 +65,7 @@ def check_files(file: Path, content: dict[str, Any]) -> None:
     if not isinstance(listed, dict):
         raise ValueError(f"{file} lists no files, so they cannot be verified; get the model again.")
     names = [
-        name
-        for name in _files(file.parent)
-        if name in listed or name.partition("/")[0] in PARTS
+        name for name in _files(file.parent) if name in listed or name.partition("/")[0] in PARTS
     ]
     actual = dict(zip(names, sha256([file.parent / name for name in names]), strict=True))
     if wrong := differences(listed, actual):
