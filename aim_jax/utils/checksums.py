@@ -29,6 +29,6 @@ def differences(listed: Mapping[str, Any], actual: Mapping[str, Any]) -> list[st
     lines += [
         f"unexpected: {name}"
         for name in actual.keys() - listed.keys()
-        if not Path(name).name.startswith(".")
+        if not any(part.startswith(".") for part in Path(name).parts)
     ]
     return sorted(lines)
