@@ -122,7 +122,7 @@ def test_checksums_cannot_be_taken_away(directory, capsys):
 
 def test_a_model_of_the_first_version_loads_and_can_be_sealed(directory, tiny_model, capsys):
     edit(directory, version=1, files=None, sha256=None)
-    assert load_pretrained(directory).sampling == tiny_model.sampling
+    assert load_pretrained(directory, as_stored=True).sampling == tiny_model.sampling
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"describe --checkpoint {directory} --seal adds them" in said
     assert run("describe", "--checkpoint", directory, "--seal").returncode == 0
@@ -143,7 +143,7 @@ def test_an_edit_is_sealed_on_purpose(directory):
     sealed = run("describe", "--checkpoint", directory, "--seal")
     assert sealed.returncode == 0 and "ship, house, old tree" in sealed.stdout
     assert f"sealed {directory / 'model.json'}" in sealed.stderr
-    assert load_pretrained(directory).class_names == ("ship", "house", "old tree")
+    assert load_pretrained(directory, as_stored=True).class_names == ("ship", "house", "old tree")
 
 
 def test_damage_and_mistakes_are_not_sealed(directory):
@@ -160,7 +160,7 @@ def test_damage_and_mistakes_are_not_sealed(directory):
     with pytest.raises(ValueError, match="aim cannot be read"):
         load_pretrained(directory, verify=False)
     (directory / "aim" / "_METADATA").write_bytes(metadata)
-    load_pretrained(directory)
+    load_pretrained(directory, as_stored=True)
     refused = run("describe", "--checkpoint", "cifar10", "--seal")
     assert refused.returncode == 1 and "cifar10 is read-only" in refused.stderr
 
