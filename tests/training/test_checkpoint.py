@@ -251,6 +251,15 @@ def test_a_checkpoint_of_an_older_version_is_listed_when_it_is_accepted(workdir,
         restore(workdir)
 
 
+def test_an_unreadable_checkpoint_of_an_older_version_is_not_accepted(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    as_of_an_older_version(workdir / "checkpoints" / "1")
+    for file in (workdir / "checkpoints" / "1" / "state").glob("**/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"every .* is damaged \(step 1: unreadable: "):
+        restore(workdir)
+
+
 def test_a_checkpoint_has_its_list_before_its_name(tmp_path, monkeypatch):
     final = tmp_path / "checkpoints" / "1"
     write_list = checkpoint.write_list
