@@ -3,6 +3,7 @@
 Examples:
   aim-jax describe --checkpoint cifar10
   aim-jax describe --checkpoint runs/fashion_mnist
+  aim-jax describe --checkpoint runs/fashion_mnist --seal    # after an edit of its model.json
 """
 
 import dataclasses
@@ -20,12 +21,20 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", "cifar10", "Bundled model, model directory, workdir of a run, or hf://."
     )
+    flags.DEFINE_bool(
+        "seal",
+        False,
+        "Write the checksums of a model directory again, after you edited model.json.",
+    )
 
 
 def main() -> None:
     """Print the description of a model."""
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.utils.logging import say
+    from aim_jax.weights.pretrained import load_pretrained, seal_model
 
+    if flags.FLAGS.seal:
+        say(f"sealed {seal_model(flags.FLAGS.checkpoint)}")
     print("\n".join(describe(load_pretrained(flags.FLAGS.checkpoint, as_stored=True))))
 
 

@@ -24,7 +24,7 @@ from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
-from aim_jax.weights import hub
+from aim_jax.weights import hub, seal
 from aim_jax.weights.pretrained import (
     MODEL_FILE,
     Pretrained,
@@ -240,6 +240,8 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     """
     file = find_model(checkpoint) / MODEL_FILE
     content = json.loads(file.read_text())
+    if seal.is_sealed(content):
+        seal.check_description(file, content)
     content["sampling"] |= {name: settings[name] for name in SETTINGS if name in settings}
-    write_json(file, content)
+    seal.write_description(file, content)
     return file

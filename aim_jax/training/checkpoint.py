@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.parallel.processes import is_failed_step
 from aim_jax.sampling.config import SETTINGS
-from aim_jax.utils.endings import closing_all
+from aim_jax.utils.checksums import differences
 from aim_jax.utils.files import DiskFullError, full_disk, write_json
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
@@ -34,6 +33,8 @@ from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
 DATA_KEY = "learned_from"  # entry of the run file beside the settings
+FILES = "files.json"  # in a checkpoint: sizes and CRC-32 of its files
+LISTED = {"listed": True}  # metadata of checkpoints that have their list from the start
 CHUNK_BYTES = 8 * 2**20  # size of a read
 # Settings that may change when a run resumes: its length, reports, paths, devices, the method of
 # computation, and the two settings that help against loss spikes (optimizer.lr and
@@ -93,26 +94,45 @@ def naming_newest_checkpoint(
         raise _save_error(Path(workdir) / "checkpoints", path, reason) from error
 
 
+class ListedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Temporary directory of a checkpoint, which is listed before it gets its final name.
+
+    Orbax finalizes the items of a checkpoint and then the checkpoint, on process 0, when all
+    processes have written their parts. It changes files until its rename. So it renames to another
+    temporary name here; the list is written there, and the final name comes last.
+    """
+
+    async def finalize(self) -> None:
+        """Complete the directory, write the list of its files, and rename it."""
+        if not self.get_final().name.isdecimal():  # an item, such as the state
+            await super().finalize()
+            return
+        complete = self.get().with_name(f"{self.get().name}-complete")
+        await ocp.path.atomicity.AtomicRenameTemporaryPath(
+            self.get(), complete, checkpoint_metadata_store=self._checkpoint_metadata_store
+        ).finalize()
+        write_list(Path(complete))
+        os.replace(complete, self.get_final())
+
+
 class RunCheckpoints:
     """Checkpoints of one training run: state and data iterator, the newest `keep` of them.
 
-    Each checkpoint has a list of its files with sizes and CRC-32. `restore_newest` verifies the
-    list before any process reads the checkpoint.
+    Each checkpoint has a list of its files with sizes and CRC-32, without which it does not get its
+    name. `restore_newest` verifies the list before any process reads the checkpoint.
     """
-
-    FILES = "files.json"
-    POLL_SECONDS = 0.05
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            temporary_path_class=ListedPath,
+            lightweight_initialize=True,  # reads no file of a checkpoint, before it is verified
         )
         with self._save_errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._lister: threading.Thread | None = None
-        self._list_error: Exception | None = None
-        self._closed = threading.Event()
 
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint."""
@@ -130,11 +150,8 @@ class RunCheckpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator.get_state())
         )
-        self.wait()  # a new save may delete the previous checkpoint, whose list must be written
         with self._save_errors():
-            self._manager.save(step, args=args)
-        self._lister = threading.Thread(target=self._list_or_keep_error, args=(step,), daemon=True)
-        self._lister.start()
+            self._manager.save(step, args=args, custom_metadata=LISTED)
 
     def wait(self) -> None:
         """Wait for the last save.
@@ -144,7 +161,6 @@ class RunCheckpoints:
         """
         with self._save_errors():
             self._manager.wait_until_finished()
-            self._join_lister()
 
     def restore_newest(self, state: Any, iterator: Prefetched) -> tuple[int, Any]:
         """Restore the newest intact checkpoint; return its step and state.
@@ -163,8 +179,9 @@ class RunCheckpoints:
         """
         damaged = {}
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if problem := self._problem(step):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            if problem := self._problem(step, oldest=step == steps[-1]):
                 damaged[step] = problem
                 self._set_aside(step, problem)
                 continue
@@ -178,13 +195,14 @@ class RunCheckpoints:
                 raise
             except Exception as error:  # TensorStore raises many kinds
                 # Files with a list are known to be intact. With several processes, others wait.
-                if (self.directory / str(step) / self.FILES).exists() or jax.process_count() > 1:
+                if (self.directory / str(step) / FILES).exists() or jax.process_count() > 1:
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 damaged[step] = f"step {step}: unreadable: {reason}"
                 self._set_aside(step, damaged[step])
                 continue
             iterator.set_state(restored["data"])
+            self._list_if_missing(step)
             say(f"resumed from step {step} in {self.directory.parent}")
             return step, restored["state"]
         if damaged:
@@ -197,61 +215,37 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Stop the background work; a failure of the last save is not reported here."""
-        self._closed.set()
-        with closing_all() as at_end:
-            at_end(self._manager.close)
-            with self._save_errors():
-                self._join_lister()
+        self._manager.close()
 
-    def _list_or_keep_error(self, step: int) -> None:
-        """Call `_list_files`, and keep its error for the thread that joins this one."""
-        try:
-            self._list_files(step)
-        except Exception as error:
-            self._list_error = error
+    def _problem(self, step: int, oldest: bool) -> str:
+        """Return a description of damaged or missing files, or ""; all processes get the same.
 
-    def _list_files(self, step: int) -> None:
-        """Write the list of a checkpoint's files as soon as the checkpoint has its final name."""
-        path = self.directory / str(step)
-        while not path.exists():
-            if self._closed.wait(self.POLL_SECONDS):
-                return
-        if jax.process_index() == 0:
-            # Orbax may delete the checkpoint meanwhile; do not recreate its directory.
-            with contextlib.suppress(FileNotFoundError):
-                partial = path / f".{self.FILES}.partial"
-                partial.write_text(json.dumps(_checksums(path), indent=1) + "\n")
-                os.replace(partial, path / self.FILES)
-
-    def _join_lister(self) -> None:
-        if self._lister is not None:
-            self._lister.join()
-            self._lister = None
-        error, self._list_error = self._list_error, None
-        if error is not None:
-            raise error
-
-    def _problem(self, step: int) -> str:
-        """Return a description of damaged or missing files, or ""; all processes get the same."""
+        A checkpoint without a list cannot be verified. It is a problem, unless an older version
+        saved it, which could be killed before it wrote the list, and there is none before it.
+        """
         problem = ""
         if jax.process_index() == 0:
             path = self.directory / str(step)
-            listed = {}
-            with contextlib.suppress(FileNotFoundError):  # killed right after the save
-                try:
-                    listed = json.loads((path / self.FILES).read_text())
-                except ValueError:
-                    listed = {self.FILES: "truncated"}
-            actual = _checksums(path) if listed else {}
-            wrong = sorted(name for name in listed if actual.get(name) != listed[name])
+            if (path / FILES).exists():
+                wrong = _wrong_files(path)
+            else:
+                wrong = [] if oldest and not _saved_with_list(path) else [f"missing: {FILES}"]
             if wrong:
-                state = "damaged" if wrong[0] in actual else "missing"
-                problem = f"step {step}: {state}: {wrong[0]}"
+                problem = f"step {step}: {wrong[0]}"
                 problem += f" and {len(wrong) - 1} more files" if wrong[1:] else ""
         if jax.process_count() == 1:
             return problem
         text = np.frombuffer(problem.encode()[:500].ljust(500), np.uint8)
         return multihost_utils.broadcast_one_to_all(text).tobytes().decode(errors="replace").strip()
+
+    def _list_if_missing(self, step: int) -> None:
+        path = self.directory / str(step)
+        if jax.process_index() == 0 and not (path / FILES).exists():
+            write_list(path)
+            say(
+                f"checkpoint step {step} of an older version had no checksums ({FILES}), so it "
+                "could not be verified; it has them from now on"
+            )
 
     def _set_aside(self, step: int, problem: str) -> None:
         say(f"skipping checkpoint {problem}; trying the previous one")
@@ -316,10 +310,35 @@ class SaveTimer:
         return bool(answer[0])
 
 
+def write_list(checkpoint: Path) -> None:
+    """Write the sizes and CRC-32 of a checkpoint's files into its directory."""
+    write_json(checkpoint / FILES, _checksums(checkpoint))
+
+
+def _wrong_files(checkpoint: Path) -> list[str]:
+    """Return what differs from the list of a checkpoint's files, sorted."""
+    try:
+        listed = dict(json.loads((checkpoint / FILES).read_text()))
+    except (TypeError, ValueError):
+        return [f"damaged: {FILES}"]
+    return differences(listed, _checksums(checkpoint))
+
+
+def _saved_with_list(checkpoint: Path) -> bool:
+    """Return whether the version that saved a checkpoint lists files before the last rename."""
+    try:
+        metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+    except (OSError, ValueError):  # damaged as well
+        return True
+    return metadata.get("custom_metadata") == LISTED
+
+
 def _checksums(path: Path) -> dict[str, list[int]]:
-    """Return the size and CRC-32 of every file under a directory."""
+    """Return the size and CRC-32 of every file under a directory but the list."""
     sums = {}
     for file in filter(Path.is_file, path.rglob("*")):
+        if file == path / FILES:
+            continue
         size = crc = 0
         with file.open("rb") as opened:
             while data := opened.read(CHUNK_BYTES):

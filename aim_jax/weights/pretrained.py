@@ -1,7 +1,7 @@
 """Trained models: self-describing directories on disk, and their contents in memory.
 
-A model directory holds `model.json` (configurations, class names, sampling defaults, provenance)
-and the parameters of one or both parts as `aim/` and `vq/`, written by Orbax.
+A model directory holds `model.json` (configurations, class names, sampling defaults, provenance,
+checksums) and the parameters of one or both parts as `aim/` and `vq/`, written by Orbax.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.endings import closing_all, patient_event_loops
 from aim_jax.utils.files import replacing
 from aim_jax.utils.names import match_name
-from aim_jax.weights import hub
+from aim_jax.weights import hub, seal
 
 MODEL_FILE = "model.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (seal.UNSEALED_VERSION, FORMAT_VERSION)
 CHUNK_BYTES = 8 * 2**20  # size of a write
 LARGE_BYTES = 64 * 2**20  # larger arrays are read one at a time
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # storage dtypes of parameters
@@ -225,7 +226,8 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
             file.write_text("")  # Orbax writes the local path there, which should stay private
         for name, write in files.items():
             write(partial / name)
-        (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        file = partial / MODEL_FILE
+        seal.write_description(file, content | {seal.FILES: seal.file_sums(file)})
 
 
 def bundled_models() -> dict[str, Path]:
@@ -262,7 +264,9 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
 
 
 @check_arguments
-def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False) -> Pretrained:
+def load_pretrained(
+    name_or_path: str | os.PathLike, *, as_stored: bool = False, verify: bool = True
+) -> Pretrained:
     """Load a bundled model by name, or a model directory.
 
     Args:
@@ -271,16 +275,22 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         which needs the extra `hub` and is downloaded once.
       as_stored: Return parameters as NumPy arrays in their stored dtypes, instead of float32 on the
         first device.
+      verify: Check the SHA-256 of all files first. A directory of the first version has none, which
+        is said.
 
     Raises:
       FileNotFoundError: There is no such model.
-      ValueError: The directory is incomplete, or of a version that this library cannot read.
+      ValueError: The directory is incomplete, damaged, or of a version that this library cannot
+        read; or `model.json` was edited and not sealed.
     """
     path = find_model(name_or_path)
     try:
         content = json.loads((path / MODEL_FILE).read_text())
-        if content["version"] != FORMAT_VERSION:
-            raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}")
+        if content["version"] not in READABLE:
+            raise ValueError(
+                f"version {content['version']}; this library reads {seal.UNSEALED_VERSION} and "
+                f"{FORMAT_VERSION}"
+            )
         aim_config = content["aim"] and AiMConfig(**content["aim"])
         vq_config = content["vq"] and VQConfig(**content["vq"])
         class_names = tuple(content["class_names"])
@@ -288,6 +298,8 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         sampling = dict(content["sampling"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
+    if verify:
+        seal.check_model(path / MODEL_FILE, content)
     load = functools.partial(_load_params, as_stored=as_stored)
     aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
     vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
@@ -301,6 +313,36 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         sampling=sampling,
         info=info,
     )
+
+
+@check_arguments
+def seal_model(name_or_path: str | os.PathLike) -> Path:
+    """Write the checksums of a model directory again, after an edit of its `model.json`.
+
+    A directory of the first version gets checksums of its files as well.
+
+    Returns:
+      The path of `model.json`.
+
+    Raises:
+      FileNotFoundError: There is no such model.
+      ValueError: Its files are not those that were written, or the model is not the user's own.
+    """
+    if str(name_or_path) in bundled_models() or str(name_or_path).startswith(hub.PREFIX):
+        raise ValueError(
+            f"{name_or_path} is read-only; make a copy with aim-jax publish --checkpoint "
+            f"{name_or_path} --out DIR, and edit and seal the copy."
+        )
+    file = find_model(name_or_path) / MODEL_FILE
+    content = json.loads(file.read_text())
+    sealed = seal.is_sealed(content)
+    if sealed:
+        seal.check_files(file, content)
+    load_pretrained(file.parent, as_stored=True, verify=False)  # an edit that cannot be read fails
+    if not sealed:
+        content |= {"version": FORMAT_VERSION, seal.FILES: seal.file_sums(file)}
+    seal.write_description(file, content)
+    return file
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -353,6 +395,8 @@ def _load_params(
         raise ValueError(f"{path} is missing; the model directory is incomplete.")
     with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(path.absolute()).item_metadata
+        if stored is None:
+            raise ValueError(f"{path} cannot be read: its metadata is damaged or missing.")
         actual = by_path(stored.tree)
         expected = by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]

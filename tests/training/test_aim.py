@@ -162,7 +162,7 @@ def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-def cut_before_it_was_listed(checkpoint):
+def cut_without_a_list(checkpoint):
     for file in filter(Path.is_file, (checkpoint / "state").rglob("*")):
         cut(file)
     (checkpoint / "files.json").unlink()
@@ -178,7 +178,7 @@ def largest(checkpoint):
     [
         (spoil_bit, largest, "damaged: state/"),
         (cut, largest, "damaged: state/"),
-        (cut_before_it_was_listed, Path, "unreadable: "),
+        (cut_without_a_list, Path, "missing: files.json"),
         (os.remove, largest, "missing: state/"),
         (cut, lambda checkpoint: checkpoint / "files.json", "damaged: files.json"),
     ],

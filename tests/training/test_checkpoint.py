@@ -2,30 +2,31 @@
 
 import dataclasses
 import json
+import os
 import shutil
-import threading
-import types
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from aim_jax.models import VQConfig
 from aim_jax.training import checkpoint
 from aim_jax.training.checkpoint import RunCheckpoints
 from aim_jax.utils.files import replacing
+from aim_jax.weights import seal
 from aim_jax.weights.pretrained import bundled_models, load_pretrained, save_model
 
 
 def edited(model_dir, tmp_path, **changes):
-    """A copy of a model directory whose model.json has other top-level or aim fields."""
+    """A copy of a model directory whose sealed model.json has other top-level or aim fields."""
     copy = tmp_path / "edited"
     shutil.copytree(model_dir, copy)
     content = json.loads((copy / "model.json").read_text())
     for name, value in changes.items():
         (content if name in content else content["aim"])[name] = value
-    (copy / "model.json").write_text(json.dumps(content))
+    seal.write_description(copy / "model.json", content)
     return copy
 
 
@@ -72,7 +73,7 @@ def test_unknown_model_names_the_bundled_ones(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "version 99; this library reads 1"),
+        ({"version": 99}, "version 99; this library reads 1 and 2"),
         ({"d_model": 32}, r"does not fit its configuration.*shape"),
         ({"mixer": "mamba1"}, r"does not fit its configuration.*(missing|unexpected)"),
         ({"mixer": "rwkv"}, r"cannot be read as a model.*mixer='rwkv'"),
@@ -143,22 +144,143 @@ def test_links_are_followed_when_something_is_replaced(tmp_path):
     assert [*run.iterdir(), *disk.iterdir()] == [run / "model", disk / "model"]
 
 
-def test_every_checkpoint_is_listed_before_the_next_takes_its_place(tmp_path, monkeypatch):
-    """With one kept, the next save deletes it: what waited for it to appear waited for ever."""
-    monkeypatch.setattr(RunCheckpoints, "POLL_SECONDS", 0.5)
-    iterator = types.SimpleNamespace(get_state=lambda: {"next": 0})
-    checkpoints = RunCheckpoints(tmp_path, keep=1)
-    listed = []
-    monkeypatch.setattr(checkpoint, "_checksums", lambda path: listed.append(int(path.name)) or {})
+class Position:
+    """Stands for a run's data iterator."""
 
-    def save():
-        for step in (1, 2, 3):
-            checkpoints.save(step, {"x": jnp.ones(4)}, iterator)
-        checkpoints.wait()
+    def get_state(self):
+        return {"next": 5}
 
-    saving = threading.Thread(target=save, daemon=True)
-    saving.start()
-    saving.join(60)
-    assert not saving.is_alive() and listed == [1, 2, 3]
-    assert [p.name for p in checkpoints.directory.iterdir()] == ["3"]
+    def set_state(self, state):
+        assert state == {"next": 5}
+
+
+STATE = {"w": np.arange(4.0, dtype=np.float32), "n": np.arange(3)}
+
+
+def restore(workdir):
+    """The step from which a run in this directory resumes, whose state must be the saved one."""
+    checkpoints = RunCheckpoints(workdir, keep=3)
+    try:
+        step, state = checkpoints.restore_newest(jax.tree.map(jnp.zeros_like, STATE), Position())
+    finally:
+        checkpoints.close()
+    chex.assert_trees_all_equal(state, jax.tree.map(lambda x: x * step, STATE))
+    return step
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with the checkpoints 1 and 2."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    checkpoints = RunCheckpoints(workdir, keep=3)
+    for step in (1, 2):
+        checkpoints.save(
+            step, jax.tree.map(lambda x, n=step: jnp.asarray(x * n), STATE), Position()
+        )
     checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def as_of_an_older_version(checkpoint):
+    """What was left by a kill between the rename and the list."""
+    (checkpoint / "files.json").unlink()
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    assert content.pop("custom_metadata")
+    file.write_text(json.dumps(content))
+
+
+def flip(file, index):
+    content = bytearray(file.read_bytes())
+    content[index] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
+def test_damage_to_any_file_falls_back(workdir, listed, tmp_path):
+    intact = shutil.copytree(workdir / "checkpoints" / "2", tmp_path / "intact")
+    names = [file.relative_to(intact) for file in intact.rglob("*") if file.is_file()]
+    assert len(names) > 10
+    damages = (
+        lambda file: flip(file, 0),
+        lambda file: flip(file, file.stat().st_size // 2),
+        lambda file: flip(file, -1),
+        lambda file: os.truncate(file, file.stat().st_size // 2),
+        os.remove,
+    )
+    for i, name in enumerate(names):
+        # All damages to the largest files and the list; one to each of the others.
+        chosen = damages if name.name == "files.json" or "d" in name.parts else [damages[i % 5]]
+        for damage in chosen:
+            checkpoint = workdir / "checkpoints" / "2"
+            damage(checkpoint / name)
+            if not listed:
+                (checkpoint / "files.json").unlink(missing_ok=True)
+            assert restore(workdir) == 1, name
+            shutil.copytree(intact, checkpoint)
+    (checkpoint / "state" / "more").touch()
+    assert restore(workdir) == 1
+    shutil.copytree(intact, checkpoint)
+    assert restore(workdir) == 2
+
+
+def test_a_missing_list_is_damage(workdir):
+    for step in ("1", "2"):
+        (workdir / "checkpoints" / step / "files.json").unlink()
+    message = r"damaged \(step 2: missing: files\.json; step 1: missing: files\.json\)"
+    with pytest.raises(ValueError, match=message):
+        restore(workdir)
+
+
+def test_a_checkpoint_of_an_older_version_is_listed_when_it_is_accepted(workdir, capsys):
+    for step in (2, 1):
+        as_of_an_older_version(workdir / "checkpoints" / str(step))
+        assert restore(workdir) == 1
+        said = capsys.readouterr().err
+        assert ("skipping checkpoint step 2: missing: files.json" in said) == (step == 2)
+        assert ("step 1 of an older version had no checksums" in said) == (step == 1)
+    assert restore(workdir) == 1
+    assert capsys.readouterr().err.startswith("resumed from step 1")
+    flip(workdir / "checkpoints" / "1" / "state" / "manifest.ocdbt", 20)
+    with pytest.raises(ValueError, match=r"step 1: damaged: state/manifest\.ocdbt"):
+        restore(workdir)
+
+
+def test_an_unreadable_checkpoint_of_an_older_version_is_not_accepted(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    as_of_an_older_version(workdir / "checkpoints" / "1")
+    for file in (workdir / "checkpoints" / "1" / "state").glob("**/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"every .* is damaged \(step 1: unreadable: "):
+        restore(workdir)
+
+
+def test_a_checkpoint_has_its_list_before_its_name(tmp_path, monkeypatch):
+    final = tmp_path / "checkpoints" / "1"
+    write_list = checkpoint.write_list
+
+    def listed(path):
+        assert not final.exists()
+        write_list(path)
+        assert (path / "files.json").is_file()
+        raise OSError("killed")
+
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoint, "write_list", listed)
+    checkpoints.save(1, {"x": jnp.ones(4)}, Position())
+    with pytest.raises(checkpoint.SaveError, match="killed"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    assert not final.exists() and len(list(final.parent.iterdir())) == 1
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    assert checkpoints.latest_step() is None
+    for step in (1, 2):
+        checkpoints.save(step, {"x": jnp.ones(4)}, Position())
+    checkpoints.close()
+    assert [path.name for path in final.parent.iterdir()] == ["2"]
+    assert (final.with_name("2") / "files.json").is_file()

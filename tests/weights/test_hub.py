@@ -76,7 +76,7 @@ def test_published_model_is_loaded_by_its_address(hub, tiny_model, tiny_model_di
     chex.assert_trees_all_equal(model.aim_params, tiny_model.aim_params)
     with pytest.raises(FileExistsError, match="another directory"):
         publish(tiny_model_dir, out)
-    assert json.loads((out / "model.json").read_text())["version"] == 1
+    assert json.loads((out / "model.json").read_text())["version"] == 2
 
 
 def test_published_model_keeps_what_the_way_back_needs(hub, tiny_model_dir, tmp_path):
