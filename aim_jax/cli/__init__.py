@@ -23,6 +23,7 @@ PROGRAMS = (
     "describe",
     "train",
     "train_vq",
+    "train_folder",
     "extract_codes",
     "evaluate",
     "sweep",
