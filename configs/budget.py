@@ -1,7 +1,7 @@
 """Sizes and lengths of the folder recipes that fit into a time budget on the device at hand.
 
-The time of a run is its operations (`aim_jax.perf.flops`) divided by a rate, which a few steps of the
-smallest model measure. Larger models reach a higher rate, so estimates err on the safe side.
+The time of a run is its operations (`aim_jax.perf.flops`) divided by a rate, which a few steps of
+the smallest model measure. Larger models reach a higher rate, so estimates err on the safe side.
 """
 
 import json
@@ -30,8 +30,8 @@ from aim_jax.utils.checks import NOT_NEGATIVE, check_number
 from aim_jax.utils.logging import say
 
 CPU_MINUTES = 60.0  # budget on a CPU by default; accelerators have none
-# Shares of the budget that the training steps of the two stages may take. The rest is for compiling,
-# encoding, evaluation and samples.
+# Shares of the budget that the training steps of the two stages may take. The rest is for
+# compiling, encoding, evaluation and samples.
 SHARES = {"vq": 0.45, "aim": 0.4}
 # Images that a model has to see to be worth its size; a smaller one sees more in the same time.
 ENOUGH_IMAGES = {"vq": 20_000, "aim": 60_000}
@@ -40,8 +40,8 @@ LEAST_STEPS = 600  # for a small folder, however many epochs they are
 # Settings that a budget decides. A run that resumes keeps those that it began with.
 CHOSEN = (
     "steps", "eval_every", "sample_every", "save_every", "export_every", "ema_decay",
-    "optimizer.lr", "model.ch", "model.ch_mult", "model.num_res_blocks", "model.z_channels",
-    "model.d_model", "model.n_layer", "model.d_state", "model.num_groups",
+    "optimizer.lr", "optimizer.warmup_steps", "model.ch", "model.ch_mult",
+    "model.num_res_blocks", "model.z_channels", "model.d_model", "model.n_layer", "model.d_state", "model.num_groups",
 )  # fmt: skip
 
 Size = tuple[int, ...]
@@ -108,7 +108,8 @@ def apply_budget(config: ConfigDict, workdir: Path, given: Collection[str]) -> N
 def budget_minutes(config: ConfigDict, given: Collection[str] = ()) -> float:
     """Return the budget of a folder recipe in minutes; 0 if there is none.
 
-    Unless the user names a budget, there is one on a CPU only, and none if the user chose the steps.
+    Unless the user names a budget, there is one on a CPU only, and none if the user chose the
+    steps.
 
     Raises:
       ValueError: It is negative or no number, or several processes have one.

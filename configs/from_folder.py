@@ -14,8 +14,8 @@ from aim_jax.data.sources import is_grey
 
 LOOKED_AT = 64  # number of images whose size is inspected
 SIDES = (16, 32, 64, 128, 256)
-# Sizes, smallest first: `ch`, `num_res_blocks` and the last of `ch_mult` of tokenizers, and `d_model`
-# and `n_layer` of AiM. Wider models get a lower learning rate.
+# Sizes, smallest first: `ch`, `num_res_blocks` and the last of `ch_mult` of tokenizers, and
+# `d_model` and `n_layer` of AiM. Wider models get a lower learning rate.
 TOKENIZERS = ((32, 1, 2), (64, 1, 2), (64, 2, 4), (128, 2, 4))
 TOKENIZER_LR = {32: 1e-3, 64: 3e-4, 128: 1e-4}
 AIMS = ((128, 6), (192, 8), (256, 12), (512, 16), (768, 24))
@@ -96,7 +96,6 @@ def _common(config: ConfigDict, folder: Survey) -> None:
     config.data.channels = folder.channels
     config.log_every = 50
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 100
     # Minutes that both stages may take together. None: 60 on a CPU, no limit on an accelerator.
     # 0: no limit. See `aim_jax.configs.budget`.
     config.budget_minutes = placeholder(float)
@@ -111,6 +110,7 @@ def length_settings(stage: str, steps: int) -> dict[str, Any]:
     return dict.fromkeys(reports, every) | {
         "steps": steps,
         "ema_decay": 0.99 if steps < 10_000 else slow_decay,
+        "optimizer.warmup_steps": min(100, steps // 10),
     }
 
 

@@ -28,7 +28,6 @@ from aim_jax.parallel import processes
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 from aim_jax.utils.cache import cache_directory
-from aim_jax.utils.logging import say
 from aim_jax.utils.signals import ctrl_c_in_one_line
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command resumes.

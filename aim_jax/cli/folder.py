@@ -1,4 +1,4 @@
-"""Preparation of runs with the folder recipes: sizes for the budget, the tokenizer's, and tokens."""
+"""Preparation of runs with the folder recipes: sizes that fit the budget, and tokens."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -15,8 +15,8 @@ from aim_jax.weights.tokenizer import open_tokenizer
 def prepare(config: ConfigDict, workdir: Path, given: Collection[str]) -> None:
     """Complete a folder recipe for the device, the tokenizer and the images, and say the choices.
 
-    AiM takes the sizes of its tokenizer. Its images are encoded once, into WORKDIR/codes, unless they
-    are cropped or mirrored at random, or there is a token cache already.
+    AiM takes the sizes of its tokenizer. Its images are encoded once, into WORKDIR/codes, unless
+    they are cropped or mirrored at random, or there is a token cache already.
 
     Args:
       config: Recipe of `aim_jax.configs.from_folder`, changed in place.

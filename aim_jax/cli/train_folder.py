@@ -5,10 +5,10 @@ Example:
   aim-jax train-folder images --out runs/mine --budget_minutes 180
   aim-jax sample --checkpoint runs/mine/aim
 
-The folder holds one folder of images per class. OUT receives the tokenizer's run (vq), AiM's run with
-its tokens (aim), and a grid of samples (samples/grid.png). The same command resumes an interrupted run
-and keeps its choices. `train_vq --config folder_vq:images` and `train --config folder:images` are the
-two stages by themselves, with all their settings.
+The folder holds one folder of images per class. OUT receives the tokenizer's run (vq), AiM's run
+with its tokens (aim), and a grid of samples (samples/grid.png). The same command resumes an
+interrupted run and keeps its choices. The two stages by themselves, with all their settings, are
+`train_vq --config folder_vq:images` and `train --config folder:images`.
 """
 
 import time
