@@ -41,7 +41,8 @@ LEAST_STEPS = 600  # for a small folder, however many epochs they are
 CHOSEN = (
     "steps", "eval_every", "sample_every", "save_every", "export_every", "ema_decay",
     "optimizer.lr", "optimizer.warmup_steps", "model.ch", "model.ch_mult",
-    "model.num_res_blocks", "model.z_channels", "model.d_model", "model.n_layer", "model.d_state", "model.num_groups",
+    "model.num_res_blocks", "model.z_channels", "model.d_model", "model.n_layer",
+    "model.d_state", "model.num_groups",
 )  # fmt: skip
 
 Size = tuple[int, ...]
