@@ -2,10 +2,11 @@
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.data import FolderImages, open_images
@@ -13,6 +14,12 @@ from aim_jax.data.sources import is_grey
 
 LOOKED_AT = 64  # number of images whose size is inspected
 SIDES = (16, 32, 64, 128, 256)
+# Sizes, smallest first: `ch`, `num_res_blocks` and the last of `ch_mult` of tokenizers, and
+# `d_model` and `n_layer` of AiM. Wider models get a lower learning rate.
+TOKENIZERS = ((32, 1, 2), (64, 1, 2), (64, 2, 4), (128, 2, 4))
+TOKENIZER_LR = {32: 1e-3, 64: 3e-4, 128: 1e-4}
+AIMS = ((128, 6), (192, 8), (256, 12), (512, 16), (768, 24))
+AIM_LR = {128: 3e-3, 192: 2e-3, 256: 1e-3, 512: 5e-4, 768: 2e-4}
 WITHOUT_LPIPS = (
     "without LPIPS; for sharper images set AIM_JAX_LPIPS=FILE, or --config.lpips=FILE "
     "--config.loss.perceptual=1 (documentation page Training a tokenizer)"
@@ -81,68 +88,118 @@ def survey(directory: str) -> Survey:
 _surveyed: dict[str, Survey] = {}
 
 
-def _set_common(config: ConfigDict, folder: Survey) -> None:
+def _common(config: ConfigDict, folder: Survey) -> None:
     _surveyed[folder.directory] = folder
     config.data.name = "folder"
     config.data.dir = folder.directory
     config.data.image_size = folder.image_size
     config.data.channels = folder.channels
     config.log_every = 50
-    # Small datasets are evaluated often enough to watch, large ones every fiftieth of the run.
-    every = max(200, config.steps // 50)
-    config.eval_every = config.sample_every = config.save_every = config.export_every = every
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 100
+    # Minutes that both stages may take together. None: 60 on a CPU, no limit on an accelerator.
+    # 0: no limit. See `aim_jax.configs.budget`.
+    config.budget_minutes = placeholder(float)
+
+
+def length_settings(stage: str, steps: int) -> dict[str, Any]:
+    """Return the settings that follow from the number of steps, by dotted name."""
+    # Short runs are evaluated often enough to watch, long ones every fiftieth of the run.
+    every = max(200, steps // 50)
+    reports = ("eval_every", "sample_every", "save_every", "export_every")
+    slow_decay = {"vq": 0.999, "aim": 0.9999}[stage]
+    return dict.fromkeys(reports, every) | {
+        "steps": steps,
+        "ema_decay": 0.99 if steps < 10_000 else slow_decay,
+        "optimizer.warmup_steps": min(100, steps // 10),
+    }
+
+
+def tokenizer_settings(size: tuple[int, int, int], downsampling: int) -> dict[str, Any]:
+    """Return the settings of a tokenizer of one of `TOKENIZERS`, by dotted name."""
+    width, blocks, last = size
+    halvings = int(math.log2(downsampling))
+    wide = halvings // 2 if last > 2 else 0
+    return {
+        "model.ch": width,
+        "model.ch_mult": (*(1,) * (halvings - wide), *(2,) * wide, last),
+        "model.num_res_blocks": blocks,
+        "model.z_channels": 2 * width,
+        "optimizer.lr": TOKENIZER_LR[width],
+    }
+
+
+def aim_settings(size: tuple[int, int]) -> dict[str, Any]:
+    """Return the settings of an AiM of one of `AIMS`, by dotted name."""
+    width, layers = size
+    return {
+        "model.d_model": width,
+        "model.n_layer": layers,
+        "model.d_state": 32 if width < 512 else 128,
+        "model.num_groups": 2 if layers < 12 else 4,
+        "optimizer.lr": AIM_LR[width],
+    }
 
 
 def vq_config(directory: str) -> ConfigDict:
     """Return a recipe for training a tokenizer on the images in a folder; see `describe`."""
     folder = survey(directory)
     config = vq_defaults()
-    small = folder.image_size <= 32
-    f = folder.downsampling
+    _common(config, folder)
     config.batch_size = 32
-    config.steps = int(np.clip(20 * folder.images // config.batch_size, 600, 200_000))
-    _set_common(config, folder)
-    config.ema_decay = 0.99 if config.steps < 10_000 else 0.999
     config.restart_codes = 200
-    width = 32 if small else 64 if folder.image_size == 64 else 128
-    config.optimizer.lr = {32: 1e-3, 64: 3e-4, 128: 1e-4}[width]
-    halvings = int(math.log2(f))
     config.model.update(
-        in_channels=folder.channels, out_channels=folder.channels, ch=width,
-        ch_mult=(*(1,) * ((halvings + 1) // 2), *(2,) * (halvings // 2), 2 if small else 4),
-        num_res_blocks=1 if small else 2, z_channels=2 * width, embed_dim=8, n_embed=folder.codes,
-        entropy_loss_ratio=0.05,
+        in_channels=folder.channels, out_channels=folder.channels, embed_dim=8,
+        n_embed=folder.codes, entropy_loss_ratio=0.05,
     )  # fmt: skip
+    steps = int(np.clip(20 * folder.images // config.batch_size, 600, 200_000))
+    size = tokenizer_size(folder.image_size)
+    config.update_from_flattened_dict(
+        length_settings("vq", steps) | tokenizer_settings(size, folder.downsampling)
+    )
     if os.environ.get("AIM_JAX_LPIPS"):
         config.loss.perceptual = 1.0
     return config
 
 
+def tokenizer_size(image_size: int) -> tuple[int, int, int]:
+    """Return the entry of `TOKENIZERS` for an image size, without a budget."""
+    return TOKENIZERS[1 if image_size <= 32 else 2 if image_size == 64 else 3]
+
+
 def aim_config(directory: str) -> ConfigDict:
     """Return a recipe for training AiM on the images in a folder; see `describe`.
 
-    Images are encoded on the fly.
+    The sizes of vocabulary and images are those of the tokenizer that `vq_config` chooses; the
+    program takes them from the tokenizer that it is given.
     """
     folder = survey(directory)
     config = aim_defaults()
+    _common(config, folder)
     config.tokenizer = "runs/vq"
     config.batch_size = 64
-    config.steps = int(np.clip(40 * folder.images // config.batch_size, 600, 300_000))
-    _set_common(config, folder)
-    config.ema_decay = 0.99 if config.steps < 10_000 else 0.9999
-    sizes = {20_000: (128, 6, 3e-3), 200_000: (256, 12, 1e-3), 1_000_000: (512, 16, 5e-4)}
-    matching = (size for limit, size in sizes.items() if folder.images < limit)
-    width, layers, config.optimizer.lr = next(matching, (768, 24, 2e-4))
     config.model.update(
         vocab_size=folder.codes, num_classes=folder.classes,
-        num_tokens=(folder.image_size // folder.downsampling) ** 2, d_model=width, n_layer=layers,
-        d_state=32 if width < 512 else 128, headdim=64, adaln="group",
-        num_groups=2 if layers < 12 else 4, class_dropout=0.1,
+        num_tokens=(folder.image_size // folder.downsampling) ** 2, headdim=64, adaln="group",
+        class_dropout=0.1,
     )  # fmt: skip
+    steps = int(np.clip(40 * folder.images // config.batch_size, 600, 300_000))
+    config.update_from_flattened_dict(
+        length_settings("aim", steps) | aim_settings(aim_size(folder.images))
+    )
     config.sample.classes = min(10, folder.classes)
     return config
+
+
+def aim_size(images: int) -> tuple[int, int]:
+    """Return the entry of `AIMS` for a number of images: the largest worth training on them."""
+    limits = (2_000, 20_000, 200_000, 1_000_000)
+    return AIMS[sum(images >= limit for limit in limits)]
+
+
+def surveyed(config: ConfigDict) -> Survey:
+    """Return the survey of the folder that a recipe of this module was chosen for."""
+    directory = config.data.dir
+    return _surveyed.get(directory) or survey(directory)
 
 
 def describe(config: ConfigDict) -> str:
@@ -151,8 +208,8 @@ def describe(config: ConfigDict) -> str:
     Args:
       config: A recipe of this module, after changes by the user.
     """
-    directory = config.data.dir
-    folder = _surveyed.get(directory) or survey(directory)
+    folder = surveyed(config)
+    directory = folder.directory
     kind = "grey" if folder.channels == 1 else "colour"
     fitted = str(config.data.image_size)
     if config.data.channels != folder.channels:

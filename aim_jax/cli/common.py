@@ -1,6 +1,7 @@
 """Shared start-up of the command-line programs: flags, recipes, one-line errors, compile cache."""
 
 import contextlib
+import functools
 import inspect
 import io
 import os
@@ -28,7 +29,6 @@ from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.files import FULL, DiskFullError
-from aim_jax.utils.logging import say
 from aim_jax.utils.signals import (
     EXIT_LOST,
     EXIT_STOPPED,
@@ -48,7 +48,8 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
 
     Args:
       program: a module whose docstring is its help. It has `define_flags()` and `main()`, or only
-        `main(arguments)` if it parses its arguments itself.
+        `main(arguments)` if it parses its arguments itself. `POSITIONAL` names the flag that a
+        first argument without a flag sets.
       name: name of the program on the command line.
       arguments: arguments of the command line, without the name.
 
@@ -70,7 +71,8 @@ def run(program: ModuleType, name: str, arguments: Sequence[str]) -> int:
             print(help_text(program, [flags.FLAGS[x] for x in names]))
             return 0
         try:
-            app.run(lambda _: program.main(), [name, *arguments], flags_parser=parse)
+            parser = functools.partial(parse, positional=getattr(program, "POSITIONAL", ""))
+            app.run(lambda _: program.main(), [name, *arguments], flags_parser=parser)
         except SystemExit as stop:  # app.run always ends with it
             return stop.code if isinstance(stop.code, int) else 0
     return 0
@@ -225,14 +227,20 @@ def _with_config_paths(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
-def parse(arguments: Sequence[str]) -> list[str]:
+def parse(arguments: Sequence[str], positional: str = "") -> list[str]:
     """Parse flags, as the `flags_parser` of `app.run`.
 
     Invalid input ends the program with status 1 and a one-line message: unknown flags or settings,
     invalid values, an error in the configuration, or arguments that are not flags.
+
+    Args:
+      arguments: name of the program, and its arguments.
+      positional: name of the flag that a first argument without a flag sets; "" for none.
     """
     try:
         resolved = _with_config_paths(arguments)
+        if positional and resolved[1:] and not resolved[1].startswith("-"):
+            resolved[1] = f"--{positional}={resolved[1]}"
         with _warnings_off():  # of ml_collections, beside its errors
             remaining = flags.FLAGS(resolved)[1:]
         check_config()
@@ -425,9 +433,9 @@ def start_training(train: Callable, stage: str) -> int:
     if values.data:
         config.data.dir = values.data
     if name in ("folder", "folder_vq"):
-        from aim_jax.configs.from_folder import describe  # imports the datasets
+        from aim_jax.cli.folder import prepare  # imports the datasets
 
-        say(describe(config))
+        prepare(config, Path(values.workdir), config_flags.get_override_values(values["config"]))
     # Task 0 of the platform is not always process 0 of JAX.
     unit = platform.work_unit()
     unit.set_task_status(

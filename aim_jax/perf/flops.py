@@ -1,9 +1,9 @@
-"""Analytic floating-point operations of AiM: matrix products and scans; a multiply-add is two.
+"""Analytic floating-point operations of AiM and the tokenizer; a multiply-add is two.
 
 XLA's own count includes the body of a loop only once, so it misses the layers of a scan.
 """
 
-from aim_jax.models.config import AiMConfig
+from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.ops.reference import split_length
 
 
@@ -54,3 +54,55 @@ def executed_flops(config: AiMConfig) -> float:
     elif config.remat == "dots":  # the policy does not save products over a batch axis
         recomputed += scan_flops(config, t)
     return training_flops(config) + recomputed
+
+
+def tokenizer_flops(config: VQConfig, image_size: int) -> float:
+    """Count the operations of encoding and decoding one image: convolutions and attention.
+
+    Training takes three times as many, without LPIPS and the discriminator.
+    """
+    return _encoder_flops(config, image_size) + _decoder_flops(config, image_size)
+
+
+def _encoder_flops(config: VQConfig, side: int) -> float:
+    width = config.ch
+    total = _conv(side, config.in_channels, width)
+    for i, mult in enumerate(config.ch_mult):
+        is_last = i == len(config.ch_mult) - 1
+        for _ in range(config.num_res_blocks):
+            total += _block(side, width, config.ch * mult, attention=is_last)
+            width = config.ch * mult
+        if not is_last:
+            side //= 2
+            total += _conv(side, width, width)
+    total += _block(side, width, width, attention=True) + _block(side, width, width)
+    return total + _conv(side, width, config.z_channels)
+
+
+def _decoder_flops(config: VQConfig, side: int) -> float:
+    side //= config.downsampling
+    width = config.ch * config.ch_mult[-1]
+    total = _conv(side, config.z_channels, width)
+    total += _block(side, width, width, attention=True) + _block(side, width, width)
+    for i, mult in enumerate(reversed(config.ch_mult)):
+        for _ in range(config.num_res_blocks + 1):
+            total += _block(side, width, config.ch * mult, attention=i == 0)
+            width = config.ch * mult
+        if i != len(config.ch_mult) - 1:
+            side *= 2
+            total += _conv(side, width, width)
+    return total + _conv(side, width, config.out_channels)
+
+
+def _conv(side: int, channels: int, features: int, kernel: int = 3) -> float:
+    return 2.0 * (side * kernel) ** 2 * channels * features
+
+
+def _block(side: int, channels: int, features: int, attention: bool = False) -> float:
+    """Count the operations of a residual block, and of the attention after it."""
+    total = _conv(side, channels, features) + _conv(side, features, features)
+    if channels != features:
+        total += _conv(side, channels, features, kernel=1)
+    if attention:
+        total += 4 * _conv(side, features, features, kernel=1) + 4.0 * side**4 * features
+    return total

@@ -42,9 +42,9 @@ CHUNK_BYTES = 8 * 2**20  # size of a read
 # affect a tokenizer's batch norm, adaptive weight and entropy, which are computed per micro-batch;
 # it may change because a run may have to resume with less memory.
 RESUMABLE = (
-    "steps", "log_every", "eval_every", "sample_every", "save_every", "save_minutes",
-    "export_every", "keep", "profile", "codes", "data.dir", "data.workers", "inception", "lpips",
-    "init", "export_dtype",
+    "steps", "budget_minutes", "log_every", "eval_every", "sample_every", "save_every",
+    "save_minutes", "export_every", "keep", "profile", "codes", "data.dir", "data.workers",
+    "inception", "lpips", "init", "export_dtype",
     "sample.images", "sample.per_class", "sample.classes",
     *(f"sample.{name}" for name in SETTINGS),
     "optimizer.skip_limit", "optimizer.lr", "optimizer.clip_norm", "accumulate",

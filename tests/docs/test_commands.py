@@ -31,7 +31,7 @@ def test_a_program_understands_its_command(command, picture_folder, tmp_path, mo
         assert {a for a in arguments if a.startswith("--")} <= set(re.findall(r"--\w+", options))
         return
     if not name.startswith("-"):
-        program = importlib.import_module(f"aim_jax.cli.{name}")
+        program = importlib.import_module(f"aim_jax.cli.{name.replace('-', '_')}")
         monkeypatch.setattr(program, "main", lambda: 0)  # after its flags are parsed and checked
     done = run(name, *arguments)
     assert done.returncode == 0, done.stderr

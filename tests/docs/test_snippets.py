@@ -52,6 +52,7 @@ SMALL_RUN = ["--config.steps=2", "--config.batch_size=8", "--config.optimizer.wa
 SMALL = {
     "train_vq": [*SMALL_RUN, "--config.model.ch=32", "--config.model.num_res_blocks=1"],
     "train": [*SMALL_RUN, "--config.model.n_layer=1"],
+    "train-folder": ["--budget_minutes=0.001", "--per_class=1"],
     "sample": ["--batch_size=8"],
 }
 RUN = [

@@ -1,0 +1,53 @@
+"""Preparation of runs with the folder recipes: sizes that fit the budget, and tokens."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from aim_jax.cli.extract_codes import extract
+from aim_jax.configs.budget import apply_budget
+from aim_jax.configs.from_folder import describe
+from aim_jax.utils.logging import say
+from aim_jax.weights.tokenizer import open_tokenizer
+
+
+def prepare(config: ConfigDict, workdir: Path, given: Collection[str]) -> None:
+    """Complete a folder recipe for the device, the tokenizer and the images, and say the choices.
+
+    AiM takes the sizes of its tokenizer. Its images are encoded once, into WORKDIR/codes, unless
+    they are cropped or mirrored at random, or there is a token cache already.
+
+    Args:
+      config: Recipe of `aim_jax.configs.from_folder`, changed in place.
+      workdir: Directory of the run.
+      given: Dotted names of the settings that the user chose, which stay as they are.
+
+    Raises:
+      ValueError, FileNotFoundError: The tokenizer is missing, or a setting is invalid.
+    """
+    if config.stage == "aim":
+        _follow_tokenizer(config, given)
+    apply_budget(config, workdir, given)
+    say(describe(config))
+    is_fixed = not (config.data.random_crop or config.data.random_flip)
+    if config.stage == "aim" and not config.codes and is_fixed:
+        codes = workdir / "codes"
+        extract(
+            config.tokenizer, codes, data_name="folder", data_dir=config.data.dir, views="centre",
+            workers=config.data.workers,
+        )  # fmt: skip
+        config.codes = str(codes)
+
+
+def _follow_tokenizer(config: ConfigDict, given: Collection[str]) -> None:
+    """Take vocabulary, image size and number of tokens from the tokenizer."""
+    tokenizer = open_tokenizer(config.tokenizer)
+    vq, _ = tokenizer.vq()
+    side = tokenizer.info.get("data", {}).get("image_size", config.data.image_size)
+    settings = {
+        "data.image_size": side,
+        "model.vocab_size": vq.n_embed,
+        "model.num_tokens": (side // vq.downsampling) ** 2,
+    }
+    config.update_from_flattened_dict({k: v for k, v in settings.items() if k not in given})

@@ -1,0 +1,50 @@
+"""The program that trains both stages on a folder, and the preparation of the folder recipes."""
+
+import json
+
+import pytest
+
+from tests.programs import run
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Make both trainings end after one step, whatever the device reaches."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("aim_jax.configs.budget.LEAST_STEPS", 1)
+    patch.setattr("aim_jax.configs.budget.images_per_second", lambda config: 1.0)
+    yield
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_both_stages_run_and_resume(short, picture_folder, tmp_path):
+    out = tmp_path / "out"
+    given = ("train-folder", picture_folder, "--out", out, "--budget_minutes=0.01", "--per_class=1")
+    done = run(*given)
+    assert done.returncode == 0, done.stderr
+    assert (out / "samples" / "grid.png").is_file()
+    assert str(out / "samples" / "grid.png") in done.stdout
+    for text in (
+        "stage 1 of 3",
+        "stage 2 of 3",
+        "stage 3 of 3",
+        "budget of 0.01 minutes",
+        "finished in",
+    ):
+        assert text in done.stderr
+    model = json.loads((out / "aim" / "model" / "model.json").read_text())
+    vq = json.loads((out / "vq" / "model" / "model.json").read_text())["vq"]
+    assert model["class_names"] == ["boat", "house", "old tree"]
+    assert model["vq"] == vq and model["aim"]["vocab_size"] == vq["n_embed"]
+    assert (out / "aim" / "codes" / "train" / "manifest.json").is_file()
+
+    again = run(*given)
+    assert again.returncode == 0 and again.stderr.count("resumed from step") == 2
+
+
+def test_missing_folder_is_one_line(tmp_path):
+    wrong = run("train-folder", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert wrong.returncode == 1
+    assert "does not exist" in wrong.stderr and wrong.stderr.count("\n") <= 3
+    assert not (tmp_path / "out").exists()
