@@ -41,7 +41,7 @@ PROGRAMS = (
 )
 
 # Programs that launchers stop by SIGTERM, and restart.
-STOPPABLE = ("train", "train_vq", "extract_codes")
+STOPPABLE = ("train", "train_vq", "train_folder", "extract_codes")
 
 
 def overview() -> str:
