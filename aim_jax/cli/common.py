@@ -28,6 +28,7 @@ from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.logging import say
+from aim_jax.utils.names import printable
 from aim_jax.utils.signals import ctrl_c_in_one_line
 
 # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; the same command resumes.
@@ -115,7 +116,7 @@ def _usual_errors_in_one_line() -> Iterator[None]:
         keep_compiled_programs()
         yield
     except (ValueError, OSError, BadStepsError, BuildError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
             # A regular exit waits for the other processes, is aborted with them, and returns
             # another code. Processes with the same error get time to print it, for which they need

@@ -23,6 +23,7 @@ def define_flags() -> None:
 def main() -> None:
     """Write and print the report, and write the plot."""
     from aim_jax.evaluation import scaling
+    from aim_jax.utils.names import printable
     from aim_jax.utils.plots import pyplot
 
     out = Path(flags.FLAGS.out)
@@ -31,5 +32,5 @@ def main() -> None:
     text = scaling.report(runs)
     out.mkdir(parents=True, exist_ok=True)
     (out / "scaling.md").write_text(text)
-    print(text)
+    print(printable(text))
     print(scaling.draw(runs, out / "scaling.png"))

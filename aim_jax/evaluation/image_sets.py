@@ -22,7 +22,9 @@ from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, prep
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.sources import UNREADABLE
 from aim_jax.utils.files import replacing
+from aim_jax.utils.json_files import anything, dict_of, read_json
 from aim_jax.utils.logging import say
+from aim_jax.utils.names import short_list
 
 DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
 # Images of a source without files that are decoded to learn its sizes.
@@ -305,12 +307,12 @@ class ImageParts:
         file = directory / "settings.json"
         text = json.dumps(settings, indent=1, sort_keys=True)
         if file.exists():
-            old = json.loads(file.read_text())
+            old = read_json(file, dict_of(anything))
             if old != json.loads(text):
                 changed = sorted(k for k in old | settings if old.get(k) != settings.get(k))
                 raise ValueError(
-                    f"{out.parent} holds images with other settings ({', '.join(changed)} differ); "
-                    "choose another --out, or delete it."
+                    f"{out.parent} holds images with other settings ({short_list(changed)} differ)"
+                    "; choose another --out, or delete it."
                 )
         elif out.exists():
             raise ValueError(

@@ -229,7 +229,7 @@ def stored_statistics(name: str) -> dict[str, np.ndarray]:
     try:
         with np.load(name, allow_pickle=False) as file:
             statistics: dict[str, np.ndarray] = {k: np.asarray(file[k], np.float64) for k in names}
-    except (*DAMAGED, ValueError, TypeError) as error:
+    except (*DAMAGED, ValueError, TypeError, MemoryError) as error:
         raise ValueError(f"{name}: {', '.join(names)} cannot be read ({error}).") from None
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}

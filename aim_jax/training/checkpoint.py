@@ -25,13 +25,21 @@ from ml_collections import ConfigDict
 from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.sampling.config import SETTINGS
+from aim_jax.utils.checks import shortened, shown
 from aim_jax.utils.files import write_json
+from aim_jax.utils.json_files import anything, dict_of, integer, list_of, read_json, record, text
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
 DATA_KEY = "learned_from"  # entry of the run file beside the settings
+# Settings by name, as far as this module reads them; `claim_workdir` compares all of them.
+RUN = record(
+    {"model": dict_of(anything)}, {DATA_KEY: record({"class_names": list_of(text())})}
+)  # fmt: skip
+FILE_LIST = dict_of(list_of(integer(), 2, 2), least=1)  # size and CRC-32 by name
+MOST_VALUE = 200  # characters of a setting in a message
 CHUNK_BYTES = 8 * 2**20  # size of a read
 # Settings that may change when a run resumes: its length, reports, paths, devices, the method of
 # computation, and the two settings that help against loss spikes (optimizer.lr and
@@ -186,7 +194,7 @@ class RunCheckpoints:
             listed = {}
             with contextlib.suppress(FileNotFoundError):  # killed right after the save
                 try:
-                    listed = json.loads((path / self.FILES).read_text())
+                    listed = read_json(path / self.FILES, FILE_LIST)
                 except ValueError:
                     listed = {self.FILES: "truncated"}
             actual = _checksums(path) if listed else {}
@@ -294,18 +302,22 @@ def _check_data(workdir: Path, before: dict[str, Any] | None, now: dict[str, Any
     old = before["class_names"]
     new = now["class_names"]
     differences = [
-        f"class {i}: {a!r} -> {b!r}"
+        f"class {i}: {shown(a)} -> {shown(b)}"
         for i, (a, b) in enumerate(itertools.zip_longest(old, new))
         if a != b
     ]
     if not differences:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                differences.append(f"{name}: {before.get(name)} -> {now.get(name)}")
+                differences.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
     raise ValueError(
         f"{workdir} is the workdir of a run on other data (its value -> yours): "
         f"{short_list(differences)}. Use another --workdir, or the data of that run."
     )
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), MOST_VALUE)
 
 
 def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> None:
@@ -327,7 +339,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
     new = json.loads(config.to_json_best_effort()) | {DATA_KEY: data}
     resumes = has_checkpoint(workdir)
     if resumes and file.exists():
-        old = json.loads(file.read_text())
+        old = read_json(file, RUN)
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
@@ -335,7 +347,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
         before = flatten(old)
         after = flatten(new)
         changed = {
-            key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+            key: f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
             for key in sorted(before.keys() | after.keys())
             # Older versions have no entry for a setting that is off by default.
             if (before.get(key) or None) != (after.get(key) or None)

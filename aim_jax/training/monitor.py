@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import re
 import signal
 import threading
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.utils.files import replacing
+from aim_jax.utils.json_files import METRICS_LINE, read_json_lines
 from aim_jax.utils.logging import QUIET_SECONDS, duration, say
 from aim_jax.utils.signals import PATIENCE, end_interrupted, heard_at_once
 
@@ -34,10 +34,12 @@ class MetricsWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         # A resumed run repeats the steps after its checkpoint; drop their first records.
         if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= first_step]
-            with replacing(self._path) as partial:
-                partial.write_text("".join(kept))
+            with replacing(self._path) as partial, partial.open("wb") as kept:
+                for line in read_json_lines(self._path, METRICS_LINE, allow_nan=True):
+                    if line.problem:  # as of the last line, when the process was killed
+                        say(f"{line.name} is left out: {line.problem}")
+                    elif line.content["step"] <= first_step:
+                        kept.write(line.data.rstrip(b"\n") + b"\n")
         from tensorboardX import SummaryWriter  # imports torch if installed, which takes seconds
 
         directory = str(Path(workdir) / "tensorboard")
@@ -57,13 +59,6 @@ class MetricsWriter:
         """Close TensorBoard's file."""
         if self._active:
             self._board.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line truncated when the process was killed
 
 
 class BadStepsError(RuntimeError):

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -25,13 +24,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
-from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.checks import check_arguments, shortened, shown
 from aim_jax.utils.files import replacing
-from aim_jax.utils.names import match_name
+from aim_jax.utils.names import match_name, printable, short_list
 from aim_jax.weights import hub
+from aim_jax.weights.model_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    check_sizes,
+    model_text,
+    read_model_file,
+)
 
-MODEL_FILE = "model.json"
-FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20  # size of a write
 LARGE_BYTES = 64 * 2**20  # larger arrays are read one at a time
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # storage dtypes of parameters
@@ -160,8 +165,8 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
         if number is None:
             number = int(item) if item.strip().isdecimal() else -1
         if not 0 <= number < count:
-            known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
-            raise ValueError(f"unknown class {item!r}; {model.name} has the classes {known}.")
+            known = short_list(model.class_names, MOST_CLASSES) or f"ids 0 to {count - 1}"
+            raise ValueError(f"unknown class {shown(item)}; {model.name} has the classes {known}.")
         ids.append(number)
     return ids
 
@@ -206,7 +211,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
     leaves = jax.tree.leaves((model.aim_params, model.vq_params))
     dtypes = [dtype] if dtype else sorted({str(x.dtype) for x in leaves})
     content = {
-        "format": "aim_jax model",
+        "format": FORMAT,
         "version": FORMAT_VERSION,
         "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
         "aim": model.aim_config and dataclasses.asdict(model.aim_config),
@@ -224,7 +229,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
             file.write_text("")  # Orbax writes the local path there, which should stay private
         for name, write in files.items():
             write(partial / name)
-        (partial / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        (partial / MODEL_FILE).write_text(model_text(content))
 
 
 def bundled_models() -> dict[str, Path]:
@@ -273,20 +278,13 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
 
     Raises:
       FileNotFoundError: There is no such model.
-      ValueError: The directory is incomplete, or of a version that this library cannot read.
+      ValueError: The directory is incomplete or damaged, or of a version that this library cannot
+        read.
     """
     path = find_model(name_or_path)
-    try:
-        content = json.loads((path / MODEL_FILE).read_text())
-        if content["version"] != FORMAT_VERSION:
-            raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}")
-        aim_config = content["aim"] and AiMConfig(**content["aim"])
-        vq_config = content["vq"] and VQConfig(**content["vq"])
-        class_names = tuple(content["class_names"])
-        info = content["info"]
-        sampling = dict(content["sampling"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
+    content = read_model_file(path)
+    aim_config = None if content["aim"] is None else AiMConfig(**content["aim"])
+    vq_config = None if content["vq"] is None else VQConfig(**content["vq"])
     load = functools.partial(_load_params, as_stored=as_stored)
     aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
     vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
@@ -296,9 +294,9 @@ def load_pretrained(name_or_path: str | os.PathLike, *, as_stored: bool = False)
         aim_params=aim_params,
         vq_config=vq_config,
         vq_params=vq_params,
-        class_names=class_names,
-        sampling=sampling,
-        info=info,
+        class_names=tuple(content["class_names"]),
+        sampling=content["sampling"],
+        info=content["info"],
     )
 
 
@@ -345,12 +343,15 @@ def _load_params(
     path: Path, init_params: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
 ) -> dict:
     """Load parameters after checking them against the shapes of the configuration."""
-    abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     if not path.is_dir():
         raise ValueError(f"{path} is missing; the model directory is incomplete.")
     with _checkpointer() as checkpointer:
-        stored = checkpointer.metadata(path.absolute()).item_metadata
-        actual = by_path(stored.tree)
+        with _unreadable(path, "cannot be read"):
+            actual = by_path(checkpointer.metadata(path.absolute()).item_metadata.tree)
+        with _unreadable(path, "does not fit its configuration"):
+            shapes = {name: tuple(array.shape) for name, array in actual.items()}
+            check_sizes(config, shapes, sum(x.stat().st_size for x in path.rglob("*")))
+            abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
         expected = by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]
         wrong += [f"{k}: unexpected" for k in sorted(actual.keys() - expected.keys())]
@@ -377,9 +378,22 @@ def _load_params(
                 restore_args=unflatten_dict(dict.fromkeys(group, restore_args)),
                 partial_restore=True,
             )
-            restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
+            with _unreadable(path, "cannot be read"):
+                restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
             _give_back_freed_memory()
     return unflatten_dict(restored)
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path, what: str) -> Iterator[None]:
+    """Raise ValueError in one line for the many kinds of errors of Orbax, TensorStore and JAX."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, OSError):  # of the device or the disk, not of the content
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} {what}: {shortened(printable(reason), 300)}") from error
 
 
 def _give_back_freed_memory() -> None:
