@@ -31,6 +31,7 @@ from aim_jax.data.sources import (
 from aim_jax.utils.cache import writable_or_cached
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import Progress
+from aim_jax.utils.names import reason_of
 
 NAME = "imagenet2012"
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
@@ -214,7 +215,7 @@ def _saved_index(file: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
         _check_index(index, int(stamp[0]))
         return index
     except (*UNREADABLE, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}): remove it") from error
+        raise ValueError(f"{file} is damaged ({reason_of(error)}): remove it") from error
 
 
 def _check_index(index: dict[str, np.ndarray], size: int) -> None:

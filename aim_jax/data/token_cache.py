@@ -37,7 +37,7 @@ from aim_jax.utils.json_files import (
     text,
 )
 from aim_jax.utils.logging import Progress
-from aim_jax.utils.names import short_list
+from aim_jax.utils.names import reason_of, short_list
 
 FORMAT = "aim_jax token cache"
 VERSION = 2
@@ -309,7 +309,7 @@ def _mapped(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise ValueError(f"{file} is no array of tokens ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{file} is no array of tokens ({reason_of(error)})") from None
 
 
 def shard_name(number: int, sha256: str) -> str:

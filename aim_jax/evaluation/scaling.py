@@ -12,13 +12,21 @@ from aim_jax.evaluation.report import KIND, SCORES
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.perf.flops import training_flops
-from aim_jax.utils.checks import Range, check_number
-from aim_jax.utils.json_files import METRICS_LINE, integer, read_json, read_json_lines, record
+from aim_jax.utils.checks import Range, check_integer, check_number
+from aim_jax.utils.json_files import (
+    METRICS_LINE,
+    MOST_INTEGER,
+    integer,
+    read_json,
+    read_json_lines,
+    record,
+)
 from aim_jax.utils.logging import say
 from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.model_files import MODEL_FILE, read_model_file
 from aim_jax.weights.pretrained import load_pretrained
 
+POSITIVE = Range(0.0, includes_low=False)  # numbers with a logarithm
 RUN = record({"batch_size": integer(1)})  # the part of run.json that counts here
 # Settings of a report that must agree for FIDs to be comparable.
 COMPARED = ("images", "reference", "reference images", "network")
@@ -83,7 +91,7 @@ def read_run(workdir: Path) -> Run:
         raise ValueError(f"{workdir} trains a tokenizer; expected a workdir of aim-jax train.")
     model = AiMConfig(**content["aim"])
     batch = read_json(workdir / "run.json", RUN)["batch_size"]
-    last = _last_validation(workdir / "metrics.jsonl")
+    last = last_validation(workdir / "metrics.jsonl")
     if last is None:
         raise ValueError(
             f"{workdir}: no val_loss in metrics.jsonl; train until the first evaluation."
@@ -94,7 +102,7 @@ def read_run(workdir: Path) -> Run:
         scores = read_json(report, SCORES, KIND, allow_nan=True)
     fid = scores["metrics"].get("fid")
     if fid is not None:
-        check_number(f"{report}: metrics.fid", fid, Range())
+        check_number(f"{report}: metrics.fid", fid, POSITIVE)
         _check_parameters(report, scores.get("parameters"), workdir)
     settings = scores.get("settings", {})
     compared = None if fid is None else {k: settings.get(k) for k in COMPARED}
@@ -102,7 +110,7 @@ def read_run(workdir: Path) -> Run:
     return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid, compared)
 
 
-def _last_validation(file: Path) -> dict | None:
+def last_validation(file: Path) -> dict | None:
     """Return the last line of metrics.jsonl with a validation loss, or None.
 
     Raises:
@@ -114,7 +122,8 @@ def _last_validation(file: Path) -> dict | None:
             raise ValueError(f"{line.name}: {line.problem}")
         if not line.problem and "val_loss" in line.content:
             last = line.content
-            check_number(f"{line.name}: val_loss", last["val_loss"], Range())
+            check_number(f"{line.name}: val_loss", last["val_loss"], POSITIVE)
+            check_integer(f"{line.name}: step", last["step"], 1, MOST_INTEGER)
     return last
 
 

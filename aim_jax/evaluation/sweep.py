@@ -146,13 +146,7 @@ def sweep(
     file = out / "sweep.json"
     rows = []
     if file.exists():
-        old = read_json(file, _check_sweep, allow_nan=True)
-        if old["identity"] != identity:
-            raise ValueError(
-                f"{out} holds a sweep of another model, reference, schedule, seed or number of "
-                "samples; choose another --out, or delete it."
-            )
-        rows = old["rows"]
+        rows = stored_rows(file, identity)
     for number, settings in enumerate(combinations, start=1):
         # Settings outside the grid, which are the model's defaults, are part of the row too.
         chosen = ConfigDict(config.to_dict())
@@ -169,6 +163,21 @@ def sweep(
         write_json(file, {"identity": identity, "rows": rows})
         shutil.rmtree(samples, ignore_errors=True)
     return rows
+
+
+def stored_rows(file: Path, identity: Mapping[str, Any]) -> list[dict]:
+    """Return the rows of an interrupted sweep.
+
+    Raises:
+      ValueError: if the file is damaged, or of another sweep.
+    """
+    old = read_json(file, _check_sweep, allow_nan=True)
+    if old["identity"] != identity:
+        raise ValueError(
+            f"{file} is of a sweep of another model, reference, schedule, seed or number of "
+            "samples; choose another --out, or delete it."
+        )
+    return old["rows"]
 
 
 def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:

@@ -1,8 +1,8 @@
 """Sampling of tokens from logits: classifier-free guidance, filters and the categorical draw.
 
 Shapes: b images, v vocabulary entries. The order of operations is guidance, temperature, top-k,
-top-p, min-p, draw. To add a filter, add a field to `SamplingConfig`, a case here, and one in each of
-the sampling kernels.
+top-p, min-p, draw. To add a filter, add a field to `SamplingConfig`, a case here, and one in each
+of the sampling kernels.
 """
 
 import math

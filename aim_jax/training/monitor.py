@@ -24,6 +24,19 @@ from aim_jax.utils.signals import PATIENCE, end_interrupted, heard_at_once
 AHEAD = 2  # steps that the host may dispatch before the first of them is done
 
 
+def keep_until(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after a step, and those that cannot be read.
+
+    A killed process may leave an incomplete line.
+    """
+    with replacing(file) as partial, partial.open("wb") as kept:
+        for line in read_json_lines(file, METRICS_LINE, allow_nan=True):
+            if line.problem:
+                say(f"{line.name} is left out: {line.problem}")
+            elif line.content["step"] <= step:
+                kept.write(line.data.rstrip(b"\r\n") + b"\n")
+
+
 class MetricsWriter:
     """Writer of scalars to `metrics.jsonl` and TensorBoard, on the first process only."""
 
@@ -34,12 +47,7 @@ class MetricsWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         # A resumed run repeats the steps after its checkpoint; drop their first records.
         if self._path.exists():
-            with replacing(self._path) as partial, partial.open("wb") as kept:
-                for line in read_json_lines(self._path, METRICS_LINE, allow_nan=True):
-                    if line.problem:  # as of the last line, when the process was killed
-                        say(f"{line.name} is left out: {line.problem}")
-                    elif line.content["step"] <= first_step:
-                        kept.write(line.data.rstrip(b"\n") + b"\n")
+            keep_until(self._path, first_step)
         from tensorboardX import SummaryWriter  # imports torch if installed, which takes seconds
 
         directory = str(Path(workdir) / "tensorboard")

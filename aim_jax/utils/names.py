@@ -15,6 +15,7 @@ from pathlib import Path
 from aim_jax.utils.checks import shortened, shown
 
 LISTED = 10  # names in a message
+MOST_REASON = 300  # characters of an error of another library
 MOST_LISTED = 200  # characters of each
 MOST_NAME = 500  # characters of a name
 MOST_FILE_NAME = 100  # bytes of a file name that is made from a name
@@ -60,6 +61,12 @@ def printable(text: str, lines: bool = True) -> str:
     shown_as_they_are = (c if c.isprintable() or c in kept + JOINERS else _escaped(c)
                          for c in ESCAPES.sub("", text))  # fmt: skip
     return "".join(shown_as_they_are)
+
+
+def reason_of(error: Exception, most: int = MOST_REASON) -> str:
+    """Return the first line of an error of another library, short and printable."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shortened(printable(lines[0], lines=False), most)
 
 
 def _escaped(character: str) -> str:

@@ -24,9 +24,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
-from aim_jax.utils.checks import check_arguments, shortened, shown
+from aim_jax.utils.checks import check_arguments, shown
 from aim_jax.utils.files import replacing
-from aim_jax.utils.names import match_name, printable, short_list
+from aim_jax.utils.names import match_name, reason_of, short_list
 from aim_jax.weights import hub
 from aim_jax.weights.model_files import (
     FORMAT,
@@ -392,8 +392,7 @@ def _unreadable(path: Path, what: str) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, OSError):  # of the device or the disk, not of the content
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} {what}: {shortened(printable(reason), 300)}") from error
+        raise ValueError(f"{path} {what}: {reason_of(error)}") from error
 
 
 def _give_back_freed_memory() -> None:

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from aim_jax.utils.files import replacing
 from aim_jax.utils.json_files import anything, dict_of, parse_json, read_json
 from aim_jax.utils.logging import say
-from aim_jax.utils.names import check_text, printable, short_list
+from aim_jax.utils.names import MOST_NAME, check_text, printable, reason_of, short_list
 from aim_jax.weights.convert import state_dicts
 from aim_jax.weights.convert.errors import WeightsError
 from aim_jax.weights.pretrained import flatten
@@ -45,6 +45,7 @@ HUB_FILES = tuple(
     for index in ("", ".index.json")
 )
 ZIP_MAGIC = b"PK\x03\x04"
+MOST_FILE = 200  # characters of the name of a file in an index
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 # Texts of torch's weights-only loader that name the type it refuses.
 REFUSED_TYPES = (
@@ -199,6 +200,8 @@ def _open_index(path: Path, weights_key: str) -> WeightFiles:
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
         raise WeightsError(f"{path}: names files outside its directory: {short_list(outside, 5)}.")
+    for name in names:
+        _check_key(path, name, MOST_FILE)
     missing = [name for name in names if not _kind(path.parent / name, missing=True)]
     if missing:
         raise FileNotFoundError(
@@ -215,8 +218,7 @@ def _open_index(path: Path, weights_key: str) -> WeightFiles:
     problems += [f"{key}: not in {name}" for key, name in weight_map.items() if key not in tensors]
     if problems:
         raise WeightsError(
-            f"{path}: does not describe its files ({len(problems)} keys):\n  "
-            + "\n  ".join(problems)
+            f"{path}: does not describe its files ({len(problems)} keys): {short_list(problems, 5)}"
         )
     return WeightFiles(tensors, tuple(path.parent / name for name in names))
 
@@ -250,14 +252,14 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             described = {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise damaged(str(error).splitlines()[0]) from None
+        raise damaged(reason_of(error)) from None
 
     def read(key: str) -> np.ndarray:
         try:
             with safe_open(path, "numpy") as file:
                 return np.array(file.get_tensor(key))
         except (SafetensorError, OSError) as error:
-            raise damaged(str(error).splitlines()[0]) from None
+            raise damaged(reason_of(error)) from None
 
     unknown = [f"{k}: {dtype}" for k, (_, dtype) in described.items() if dtype not in DTYPES]
     if unknown:
@@ -491,10 +493,7 @@ def _tensors(path: Path, content: Mapping, tensor_type: type) -> dict:
     wrong = []
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, tensor_type):
-            try:
-                check_text("name of a tensor", key)
-            except ValueError as error:
-                raise WeightsError(f"{path}: {error}") from None
+            _check_key(path, key)
             tensors[key] = value
         elif key not in state_dicts.BOOKKEEPING or not isinstance(value, int | float | None):
             wrong.append(key if isinstance(key, str) else repr(key))
@@ -502,6 +501,14 @@ def _tensors(path: Path, content: Mapping, tensor_type: type) -> dict:
         problem = f"entries that are not tensors: {short_list(wrong, 5)}" if wrong else "no tensors"
         raise WeightsError(f"{path}: holds {problem}.")
     return tensors
+
+
+def _check_key(path: Path, name: str, most: int = MOST_NAME) -> None:
+    """Raise WeightsError if `check_text` refuses the name of a tensor or file."""
+    try:
+        check_text("name of a tensor or file", name, most)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str | None) -> None:
