@@ -30,8 +30,8 @@ from aim_jax.utils.names import reason_of, short_list
 
 # Errors of reading a damaged npz file, beside ValueError and OSError.
 DAMAGED = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, MemoryError, RuntimeError, SyntaxError,
-    TypeError, AttributeError, struct.error,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, MemoryError, RuntimeError,
+    SyntaxError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 # Images of a source without files that are decoded to learn its sizes.
 LOOKED_AT = 32

@@ -22,6 +22,7 @@ MOST_FILE_NAME = 100  # bytes of a file name that is made from a name
 # Control characters, invisible ones (such as those that reverse the direction of text), halves of
 # characters, and separators of lines.
 REFUSED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+BYTES = range(0xDC80, 0xDD00)  # how Python holds bytes of file names that are not UTF-8
 JOINERS = "\u200c\u200d"  # of the category Cf, but parts of Persian words and of emoji
 # Escape sequences of terminals (ECMA-48).
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
@@ -43,7 +44,8 @@ def check_text(what: str, text: str, most: int = MOST_NAME) -> None:
             f"{what}: {shown(text)} has {len(text):,} characters; expected at most {most}."
         )
     for character in text:
-        if unicodedata.category(character) in REFUSED and character not in JOINERS:
+        allowed = character in JOINERS or ord(character) in BYTES
+        if unicodedata.category(character) in REFUSED and not allowed:
             raise ValueError(
                 f"{what}: {shown(text)} holds the character U+{ord(character):04X}; expected text "
                 "without control characters and line ends."

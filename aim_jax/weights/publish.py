@@ -121,7 +121,7 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         v = model.vq_config
         lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codebook entries |")
     if model.class_names:
-        lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
+        lines.append(f"| classes | {len(model.class_names)}: {short_list(model.class_names, 20)} |")
     lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
     lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
     if report is not None:
