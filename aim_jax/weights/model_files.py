@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.models.sampling_config import SETTINGS, SamplingConfig
-from aim_jax.utils.checks import check_type
+from aim_jax.utils.checks import check_type, shown
 from aim_jax.utils.json_files import (
     Check,
     anything,
@@ -70,7 +70,9 @@ def model_text(content: dict[str, Any]) -> str:
 def _check_model(name: str, content: Any) -> None:
     record({"version": integer()})(name, content)
     if content["version"] != FORMAT_VERSION:
-        raise ValueError(f"version {content['version']}; this library reads {FORMAT_VERSION}.")
+        raise ValueError(
+            f"version {shown(content['version'])}; this library reads {FORMAT_VERSION}."
+        )
     record(REQUIRED, OPTIONAL)(name, content)
     names = len(content["class_names"])
     classes = names if content["aim"] is None else AiMConfig(**content["aim"]).num_classes

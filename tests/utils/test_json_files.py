@@ -92,14 +92,14 @@ def test_wrong_values_are_named(more, message, tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "not readable JSON"),
         (b"[" * 100_000, "nested levels"),
         (b'{"a": ' * 40 + b"1" + b"}" * 40, f"more than {MOST_DEPTH} nested levels"),
-        (b'{"version": 1}' + b" " * 2000, "larger than 2,000 bytes"),
+        (b'{"version": 1}' + b" " * 200_000, "larger than 200,000 bytes"),
     ],
 )
 def test_files_that_are_no_such_json_are_refused(data, message, tmp_path):
     file = tmp_path / "x.json"
     file.write_bytes(data)
     with pytest.raises(ValueError, match=message) as caught:
-        read_json(file, CHECK, "is not one of ours", most_bytes=2000)
+        read_json(file, CHECK, "is not one of ours", most_bytes=200_000)
     assert str(caught.value).startswith(f"{file} is not one of ours: ")
     assert str(caught.value).isprintable()
 
