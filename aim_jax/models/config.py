@@ -97,7 +97,8 @@ class AiMConfig:
             require(value in known, f"{name}={shown(value)}; expected one of {', '.join(known)}.")
         require(
             self.scan_implementation in (None, "xla", "triton"),
-            f"scan_implementation={shown(self.scan_implementation)}; expected None, 'xla' or 'triton'.",
+            f"scan_implementation={shown(self.scan_implementation)}; expected None, 'xla' or "
+            "'triton'.",
         )
         require(
             self.adaln in ("layer", "group"),
@@ -223,8 +224,8 @@ class VQConfig:
         narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
         if not self.ch_mult or self.ch % NORM_GROUPS or narrow:
             raise ValueError(
-                f"VQConfig: ch={self.ch} times each of ch_mult={shortened(str(self.ch_mult))} must be a multiple "
-                f"of {NORM_GROUPS}, the number of GroupNorm groups."
+                f"VQConfig: ch={self.ch} times each of ch_mult={shortened(str(self.ch_mult))} must "
+                f"be a multiple of {NORM_GROUPS}, the number of GroupNorm groups."
             )
 
     @property
