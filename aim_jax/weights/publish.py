@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from aim_jax.utils.checks import check_arguments, shown
+from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.names import printable, short_list
 from aim_jax.weights.convert.directories import LEFTOVERS
 from aim_jax.weights.fingerprints import other_parts
@@ -87,10 +87,11 @@ def check_report(report: Mapping, model: Pretrained) -> None:
             f"{again}."
         )
     if other := other_parts(measured, model):
-        scored = report["settings"].get("model", "another model")
+        scored = _text(report["settings"].get("model", "another model"))
+        names = " and the ".join(_text(name) for name in other)
         raise ValueError(
             f"the evaluation report is of other parameters than {model.name}: the "
-            f"{short_list(other)} of {shown(scored)} made its images; {again}."
+            f"{names} of {scored} made its images; {again}."
         )
 
 
