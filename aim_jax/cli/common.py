@@ -29,6 +29,7 @@ from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
 from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.files import FULL, DiskFullError
+from aim_jax.utils.names import printable
 from aim_jax.utils.signals import (
     EXIT_LOST,
     EXIT_STOPPED,
@@ -121,7 +122,7 @@ def _usual_errors_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, OSError, BadStepsError, BuildError) as error:
         end_if_step_failed(error)
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
             # A regular exit waits for the other processes, is aborted with them, and returns
             # another code. Processes with the same error get time to print it, for which they need

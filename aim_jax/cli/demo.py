@@ -39,7 +39,7 @@ def serve_page() -> None:
     from aim_jax.weights.pretrained import bundled_models, load_pretrained
 
     f = flags.FLAGS
-    names = f.checkpoint or bundled_models()
+    names = list(f.checkpoint or bundled_models())
     serve(dict(zip(short_names(names), map(load_pretrained, names), strict=True)), f.host, f.port)
 
 
@@ -54,7 +54,7 @@ def write_images() -> None:
     f = flags.FLAGS
     start = time.monotonic()
     grids = []
-    names = f.checkpoint or bundled_models()
+    names = list(f.checkpoint or bundled_models())
     for name, short_name in zip(names, short_names(names), strict=True):
         print(f"{name}:", file=sys.stderr)
         model = load_pretrained(name)

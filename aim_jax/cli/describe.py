@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from aim_jax.utils.names import printable, short_list
+
 if TYPE_CHECKING:
     from aim_jax.weights.pretrained import Pretrained
 
@@ -43,13 +45,11 @@ def describe(model: "Pretrained") -> Iterator[str]:
     from aim_jax.utils.parameters import parameter_table
     from aim_jax.weights.pretrained import MOST_CLASSES
 
-    yield model.name
+    yield printable(model.name, lines=False)
     yield from _fields(model.info)
     if model.class_names:
-        more = len(model.class_names) - MOST_CLASSES
-        names = ", ".join(model.class_names[:MOST_CLASSES])
         yield f"\n{len(model.class_names)} classes"
-        yield f"  {names}{f' and {more} more' if more > 0 else ''}"
+        yield f"  {short_list(model.class_names, MOST_CLASSES)}"
     if model.aim_params is not None:
         yield "\nSampling defaults"
         yield from _fields(model.sampling)
@@ -66,4 +66,4 @@ def describe(model: "Pretrained") -> Iterator[str]:
 def _fields(values: dict[str, Any]) -> Iterator[str]:
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        yield f"  {name:<{width}}  {value}"
+        yield f"  {name:<{width}}  {printable(str(value), lines=False)}"

@@ -53,6 +53,7 @@ def define_flags() -> None:
 def main() -> None:
     """Evaluate and print the report."""
     from aim_jax.evaluation.evaluate import evaluate
+    from aim_jax.utils.names import printable
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
     from aim_jax.weights.pretrained import load_pretrained
 
@@ -73,4 +74,4 @@ def main() -> None:
         cache_directory("references"), reconstructions=f.reconstruct,
     )  # fmt: skip
     if report:
-        print((Path(f.out) / "report.md").read_text())
+        print(printable((Path(f.out) / "report.md").read_text()))

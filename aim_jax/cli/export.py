@@ -11,7 +11,7 @@ StableHLO; see the page "Export" of the documentation.
 
 from absl import flags
 
-from aim_jax.sampling.logits import SCHEDULES
+from aim_jax.sampling.config import SCHEDULES
 
 
 def define_flags() -> None:

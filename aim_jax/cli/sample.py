@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from aim_jax.cli.common import define_sampling_flags, given_settings
-from aim_jax.sampling.logits import SCHEDULES
+from aim_jax.sampling.config import SCHEDULES
 
 
 def define_flags() -> None:

@@ -24,6 +24,7 @@ def main() -> None:
     """Write and print the report, and write the plot."""
     from aim_jax.evaluation import scaling
     from aim_jax.utils.files import replacing
+    from aim_jax.utils.names import printable
     from aim_jax.utils.plots import pyplot
 
     out = Path(flags.FLAGS.out)
@@ -32,5 +33,5 @@ def main() -> None:
     text = scaling.report(runs)
     with replacing(out / "scaling.md") as partial:
         partial.write_text(text)
-    print(text)
+    print(printable(text))
     print(scaling.draw(runs, out / "scaling.png"))

@@ -52,6 +52,7 @@ def define_flags() -> None:
 def main() -> None:
     """Run the sweep, print the table and write the results."""
     from aim_jax.evaluation import sweep
+    from aim_jax.utils.names import printable
     from aim_jax.utils.plots import pyplot
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
     from aim_jax.weights.pretrained import load_pretrained
@@ -86,7 +87,7 @@ def main() -> None:
     text = sweep.table(rows, best)
     with replacing(out / "sweep.md") as partial:
         partial.write_text(text)
-    print(text)
+    print(printable(text))
     print(sweep.draw(rows, out / "sweep.png"))
     if f.write_defaults:
         changed = sweep.write_defaults(f.checkpoint, best["settings"])

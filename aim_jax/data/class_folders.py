@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aim_jax.data.sources import FolderImages, folders, images_in, is_image, walk
-from aim_jax.utils.names import short_list
+from aim_jax.utils.names import check_text, short_list
 
 # Share of each class that is held out of "train" for validation.
 VALIDATION_FRACTION = 0.05
@@ -130,7 +130,14 @@ def _with_splits(
 
 
 def _check_classes(root: Path, entries: list[Path]) -> None:
-    """Raise ValueError if no class folder has images of its own, but only folders of images."""
+    """Check the class folders of a split.
+
+    Raises:
+      ValueError: None has images of its own, but only folders of images; or `check_text` refuses
+        a name.
+    """
+    for entry in entries:
+        check_text(f"a class folder in {root}", entry.name)
     if not any(map(_has_own_images, entries)):
         inner = str(entries[0]) if len(entries) == 1 else f"one of them, such as {entries[0]}"
         raise ValueError(

@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from aim_jax.data.sources import (
     FolderImages,
     ImageSource,
+    check_labels,
     decode_image,
     folders,
     images_in,
@@ -29,12 +31,15 @@ from aim_jax.data.sources import (
 from aim_jax.utils.cache import writable_or_cached
 from aim_jax.utils.files import replacing
 from aim_jax.utils.logging import Progress
+from aim_jax.utils.names import reason_of
 
 NAME = "imagenet2012"
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
+# Errors of NumPy on a damaged npz file, beside ValueError.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, SyntaxError, AttributeError)
 # A tar file ends in two blocks of zeros.
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -204,10 +209,25 @@ def _saved_index(file: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(file, allow_pickle=False) as saved:
-            index = dict(saved)
-        return index if np.array_equal(index.pop("stamp"), stamp) else None
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it") from error
+            if not np.array_equal(saved["stamp"], stamp):
+                return None
+            index = {name: saved[name] for name in ("offsets", "sizes", "labels")}
+        _check_index(index, int(stamp[0]))
+        return index
+    except (*UNREADABLE, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({reason_of(error)}): remove it") from error
+
+
+def _check_index(index: dict[str, np.ndarray], size: int) -> None:
+    """Raise ValueError unless an index locates images inside a tar file of `size` bytes."""
+    shapes = {array.shape for array in index.values()}
+    if len(shapes) > 1 or any(x.ndim != 1 or x.dtype.kind != "i" for x in index.values()):
+        raise ValueError("expected offsets, sizes and labels, one integer per image")
+    offsets, sizes, labels = index["offsets"], index["sizes"], index["labels"]
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= size) & (offsets <= size - sizes)
+    check_labels(labels, len(wordnet_ids()), "its images")
+    if not inside.all():
+        raise ValueError(f"images are outside of the tar file of {size} bytes")
 
 
 def _make_tar_index(tar: Path, split: str, size: int) -> dict[str, np.ndarray]:

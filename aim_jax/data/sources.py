@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from aim_jax.utils.names import short_list
+from aim_jax.utils.names import check_text, short_list
 
 # Endings of image files; a build of Pillow may lack AVIF and JPEG 2000.
 IMAGE_SUFFIXES: tuple[str, ...] = (
@@ -45,12 +45,17 @@ class ImageSource(abc.ABC):
       name: Dataset name, as passed to `open_images`.
       split: "train", "validation" or "test".
       class_names: One name per label, in label order.
+
+    Raises:
+      ValueError: A class name is refused by `check_text`.
     """
 
     def __init__(self, name: str, split: str, class_names: tuple[str, ...]):
         self.name = name
         self.split = split
         self.class_names = tuple(class_names)
+        for label, class_name in enumerate(self.class_names):
+            check_text(f"{name}, name of class {label}", class_name)
 
     @abc.abstractmethod
     def __len__(self) -> int:

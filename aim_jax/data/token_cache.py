@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,23 +23,47 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from aim_jax.data.loader import Prefetched, index_batches
+from aim_jax.utils.checks import shown
+from aim_jax.utils.json_files import (
+    Check,
+    anything,
+    choice,
+    dict_of,
+    integer,
+    list_of,
+    read_json,
+    record,
+    string,
+    text,
+)
 from aim_jax.utils.logging import Progress
-from aim_jax.utils.names import short_list
+from aim_jax.utils.names import reason_of, short_list
 
 FORMAT = "aim_jax token cache"
 VERSION = 2
 MANIFEST = "manifest.json"
-FIELDS = {
-    "tokenizer",
-    "tokenizer_name",
-    "num_examples",
-    "shard_size",
-    "views",
-    "grid",
-    "num_tokens",
-    "vocab_size",
-    "dtype",
-    "class_names",
+SHARD = re.compile(r"shard-(\d{5,9})-[0-9a-f]{64}\.npy")
+MOST_HEADER = 2**16  # bytes of a shard before its rows
+MOST_MANIFEST = 2**27  # bytes; a name of a shard takes about 90
+# Entries of the manifest. Further ones are ignored.
+REQUIRED: dict[str, Check] = {
+    "tokenizer": text(),
+    "tokenizer_name": string,
+    "num_examples": integer(1),
+    "shard_size": integer(1),
+    "views": list_of(text(), 1, 1000),
+    "grid": list_of(integer(1, 2**15), 2, 2),
+    "num_tokens": integer(1, 2**30),
+    "vocab_size": integer(1, 2**31 - 1),
+    "dtype": choice("uint16", "uint32"),
+    "class_names": list_of(text(), 1),
+}
+OPTIONAL: dict[str, Check] = {
+    "shards": list_of(text()),
+    "dataset": string,
+    "split": string,
+    "pictures": dict_of(anything),
+    "examples": string,
 }
 
 
@@ -68,6 +93,11 @@ def row_type(manifest: Mapping[str, Any]) -> np.dtype:
     shape = len(manifest["views"]), manifest["num_tokens"]
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     return np.dtype([("label", "<i4"), ("codes", dtype, shape)])
+
+
+def shard_count(manifest: Mapping[str, Any]) -> int:
+    """Return the number of shards of a finished cache."""
+    return -(-manifest["num_examples"] // manifest["shard_size"])
 
 
 def shard_ranges(manifest: Mapping[str, Any]) -> list[range]:
@@ -188,12 +218,13 @@ class TokenCache:
         if "shards" not in manifest:
             raise ValueError(
                 f"the token cache {path} is not finished: {len(find_shards(path))} of "
-                f"{len(shard_ranges(manifest))} shards exist. Repeat the aim-jax extract_codes "
+                f"{shard_count(manifest)} shards exist. Repeat the aim-jax extract_codes "
                 "command that started it"
             )
         files = [path / name for name in manifest["shards"]]
+        _check_sizes(files, manifest)
         check_shards(files)
-        shards = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        shards = [_mapped(file) for file in files]
         for file, shard, examples in zip(files, shards, shard_ranges(manifest), strict=True):
             if (shard.dtype, shard.shape) != (row_type(manifest), (len(examples),)):
                 raise ValueError(
@@ -217,24 +248,68 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "aim-jax extract_codes"
         )
     try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"], manifest["version"]
-        missing = sorted(FIELDS - manifest.keys())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
+        return read_json(file, _check_manifest, most_bytes=MOST_MANIFEST)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Remove {path} and make it again with aim-jax extract_codes"
+        ) from None
+
+
+def _check_manifest(name: str, content: Any) -> None:
+    record({"format": text(), "version": integer()})(name, content)
+    version = content["format"], content["version"]
     if version != (FORMAT, VERSION):
+        raise ValueError(f"it describes {version}, expected {(FORMAT, VERSION)}.")
+    record(REQUIRED, OPTIONAL)(name, content)
+    rows, columns = content["grid"]
+    if content["num_tokens"] != rows * columns:
         raise ValueError(
-            f"{file} describes {version}, expected {(FORMAT, VERSION)}: remove {path} and make it "
-            "again with aim-jax extract_codes"
+            f"num_tokens: expected {rows * columns} in a grid of {rows} x {columns}, got "
+            f"{content['num_tokens']}."
         )
-    if missing:
-        raise ValueError(f"{file} is damaged: it is missing {', '.join(missing)}")
-    expected = len(shard_ranges(manifest))
-    if len(manifest.get("shards", range(expected))) != expected:
+    if content["vocab_size"] > np.iinfo(content["dtype"]).max + 1:
         raise ValueError(
-            f"{file} is damaged: it lists {len(manifest['shards'])} shards, expected {expected}"
+            f"vocab_size: {content['vocab_size']} tokens do not fit into {content['dtype']}."
         )
-    return manifest
+    if "shards" not in content:
+        return
+    shards = content["shards"]
+    expected = shard_count(content)
+    if len(shards) != expected:
+        raise ValueError(f"it lists {len(shards)} shards, expected {expected}.")
+    for number, shard in enumerate(shards):
+        match = SHARD.fullmatch(shard)
+        if match is None or int(match[1]) != number:
+            raise ValueError(
+                f"shards[{number}]: expected a name like {shard_name(number, 'SHA-256')}, got "
+                f"{shown(shard)}."
+            )
+
+
+def _check_sizes(files: Sequence[Path], manifest: Mapping[str, Any]) -> None:
+    """Check the examples of a manifest against the sizes of its shards, before any is opened.
+
+    Raises:
+      ValueError: A shard has another size than its rows take.
+    """
+    codes = len(manifest["views"]) * manifest["num_tokens"]
+    row = np.dtype("<i4").itemsize + codes * np.dtype(manifest["dtype"]).itemsize
+    for file, examples in zip(files, shard_ranges(manifest), strict=True):
+        if not file.is_file():
+            continue  # `check_shards` names it
+        header = file.stat().st_size - row * len(examples)
+        if not 0 < header <= MOST_HEADER:
+            raise ValueError(
+                f"{file} is damaged: it has {file.stat().st_size:,} bytes, and {MANIFEST} "
+                f"describes {len(examples):,} examples of {row:,} bytes in it"
+            )
+
+
+def _mapped(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise ValueError(f"{file} is no array of tokens ({reason_of(error)})") from None
 
 
 def shard_name(number: int, sha256: str) -> str:
@@ -244,7 +319,8 @@ def shard_name(number: int, sha256: str) -> str:
 
 def find_shards(path: Path) -> dict[int, str]:
     """Return the file names of the shards in a directory, by number."""
-    return {int(file.name.split("-")[1]): file.name for file in sorted(path.glob("shard-*.npy"))}
+    names = (file.name for file in sorted(path.glob("shard-*.npy")))
+    return {int(match[1]): name for name in names if (match := SHARD.fullmatch(name))}
 
 
 def check_shards(files: Sequence[Path]) -> None:

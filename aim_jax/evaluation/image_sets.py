@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -22,9 +24,15 @@ from aim_jax.data import ArrayImages, FolderImages, ImageSource, ImageSpec, prep
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.sources import UNREADABLE
 from aim_jax.utils.files import replacing
+from aim_jax.utils.json_files import anything, dict_of, read_json
 from aim_jax.utils.logging import say
+from aim_jax.utils.names import reason_of, short_list
 
-DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error)
+# Errors of reading a damaged npz file, beside ValueError and OSError.
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, MemoryError, RuntimeError,
+    SyntaxError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
 # Images of a source without files that are decoded to learn its sizes.
 LOOKED_AT = 32
 MANY_FILES = 10_000  # about ten seconds
@@ -197,7 +205,7 @@ def array_names(path: str | os.PathLike) -> list[str]:
     try:
         with zipfile.ZipFile(path) as file:
             return [name.removesuffix(".npy") for name in file.namelist()]
-    except zipfile.BadZipFile:
+    except DAMAGED:
         return []
 
 
@@ -240,10 +248,13 @@ class NpzImages(ImageSet):
         Raises:
           ValueError: if the file does not hold one label per image.
         """
-        with np.load(self._path, allow_pickle=False) as file:
-            if "labels" not in file:
-                return None
-            labels = file["labels"]
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                if "labels" not in file:
+                    return None
+                labels = file["labels"]
+        except (*DAMAGED, ValueError) as error:
+            raise ValueError(f"{self._path}: labels cannot be read ({reason_of(error)}).") from None
         if labels.shape != (len(self),):
             raise ValueError(
                 f"{self._path}: labels have shape {labels.shape}, expected ({len(self)},), one per "
@@ -268,9 +279,10 @@ class NpzImages(ImageSet):
                 f"{self._path}: images are missing: it holds {held}, expected {self.KEY} of uint8 "
                 "(n, H, W, c). A reference may hold mu and sigma of FID instead."
             ) from None
-        except (*DAMAGED, ValueError, AttributeError) as error:
+        except (*DAMAGED, ValueError) as error:
             raise ValueError(
-                f"{self._path}: not a complete npz file with images in {self.KEY!r} ({error})."
+                f"{self._path}: not a complete npz file with images in {self.KEY!r} "
+                f"({reason_of(error)})."
             ) from None
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
@@ -305,12 +317,12 @@ class ImageParts:
         file = directory / "settings.json"
         text = json.dumps(settings, indent=1, sort_keys=True)
         if file.exists():
-            old = json.loads(file.read_text())
+            old = read_json(file, dict_of(anything))
             if old != json.loads(text):
                 changed = sorted(k for k in old | settings if old.get(k) != settings.get(k))
                 raise ValueError(
-                    f"{out.parent} holds images with other settings ({', '.join(changed)} differ); "
-                    "choose another --out, or delete it."
+                    f"{out.parent} holds images with other settings ({short_list(changed)} differ)"
+                    "; choose another --out, or delete it."
                 )
         elif out.exists():
             raise ValueError(

@@ -25,6 +25,7 @@ from aim_jax.evaluation.image_sets import (
     stored_shapes,
 )
 from aim_jax.models.inception import NUM_FEATURES, NUM_SPATIAL
+from aim_jax.utils.names import reason_of
 from aim_jax.weights.pretrained import Pretrained
 
 
@@ -229,8 +230,10 @@ def stored_statistics(name: str) -> dict[str, np.ndarray]:
     try:
         with np.load(name, allow_pickle=False) as file:
             statistics: dict[str, np.ndarray] = {k: np.asarray(file[k], np.float64) for k in names}
-    except (*DAMAGED, ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {', '.join(names)} cannot be read ({error}).") from None
+    except (*DAMAGED, ValueError) as error:
+        raise ValueError(
+            f"{name}: {', '.join(names)} cannot be read ({reason_of(error)})."
+        ) from None
     sizes = {"": NUM_FEATURES, "_s": NUM_SPATIAL}
     expected: dict[str, tuple[int, ...]] = {f"mu{s}": (n,) for s, n in sizes.items()}
     expected |= {f"sigma{s}": (n, n) for s, n in sizes.items()}

@@ -1,7 +1,6 @@
 """Evaluation reports: metrics, settings and environment."""
 
 import datetime
-import json
 import os
 import platform
 import subprocess
@@ -10,7 +9,40 @@ from pathlib import Path
 import jax
 
 from aim_jax import __version__
+from aim_jax.utils.checks import shown
 from aim_jax.utils.files import replacing, write_json
+from aim_jax.utils.json_files import (
+    Check,
+    anything,
+    dict_of,
+    either,
+    list_of,
+    measured,
+    read_json,
+    record,
+    string,
+    text,
+)
+
+KIND = "is not a report of aim-jax evaluate"
+# A metric: its value, or mean and standard deviation.
+METRICS: Check = dict_of(either(measured, list_of(measured, 2, 2)))
+NOTES: Check = list_of(string)
+TITLE: Check = record({"title": string})
+# The part of a report that says how good images are, and whose. Further entries are ignored.
+SCORES: Check = record(
+    {"metrics": METRICS}, {"settings": dict_of(anything), "parameters": dict_of(text())}
+)
+REPORT: Check = record(
+    {
+        "title": string,
+        "metrics": METRICS,
+        "notes": NOTES,
+        "settings": dict_of(anything),
+        "environment": dict_of(anything),
+    },
+    {"parameters": dict_of(text())},
+)
 
 
 def provenance() -> dict:
@@ -69,16 +101,7 @@ def read_report(directory: Path) -> dict:
         raise FileNotFoundError(
             f"{directory}: holds no report.json; expected the directory --out of aim-jax evaluate."
         )
-    try:
-        report = json.loads(file.read_text())
-        missing = [k for k in ("metrics", "notes", "settings", "environment") if k not in report]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: is not a report of aim-jax evaluate ({error}).") from None
-    if missing:
-        raise ValueError(
-            f"{file}: is not a report of aim-jax evaluate; {', '.join(missing)} are missing."
-        )
-    return report
+    return read_json(file, REPORT, KIND, allow_nan=True)
 
 
 def check_out(out: Path, title: str) -> None:
@@ -88,7 +111,8 @@ def check_out(out: Path, title: str) -> None:
       ValueError: if it does.
     """
     file = out / "report.json"
-    if file.exists() and (old := json.loads(file.read_text())["title"]) != title:
+    if file.exists() and (old := read_json(file, TITLE, KIND, allow_nan=True)["title"]) != title:
         raise ValueError(
-            f"{out} holds another report ({old}, not {title}); choose another --out, or delete it."
+            f"{out} holds another report ({shown(old)}, not {title}); choose another --out, or "
+            "delete it."
         )

@@ -8,13 +8,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from aim_jax.evaluation.report import KIND, SCORES
 from aim_jax.models import AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.perf.flops import training_flops
+from aim_jax.utils.checks import Range, check_integer, check_number
+from aim_jax.utils.json_files import (
+    METRICS_LINE,
+    MOST_INTEGER,
+    integer,
+    read_json,
+    read_json_lines,
+    record,
+)
 from aim_jax.utils.logging import say
 from aim_jax.weights.fingerprints import other_parts
-from aim_jax.weights.pretrained import MODEL_FILE, load_pretrained
+from aim_jax.weights.model_files import MODEL_FILE, read_model_file
+from aim_jax.weights.pretrained import load_pretrained
 
+POSITIVE = Range(0.0, includes_low=False)  # numbers with a logarithm
+RUN = record({"batch_size": integer(1)})  # the part of run.json that counts here
 # Settings of a report that must agree for FIDs to be comparable.
 COMPARED = ("images", "reference", "reference images", "network")
 
@@ -73,27 +86,45 @@ def read_run(workdir: Path) -> Run:
             f"{workdir}: not a workdir of aim-jax train with an exported model "
             f"(model/{MODEL_FILE})."
         )
-    content = json.loads(model_file.read_text())
-    if not content["aim"]:
+    content = read_model_file(workdir / "model")
+    if content["aim"] is None:
         raise ValueError(f"{workdir} trains a tokenizer; expected a workdir of aim-jax train.")
     model = AiMConfig(**content["aim"])
-    batch = json.loads((workdir / "run.json").read_text())["batch_size"]
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = [row for row in rows if "val_loss" in row]
-    if not losses:
+    batch = read_json(workdir / "run.json", RUN)["batch_size"]
+    last = last_validation(workdir / "metrics.jsonl")
+    if last is None:
         raise ValueError(
             f"{workdir}: no val_loss in metrics.jsonl; train until the first evaluation."
         )
     report = workdir / "evaluation" / "report.json"
-    content = json.loads(report.read_text()) if report.exists() else {"metrics": {}}
-    fid = content["metrics"].get("fid")
+    scores: dict = {"metrics": {}}
+    if report.exists():
+        scores = read_json(report, SCORES, KIND, allow_nan=True)
+    fid = scores["metrics"].get("fid")
     if fid is not None:
-        _check_parameters(report, content.get("parameters"), workdir)
-    settings = content.get("settings", {})
+        check_number(f"{report}: metrics.fid", fid, POSITIVE)
+        _check_parameters(report, scores.get("parameters"), workdir)
+    settings = scores.get("settings", {})
     compared = None if fid is None else {k: settings.get(k) for k in COMPARED}
-    last = losses[-1]
     flops = training_flops(model) * batch * last["step"]
     return Run(workdir.name, parameter_count(model), flops, last["val_loss"], fid, compared)
+
+
+def last_validation(file: Path) -> dict | None:
+    """Return the last line of metrics.jsonl with a validation loss, or None.
+
+    Raises:
+      ValueError: A line is damaged. A killed process may leave an incomplete last line.
+    """
+    last = None
+    for line in read_json_lines(file, METRICS_LINE, allow_nan=True):
+        if line.problem and line.data.endswith(b"\n"):
+            raise ValueError(f"{line.name}: {line.problem}")
+        if not line.problem and "val_loss" in line.content:
+            last = line.content
+            check_number(f"{line.name}: val_loss", last["val_loss"], POSITIVE)
+            check_integer(f"{line.name}: step", last["step"], 1, MOST_INTEGER)
+    return last
 
 
 def _check_parameters(report: Path, measured: dict | None, workdir: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,18 +20,33 @@ from aim_jax.evaluation.references import (
     statistics_alone,
     stored_statistics,
 )
+from aim_jax.evaluation.report import METRICS as METRICS_BY_NAME
+from aim_jax.evaluation.report import NOTES
 from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
+from aim_jax.utils.json_files import Check, anything, dict_of, list_of, read_json, record
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub, seal
+from aim_jax.weights.model_files import MODEL_FILE, check_sampling, read_model_file
 from aim_jax.weights.pretrained import (
-    MODEL_FILE,
     Pretrained,
     bundled_models,
     find_model,
 )
+
+_ROW: Check = record({"settings": check_sampling, "metrics": METRICS_BY_NAME, "notes": NOTES})
+
+
+def _check_sweep(name: str, value: Any) -> None:
+    """Check sweep.json: all rows have the same settings and metrics."""
+    record({"identity": dict_of(anything), "rows": list_of(_ROW)})(name, value)
+    for number, row in enumerate(value["rows"]):
+        for part in ("settings", "metrics"):
+            same = record(dict.fromkeys(value["rows"][0][part], anything), closed=True)
+            same(f"rows[{number}].{part}", row[part])
+
 
 # Metrics that a sweep can optimize, and whether higher is better.
 METRICS = {"fid": False, "sfid": False, "kid": False, "inception_score": True}
@@ -147,13 +163,7 @@ def _sweep(
     file = out / "sweep.json"
     rows = []
     if file.exists():
-        old = json.loads(file.read_text())
-        if old["identity"] != identity:
-            raise ValueError(
-                f"{out} holds a sweep of another model, reference, schedule, seed or number of "
-                "samples; choose another --out, or delete it."
-            )
-        rows = old["rows"]
+        rows = stored_rows(file, identity)
     for number, settings in enumerate(combinations, start=1):
         # Settings outside the grid, which are the model's defaults, are part of the row too.
         chosen = ConfigDict(config.to_dict())
@@ -171,6 +181,21 @@ def _sweep(
         write_json(file, {"identity": identity, "rows": rows})
         shutil.rmtree(samples, ignore_errors=True)
     return rows
+
+
+def stored_rows(file: Path, identity: Mapping[str, Any]) -> list[dict]:
+    """Return the rows of an interrupted sweep.
+
+    Raises:
+      ValueError: if the file is damaged, or of another sweep.
+    """
+    old = read_json(file, _check_sweep, allow_nan=True)
+    if old["identity"] != identity:
+        raise ValueError(
+            f"{file} is of a sweep of another model, reference, schedule, seed or number of "
+            "samples; choose another --out, or delete it."
+        )
+    return old["rows"]
 
 
 def table(rows: Sequence[Mapping], best: Mapping | None = None) -> str:
@@ -191,13 +216,17 @@ def draw(rows: Sequence[Mapping], path: Path) -> Path:
     from aim_jax.utils.plots import new_figure, save_figure
 
     names = list(rows[0]["settings"])
-    axis = max(names, key=lambda name: len({row["settings"][name] for row in rows}))
+
+    def differ(name: str) -> int:
+        return len({repr(row["settings"][name]) for row in rows})
+
+    axis = max(names, key=differ)
     metrics = [name for name in (*METRICS, "precision", "recall") if name in rows[0]["metrics"]]
     figure, plots = new_figure(len(metrics))
     lines: dict[str, list] = {}
     for row in rows:
         others = {k: v for k, v in row["settings"].items() if k != axis}
-        changing = {k: v for k, v in others.items() if len({r["settings"][k] for r in rows}) > 1}
+        changing = {k: v for k, v in others.items() if differ(k) > 1}
         lines.setdefault(", ".join(f"{k} {v}" for k, v in changing.items()), []).append(row)
     for plot, name in zip(plots, metrics, strict=True):
         for label, points in lines.items():
@@ -238,8 +267,9 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     Returns:
       The path of the changed file.
     """
-    file = find_model(checkpoint) / MODEL_FILE
-    content = json.loads(file.read_text())
+    directory = find_model(checkpoint)
+    file = directory / MODEL_FILE
+    content = read_model_file(directory)
     if seal.is_sealed(content):
         seal.check_description(file, content)
     content["sampling"] |= {name: settings[name] for name in SETTINGS if name in settings}

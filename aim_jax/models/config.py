@@ -10,6 +10,8 @@ from aim_jax.utils.checks import (
     check_fields,
     check_integer,
     check_number,
+    shortened,
+    shown,
 )
 
 MIXERS = ("mamba1", "mamba2")
@@ -92,13 +94,15 @@ class AiMConfig:
         choices = (("mixer", MIXERS), ("remat", REMAT), ("compute_dtype", COMPUTE_DTYPES))
         for name, known in choices:
             value = getattr(self, name)
-            require(value in known, f"{name}={value!r}; expected one of {', '.join(known)}.")
+            require(value in known, f"{name}={shown(value)}; expected one of {', '.join(known)}.")
         require(
             self.scan_implementation in (None, "xla", "triton"),
-            f"scan_implementation={self.scan_implementation!r}; expected None, 'xla' or 'triton'.",
+            f"scan_implementation={shown(self.scan_implementation)}; expected None, 'xla' or "
+            "'triton'.",
         )
         require(
-            self.adaln in ("layer", "group"), f"adaln={self.adaln!r}; expected 'layer' or 'group'."
+            self.adaln in ("layer", "group"),
+            f"adaln={shown(self.adaln)}; expected 'layer' or 'group'.",
         )
         require(self.position_offset in (0, 1), "position_offset must be 0 or 1.")
         sizes = (
@@ -108,8 +112,10 @@ class AiMConfig:
         for name in sizes:
             value = getattr(self, name)
             is_size = isinstance(value, int) and 1 <= value < 2**31  # JAX counts in int32
-            require(is_size, f"{name}={value!r}; expected an integer from 1 to {2**31 - 1}.")
-        require(self.logits_chunk >= 0, f"logits_chunk={self.logits_chunk} must not be negative.")
+            require(is_size, f"{name}={shown(value)}; expected an integer from 1 to {2**31 - 1}.")
+        require(
+            self.logits_chunk >= 0, f"logits_chunk={shown(self.logits_chunk)} must not be negative."
+        )
         check_integer("AiMConfig: d_intermediate", self.d_intermediate)
         check_number("AiMConfig: class_dropout", self.class_dropout, FRACTION)
         check_number("AiMConfig: token_dropout", self.token_dropout, BELOW_ONE)
@@ -212,14 +218,14 @@ class VQConfig:
         check_number("VQConfig: dropout", self.dropout, BELOW_ONE)
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(
-                f"VQConfig: compute_dtype={self.compute_dtype!r}; expected one of "
+                f"VQConfig: compute_dtype={shown(self.compute_dtype)}; expected one of "
                 f"{', '.join(COMPUTE_DTYPES)}."
             )
         narrow = [m for m in self.ch_mult if self.ch * m % NORM_GROUPS]
         if not self.ch_mult or self.ch % NORM_GROUPS or narrow:
             raise ValueError(
-                f"VQConfig: ch={self.ch} times each of ch_mult={self.ch_mult} must be a multiple "
-                f"of {NORM_GROUPS}, the number of GroupNorm groups."
+                f"VQConfig: ch={self.ch} times each of ch_mult={shortened(str(self.ch_mult))} must "
+                f"be a multiple of {NORM_GROUPS}, the number of GroupNorm groups."
             )
 
     @property

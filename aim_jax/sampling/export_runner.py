@@ -34,8 +34,33 @@ RANGES = {
 
 
 def read_settings():
-    """Return the content of settings.json."""
-    return json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+    """Return the content of settings.json.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    file = HERE / "settings.json"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        names = stored["class_names"]
+        count = stored["num_classes"]
+        numbers = stored["settings"]
+        complete = (
+            type(count) is int and count > 0
+            and isinstance(names, list) and len(names) in (0, count)
+            and all(isinstance(name, str) for name in names)
+            and numbers.keys() <= RANGES.keys()
+            and all(type(x) in (int, float) for x in numbers.values())
+            and all(stored["dtypes"][name] in ("int32", "float32") for name in numbers)
+            and len(stored["cfg_interval"]) == 2
+            and all(type(x) in (int, float) for x in stored["cfg_interval"])
+            and isinstance(stored["cfg_schedule"], str)
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r:.200}); export the model again") from None
+    if not complete:
+        raise ValueError(f"{file} is damaged; export the model again")
+    return stored
 
 
 def class_id(name, stored):
@@ -61,7 +86,7 @@ def class_id(name, stored):
             raise ValueError(f"class {name!r} is ambiguous: {listed}; pass the number")
     if name.isascii() and name.isdigit() and int(name) <= stored["num_classes"]:
         return int(name)
-    known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    known = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
     numbers = f"class ids 0..{stored['num_classes'] - 1}"
     raise ValueError(
         f"unknown class {name!r}; expected " + (f"{known}, or {numbers}" if names else numbers)
@@ -205,7 +230,10 @@ def main():
     )
     parser.add_argument("--per_class", type=int, default=1, help="images per class (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    stored = read_settings()
+    try:
+        stored = read_settings()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     for name, default in stored["settings"].items():
         kind = int if stored["dtypes"][name].startswith("int") else float
         expected = RANGES[name][0]

@@ -1,7 +1,6 @@
 """Samples as files: labelled grids, single PNGs, npz files, comparisons and completions."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import class_caption, make_grid, save_png, to_rgb, to_uint8
 from aim_jax.utils.logging import Progress, reminding
+from aim_jax.utils.names import file_name
 from aim_jax.weights.pretrained import Pretrained
 
 
@@ -142,7 +142,7 @@ def sample_to_directory(
     paths = [save_png(make_grid(images, per_class, names), out / "grid.png")]
     if pngs:
         for i, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):
-            name = class_name(model, int(label)).replace(os.sep, "_").replace(" ", "_")
+            name = file_name(class_name(model, int(label)))
             path = out / "images" / f"{i:05d}_{name}.png"
             paths.append(save_png(Image.fromarray(image), path))
     if npz:

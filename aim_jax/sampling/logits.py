@@ -1,8 +1,8 @@
 """Sampling of tokens from logits: classifier-free guidance, filters and the categorical draw.
 
 Shapes: b images, v vocabulary entries. The order of operations is guidance, temperature, top-k,
-top-p, min-p, draw. To add a filter, add a field to `aim_jax.sampling.config.SamplingConfig`, a case
-here, and one in each of the sampling kernels.
+top-p, min-p, draw. To add a filter, add a field to `SamplingConfig`, a case here, and one in each
+of the sampling kernels.
 """
 
 import math
@@ -11,15 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from aim_jax.models.sampling_config import SCHEDULES
 from aim_jax.ops.implementation import implementation_of, kernels_of
 from aim_jax.utils.checks import check_arguments
 
-# Guidance ramps, as functions of the fraction of tokens sampled so far.
-SCHEDULES = {
+# Guidance ramps by schedule, as functions of the fraction of tokens sampled so far.
+RAMPS = {
     "constant": lambda r: jnp.ones_like(r),
     "linear": lambda r: r,
     "cosine": lambda r: (1 - jnp.cos(jnp.pi * r)) / 2,
 }
+assert tuple(RAMPS) == SCHEDULES
 
 
 def guidance_at(
@@ -41,7 +43,7 @@ def guidance_at(
       schedule: "constant", "linear" or "cosine".
       interval: guidance applies while the fraction position / num_tokens is in [start, end).
     """
-    ramp = SCHEDULES[schedule](jnp.asarray(position + 1, jnp.float32) / num_tokens)
+    ramp = RAMPS[schedule](jnp.asarray(position + 1, jnp.float32) / num_tokens)
     fraction = jnp.asarray(position, jnp.float32) / num_tokens
     inside = (fraction >= interval[0]) & (fraction < interval[1])
     return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)

@@ -25,8 +25,10 @@ from aim_jax.data.loader import Prefetched
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
 from aim_jax.parallel.processes import is_failed_step
 from aim_jax.sampling.config import SETTINGS
+from aim_jax.utils.checks import shortened, shown
 from aim_jax.utils.checksums import differences
 from aim_jax.utils.files import DiskFullError, full_disk, write_json
+from aim_jax.utils.json_files import anything, dict_of, integer, list_of, read_json, record, text
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import flatten
@@ -35,6 +37,12 @@ RUN_FILE = "run.json"
 DATA_KEY = "learned_from"  # entry of the run file beside the settings
 FILES = "files.json"  # in a checkpoint: sizes and CRC-32 of its files
 LISTED = {"listed": True}  # metadata of checkpoints that have their list from the start
+# Settings by name, as far as this module reads them; `claim_workdir` compares all of them.
+RUN = record(
+    {"model": dict_of(anything)}, {DATA_KEY: record({"class_names": list_of(text())})}
+)  # fmt: skip
+FILE_LIST = dict_of(list_of(integer(), 2, 2), least=1)  # size and CRC-32 by name
+MOST_VALUE = 200  # characters of a setting in a message
 CHUNK_BYTES = 8 * 2**20  # size of a read
 # Settings that may change when a run resumes: its length, reports, paths, devices, the method of
 # computation, and the two settings that help against loss spikes (optimizer.lr and
@@ -318,8 +326,8 @@ def write_list(checkpoint: Path) -> None:
 def _wrong_files(checkpoint: Path) -> list[str]:
     """Return what differs from the list of a checkpoint's files, sorted."""
     try:
-        listed = dict(json.loads((checkpoint / FILES).read_text()))
-    except (TypeError, ValueError):
+        listed = read_json(checkpoint / FILES, FILE_LIST)
+    except ValueError:
         return [f"damaged: {FILES}"]
     return differences(listed, _checksums(checkpoint))
 
@@ -327,7 +335,7 @@ def _wrong_files(checkpoint: Path) -> list[str]:
 def _saved_with_list(checkpoint: Path) -> bool:
     """Return whether the version that saved a checkpoint lists files before the last rename."""
     try:
-        metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+        metadata = read_json(checkpoint / "_CHECKPOINT_METADATA", dict_of(anything))
     except (OSError, ValueError):  # damaged as well
         return True
     return metadata.get("custom_metadata") == LISTED
@@ -363,18 +371,22 @@ def _check_data(workdir: Path, before: dict[str, Any] | None, now: dict[str, Any
     old = before["class_names"]
     new = now["class_names"]
     differences = [
-        f"class {i}: {a!r} -> {b!r}"
+        f"class {i}: {shown(a)} -> {shown(b)}"
         for i, (a, b) in enumerate(itertools.zip_longest(old, new))
         if a != b
     ]
     if not differences:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                differences.append(f"{name}: {before.get(name)} -> {now.get(name)}")
+                differences.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
     raise ValueError(
         f"{workdir} is the workdir of a run on other data (its value -> yours): "
         f"{short_list(differences)}. Use another --workdir, or the data of that run."
     )
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), MOST_VALUE)
 
 
 def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> None:
@@ -396,7 +408,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
     new = json.loads(config.to_json_best_effort()) | {DATA_KEY: data}
     resumes = has_checkpoint(workdir)
     if resumes and file.exists():
-        old = json.loads(file.read_text())
+        old = read_json(file, RUN)
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
@@ -404,7 +416,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
         before = flatten(old)
         after = flatten(new)
         changed = {
-            key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+            key: f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
             for key in sorted(before.keys() | after.keys())
             # Older versions have no entry for a setting that is off by default.
             if (before.get(key) or None) != (after.get(key) or None)

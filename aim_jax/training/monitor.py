@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import re
 import signal
 import threading
@@ -19,10 +18,24 @@ from jax.experimental import multihost_utils
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.watch import start_is_over
 from aim_jax.utils.files import replacing, writing
+from aim_jax.utils.json_files import METRICS_LINE, read_json_lines
 from aim_jax.utils.logging import QUIET_SECONDS, duration, say
 from aim_jax.utils.signals import PATIENCE, end_interrupted, heard_at_once
 
 AHEAD = 2  # steps that the host may dispatch before the first of them is done
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after a step, and those that cannot be read.
+
+    A killed process may leave an incomplete line.
+    """
+    with replacing(file) as partial, partial.open("wb") as kept:
+        for line in read_json_lines(file, METRICS_LINE, allow_nan=True):
+            if line.problem:
+                say(f"{line.name} is left out: {line.problem}")
+            elif line.content["step"] <= step:
+                kept.write(line.data.rstrip(b"\r\n") + b"\n")
 
 
 class MetricsWriter:
@@ -35,10 +48,7 @@ class MetricsWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         # A resumed run repeats the steps after its checkpoint; drop their first records.
         if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= first_step]
-            with replacing(self._path) as partial:
-                partial.write_text("".join(kept))
+            keep_until(self._path, first_step)
         self._board = TensorBoardFile(Path(workdir) / "tensorboard", first_step + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -97,13 +107,6 @@ class TensorBoardFile:
         """Write what is buffered, and close the file."""
         with writing(self._directory):
             self._writer.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line truncated when the process was killed
 
 
 class BadStepsError(RuntimeError):

@@ -17,6 +17,7 @@ import numpy as np
 P = ParamSpec("P")
 R = TypeVar("R")
 INT32_MAX = 2**31 - 1
+MOST_SHOWN = 80  # characters of a value in a message
 
 
 class ArgumentError(TypeError, ValueError):
@@ -69,11 +70,11 @@ def check_number(name: str, value: Any, allowed: Range) -> None:
       ValueError: it is out of range, not finite, or so small that it rounds to zero.
     """
     if not _is_real(value):
-        raise ArgumentError(f"{name}={_shown(value)}; expected {allowed}.")
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(np.float32(value))
+        raise ArgumentError(f"{name}={shown(value)}; expected {allowed}.")
+    rounded = _to_float32(value)
     if not math.isfinite(rounded) or rounded not in allowed:
-        raise ValueError(f"{name}={value}; expected {allowed}{_after_rounding(value, rounded)}.")
+        after = _after_rounding(value, rounded)
+        raise ValueError(f"{name}={shown(value, str)}; expected {allowed}{after}.")
     if rounded == 0 and value != 0:
         raise ValueError(f"{name}={value} is 0 in float32; expected 0 itself or a larger number.")
 
@@ -86,11 +87,11 @@ def check_integer(name: str, value: Any, low: int = 0, high: int = INT32_MAX) ->
       ValueError: it is out of range.
     """
     if not _is_integer(value):
-        raise ArgumentError(f"{name}={_shown(value)}; expected an integer.")
+        raise ArgumentError(f"{name}={shown(value)}; expected an integer.")
     if not low <= operator.index(value) <= high:
         above = operator.index(value) > high
         expected = f"{low} to {high}" if above or high != INT32_MAX else f"{low} or more"
-        raise ValueError(f"{name}={value}; expected {expected}.")
+        raise ValueError(f"{name}={shown(value, str)}; expected {expected}.")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -105,7 +106,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
       ArgumentError: the value has another type.
     """
     if not _matches(value, hint):
-        raise ArgumentError(f"{name}: expected {_described(hint)}, got {_shown(value)}.")
+        raise ArgumentError(f"{name}: expected {_described(hint)}, got {shown(value)}.")
 
 
 def check_fields(instance: Any) -> None:
@@ -140,15 +141,30 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def _to_float32(value: Any) -> float:
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.float32(value))
+    except OverflowError:  # an integer beyond float64
+        return math.inf
+
+
 def _after_rounding(value: Any, rounded: float) -> str:
-    return "" if float(value) == rounded else f", and it is {rounded:g} in float32"
+    return "" if value == rounded else f", and it is {rounded:g} in float32"
 
 
-def _shown(value: Any) -> str:
-    """Return a short text of a value: itself if it is simple, else its type."""
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
+    """Return a text of at most `most` characters, whose missing end is three dots."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: Any, written: Callable[[Any], str] = repr) -> str:
+    """Return a short text of a value for a message: itself if it is simple, else its type.
+
+    A string is quoted, and its control characters are escaped.
+    """
     if value is None or isinstance(value, str | numbers.Number | np.generic):
-        text = repr(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."
+        return shortened(written(value))
     if isinstance(value, np.ndarray | jax.Array):
         return f"an array {value.dtype} {tuple(value.shape)}"
     return f"a {type(value).__name__}"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import jax
 
+from aim_jax.utils.names import printable
+
 # Most seconds without a line from a run that works.
 QUIET_SECONDS = 30.0
 
@@ -88,6 +90,6 @@ def duration(seconds: float) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line to stderr on process 0 only."""
+    """Print a line to stderr on process 0 only, without control characters."""
     if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from aim_jax.utils.cache import default_or_cached
+from aim_jax.utils.names import check_text
 
 PREFIX = "hf://"
 # Files of a model directory; nothing else of a repository is downloaded or uploaded.
@@ -23,9 +24,11 @@ def download(address: str) -> Path:
       address: "hf://owner/name" or "hf://owner/name@revision".
 
     Raises:
-      ValueError: The address is malformed, or huggingface_hub is not installed.
+      ValueError: The address is malformed or refused by `check_text`, or huggingface_hub is not
+        installed.
       FileNotFoundError: There is no such repository or revision, or no network and no cached copy.
     """
+    check_text("address of a model", address)
     name, _, revision = address.removeprefix(PREFIX).partition("@")
     if name.count("/") != 1 or not all(name.split("/")):
         raise ValueError(f"{address!r}: expected hf://owner/name or hf://owner/name@revision.")

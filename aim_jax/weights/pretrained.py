@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -25,15 +24,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
-from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.checks import check_arguments, shown
 from aim_jax.utils.endings import closing_all, patient_event_loops
 from aim_jax.utils.files import replacing
-from aim_jax.utils.names import match_name
+from aim_jax.utils.names import match_name, reason_of, short_list
 from aim_jax.weights import hub, seal
+from aim_jax.weights.model_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_FILE,
+    check_content,
+    check_sizes,
+    read_model_file,
+)
 
-MODEL_FILE = "model.json"
-FORMAT_VERSION = 2
-READABLE = (seal.UNSEALED_VERSION, FORMAT_VERSION)
 CHUNK_BYTES = 8 * 2**20  # size of a write
 LARGE_BYTES = 64 * 2**20  # larger arrays are read one at a time
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")  # storage dtypes of parameters
@@ -162,8 +166,8 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
         if number is None:
             number = int(item) if item.strip().isdecimal() else -1
         if not 0 <= number < count:
-            known = ", ".join(model.class_names[:MOST_CLASSES]) or f"ids 0 to {count - 1}"
-            raise ValueError(f"unknown class {item!r}; {model.name} has the classes {known}.")
+            known = short_list(model.class_names, MOST_CLASSES) or f"ids 0 to {count - 1}"
+            raise ValueError(f"unknown class {shown(item)}; {model.name} has the classes {known}.")
         ids.append(number)
     return ids
 
@@ -208,7 +212,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
     leaves = jax.tree.leaves((model.aim_params, model.vq_params))
     dtypes = [dtype] if dtype else sorted({str(x.dtype) for x in leaves})
     content = {
-        "format": "aim_jax model",
+        "format": FORMAT,
         "version": FORMAT_VERSION,
         "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
         "aim": model.aim_config and dataclasses.asdict(model.aim_config),
@@ -227,7 +231,9 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
         for name, write in files.items():
             write(partial / name)
         file = partial / MODEL_FILE
-        seal.write_description(file, content | {seal.FILES: seal.file_sums(file)})
+        content[seal.FILES] = seal.file_sums(file)
+        check_content(content)
+        seal.write_description(file, content)
 
 
 def bundled_models() -> dict[str, Path]:
@@ -284,22 +290,11 @@ def load_pretrained(
         read; or `model.json` was edited and not sealed.
     """
     path = find_model(name_or_path)
-    try:
-        content = json.loads((path / MODEL_FILE).read_text())
-        if content["version"] not in READABLE:
-            raise ValueError(
-                f"version {content['version']}; this library reads {seal.UNSEALED_VERSION} and "
-                f"{FORMAT_VERSION}"
-            )
-        aim_config = content["aim"] and AiMConfig(**content["aim"])
-        vq_config = content["vq"] and VQConfig(**content["vq"])
-        class_names = tuple(content["class_names"])
-        info = content["info"]
-        sampling = dict(content["sampling"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / MODEL_FILE} cannot be read as a model: {error}") from error
+    content = read_model_file(path)
     if verify:
         seal.check_model(path / MODEL_FILE, content)
+    aim_config = None if content["aim"] is None else AiMConfig(**content["aim"])
+    vq_config = None if content["vq"] is None else VQConfig(**content["vq"])
     load = functools.partial(_load_params, as_stored=as_stored)
     aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
     vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
@@ -309,9 +304,9 @@ def load_pretrained(
         aim_params=aim_params,
         vq_config=vq_config,
         vq_params=vq_params,
-        class_names=class_names,
-        sampling=sampling,
-        info=info,
+        class_names=tuple(content["class_names"]),
+        sampling=content["sampling"],
+        info=content["info"],
     )
 
 
@@ -334,7 +329,7 @@ def seal_model(name_or_path: str | os.PathLike) -> Path:
             f"{name_or_path} --out DIR, and edit and seal the copy."
         )
     file = find_model(name_or_path) / MODEL_FILE
-    content = json.loads(file.read_text())
+    content = read_model_file(file.parent)
     sealed = seal.is_sealed(content)
     if sealed:
         seal.check_files(file, content)
@@ -390,14 +385,18 @@ def _load_params(
     path: Path, init_params: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
 ) -> dict:
     """Load parameters after checking them against the shapes of the configuration."""
-    abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     if not path.is_dir():
         raise ValueError(f"{path} is missing; the model directory is incomplete.")
     with _checkpointer() as checkpointer:
-        stored = checkpointer.metadata(path.absolute()).item_metadata
-        if stored is None:
-            raise ValueError(f"{path} cannot be read: its metadata is damaged or missing.")
-        actual = by_path(stored.tree)
+        with _unreadable(path, "cannot be read"):
+            stored = checkpointer.metadata(path.absolute()).item_metadata
+            if stored is None:
+                raise ValueError("its metadata is damaged or missing")
+            actual = by_path(stored.tree)
+        with _unreadable(path, "does not fit its configuration"):
+            shapes = {name: tuple(array.shape) for name, array in actual.items()}
+            check_sizes(config, shapes, sum(x.stat().st_size for x in path.rglob("*")))
+            abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
         expected = by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]
         wrong += [f"{k}: unexpected" for k in sorted(actual.keys() - expected.keys())]
@@ -424,9 +423,21 @@ def _load_params(
                 restore_args=unflatten_dict(dict.fromkeys(group, restore_args)),
                 partial_restore=True,
             )
-            restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
+            with _unreadable(path, "cannot be read"):
+                restored |= flatten_dict(checkpointer.restore(path.absolute(), args=args))
             _give_back_freed_memory()
     return unflatten_dict(restored)
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path, what: str) -> Iterator[None]:
+    """Raise ValueError in one line for the many kinds of errors of Orbax, TensorStore and JAX."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, OSError):  # of the device or the disk, not of the content
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} {what}: {reason_of(error)}") from error
 
 
 def _give_back_freed_memory() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.names import printable, short_list
 from aim_jax.weights.convert.directories import LEFTOVERS
 from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
@@ -86,10 +87,11 @@ def check_report(report: Mapping, model: Pretrained) -> None:
             f"{again}."
         )
     if other := other_parts(measured, model):
-        scored = report["settings"].get("model", "another model")
+        scored = _text(report["settings"].get("model", "another model"))
+        names = " and the ".join(_text(name) for name in other)
         raise ValueError(
             f"the evaluation report is of other parameters than {model.name}: the "
-            f"{' and the '.join(other)} of {scored} made its images; {again}."
+            f"{names} of {scored} made its images; {again}."
         )
 
 
@@ -120,21 +122,22 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         v = model.vq_config
         lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codebook entries |")
     if model.class_names:
-        lines.append(f"| classes | {len(model.class_names)}: {', '.join(model.class_names[:20])} |")
+        lines.append(f"| classes | {len(model.class_names)}: {short_list(model.class_names, 20)} |")
     lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
     lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
     if report is not None:
         lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
         conditions = {**report["settings"], **report["environment"]}
-        lines += ["", "; ".join(f"{k} {v}" for k, v in conditions.items()) + "."]
-        lines += ["", *(f"- {note}" for note in report["notes"])]
+        lines += ["", "; ".join(f"{k} {_text(v)}" for k, v in conditions.items()) + "."]
+        lines += ["", *(f"- {_text(note)}" for note in report["notes"])]
     return "\n".join(lines) + "\n"
 
 
 def _text(value: Any) -> str:
+    """Return a value of any file on one line."""
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list) and len(value) == 2:
         return f"{value[0]:.5g} ± {value[1]:.2g}"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return printable(json.dumps(value) if isinstance(value, dict) else str(value), lines=False)

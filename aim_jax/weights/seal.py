@@ -14,10 +14,10 @@ from aim_jax.utils.checksums import differences, sha256
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
+from aim_jax.weights.model_files import UNSEALED_VERSION
 
 FILES = "files"
 OWN = "sha256"
-UNSEALED_VERSION = 1  # the format version that had no checksums
 PARTS = ("aim", "vq")
 TEXT = "README.md"
 

@@ -193,3 +193,10 @@ def test_identity_tells_data_apart(tmp_path):
     assert identity() == first
     (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "9.png")
     assert identity() != first and identity()["class_names"] == first["class_names"]
+
+
+def test_class_folders_with_control_characters_are_refused(tmp_path):
+    fill(tmp_path, "boat", "ho\x1b[2Juse")
+    with pytest.raises(ValueError, match=r"a class folder in .*: 'ho\\x1b\[2Juse' holds") as caught:
+        open_images("folder", "train", tmp_path)
+    assert str(caught.value).isprintable()

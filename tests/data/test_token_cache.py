@@ -192,7 +192,15 @@ def test_missing_and_damaged_manifests(path, tmp_path):
         opened_with(json.dumps(manifest | {"num_examples": 13}))
     with pytest.raises(ValueError, match=r"holds .* expected .* \(3,\)"):
         opened_with(json.dumps(manifest | {"num_examples": 11}))
-    with pytest.raises(ValueError, match=r"1\), expected .*token cache.* 2\): remove .* again"):
+    huge = {"num_examples": 10**9, "shard_size": 10**9, "shards": manifest["shards"][:1]}
+    with pytest.raises(ValueError, match=r"is damaged: it has .* describes 1,000,000,000 examples"):
+        opened_with(json.dumps(manifest | huge))
+    with pytest.raises(ValueError, match="lists 3 shards, expected 1000000000"):
+        opened_with(json.dumps(manifest | {"num_examples": 10**9, "shard_size": 1}))
+    names = ["../" + name for name in manifest["shards"]]
+    with pytest.raises(ValueError, match=r"shards\[0\]: expected a name like shard-00000-"):
+        opened_with(json.dumps(manifest | {"shards": names}))
+    with pytest.raises(ValueError, match=r"1\), expected .*token cache.* 2\)\. Remove .* again"):
         opened_with(json.dumps(manifest | {"version": 1}))
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from aim_jax.utils.images import class_caption, make_grid
-from aim_jax.utils.names import match_name, read_names, short_list
+from aim_jax.utils.names import (
+    check_text,
+    file_name,
+    match_name,
+    printable,
+    read_names,
+    short_list,
+)
 
 
 def test_a_name_that_is_there_exactly_is_that_one():
@@ -87,3 +94,30 @@ def test_captions_are_numbers_where_a_letter_is_missing():
     names = ("кот", "猫", unicodedata.normalize("NFD", "é"), "T-shirt/top")
     assert [class_caption(names, i) for i in range(4)] == [names[0], "1", names[2], names[3]]
     assert class_caption((), 3) == "3"
+
+
+def test_text_of_others_is_checked_and_printed_without_control_characters():
+    for name in ("", "T-shirt/top", "猫", "می\u200cخواهم", "👩\u200d🚀", "x" * 500):
+        check_text("name", name)
+        assert printable(name) == name
+    check_text("name", "caf\udce9")  # a folder whose name is not UTF-8
+    assert printable("caf\udce9") == "caf\\udce9"
+    for name in ("a\n", "\x1b[2J", "\x9b1m", "\u202egnp", "\u2028", "\ud800", "\ufeffa", "x" * 501):
+        with pytest.raises(ValueError, match=r"^name: '") as caught:
+            check_text("name", name)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+    assert printable("\x1b[31mred\x1b[0m\t\n\u202e\ud800") == "red\t\n\\u202e\\ud800"
+    assert printable("a\tb\nc", lines=False) == "a\\tb\\nc"
+
+
+def test_names_of_files_are_safe():
+    assert file_name("old tree") == "old_tree" and file_name("T-shirt/top") == "T-shirt_top"
+    for name in ("../../x", "a\nb\x1b", "猫" * 500, "C:\\x", "..", "\ud800"):
+        made = file_name(name)
+        assert len(made.encode()) <= 100 and made.isprintable() and not set(made) & set('/\\: "')
+
+
+def test_control_characters_in_files_of_names_are_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("boat\nho\x1b[2Juse\n")
+    with pytest.raises(ValueError, match=r"names.txt, line 2: 'ho\\x1b\[2Juse' holds .* U\+001B"):
+        read_names(tmp_path / "names.txt")

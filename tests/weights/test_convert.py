@@ -615,7 +615,7 @@ SAFETENSORS = {
     "not UTF-8": (header(b'{"\xff\xfe":1}'), "not readable JSON"),
     "duplicate key": (
         header('{{"{0}":{1},"{0}":{1}}}'.format(KEY, json.dumps(entry([1], [0, 4]))).encode()),
-        f"{KEY} occurs twice",
+        f"{KEY}' occurs twice",
     ),
     "cut": (header({KEY: entry([4], [0, 16])}, b"12345678"), "not a complete safetensors"),
     "trailing": (header({KEY: entry([1], [0, 4])}, b"12345678"), "not a complete safetensors"),
@@ -672,9 +672,9 @@ def test_hostile_configurations(weights, tmp_path):
         (folder / "config.json").write_text(text)
         refused(folder, tmp_path, message)
 
-    check("[1]", "expected a JSON object, got list")
+    check("[1]", "expected a JSON object, got a list")
     check("{", "is not readable JSON")
-    check('{"d_model": 1, "d_model": 2}', "d_model occurs twice")
+    check('{"d_model": 1, "d_model": 2}', "'d_model' occurs twice")
     check(fits | {"d_model": "16"}, r"config.json: .*d_model: expected an integer, got '16'")
     check(fits | {"n_layer": 10**9}, "n_layer=1000000000 exceeds the total number of weights")
     check(fits | {"d_model": 10**9}, "exceeds the total number of weights")

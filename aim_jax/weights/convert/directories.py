@@ -271,7 +271,7 @@ def _parts(
     opened: Source, other: Source | None, config: str | os.PathLike | None
 ) -> tuple[Part, Part]:
     """Return AiM and its tokenizer, which may be in a file of its own; either may be empty."""
-    content = opened.config if config is None else files.read_json(Path(config))
+    content = opened.config if config is None else files.read_object(Path(config))
     if not opened.aim and not opened.vq:
         raise WeightsError(f"{opened.path}: holds neither an AiM nor a tokenizer.")
     aim = Part(opened.aim, content)

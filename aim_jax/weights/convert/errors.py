@@ -1,10 +1,6 @@
 """Errors of weights files, whose messages are safe to print."""
 
-import re
-
-# Escape sequences of terminals (ECMA-48), and further control characters except line ends.
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from aim_jax.utils.names import printable
 
 
 class WeightsError(ValueError):
@@ -15,8 +11,3 @@ class WeightsError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    r"""Remove a terminal's escape sequences; write other control characters as in "\x07"."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", ESCAPES.sub("", text))

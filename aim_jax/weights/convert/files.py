@@ -15,7 +15,6 @@ import re
 import stat
 import struct
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aim_jax.utils.files import replacing
+from aim_jax.utils.json_files import anything, dict_of, parse_json, read_json
 from aim_jax.utils.logging import say
+from aim_jax.utils.names import MOST_NAME, check_text, printable, reason_of, short_list
 from aim_jax.weights.convert import state_dicts
-from aim_jax.weights.convert.errors import WeightsError, printable
+from aim_jax.weights.convert.errors import WeightsError
 from aim_jax.weights.pretrained import flatten
 
 SAFETENSORS = "model.safetensors"
@@ -44,6 +45,7 @@ HUB_FILES = tuple(
     for index in ("", ".index.json")
 )
 ZIP_MAGIC = b"PK\x03\x04"
+MOST_FILE = 200  # characters of the name of a file in an index
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 # Texts of torch's weights-only loader that name the type it refuses.
 REFUSED_TYPES = (
@@ -132,33 +134,19 @@ def open_weights(path: str | os.PathLike, weights_key: str = "") -> WeightFiles:
     # A config.json belongs to the weights only if they have one of the hub's names.
     config_file = path.parent / CONFIG
     belongs = path.name in HUB_FILES and _kind(config_file, missing=True)
-    config = read_json(config_file) if belongs else None
+    config = read_object(config_file) if belongs else None
     if path.name.endswith(".index.json"):
         return _open_index(path, weights_key)._replace(config=config)
     tensors, key = _open_file(path, weights_key)
     return WeightFiles(tensors, (path,), config, key)
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """Read the JSON object in a file; raise WeightsError if it is none, or repeats a name."""
-    return _parse_json(path.read_bytes(), path)
-
-
-def _parse_json(text: bytes, source: str | Path) -> dict:
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        # Readers differ in which of two entries of one name they use, so reject both.
-        twice = [name for name, count in Counter(k for k, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"{', '.join(twice[:5])} occurs twice")
-        return dict(pairs)
-
     try:
-        content = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{source}: is not readable JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{source}: expected a JSON object, got {type(content).__name__}.")
-    return content
+        return read_json(path, dict_of(anything), "cannot be read", allow_nan=True)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
 
 
 def _kind(path: Path, missing: bool = False) -> str | None:
@@ -205,18 +193,19 @@ def _open_file(path: Path, weights_key: str = "") -> tuple[dict[str, LazyTensor]
 
 def _open_index(path: Path, weights_key: str) -> WeightFiles:
     """Open several files and the index that maps keys to files."""
-    index = read_json(path)
-    weight_map = index.get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path}: has no weight_map, so it is not an index of weights.")
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
-        raise WeightsError(f"{path}: names files outside its directory: {', '.join(outside[:5])}.")
+        raise WeightsError(f"{path}: names files outside its directory: {short_list(outside, 5)}.")
+    for name in names:
+        _check_key(path, name, MOST_FILE)
     missing = [name for name in names if not _kind(path.parent / name, missing=True)]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of {len(names)} files are missing: {', '.join(missing[:5])}."
+            f"{path}: {len(missing)} of {len(names)} files are missing: {short_list(missing, 5)}."
         )
     shards = {name: _open_file(path.parent / name, weights_key) for name in names}
     tensors = {}
@@ -229,8 +218,7 @@ def _open_index(path: Path, weights_key: str) -> WeightFiles:
     problems += [f"{key}: not in {name}" for key, name in weight_map.items() if key not in tensors]
     if problems:
         raise WeightsError(
-            f"{path}: does not describe its files ({len(problems)} keys):\n  "
-            + "\n  ".join(problems)
+            f"{path}: does not describe its files ({len(problems)} keys): {short_list(problems, 5)}"
         )
     return WeightFiles(tensors, tuple(path.parent / name for name in names))
 
@@ -255,25 +243,28 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
             raise damaged(f"its header claims to have {length:,} bytes")
         header = file.read(length)
-    _parse_json(header, f"{path}, header")
+    try:
+        parse_json(header, dict_of(anything))
+    except ValueError as error:
+        raise WeightsError(f"{path}, header: {error}") from None
     try:
         with safe_open(path, "numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             described = {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise damaged(str(error).splitlines()[0]) from None
+        raise damaged(reason_of(error)) from None
 
     def read(key: str) -> np.ndarray:
         try:
             with safe_open(path, "numpy") as file:
                 return np.array(file.get_tensor(key))
         except (SafetensorError, OSError) as error:
-            raise damaged(str(error).splitlines()[0]) from None
+            raise damaged(reason_of(error)) from None
 
     unknown = [f"{k}: {dtype}" for k, (_, dtype) in described.items() if dtype not in DTYPES]
     if unknown:
         raise WeightsError(
-            f"{path}: tensors of unsupported dtypes: {', '.join(unknown[:5])}; "
+            f"{path}: tensors of unsupported dtypes: {short_list(unknown, 5)}; "
             f"expected {', '.join(DTYPES)}."
         )
     return {
@@ -502,13 +493,22 @@ def _tensors(path: Path, content: Mapping, tensor_type: type) -> dict:
     wrong = []
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, tensor_type):
+            _check_key(path, key)
             tensors[key] = value
         elif key not in state_dicts.BOOKKEEPING or not isinstance(value, int | float | None):
             wrong.append(key if isinstance(key, str) else repr(key))
     if wrong or not tensors:
-        problem = f"entries that are not tensors: {', '.join(wrong[:5])}" if wrong else "no tensors"
+        problem = f"entries that are not tensors: {short_list(wrong, 5)}" if wrong else "no tensors"
         raise WeightsError(f"{path}: holds {problem}.")
     return tensors
+
+
+def _check_key(path: Path, name: str, most: int = MOST_NAME) -> None:
+    """Raise WeightsError if `check_text` refuses the name of a tensor or file."""
+    try:
+        check_text("name of a tensor or file", name, most)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str | None) -> None:

@@ -1,0 +1,334 @@
+"""Damaged and hostile files: accepted with a valid meaning, or refused in one line."""
+
+import contextlib
+import json
+import math
+import signal
+import struct
+import unicodedata
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from aim_jax.configs.defaults import vq_defaults
+from aim_jax.data import TokenCache
+from aim_jax.data.extraction import CacheWriter
+from aim_jax.data.preprocessing import image_spec
+from aim_jax.evaluation import report as reports
+from aim_jax.evaluation import scaling, sweep
+from aim_jax.evaluation.image_sets import ImageParts, NpzImages
+from aim_jax.models import AiMConfig, VQConfig
+from aim_jax.sampling import export_runner
+from aim_jax.sampling.config import SamplingConfig
+from aim_jax.training.checkpoint import FILE_LIST, claim_workdir
+from aim_jax.training.monitor import keep_until
+from aim_jax.utils.json_files import read_json
+from aim_jax.utils.names import check_text, read_names
+from aim_jax.weights.convert.files import open_weights
+from aim_jax.weights.model_files import check_sizes, read_model_file
+from aim_jax.weights.pretrained import bundled_models
+from tests.fuzz.mutations import changed, damaged, written
+
+SECONDS = 5  # most time of one case
+MOST_MESSAGE = 2000  # characters
+
+
+class Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      name: path of the file inside its directory.
+      content: JSON of a good file, or its bytes.
+      read: reads the file in the directory, and checks the meaning of what it accepts.
+    """
+
+    name: str
+    content: object
+    read: object
+
+
+def shapes_of(part):
+    """Shapes of the arrays of a part of a bundled model, and their size on disk."""
+    directory = bundled_models()["fashion_mnist"] / part
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    shapes = {k: tuple(v["value_metadata"]["write_shape"]) for k, v in tree.items()}
+    return shapes, sum(file.stat().st_size for file in directory.rglob("*"))
+
+
+SHAPES = {part: shapes_of(part) for part in ("aim", "vq")}
+
+
+def read_model(directory):
+    content = read_model_file(directory)
+    for part, kind in (("aim", AiMConfig), ("vq", VQConfig)):
+        if content[part] is not None:
+            config = kind(**content[part])
+            try:
+                check_sizes(config, *SHAPES[part])
+            except ValueError as error:  # the caller names the file
+                raise ValueError(f"model.json: {error}") from error
+            assert getattr(config, "n_layer", 1) < 10**6
+            assert len(getattr(config, "ch_mult", ())) * getattr(config, "num_res_blocks", 1) < 100
+    names = content["class_names"]
+    assert content["aim"] is None or len(names) in (0, content["aim"].get("num_classes", 1000))
+    for name in names:
+        check_text("name", name)
+    for value in SamplingConfig(**content["sampling"]).numbers().values():
+        assert math.isfinite(value)
+    if "data" in content["info"]:
+        image_spec(ConfigDict(content["info"]["data"]))
+
+
+def read_cache(directory):
+    cache = TokenCache.open(directory)
+    assert len(cache) == sum(map(len, cache.shards)) == 10
+    codes, labels = cache.take(np.arange(10))
+    assert codes.shape == (10, 2, 6) and labels.shape == (10,)
+    for name in cache.class_names:
+        check_text("name", name)
+
+
+def read_run(directory):
+    claim_workdir(directory, vq_defaults(), {"class_names": ["a"], "train": "0"})
+
+
+def read_metrics(directory):
+    file = directory / "metrics.jsonl"
+    last = scaling.last_validation(file)
+    assert last is None or (last["val_loss"] > 0 and last["step"] > 0)
+    keep_until(file, 15)
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert all(type(step) is int and step <= 15 for step in steps)
+
+
+def read_report(directory):
+    report = reports.read_report(directory)
+    reports.check_out(directory, report["title"])
+    reports.write_report(directory, report)
+
+
+def read_sweep(directory):
+    rows = sweep.stored_rows(directory / "sweep.json", {"seed": 0})
+    if rows:
+        with contextlib.suppress(ValueError):  # without a FID
+            sweep.table(rows, sweep.best_of(rows, "fid"))
+
+
+def read_list(directory):
+    listed = read_json(directory / "files.json", FILE_LIST)
+    assert listed and all(len(pair) == 2 for pair in listed.values())
+
+
+def read_weights(directory):
+    for key, tensor in open_weights(directory).tensors.items():
+        check_text("key", key)
+        assert math.prod(tensor.shape) < 1000
+        assert np.asarray(tensor).shape == tensor.shape
+
+
+def read_class_names(directory):
+    assert all(name and name.isprintable() for name in read_names(directory / "names.txt"))
+
+
+def read_export(directory):
+    export_runner.HERE = directory
+    stored = export_runner.read_settings()
+    export_runner.checked_settings({}, stored, 2)
+    export_runner.checked_interval(None, stored)
+
+
+def read_parts(directory):
+    ImageParts(directory, directory / "samples.npz", {"seed": 0, "top_p": 0.5})
+
+
+def read_images(directory):
+    images = NpzImages(directory / "images.npz")
+    assert sum(len(batch) for batch in images.batches(2)) == len(images)
+    images.labels()
+
+
+NUMBERS = SamplingConfig().numbers()
+CONFIG = json.loads(vq_defaults().to_json_best_effort())
+ROW = {
+    "settings": NUMBERS | {"cfg_schedule": "constant"},
+    "metrics": {"fid": 5.0, "kid": [0.1, 0.01]},
+    "notes": ["few images"],
+}
+HEADER = {
+    "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"a": "b"},
+}  # fmt: skip
+OFFICIAL = {"d_model": 16, "ssm_cfg": {"layer": "Mamba2"}}
+KINDS = {
+    "model": Kind(
+        "model.json",
+        json.loads((bundled_models()["fashion_mnist"] / "model.json").read_text()),
+        read_model,
+    ),
+    "manifest": Kind("manifest.json", None, read_cache),
+    "run": Kind(
+        "run.json", CONFIG | {"learned_from": {"class_names": ["a"], "train": "0"}}, read_run
+    ),
+    "metrics": Kind(
+        "metrics.jsonl",
+        b"".join(
+            json.dumps({"step": 10 * i, "loss": 3.0, "val_loss": 4.0 - i}).encode() + b"\n"
+            for i in range(1, 4)
+        ),
+        read_metrics,
+    ),
+    "report": Kind(
+        "report.json",
+        {
+            "title": "model",
+            "metrics": {"fid": 5.0, "kid": [0.1, 0.01]},
+            "notes": ["few images"],
+            "settings": {"images": 10},
+            "environment": {"jax": "0"},
+            "parameters": {"AiM": "0" * 64},
+        },
+        read_report,
+    ),
+    "sweep": Kind("sweep.json", {"identity": {"seed": 0}, "rows": [ROW, ROW]}, read_sweep),
+    "list of files": Kind("files.json", {"state/a": [10, 20], "state/b": [0, 0]}, read_list),
+    "safetensors": Kind("model.safetensors", None, read_weights),
+    "config of weights": Kind("config.json", OFFICIAL, read_weights),
+    "index of weights": Kind(
+        "model.safetensors.index.json", {"weight_map": {"w": "part.safetensors"}}, read_weights
+    ),
+    "class names": Kind("names.txt", b"boat\nhouse\nold tree\n", read_class_names),
+    "export": Kind(
+        "settings.json",
+        {
+            "num_classes": 2,
+            "class_names": ["a", "b"],
+            "settings": NUMBERS,
+            "cfg_schedule": "constant",
+            "cfg_interval": [0.0, 1.0],
+            "dtypes": {k: "int32" if k == "top_k" else "float32" for k in NUMBERS},
+        },
+        read_export,
+    ),
+    "settings of samples": Kind("settings.json", {"seed": 0, "top_p": 0.5}, read_parts),
+    "images": Kind("images.npz", None, read_images),
+}  # fmt: skip
+
+
+def safetensors(header):
+    text = written(header)
+    return struct.pack("<Q", len(text)) + text + np.arange(6, dtype=np.float32).tobytes()
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A directory for every kind, with what lies beside its file; and the good file's bytes."""
+    made = {}
+    for kind, (name, content, _) in KINDS.items():
+        directory = tmp_path_factory.mktemp("kind")
+        if kind == "manifest":
+            writer = CacheWriter(
+                directory / "cache", tokenizer="a" * 64, vocab_size=50, grid=(2, 3), shard_size=4,
+                class_names=["cat", "dog"], views=["centre", "flip"], num_examples=10,
+            )  # fmt: skip
+            for shard, rows in enumerate(writer.ranges):
+                writer.write(shard, np.ones((len(rows), 2, 6), int), np.zeros(len(rows), int))
+            writer.finish()
+            directory = directory / "cache"
+            content = json.loads((directory / name).read_text())
+        elif kind == "run":
+            (directory / "checkpoints" / "1").mkdir(parents=True)
+        elif kind == "safetensors":
+            content = HEADER
+        elif kind == "config of weights":
+            (directory / "model.safetensors").write_bytes(safetensors(HEADER))
+        elif kind == "index of weights":
+            (directory / "part.safetensors").write_bytes(safetensors(HEADER))
+        elif kind == "images":
+            np.savez(
+                directory / name, arr_0=np.full((5, 4, 4, 3), 200, np.uint8), labels=np.arange(5)
+            )
+            content = (directory / name).read_bytes()
+        made[kind] = directory, content
+    return made
+
+
+@contextlib.contextmanager
+def in_time():
+    def stop(*_):
+        raise AssertionError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_accepted(kind, directory, data):
+    """Whether a file is accepted; a refusal is one line that names the file and can be printed."""
+    file = directory / KINDS[kind].name
+    file.write_bytes(data)
+    try:
+        with in_time():
+            KINDS[kind].read(directory)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert str(directory) in message or file.name in message, message
+        assert len(message) < MOST_MESSAGE and "\n" not in message, message
+        wrong = {c for c in message if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+        assert not wrong, message
+        return False
+    return True
+
+
+def good(kind, content):
+    if isinstance(content, bytes):
+        return content
+    return safetensors(content) if kind == "safetensors" else written(content)
+
+
+def mutated(data, kind, content):
+    """The bytes of a damaged file."""
+    count = data.draw(st.integers(1, 3))
+    if not isinstance(content, bytes) and data.draw(st.sampled_from((True, True, True, False))):
+        for _ in range(count):
+            if isinstance(content, dict | list):
+                content = changed(data.draw, content)
+        return good(kind, content)
+    result = good(kind, content)
+    for _ in range(count):
+        result = damaged(data.draw, result)
+    return result
+
+
+def fuzz(directories, kind, count):
+    directory, content = directories[kind]
+    assert is_accepted(kind, directory, good(kind, content))
+    seen = set()
+
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.data())
+    def search(data):
+        seen.add(is_accepted(kind, directory, mutated(data, kind, content)))
+
+    search()
+    assert False in seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused_in_one_line(kind, directories):
+    fuzz(directories, kind, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_files_are_refused_in_one_line(kind, directories):
+    fuzz(directories, kind, 2000)
