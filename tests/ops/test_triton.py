@@ -143,7 +143,13 @@ def caches_after(prefix, expected, width, capacity=None):
         rest = [(0, capacity - prefix if axis == 2 else 0) for axis in range(rows.ndim)]
         return jnp.asarray(np.pad(rows[:, :, :prefix], rest, constant_values=np.nan))
 
-    return ring, widen(expected.inputs), widen(expected.B), widen(expected.log_decay)
+    return ring, widen(expected.inputs), widen(expected.B), widen(to_now(expected, prefix))
+
+
+def to_now(expected, prefix):
+    """The sums of dt A of a dual cache, from each of `prefix` tokens to the newest one."""
+    sums = expected.log_decay[:, :, :prefix]
+    return sums[:, :, -1:] - sums
 
 
 def gated_norm(y, sum_squares, g):
@@ -236,8 +242,9 @@ def test_dual_step_walks_along_the_scan(case):
     step = functools.partial(kernels.dual_step, heads_per_program=heads)
     (_, *caches), y = decode(step, parameters, projected[prefix:], caches, prefix, size[4])
     assert_close(y, tokens_first(expected.y)[prefix:], 1e-5, "y")
-    for cache, rows in zip(caches, expected[3:], strict=True):
-        assert_close(cache[:, :, :-1], rows, 1e-5)
+    rows = (expected.inputs, expected.B, to_now(expected, prefix + tokens))
+    for cache, expected_rows in zip(caches, rows, strict=True):
+        assert_close(cache[:, :, :-1], expected_rows, 1e-5)
         assert np.all(np.isnan(cache[:, :, -1]))
 
 
@@ -263,7 +270,7 @@ def one_step(step, **changed):
         caches["state"] = normal(rng, 3, b, h, p, n)
     else:
         caches |= {"inputs": normal(rng, 3, b, 8, h, p), "B_cache": normal(rng, 3, b, 8, g, n)}
-        caches["log_decay"] = -np.exp(normal(rng, 3, b, 8, h)).cumsum(axis=2)
+        caches["log_decay"] = -np.exp(normal(rng, 3, b, 8, h))
     for cache in caches.values():
         cache[[0, 2]] = np.nan
     arguments = caches | {"layer": 1, "position": 3, "projected": projected[0, 0]} | parameters
@@ -281,7 +288,10 @@ def test_a_step_touches_its_own_layer_only(step):
         before = arguments[name]
         assert np.all(np.isnan(after[0])) and np.all(np.isnan(after[2])), name
         changed = np.any(after[1] != before[1], axis=(0, *range(2, before.ndim - 1)))
-        # Of a ring or a token cache one slot or row is written, that of position 3.
+        # Of a ring or a token cache one slot or row is written, that of position 3. Of the sums of
+        # decays those before it are, too.
+        if name == "log_decay":
+            changed[:3] ^= True
         expected = np.ones(1) if name == "state" else np.arange(changed.size) == 3
         np.testing.assert_array_equal(np.any(changed) if name == "state" else changed, expected)
 
