@@ -40,7 +40,10 @@ def sequences(seeds: int, steps: tuple[float, float], b=2, l=512, h=4, p=8, n=16
             "d_y": rng.normal(size=(b, l, h, p)),
         }
 
-    return jax.tree.map(lambda *arrays: np.stack(arrays).astype(np.float32), *map(one, range(seeds)))
+    def stack(*arrays: np.ndarray) -> np.ndarray:
+        return np.stack(arrays).astype(np.float32)
+
+    return jax.tree.map(stack, *map(one, range(seeds)))
 
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
@@ -92,10 +95,9 @@ def scan_errors(arguments: dict, chunks: tuple[int, ...]) -> dict[str, dict[str,
 
 def decode_errors(seeds: int, prefix: int = 100, tokens: int = 64) -> dict[str, np.ndarray]:
     """Return the errors (seeds,) of tokens with dt = 1e-3 after a prefix with dt = 10, by form."""
-    arguments = sequences(seeds, (1.0, 1.0), l=prefix + tokens, b=1)
-    arguments["dt"] = np.where(np.arange(prefix + tokens)[:, None] < prefix, 10, 1e-3)[None, None]
     names = ("x", "dt", "B", "C")
-    arguments["dt"] = np.broadcast_to(arguments["dt"], arguments["x"].shape[:-1])
+    arguments = sequences(seeds, (10.0, 10.0), b=1, l=prefix + tokens)
+    arguments["dt"][:, :, prefix:] = 1e-3
 
     @functools.partial(jax.jit, static_argnames="dual")
     @functools.partial(jax.vmap, in_axes=(0, None))
@@ -115,7 +117,7 @@ def decode_errors(seeds: int, prefix: int = 100, tokens: int = 64) -> dict[str, 
         _, y = jax.lax.scan(step, state, [jnp.moveaxis(arguments[name], 1, 0) for name in names])
         return y[prefix:]
 
-    arguments = {name: arguments[name].astype(np.float32) for name in (*names, "A_log")}
+    arguments = {name: arguments[name] for name in (*names, "A_log")}
     with jax.enable_x64(True):
         doubles = jax.tree.map(lambda array: jnp.asarray(array, jnp.float64), arguments)
         exact = {"y": np.asarray(decode(doubles, False))}

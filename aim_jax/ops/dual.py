@@ -144,8 +144,8 @@ def ssd_dual_step(
         y_t = (sum_{s <= t} (C_t . B_s) exp(a_s) dt_s x_s + D x_t) silu(z_t)
 
     This is one row of the quadratic form (Dao and Gu 2024, sections 5 and 6). The step reads the
-    whole cache, e + g n + h values per position; it adds dt_t A to the sums a, and writes one row of
-    the others. The recurrent form reads and writes e n values.
+    whole cache, e + g n + h values per position. It adds dt_t A to the sums a, and writes one row
+    of the other arrays. The recurrent form reads and writes e n values.
 
     Args:
       cache: cache of the positions before, with room for one more.

@@ -18,7 +18,7 @@ from aim_jax.ops.reference import (
 )
 from aim_jax.utils.checks import check_arguments
 
-# Positions between which decays are summed directly. A power of two keeps the tiles of kernels full.
+# Largest number of positions between which decays are summed directly.
 BLOCK = 16
 
 
