@@ -504,6 +504,17 @@ def test_prefill_is_the_scan(op, dtype):
     assert_close(state, expected[1], 1e-5)
 
 
+def test_ssd_prefill_keeps_its_digits_beside_strong_decays():
+    """Small steps after large ones in one chunk, beside the recurrence."""
+    inputs = scan_inputs(ops.ssd_scan)
+    inputs["dt"] = np.where(np.arange(21)[:, None] % 16 < 8, 100.0, inputs["dt"] - 4)
+    inputs["dt"] = inputs["dt"].astype(np.float32)
+    actual = SCANS[ops.ssd_scan](**inputs)
+    expected = ops.recurrence(**inputs | {"A": inputs["A"][:, None, None]})
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, 1e-6)
+
+
 @pytest.mark.parametrize("op", SCANS)
 def test_every_argument_of_prefill_matters(op):
     inputs = scan_inputs(op, h=2)
