@@ -307,8 +307,7 @@ def fused_states(caches, length: int) -> dict:
 def state_of(inputs, B, log_decay) -> jax.Array:
     """The state that a full dual cache stands for, layers first."""
     B = jnp.repeat(B, inputs.shape[3] // B.shape[3], axis=3)
-    decay = jnp.exp(log_decay[:, :, -1:] - log_decay)
-    return jnp.einsum("LbTh,LbThp,LbThn->Lbhpn", decay, inputs, B)
+    return jnp.einsum("LbTh,LbThp,LbThn->Lbhpn", jnp.exp(log_decay), inputs, B)
 
 
 def greedy_tokens(

@@ -6,7 +6,7 @@ batch, so the cost in Python is per batch rather than per example. Batch k is a 
 """
 
 import contextlib
-import itertools
+import functools
 import multiprocessing
 import os
 import signal
@@ -33,8 +33,8 @@ from aim_jax.data.sources import (
 )
 from aim_jax.utils.logging import Progress
 
-# Distance between the seeds of mixed sets, so that two of equal size never follow the same order.
-SEED_STEP = 0x9E3779B1
+# Name of the order that `EpochOrder` gives to examples; a state of another order cannot be resumed.
+ORDER = "philox"
 
 # Image files that a thread checks before it reports.
 CHECKED_AT_ONCE = 1024
@@ -121,8 +121,19 @@ class Prefetched(Iterator):
     Grain's own iterators keep one state per worker, which fits no other number of workers.
     """
 
-    def __init__(self, dataset: grain.MapDataset, threads: int, workers: int = 0):
+    def __init__(
+        self, dataset: grain.MapDataset, threads: int, workers: int = 0, order: str | None = None
+    ):
+        """Start at the first element.
+
+        Args:
+          dataset: The elements.
+          threads: Threads of each process that prepare elements.
+          workers: Processes that prepare elements; 0 uses threads of this process.
+          order: Name of the order of the examples, kept with the position.
+        """
         self._dataset = dataset
+        self._order = order
         self._threads = threads
         self._workers = workers
         self._next = 0
@@ -138,12 +149,22 @@ class Prefetched(Iterator):
         self._next += 1
         return element
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Return the position of the iterator as a JSON value."""
-        return {"next_index": self._next}
+        return {"next_index": self._next} | ({"order": self._order} if self._order else {})
 
     def set_state(self, state: dict) -> None:
-        """Move to the position of an iterator over the same dataset."""
+        """Move to the position of an iterator over the same dataset.
+
+        Raises:
+          ValueError: The state is that of an iterator with another order of the examples.
+        """
+        if state.get("order") != self._order:
+            raise ValueError(
+                "the run began with another version of aim_jax, which shuffles the examples "
+                f"otherwise (order {state.get('order')!r}, here {self._order!r}); finish it with "
+                "that version, or start a new run from its weights with --config.init"
+            )
         self.close()
         self._next = int(state["next_index"])
 
@@ -203,6 +224,38 @@ def _end_with_program() -> None:
     if program is not None:
         program.join()
         os._exit(1)
+
+
+class EpochOrder:
+    """Order of the examples of a set, epoch after epoch: a new random permutation in each.
+
+    A permutation sorts the examples by 64 random bits each. Philox and SeedSequence are fixed by
+    NumPy for all of its versions, unlike its shuffles. The last two permutations are kept, int32;
+    of ImageNet's 1.28 million images each takes 5 MB, and 0.3 s to make.
+
+    Args:
+      first: Index of the first example of the set.
+      size: Number of examples.
+      seed: Integers that determine the order; any two sequences give unrelated orders.
+    """
+
+    def __init__(self, first: int, size: int, seed: Sequence[int]):
+        self._arguments = first, size, tuple(seed)
+        self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
+
+    def __call__(self, position: int) -> int:
+        """Return the index of the example at a position, counted from the start of epoch 0."""
+        first, size, _ = self._arguments
+        epoch, place = divmod(position, size)
+        return first + int(self._permutation(epoch)[place])
+
+    def __reduce__(self) -> tuple:
+        return EpochOrder, self._arguments
+
+    def _make_permutation(self, epoch: int) -> np.ndarray:
+        _, size, seed = self._arguments
+        bits = np.random.Philox(np.random.SeedSequence([*seed, epoch])).random_raw(size)
+        return np.argsort(bits, kind="stable").astype(np.int32)
 
 
 def image_batches(
@@ -317,10 +370,10 @@ def index_batches(
         return gather(batch[rows], rng.integers(2**63, size=len(batch))[rows])
 
     if train:
-        starts = np.cumsum([0, *sizes]).tolist()
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
         endless = [
-            grain.MapDataset.range(*ends).shuffle(seed=(seed + i * SEED_STEP) % 2**32).repeat()
-            for i, ends in enumerate(itertools.pairwise(starts))
+            grain.MapDataset.range(sys.maxsize).map(EpochOrder(first, size, (seed, index)))
+            for index, (first, size) in enumerate(zip(firsts, sizes, strict=True))
         ]
         shares = np.multiply(sizes, weights or 1).tolist()
         indices = endless[0] if len(sizes) == 1 else grain.MapDataset.mix(endless, shares)
@@ -332,4 +385,4 @@ def index_batches(
         batches = indices.batch(batch_size, batch_fn=np.array).map(
             lambda batch: gather(batch[rows], None)
         )
-    return Prefetched(batches, threads, workers)
+    return Prefetched(batches, threads, workers, ORDER if train else None)

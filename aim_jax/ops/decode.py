@@ -363,24 +363,24 @@ def dual_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Advance one Mamba-2 layer by one token in the dual form, from a cache of the past inputs.
 
-    With a_t the sum of dt A over positions 0 to t, unrolling the recurrence of `mamba2_step` from a
-    zero state gives
+    With a_s the sum of dt A after position s up to position t, unrolling the recurrence of
+    `mamba2_step` from a zero state gives
 
-        u_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
+        u_t = (sum_{s <= t} (C_t . B_s) exp(a_s) dt_s x_s + D x_t) silu(z_t)
 
     This is the quadratic form of Dao and Gu 2024, sections 5 and 6, one row at a time. The step
-    reads the rows before t of three caches, e + g n + h values per position, and writes one row.
-    The recurrent form reads and writes e n values. The dual form therefore moves less memory up to
-    t near 2 n, on average half as much over the first 2 n tokens. Sums of decays are float32; when
-    they become large, their differences carry a rounding error of eps times their size.
+    reads the rows before t of three caches, e + g n + h values per position. It adds dt_t A to the
+    sums a, h values per position, and writes one row of the other caches. The recurrent form reads
+    and writes e n values. The dual form therefore moves less memory up to t near 2 n, on average
+    half as much over the first 2 n tokens.
 
     Args:
       projected: output of in_proj (b, e + c + h) in the order z, x, B, C, dt, with c = e + 2 g n.
       conv_cache: ring buffers of the last w inputs of x, B and C (L, b, w, c).
       inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16.
       B_cache: B of every token (L, b, T, g, n), of the dtype of `inputs`.
-      log_decay: a of every token (L, b, T, h) float32. Rows of tokens not yet decoded may hold
-        anything.
+      log_decay: a of every token (L, b, T, h) float32, as of the token before. Rows of tokens not
+        yet decoded may hold anything.
       layer, position: int32 (), indices of the layer and of the token; position < T.
       conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `mamba2_step`.
       implementation: None, "xla", "native" or "triton".
@@ -417,20 +417,21 @@ def dual_step(
         rows = cache[layer]
         return jnp.where(is_past.reshape(1, -1, *(1,) * (rows.ndim - 2)), rows, 0)
 
-    decays = past(log_decay)
-    last = jnp.take(decays, jnp.maximum(position - 1, 0), axis=1)
-    cache = DualCache(past(inputs), past(B_cache), decays, last, position)
+    cache = DualCache(past(inputs), past(B_cache), past(log_decay), position)
     u, cache = ssd_dual_step(cache, x, dt, A[layer], B, C, D=D[layer], z=z, dt_bias=dt_bias[layer])
     y, sum_squares = _scaled_with_squares(u, norm_scale[layer])
-    rows = (cache.inputs, cache.B, cache.log_decay)
 
     def put_row(old, new):
         """Write only the row of `position`; rows of later positions keep their values."""
         row = jax.lax.dynamic_index_in_dim(new, position, axis=1, keepdims=False)
         return old.at[layer, :, position].set(row.astype(old.dtype))
 
-    caches = tuple(map(put_row, caches, rows))
-    return y.astype(projected.dtype), sum_squares, conv_cache, *caches
+    inputs = put_row(inputs, cache.inputs)
+    B_cache = put_row(B_cache, cache.B)
+    is_filled = (jnp.arange(log_decay.shape[2]) <= position)[None, :, None]
+    decays = jnp.where(is_filled, cache.log_decay, log_decay[layer])
+    log_decay = _put(log_decay, decays, layer)
+    return y.astype(projected.dtype), sum_squares, conv_cache, inputs, B_cache, log_decay
 
 
 def _put(stacked: jax.Array, new: jax.Array, layer: ArrayLike) -> jax.Array:

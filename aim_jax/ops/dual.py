@@ -18,20 +18,21 @@ from aim_jax.utils.checks import check_arguments
 
 
 class DualCache(NamedTuple):
-    """Cache of the dual form, with room for T positions; unused positions hold zeros.
+    """Cache of the dual form, with room for T positions.
+
+    Inputs and B of unused positions are zeros.
 
     Attributes:
       inputs: dt x (b, T, h, p), float32 or bfloat16.
       B: input projections (b, T, g, n), float32 or bfloat16.
-      log_decay: running sums of dt A (b, T, h) float32.
-      total: the last of these sums (b, h) float32.
+      log_decay: logarithm of the decay from each position to the newest one, the sum of dt A over
+        the positions between (b, T, h) float32.
       position: int32 (), number of positions in use.
     """
 
     inputs: jax.Array
     B: jax.Array
     log_decay: jax.Array
-    total: jax.Array
     position: jax.Array
 
 
@@ -44,7 +45,6 @@ def init_dual_cache(
         inputs=jnp.zeros((b, tokens, h, p), dtype),
         B=jnp.zeros((b, tokens, g, n), dtype),
         log_decay=jnp.zeros((b, tokens, h), jnp.float32),
-        total=jnp.zeros((b, h), jnp.float32),
         position=jnp.zeros((), jnp.int32),
     )
 
@@ -73,7 +73,10 @@ def ssd_dual_extend(
     dt_softplus: bool = True,
     implementation: str | None = None,
 ) -> DualCache:
-    """Append l positions to the cache.
+    """Append l positions to the cache, and decay those before.
+
+    Decays to the newest position are sums of terms of one sign. Differences of running sums would
+    lose the digits of small terms beside large ones.
 
     Args:
       cache: cache of the positions before, with room for l more.
@@ -102,7 +105,9 @@ def ssd_dual_extend(
     )
     dtype = cache.log_decay.dtype
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
-    log_decay = cache.total[:, None] + jnp.cumsum(dt * with_rank(A.astype(dtype), 3), axis=1)
+    terms = dt * with_rank(A.astype(dtype), 3)
+    after = jnp.pad(terms[:, 1:], [(0, 0), (0, 1), (0, 0)])
+    log_decay = jax.lax.cumsum(after, axis=1, reverse=True)
 
     def put(buffer, rows):
         return jax.lax.dynamic_update_slice_in_dim(
@@ -112,8 +117,7 @@ def ssd_dual_extend(
     return DualCache(
         inputs=put(cache.inputs, dt[..., None] * x.astype(dtype)),
         B=put(cache.B, B),
-        log_decay=put(cache.log_decay, log_decay),
-        total=log_decay[:, -1],
+        log_decay=put(cache.log_decay + jnp.sum(terms, axis=1, keepdims=True), log_decay),
         position=cache.position + x.shape[1],
     )
 
@@ -135,13 +139,13 @@ def ssd_dual_step(
 ) -> tuple[jax.Array, DualCache]:
     """Advance the recurrence of `ssd_scan` by one position, from a cache of its inputs.
 
-    Unrolled from a zero state, with a_t the sum of dt A over positions 0 to t,
+    Unrolled from a zero state, with a_s the sum of dt A after position s up to position t,
 
-        y_t = (sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + D x_t) silu(z_t)
+        y_t = (sum_{s <= t} (C_t . B_s) exp(a_s) dt_s x_s + D x_t) silu(z_t)
 
     This is one row of the quadratic form (Dao and Gu 2024, sections 5 and 6). The step reads the
-    whole cache, e + g n + h values per position, and writes one row. The recurrent form reads and
-    writes e n values.
+    whole cache, e + g n + h values per position. It adds dt_t A to the sums a, and writes one row
+    of the other arrays. The recurrent form reads and writes e n values.
 
     Args:
       cache: cache of the positions before, with room for one more.
@@ -165,8 +169,7 @@ def ssd_dual_step(
     # Unused positions hold zeros in B and the inputs, which two products multiply, so neither needs
     # a mask. The whole buffer is read, because a slice of it would be copied.
     scores = jnp.einsum("btgn,bgn->btg", cache.B.astype(dtype), C.astype(dtype))
-    decays = jnp.exp(jnp.minimum(cache.total[:, None] - cache.log_decay, 0))
-    weights = jnp.repeat(scores, h // g, axis=-1) * decays
+    weights = jnp.repeat(scores, h // g, axis=-1) * jnp.exp(cache.log_decay)
     y = jnp.sum(weights[..., None] * cache.inputs.astype(dtype), axis=1)
     D = None if D is None else D[:, None]
     return skip_and_gate(y.astype(dtype), x, D, z), cache

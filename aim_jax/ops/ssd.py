@@ -18,6 +18,9 @@ from aim_jax.ops.reference import (
 )
 from aim_jax.utils.checks import check_arguments
 
+# Largest number of positions between which decays are summed directly.
+BLOCK = 16
+
 
 @check_arguments
 def ssd_scan(
@@ -41,13 +44,23 @@ def ssd_scan(
         h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        one decay per head
         y_t  = (h_t C_t + D x_t) silu(z_t)
 
-    Within a chunk that starts from the state h, with a_t the running sum of dt_t A in the chunk,
+    Unrolled from a state h, with a(s, t) the sum of dt A after position s up to position t,
 
-        y_t = sum_{s <= t} (C_t . B_s) exp(a_t - a_s) dt_s x_s + exp(a_t) h C_t
+        y_t = sum_{s <= t} (C_t . B_s) exp(a(s, t)) dt_s x_s + exp(a(0, t)) h C_t
 
-    A chunk acts on h as h -> a h + S with one scalar a per head. The states at the chunk boundaries
-    therefore follow from an associative scan with (a, S) o (a', S') = (a a', a' S + S').
-    (Dao and Gu 2024, section 6.)
+    A chunk acts on its incoming state as h -> a h + S with one scalar a per head. The states at the
+    chunk boundaries therefore follow from an associative scan with (a, S) o (a', S') = (a a', a' S
+    + S'). (Dao and Gu 2024, section 6.)
+
+    Within a chunk a(s, t) is a sum of terms of one sign in two levels, because a difference of two
+    running sums, and its gradient, would lose the digits of small terms beside large ones. The q
+    positions of a chunk form u blocks of at most 16. For s in block j and t in a later block i,
+
+        exp(a(s, t)) = exp(a(s, end of j)) exp(a(end of j, start of i)) exp(a(start of i, t))
+
+    The factors scale the inputs, the scores C . B and the outputs, so only pairs of blocks
+    (u + 1, u + 1) and pairs of positions of one block (u, k + 1, k + 1) need an exponential. None
+    exceeds one.
 
     Args:
       x: inputs (b, l, h, p).
@@ -81,6 +94,8 @@ def ssd_scan(
     require_floats("ssd_scan", x=x)
     b, l, h, p, g, n = (sizes[axis] for axis in "blhpgn")
     c, q = split_length(l, chunk_size)
+    u, k = split_length(q, BLOCK)
+    q = u * k
     r = h // g
     dtype = compute_dtype(x)
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
@@ -96,46 +111,64 @@ def ssd_scan(
 
     B, C = fold(B), fold(C)
     inputs = fold(dt[..., None] * x.astype(dtype)).reshape(m, q, r, p).swapaxes(1, 2)
-    # The running sum of dt A is a matrix product: XLA would fuse a cumsum into the exponential and
-    # repeat it for every element of the weights.
-    causal = jnp.tril(jnp.ones((q, q), bool))
-    log_decay = jnp.einsum(
-        "msr,qs->mrq",
-        fold(dt * with_rank(A.astype(dtype), 3)),
-        causal.astype(dtype),
-        precision="highest",
-    )
+    log_decay = fold(dt * with_rank(A.astype(dtype), 3)).swapaxes(1, 2).reshape(m, r, u, k)
+    within = jnp.exp(segment_sums(log_decay))  # positions of a block (m, r, u, k + 1, k + 1)
+    between = jnp.exp(segment_sums(jnp.sum(log_decay, axis=-1)))  # blocks (m, r, u + 1, u + 1)
+    from_start = within[..., 1:, 0]  # of the block (m, r, u, k)
+    to_end = within[..., -1, 1:]
 
-    # Masked before the exponential, which would overflow above the diagonal: masking its result
-    # would still give NaN gradients. The diagonal is a constant zero, because the cancelling
-    # gradients of a_t - a_t would swamp the small gradients of strong decays.
-    log_weights = jnp.where(
-        jnp.tril(causal, -1),
-        log_decay[..., :, None] - log_decay[..., None, :],
-        jnp.where(causal, 0.0, -jnp.inf).astype(dtype),
-    )
-    weights = jnp.einsum("mqn,msn->mqs", C, B)[:, None] * jnp.exp(log_weights)
-    y = jnp.einsum("mrqs,mrsp->mrqp", weights, inputs)
+    def scaled(factors, t):
+        return factors.reshape(m, r, q, 1) * t
 
-    to_end = jnp.exp(log_decay[..., -1:] - log_decay)
-    outgoing = (to_end[..., None] * inputs).swapaxes(1, 2).reshape(m, q, r * p)
+    # Pairs of positions in one block, then in different blocks.
+    scores = jnp.einsum("mutn,musn->muts", C.reshape(m, u, k, n), B.reshape(m, u, k, n))
+    weights = scores[:, None] * within[..., 1:, 1:]
+    y = jnp.einsum("mruts,mrusp->mrutp", weights, inputs.reshape(m, r, u, k, p))
+    y = y.reshape(m, r, q, p)
+    if u > 1:
+        scores = jnp.einsum("mtn,msn->mts", C, B).reshape(m, u, k, u, k)
+        weights = jnp.einsum("mitjs,mrij->mritjs", scores, between[:, :, :-1, 1:])
+        earlier = scaled(to_end, inputs)
+        y = y + scaled(
+            from_start, jnp.einsum("mrts,mrsp->mrtp", weights.reshape(m, r, q, q), earlier)
+        )
+
+    outgoing = scaled(to_end * between[:, :, -1, 1:, None], inputs)
+    outgoing = outgoing.swapaxes(1, 2).reshape(m, q, r * p)
     states = jnp.einsum("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
 
     if c > 1 or initial_state is not None:
         if initial_state is None:
             initial_state = jnp.zeros((b, h, p, n), dtype)
         initial_state = initial_state.astype(dtype).reshape(b, 1, h, p * n)
-        decays = jnp.exp(log_decay[..., -1]).reshape(b, c, h, 1)
+        decays = between[:, :, -1, 0].reshape(b, c, h, 1)
         decays = jnp.concatenate([jnp.ones((b, 1, h, 1), dtype), decays], axis=1)
         states = jnp.concatenate([initial_state, states], axis=1)
         _, states = jax.lax.associative_scan(compose, (decays, states), axis=1)
         incoming = states[:, :-1].reshape(m, r * p, n)
         carried = jnp.einsum("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
-        y = y + jnp.exp(log_decay)[..., None] * carried
+        y = y + scaled(from_start * between[:, :, :-1, :1], carried)
 
     y = y.reshape(b, c, g, r, q, p).transpose(0, 1, 4, 2, 3, 5).reshape(b, c * q, h, p)[:, :l]
     D = None if D is None else D[:, None]
     return skip_and_gate(y, x, D, z), states[:, -1].reshape(b, h, p, n)
+
+
+def segment_sums(terms: jax.Array) -> jax.Array:
+    """Sum terms (..., k) between every two of their k + 1 boundaries, as in the SSD paper.
+
+    Returns:
+      (..., k + 1, k + 1); entry [j, i] is the sum of terms[i:j], and -inf where j < i. Masking the
+      exponential instead would give NaN gradients where it overflows.
+    """
+    size = terms.shape[-1]
+    end = jnp.arange(size + 1)[:, None]
+    start = jnp.arange(size + 1)
+    # A matrix product: XLA would repeat a cumulative sum for every element that is computed of it.
+    term = jnp.arange(size)[:, None, None]
+    included = (start <= term) & (term < end)
+    sums = jnp.tensordot(terms, included.astype(terms.dtype), 1, precision="highest")
+    return jnp.where(start <= end, sums, -jnp.inf)
 
 
 @check_arguments

@@ -114,6 +114,8 @@ def skip_bad_steps(
 ) -> optax.GradientTransformation:
     """Keep parameters and moments unchanged where the gradient is not finite or spikes.
 
+    Schedules count the skipped steps too, so that they end with the run.
+
     Args:
       inner: The optimizer to guard.
       spike_factor: Multiple of its running mean from which the gradient norm is a spike; 0 skips
@@ -133,11 +135,17 @@ def skip_bad_steps(
         def choose(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
+        def is_schedule(state: Any) -> bool:
+            return isinstance(state, optax.ScaleByScheduleState)
+
+        def choose_state(new: Any, old: Any) -> Any:
+            return new if is_schedule(new) else choose(new, old)
+
         updates, new = inner.update(grads, state.inner, params)
         weight = 1 / jnp.minimum(state.used + 1, GUARD_MEMORY).astype(jnp.float32)
         usual = state.usual_norm + weight * (norm - state.usual_norm)
         state = GuardState(
-            inner=choose(new, state.inner),
+            inner=jax.tree.map(choose_state, new, state.inner, is_leaf=is_schedule),
             usual_norm=choose(usual, state.usual_norm),
             used=state.used + good,
             skipped=state.skipped + ~good,
@@ -161,7 +169,8 @@ def apply_gradients(
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step)
+    used = opt_state.in_a_row == 0
+    ema = update_ema(state.ema, params, ema_decay, state.step, used)
     report = {"grad_norm": optax.tree.norm(grads), "skipped": opt_state.skipped}
     report["skipped_in_a_row"] = opt_state.in_a_row
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), report
@@ -206,14 +215,16 @@ def accumulated_grads(
     return grads, metrics, joined(outputs)
 
 
-def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
+def update_ema(
+    ema: Any, params: Any, decay: float, step: jax.Array, used: jax.Array | bool = True
+) -> Any:
     """Move the average by (1 - r) * (params - ema), where r = min(decay, (1 + step) / (10 + step)).
 
-    r grows with the steps, so that the average forgets the random initialisation. Parameters that
-    do not change keep their average, bit by bit. None stays None.
+    r grows with the steps, so that the average forgets the random initialisation. Parameters equal
+    to their average, and all after a step that was not used, keep it bit by bit. None stays None.
     """
     if ema is None:
         return None
     step = jnp.asarray(step, jnp.float32)
-    rate = jnp.minimum(decay, (1 + step) / (10 + step))
+    rate = jnp.where(used, jnp.minimum(decay, (1 + step) / (10 + step)), 1)
     return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)

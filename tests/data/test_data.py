@@ -26,6 +26,7 @@ from aim_jax.data import (
     open_images,
     preprocess,
 )
+from aim_jax.data.loader import EpochOrder
 
 
 @pytest.fixture
@@ -585,6 +586,41 @@ def test_training_shuffles_every_epoch_anew():
     assert len({tuple(epoch) for epoch in epochs}) == 5
     other = image_batches(numbered_source(12), ImageSpec(4, 1), 5, seed=4, train=True)
     assert drawn(take(other, 12)) != drawn(batches)
+
+
+def orders(size, seed, epochs, index=0):
+    """The orders of whole epochs of one of several sets of equal size."""
+    order = EpochOrder(index * size, size, (seed, index))
+    return np.reshape([order(i) for i in range(epochs * size)], (epochs, size))
+
+
+def test_epochs_are_independent_of_each_other_and_of_those_of_other_seeds():
+    epochs = np.concatenate([orders(40, seed, 4) for seed in range(4)])
+    other_set = orders(40, 0, 4, index=1) - 40
+    assert len({tuple(epoch) for epoch in [*epochs, *other_set]}) == 20
+
+
+def test_orders_of_epochs_are_random():
+    """Correlations of examples at small distances, and of epochs, in standard deviations."""
+    size = 50_000
+    ranks = (orders(size, 0, 2) - (size - 1) / 2) / np.sqrt((size**2 - 1) / 12)
+    lags = [1, 2, 3, 4, 5, 8, 16, 64]
+    within = [np.sum(epoch[lag:] * epoch[:-lag]) for epoch in ranks for lag in lags]
+    deviations = np.array([*within, np.sum(ranks[0] * ranks[1])]) / size**0.5
+    assert np.max(np.abs(deviations)) < 4
+
+
+def test_the_order_does_not_change_between_versions():
+    """Resumed runs rely on it."""
+    assert orders(8, 0, 2).tolist() == [[0, 3, 7, 5, 1, 2, 6, 4], [4, 7, 6, 1, 2, 0, 5, 3]]
+
+
+def test_a_state_of_another_order_is_refused(noise_source):
+    iterator = image_batches(noise_source, AUGMENTED, 3, seed=7, train=True)
+    with pytest.raises(ValueError, match="another version of aim_jax, which shuffles"):
+        iterator.set_state({"next_index": 4})
+    one_pass = image_batches(noise_source, AUGMENTED, 3, train=False)
+    one_pass.set_state({"next_index": 1})
 
 
 def assert_same(batches, others):

@@ -126,6 +126,23 @@ def test_dual_step_is_the_recurrent_step(who, size):
     assert np.isnan(caches[1][1]).all() and np.isnan(caches[1][0][:, 7:]).all()
 
 
+def test_dual_step_keeps_its_digits_after_strong_decays(who):
+    """Small steps after large ones; the large ones must not round the decays of the small ones."""
+    b, h, p, n, g, w = 1, 2, 5, 3, 1, 4
+    a = mamba2_arguments(b, h, p, n, g, w)
+    state, nan = jnp.zeros((2, b, h, p, n)), lambda *s: jnp.full((2, b, 50, *s), jnp.nan)
+    caches = [a["conv_cache"], nan(h, p), nan(g, n), nan(h)]
+    ring, dual, recurrent = a["conv_cache"], op(ops.dual_step, who), op(ops.mamba2_step, who)
+    names = ("conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_scale")
+    parameters = {name: a[name] for name in names}
+    for position in range(50):
+        projected = normal(20 + position, *a["projected"].shape)
+        projected = projected.at[:, -h:].set(100.0 if position < 40 else -4.0)
+        y, _, *caches = dual(projected, *caches, 0, position, **parameters)
+        expected, _, ring, state = recurrent(projected, ring, state, 0, position, **parameters)
+        assert np.abs(y - expected).max() <= 2e-6 * np.abs(expected).max(), position
+
+
 def test_add_norm_modulate_divides_gates_and_adds(who):
     b, d, layers, inner = 3, 21, 2, 40
     hidden, residual = normal(0, b, d), normal(1, b, d)

@@ -143,7 +143,13 @@ def caches_after(prefix, expected, width, capacity=None):
         rest = [(0, capacity - prefix if axis == 2 else 0) for axis in range(rows.ndim)]
         return jnp.asarray(np.pad(rows[:, :, :prefix], rest, constant_values=np.nan))
 
-    return ring, widen(expected.inputs), widen(expected.B), widen(expected.log_decay)
+    return ring, widen(expected.inputs), widen(expected.B), widen(to_now(expected, prefix))
+
+
+def to_now(expected, prefix):
+    """The sums of dt A of a dual cache, from each of `prefix` tokens to the newest one."""
+    sums = expected.log_decay[:, :, :prefix]
+    return sums[:, :, -1:] - sums
 
 
 def gated_norm(y, sum_squares, g):
@@ -236,8 +242,9 @@ def test_dual_step_walks_along_the_scan(case):
     step = functools.partial(kernels.dual_step, heads_per_program=heads)
     (_, *caches), y = decode(step, parameters, projected[prefix:], caches, prefix, size[4])
     assert_close(y, tokens_first(expected.y)[prefix:], 1e-5, "y")
-    for cache, rows in zip(caches, expected[3:], strict=True):
-        assert_close(cache[:, :, :-1], rows, 1e-5)
+    rows = (expected.inputs, expected.B, to_now(expected, prefix + tokens))
+    for cache, expected_rows in zip(caches, rows, strict=True):
+        assert_close(cache[:, :, :-1], expected_rows, 1e-5)
         assert np.all(np.isnan(cache[:, :, -1]))
 
 
@@ -263,7 +270,7 @@ def one_step(step, **changed):
         caches["state"] = normal(rng, 3, b, h, p, n)
     else:
         caches |= {"inputs": normal(rng, 3, b, 8, h, p), "B_cache": normal(rng, 3, b, 8, g, n)}
-        caches["log_decay"] = -np.exp(normal(rng, 3, b, 8, h)).cumsum(axis=2)
+        caches["log_decay"] = -np.exp(normal(rng, 3, b, 8, h))
     for cache in caches.values():
         cache[[0, 2]] = np.nan
     arguments = caches | {"layer": 1, "position": 3, "projected": projected[0, 0]} | parameters
@@ -281,8 +288,11 @@ def test_a_step_touches_its_own_layer_only(step):
         before = arguments[name]
         assert np.all(np.isnan(after[0])) and np.all(np.isnan(after[2])), name
         changed = np.any(after[1] != before[1], axis=(0, *range(2, before.ndim - 1)))
-        # Of a ring or a token cache one slot or row is written, that of position 3.
-        expected = np.ones(1) if name == "state" else np.arange(changed.size) == 3
+        # Of a ring or a token cache one slot or row is written, that of position 3. To the sums of
+        # decays before it a term is added.
+        rows = np.arange(changed.size)
+        expected = rows <= 3 if name == "log_decay" else rows == 3
+        expected = np.ones(1) if name == "state" else expected
         np.testing.assert_array_equal(np.any(changed) if name == "state" else changed, expected)
 
 
@@ -492,6 +502,17 @@ def test_prefill_is_the_scan(op, dtype):
     assert (y.dtype, state.dtype) == (dtype, jnp.float32)
     assert_close(y, expected[0], 1e-5 if dtype == "float32" else 2**-8)
     assert_close(state, expected[1], 1e-5)
+
+
+def test_ssd_prefill_keeps_its_digits_beside_strong_decays():
+    """Small steps after large ones in one chunk, beside the recurrence."""
+    inputs = scan_inputs(ops.ssd_scan)
+    inputs["dt"] = np.where(np.arange(21)[:, None] % 16 < 8, 100.0, inputs["dt"] - 4)
+    inputs["dt"] = inputs["dt"].astype(np.float32)
+    actual = SCANS[ops.ssd_scan](**inputs)
+    expected = ops.recurrence(**inputs | {"A": inputs["A"][:, None, None]})
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, 1e-6)
 
 
 @pytest.mark.parametrize("op", SCANS)

@@ -28,6 +28,7 @@ from aim_jax.training.checkpoint import RunCheckpoints, claim_workdir
 from aim_jax.training.inputs import open_codes
 from aim_jax.training.monitor import BadStepsError, Profiler
 from aim_jax.training.optimizer import accumulated_grads, decay_mask, learning_rate, update_ema
+from aim_jax.training.state import TrainState
 from aim_jax.weights import convert
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
@@ -320,6 +321,21 @@ def test_bad_steps_change_nothing_and_are_counted(monkeypatch):
         assert int(state.skipped) == skipped
 
 
+def test_a_skipped_step_moves_the_schedule_but_not_the_average():
+    optimizer = optim.skip_bad_steps(
+        optax.adamw(lambda count: 1.0 + count, weight_decay=0.0), spike_factor=0.0
+    )
+    params = {"w": jnp.float32(1.0)}
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), {"w": jnp.float32(3.0)}, None)
+    apply = jax.jit(lambda state, w: optim.apply_gradients(state, {"w": w}, optimizer, 0.9)[0])
+    skipped = apply(state, jnp.float32(jnp.nan))
+    chex.assert_trees_all_equal((skipped.params, skipped.ema), (params, state.ema))
+    # The first used step of Adam moves by the learning rate, here that of the second step.
+    used = apply(skipped, jnp.float32(1.0))
+    np.testing.assert_allclose(used.params["w"], 1.0 - 2.0, rtol=1e-4)
+    np.testing.assert_allclose(used.ema["w"], 3.0 + (1 - 2 / 11) * (-1.0 - 3.0), rtol=1e-4)
+
+
 def test_profile_of_the_steps_that_are_named(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append("start"))
@@ -362,7 +378,7 @@ def test_identity_a_run_on_other_tokens_is_refused(aim_config, finished_run, cod
     with pytest.raises(ValueError, match=r"other data .*class 0: 'boat' -> 'ship'"):
         train.train(aim_config, tmp_path / "run")
     other = data.identity | {"validation": "0" * 64}
-    with pytest.raises(ValueError, match=r"other data .*validation: .* -> 0000"):
+    with pytest.raises(ValueError, match=r"other data .*validation: .* -> '0000"):
         claim_workdir(tmp_path / "run", aim_config, other)
 
 

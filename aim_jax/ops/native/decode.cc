@@ -174,16 +174,16 @@ void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, in
   inputs += cell * tokens * s.e + first * s.p;
   log_decay += cell * tokens * s.h + first;
   const float* x = xBC + row * s.c + first * s.p;
-  thread_local std::vector<float> out, weights, a_now;
+  thread_local std::vector<float> out, weights, step;
   out.assign(width + kLanes, 0.f);
   weights.resize((t + 1) * heads + kLanes);
-  a_now.resize(heads + kLanes);
+  step.resize(heads + kLanes);
 
   for (int64_t k = 0; k < heads; ++k) {
     const int64_t head = first + k;
     const float dt = softplus(in.projected[row * s.q + s.e + s.c + head] + in.dt_bias[head]);
-    a_now[k] = (t ? log_decay[(t - 1) * s.h + k] : 0.f) + dt * in.A[head];
-    log_decay[t * s.h + k] = a_now[k];
+    step[k] = dt * in.A[head];
+    log_decay[t * s.h + k] = 0.f;
     for (int64_t i = 0; i < s.p; ++i) {
       const float input = dt * x[k * s.p + i];
       store1(inputs + t * s.e + k * s.p + i, input);
@@ -192,8 +192,10 @@ void dual_heads(const Sizes& s, const Layer& in, int64_t tokens, int64_t row, in
   }
   for (int64_t token = 0; token < t; ++token) {
     for (int64_t k = 0; k < heads; k += kLanes) {
-      const V decay = exp(load(&a_now[k], heads - k) - load(log_decay + token * s.h + k, heads - k));
-      store(&weights[token * heads + k], decay * scores[token], heads - k);
+      float* sums = log_decay + token * s.h + k;
+      const V sum = load(sums, heads - k) + load(&step[k], heads - k);
+      store(sums, sum, heads - k);
+      store(&weights[token * heads + k], exp(sum) * scores[token], heads - k);
     }
   }
   // Four tokens at a time, to read and write the sums a quarter as often.

@@ -51,8 +51,7 @@ def dual_step_kernel(
     dt = tl.load(dt_row + head).to(tl.float32) + tl.load(dt_bias + layer * h + head)
     dt = softplus(dt)
     a_row = log_decay + cell * T * h + head
-    a_t = tl.load(a_row + (t - 1) * h, mask=t > 0, other=0)
-    a_t += dt * tl.load(A + layer * h + head)
+    decay = dt * tl.load(A + layer * h + head)
     now = dt[:, None] * x
 
     # Programs of a group read the same ring buffers and rows of B that one of them updates. This is
@@ -64,7 +63,7 @@ def dual_step_kernel(
     tl.store(slot + C_channel, C_now, mask=writer)
     input_row = inputs + cell * T * e + x_channel
     B_row = B_cache + cell * T * g * n + group * n + j
-    tl.store(a_row + t * h, a_t)
+    tl.store(a_row + t * h, tl.zeros([HEADS], tl.float32))
     tl.store(input_row + t * e, now, mask=p_mask)
     tl.store(B_row + t * g * n, B, mask=writer)
 
@@ -76,8 +75,13 @@ def dual_step_kernel(
             B_row[None, :] + s[:, None] * (g * n), mask=past[:, None] & n_mask[None, :], other=0
         )
         score = tl.sum(B_s.to(tl.float32) * C[None, :], axis=1)
-        a_s = tl.load(a_row[None, :] + s[:, None] * h, mask=past[:, None], other=0)
-        weight_s = score[:, None] * tl.exp(a_t[None, :] - a_s)
+        a_slot = a_row[None, :] + s[:, None] * h
+        a_mask = tl.broadcast_to(past[:, None], [BLOCK_T, HEADS])
+        a_s = tl.load(a_slot, mask=a_mask, other=0) + decay[None, :]
+        # Several threads may have read an element that one of them updates.
+        tl.debug_barrier()
+        tl.store(a_slot, a_s, mask=a_mask)
+        weight_s = score[:, None] * tl.exp(a_s)
         input_s = tl.load(
             input_row[None, :, :] + s[:, None, None] * e,
             mask=past[:, None, None] & p_mask[None, :, :],

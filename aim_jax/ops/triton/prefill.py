@@ -48,13 +48,18 @@ def ssd_prefill_kernel(
         if SOFTPLUS:
             dt_t = softplus(dt_t)
         dt_t = tl.where(t_mask, dt_t, 0.0)  # neither decays the state nor adds to it
-        a = tl.cumsum(dt_t * A, axis=0)
-        total = tl.sum(dt_t * A, axis=0)
+        # Sums of dt A after position s up to t, of terms of one sign: a difference of two running
+        # sums would lose the digits of small terms beside large ones.
+        terms = dt_t * A
+        after = tl.where(q[:, None] > q[None, :], terms[:, None], 0.0)
+        between = tl.cumsum(after, axis=0)
+        a = tl.cumsum(terms, axis=0)
+        total = tl.sum(terms, axis=0)
         channel = t[:, None] * (h * p) + i[None, :]
         x_mask = t_mask[:, None] & p_mask[None, :]
         x_t = tl.load(x + channel, mask=x_mask, other=0).to(tl.float32)
         now = dt_t[:, None] * x_t
-        outgoing = tl.exp(total - a)[:, None] * now
+        outgoing = tl.exp(tl.sum(after, axis=0))[:, None] * now
 
         scores = tl.zeros([BLOCK_L, BLOCK_L], tl.float32)
         carried = tl.zeros([BLOCK_L, BLOCK_P], tl.float32)
@@ -73,7 +78,7 @@ def ssd_prefill_kernel(
             S = tl.dot(tl.trans(B_t), outgoing, S, input_precision="tf32x3")
             tl.store(state + tile, S, mask=tile_mask)
 
-        decay = tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
+        decay = tl.exp(tl.where(causal, between, float("-inf")))
         out = tl.dot(scores * decay, now, input_precision="tf32x3")
         out += tl.exp(a)[:, None] * carried + D * x_t
         if GATE:
