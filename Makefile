@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test wheel-test docs lint format clean
+.PHONY: help venv demo test slow-test wheel-test docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +17,11 @@ venv: $(VENV)/.package  ## create .venv with the package (editable)
 demo: venv  ## sample labelled grids from the bundled models
 	@$(VENV)/bin/aim-jax demo
 
-test: $(VENV)/.tests  ## run the tests; `.venv/bin/pytest -m slow` runs the slow ones
+test: $(VENV)/.tests  ## run the tests, but not those of the next target
 	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -rs
+
+slow-test: $(VENV)/.tests  ## run whole trainings, several processes, and long fuzz runs
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -rs -m slow
 
 wheel-test: $(VENV)/.tests  ## build the package and run its programs in a fresh environment
 	@$(VENV)/bin/python -m pytest -m wheel tests/test_wheel.py
