@@ -68,13 +68,12 @@ class Trainer:
       config: configuration of the model.
       chunk: tokens per chunk of the scan.
       lr: learning rate.
+      compiled: use torch.compile for the loss.
     """
 
-    def __init__(self, weights: dict, config: AiMConfig, chunk: int, lr: float = 1e-4):
-        if config.mixer != "mamba2" or config.ngroups != 1 or config.adaln != "layer":
-            raise ValueError(
-                "the peer supports only Mamba-2 with one SSM group and adaLN on every layer."
-            )
+    def __init__(self, weights: dict, config: AiMConfig, chunk: int, lr: float, compiled: bool):
+        if config.mixer != "mamba2" or config.ngroups != 1:
+            raise ValueError("the peer supports only Mamba-2 with one SSM group.")
         self.w = {
             key.removeprefix(BACKBONE): torch.nn.Parameter(torch.from_numpy(tensor.copy()))
             for key, tensor in weights.items()
@@ -82,6 +81,8 @@ class Trainer:
         }
         self.cfg = config
         self.chunk = chunk
+        if compiled:
+            self.loss = torch.compile(self.loss)
         self.optimizer = torch.optim.AdamW(
             self.w.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, foreach=True
         )
@@ -120,10 +121,16 @@ class Trainer:
         hidden = torch.cat([c[:, None], F.embedding(inputs, table) + position[rows]], dim=1)
         residual = torch.zeros_like(hidden)
         c = F.silu(c)
+        if cfg.adaln == "group":
+            shared = F.linear(c, w["adaln_group.1.weight"], w["adaln_group.1.bias"])
+            shared = shared.unflatten(-1, (cfg.num_groups, 3, -1))
         for i in range(cfg.n_layer):
-            adaln = f"layers.{i}.adaLN_modulation.1"
-            parts = F.linear(c, w[f"{adaln}.weight"], w[f"{adaln}.bias"])[:, None].chunk(3, dim=-1)
-            shift, scale, gate = parts
+            if cfg.adaln == "group":
+                parts = shared[:, i % cfg.num_groups] + w[f"layers.{i}.scale_shift_table"]
+            else:
+                adaln = f"layers.{i}.adaLN_modulation.1"
+                parts = F.linear(c, w[f"{adaln}.weight"], w[f"{adaln}.bias"]).unflatten(-1, (3, -1))
+            shift, scale, gate = (part[:, None] for part in parts.unbind(1))
             residual = residual + hidden
             x = rms_norm(residual, w[f"layers.{i}.norm.weight"], cfg.norm_eps)
             hidden = gate * self.mixer(f"layers.{i}.mixer", x * (1 + scale) + shift)

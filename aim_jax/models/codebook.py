@@ -51,6 +51,12 @@ def entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
     return sample_entropy + jnp.sum(mean * jnp.log(mean + 1e-5))
 
 
+def init_codebook(key: jax.Array, shape: tuple[int, ...], config: VQConfig) -> jax.Array:
+    """Draw uniform codebook entries (v, embed_dim), scaled to unit length if `l2_norm` is set."""
+    codebook = jax.random.uniform(key, shape, jnp.float32, -1 / config.n_embed, 1 / config.n_embed)
+    return unit(codebook) if config.l2_norm else codebook
+
+
 class VectorQuantizer(nn.Module):
     """Nearest-neighbour quantizer with straight-through gradients (arXiv 1711.00937)."""
 
@@ -59,14 +65,8 @@ class VectorQuantizer(nn.Module):
     def setup(self) -> None:
         """Create the codebook."""
         cfg = self.config
-
-        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            codebook = jax.random.uniform(
-                key, shape, jnp.float32, -1 / cfg.n_embed, 1 / cfg.n_embed
-            )
-            return unit(codebook) if cfg.l2_norm else codebook
-
-        self.embedding = self.param("embedding", init, (cfg.n_embed, cfg.embed_dim))
+        shape = (cfg.n_embed, cfg.embed_dim)
+        self.embedding = self.param("embedding", init_codebook, shape, cfg)
 
     @property
     def codebook(self) -> jax.Array:

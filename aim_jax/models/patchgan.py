@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from aim_jax.ops.conv2d import conv_general_dilated
+from aim_jax.ops.conv2d import convolution
 from aim_jax.ops.reference import with_rank
 
 _normal = nn.initializers.normal(0.02)
@@ -18,10 +18,12 @@ class PatchGAN(nn.Module):
     Attributes:
       ch: width of the first convolution; later ones double it, up to 8 ch.
       depth: number of convolutions with stride 2.
+      implementation: of the gradients of convolutions, "xla" or "native".
     """
 
     ch: int = 64
     depth: int = 3
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +53,7 @@ class PatchGAN(nn.Module):
     def _conv(self, features: int, stride: int, name: str, **options: Any) -> nn.Conv:
         return nn.Conv(
             features, (4, 4), stride, padding=1, kernel_init=_normal, name=name,
-            conv_general_dilated=conv_general_dilated, **options,
+            conv_general_dilated=convolution(self.implementation), **options,
         )  # fmt: skip
 
 

@@ -6,23 +6,22 @@ dimension (arXiv 2110.04627). Images are NHWC in [-1, 1].
 Axes: b batch, t tokens (row-major), v codebook entries, f downsampling factor.
 """
 
+import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from aim_jax.models.codebook import Quantized, VectorQuantizer
+from aim_jax.models.codebook import Quantized, VectorQuantizer, init_codebook
 from aim_jax.models.config import NORM_GROUPS, VQConfig
-from aim_jax.ops.conv2d import conv_general_dilated
+from aim_jax.ops.conv2d import convolution, doubling_conv
+from aim_jax.ops.group_norm import group_norm
 
-
-def group_norm(dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Return a GroupNorm as in LlamaGen's tokenizer."""
-    # The fast variance E[x^2] - E[x]^2 loses digits that parity with released weights needs.
-    return nn.GroupNorm(NORM_GROUPS, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
-
+# Standard deviation of a normal variable that is truncated at two standard deviations.
+TRUNCATED_STD = 0.87962566103423978
 
 # Modules that tokens depend on; the other modules only decode.
 ENCODER = ("encoder", "quant_conv", "quantize")
@@ -33,12 +32,32 @@ def encoder_params(params: dict) -> dict:
     return {name: params[name] for name in ENCODER}
 
 
-def conv3x3(features: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """Return a 3x3 convolution that keeps height and width."""
+def conv3x3(
+    features: int, dtype: DTypeLike, name: str, implementation: str, **options: Any
+) -> nn.Conv:
+    """Return a 3x3 convolution, which keeps height and width unless `options` say otherwise."""
     return nn.Conv(
-        features, (3, 3), padding=1, dtype=dtype, name=name,
-        conv_general_dilated=conv_general_dilated,
+        features, (3, 3), dtype=dtype, name=name,
+        conv_general_dilated=convolution(implementation), **({"padding": 1} | options),
     )  # fmt: skip
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm as in LlamaGen's tokenizer, optionally followed by swish."""
+
+    dtype: str
+    implementation: str
+    swish: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x (b, h, w, c) to the same shape."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return group_norm(
+            x, scale, bias, NORM_GROUPS, swish=self.swish, dtype=self.dtype,
+            implementation=self.implementation,
+        )  # fmt: skip
 
 
 class ResnetBlock(nn.Module):
@@ -50,16 +69,16 @@ class ResnetBlock(nn.Module):
     features: int
     dropout: float
     dtype: str
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map x (b, h, w, c) to (b, h, w, features)."""
-        h = conv3x3(self.features, self.dtype, "conv1")(
-            nn.swish(group_norm(self.dtype, "norm1")(x))
-        )
-        h = nn.swish(group_norm(self.dtype, "norm2")(h))
+        h = GroupNorm(self.dtype, self.implementation, name="norm1")(x)
+        h = conv3x3(self.features, self.dtype, "conv1", self.implementation)(h)
+        h = GroupNorm(self.dtype, self.implementation, name="norm2")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv3x3(self.features, self.dtype, "conv2")(h)
+        h = conv3x3(self.features, self.dtype, "conv2", self.implementation)(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, dtype=self.dtype, name="nin_shortcut")(x)
         return x + h
@@ -69,12 +88,14 @@ class AttnBlock(nn.Module):
     """Residual single-head self-attention over all positions of the feature map."""
 
     dtype: str
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (b, h, w, c) to the same shape."""
         b, height, width, c = x.shape
-        h = group_norm(self.dtype, "norm")(x).reshape(b, height * width, c)
+        h = GroupNorm(self.dtype, self.implementation, swish=False, name="norm")(x)
+        h = h.reshape(b, height * width, c)
         q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
         scores = jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(c)
         weights = nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
@@ -87,129 +108,122 @@ class Downsample(nn.Module):
     """3x3 convolution with stride 2, zero-padded at the bottom and on the right."""
 
     dtype: str
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (b, 2 h, 2 w, c) to (b, h, w, c)."""
-        padding = ((0, 1), (0, 1))
-        return nn.Conv(
-            x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv",
-            conv_general_dilated=conv_general_dilated,
+        return conv3x3(
+            x.shape[-1], self.dtype, "conv", self.implementation, strides=2,
+            padding=((0, 1), (0, 1)),
         )(x)  # fmt: skip
 
 
 class DoublingConv(nn.Module):
-    """Nearest-neighbour 2x upsampling fused with a 3x3 convolution, at 4/9 of the operations.
-
-    Only 2x2 of the 3x3 pixels under the kernel differ. Which ones depends on the parity of the
-    output pixel's row and column. The four kinds of output pixels are therefore 2x2 convolutions of
-    the smaller image, with sums of the kernel's rows and columns.
-    """
+    """Nearest-neighbour 2x upsampling fused with a 3x3 convolution; see `doubling_conv`."""
 
     dtype: str
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (b, h, w, c) to (b, 2 h, 2 w, c)."""
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
-
-        def halves(k: jax.Array) -> jax.Array:
-            """Sum kernel rows (3, ...) into those of even and odd outputs (2, 2, ...)."""
-            return jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
-
-        rows = jnp.moveaxis(halves(kernel), 2, 0)  # (3 columns, row parity, row, c, c)
-        kernels = halves(rows)  # (column parity, column, row parity, row, c, c)
-        kernels = kernels.transpose(3, 1, 4, 2, 0, 5).reshape(2, 2, c, 4 * c)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernels.astype(self.dtype), (1, 1), ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        ).reshape(b, h + 1, w + 1, 2, 2, c)  # fmt: skip
-        # The windows of even outputs start one pixel before those of odd ones.
-        kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
-        y = jnp.stack([jnp.stack(row, axis=3) for row in kinds], axis=2)
-        return y.reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)[None, None, None]
+        y = doubling_conv(x.astype(self.dtype), kernel, self.implementation)
+        return y + bias.astype(self.dtype)[None, None, None]
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour 2x upsampling, then a 3x3 convolution."""
 
     dtype: str
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x (b, h, w, c) to (b, 2 h, 2 w, c)."""
-        return DoublingConv(self.dtype, name="conv")(x)
+        return DoublingConv(self.dtype, self.implementation, name="conv")(x)
 
 
 class Encoder(nn.Module):
     """VQGAN encoder."""
 
     config: VQConfig
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Encode images (b, H, W, in_channels) as features (b, H/f, W/f, z_channels)."""
         cfg = self.config
         dtype = cfg.compute_dtype
+        how = self.implementation
         last = len(cfg.ch_mult) - 1
-        h = conv3x3(cfg.ch, dtype, "conv_in")(x)
+        h = conv3x3(cfg.ch, dtype, "conv_in", how)(x)
         for i, mult in enumerate(cfg.ch_mult):
             for j in range(cfg.num_res_blocks):
                 name = f"conv_blocks_{i}_res_{j}"
-                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, name=name)(h, train)
+                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, how, name=name)(h, train)
                 if i == last:
-                    h = AttnBlock(dtype, name=f"conv_blocks_{i}_attn_{j}")(h)
+                    h = AttnBlock(dtype, how, name=f"conv_blocks_{i}_attn_{j}")(h)
             if i != last:
-                h = Downsample(dtype, name=f"conv_blocks_{i}_downsample")(h)
-        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_0")(h, train)
-        h = AttnBlock(dtype, name="mid_1")(h)
-        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_2")(h, train)
-        h = nn.swish(group_norm(dtype, "norm_out")(h))
-        return conv3x3(cfg.z_channels, dtype, "conv_out")(h)
+                h = Downsample(dtype, how, name=f"conv_blocks_{i}_downsample")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, how, name="mid_0")(h, train)
+        h = AttnBlock(dtype, how, name="mid_1")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, how, name="mid_2")(h, train)
+        h = GroupNorm(dtype, how, name="norm_out")(h)
+        return conv3x3(cfg.z_channels, dtype, "conv_out", how)(h)
 
 
 class Decoder(nn.Module):
     """VQGAN decoder."""
 
     config: VQConfig
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, z: jax.Array, train: bool = False) -> jax.Array:
         """Decode features (b, h, w, z_channels) to unclipped images (b, h f, w f, out_channels)."""
         cfg = self.config
         dtype = cfg.compute_dtype
+        how = self.implementation
         last = len(cfg.ch_mult) - 1
-        h = conv3x3(cfg.ch * cfg.ch_mult[-1], dtype, "conv_in")(z)
-        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_0")(h, train)
-        h = AttnBlock(dtype, name="mid_1")(h)
-        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, name="mid_2")(h, train)
+        h = conv3x3(cfg.ch * cfg.ch_mult[-1], dtype, "conv_in", how)(z)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, how, name="mid_0")(h, train)
+        h = AttnBlock(dtype, how, name="mid_1")(h)
+        h = ResnetBlock(h.shape[-1], cfg.dropout, dtype, how, name="mid_2")(h, train)
         for i, mult in enumerate(reversed(cfg.ch_mult)):
             for j in range(cfg.num_res_blocks + 1):
                 name = f"conv_blocks_{i}_res_{j}"
-                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, name=name)(h, train)
+                h = ResnetBlock(cfg.ch * mult, cfg.dropout, dtype, how, name=name)(h, train)
                 if i == 0:
-                    h = AttnBlock(dtype, name=f"conv_blocks_{i}_attn_{j}")(h)
+                    h = AttnBlock(dtype, how, name=f"conv_blocks_{i}_attn_{j}")(h)
             if i != last:
-                h = Upsample(dtype, name=f"conv_blocks_{i}_upsample")(h)
-        h = nn.swish(group_norm(dtype, "norm_out")(h))
-        return conv3x3(cfg.out_channels, dtype, "conv_out")(h)
+                h = Upsample(dtype, how, name=f"conv_blocks_{i}_upsample")(h)
+        h = GroupNorm(dtype, how, name="norm_out")(h)
+        return conv3x3(cfg.out_channels, dtype, "conv_out", how)(h)
 
 
 class VQModel(nn.Module):
-    """VQ tokenizer; `encode_to_tokens` and `decode_tokens` convert between images and tokens."""
+    """VQ tokenizer; `encode_to_tokens` and `decode_tokens` convert between images and tokens.
+
+    Attributes:
+      config: sizes of the tokenizer.
+      implementation: of group norms and of the gradients of convolutions, "xla" or "native".
+    """
 
     config: VQConfig
+    implementation: str = "xla"
 
     def setup(self) -> None:
         """Create the submodules."""
         cfg = self.config
-        self.encoder = Encoder(cfg)
+        self.encoder = Encoder(cfg, self.implementation)
         self.quant_conv = nn.Dense(cfg.embed_dim)
         self.quantize = VectorQuantizer(cfg)
         self.post_quant_conv = nn.Dense(cfg.z_channels)
-        self.decoder = Decoder(cfg)
+        self.decoder = Decoder(cfg, self.implementation)
 
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, Quantized]:
         """Reconstruct images (b, H, W, c) in [-1, 1]; return (reconstructions, `Quantized`)."""
@@ -271,7 +285,27 @@ class VQModel(nn.Module):
 
 
 def init_params(config: VQConfig, key: jax.Array) -> dict:
-    """Initialize float32 parameters."""
+    """Initialize float32 parameters.
+
+    Kernels are LeCun-normal (truncated at two standard deviations), as Flax initializes them, but
+    parts of a single draw: XLA takes long to compile a draw for each of them.
+    """
     side = config.downsampling
     images = jnp.zeros((1, side, side, config.in_channels), jnp.float32)
-    return VQModel(config).init(key, images)["params"]
+    shapes = jax.eval_shape(VQModel(config).init, key, images)["params"]
+    kernels = [
+        leaf.size for path, leaf in jax.tree.leaves_with_path(shapes) if path[-1].key == "kernel"
+    ]
+    draws = jax.random.truncated_normal(jax.random.fold_in(key, 0), -2, 2, sum(kernels))
+    parts = iter(jnp.split(draws, list(itertools.accumulate(kernels))[:-1]))
+
+    def init(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = math.prod(leaf.shape[:-1])
+            return next(parts).reshape(leaf.shape) / (TRUNCATED_STD * math.sqrt(fan_in))
+        if name == "embedding":
+            return init_codebook(jax.random.fold_in(key, 1), leaf.shape, config)
+        return {"scale": jnp.ones, "bias": jnp.zeros}[name](leaf.shape, jnp.float32)
+
+    return jax.tree.map_with_path(init, shapes)

@@ -5,10 +5,12 @@
 - "triton": fused kernels for NVIDIA GPUs (`aim_jax.ops.triton`); they need the `cuda` extra.
 - "pallas": fused kernels for TPUs; no op has one yet.
 
-None is the default. For an op it means "xla", because no kernel is differentiable. For the token
-loop, which needs no gradients, it means the fused kernels of the device if there are any; see
-`aim_jax.sampling.engine.resolve`. An explicit implementation is either used or rejected with an
-error that says why; it is never replaced silently.
+None is the default. For an op it means "xla", because most kernels are not differentiable. For the
+token loop, which needs no gradients, it means the fused kernels of the device if there are any; see
+`aim_jax.sampling.engine.resolve`. Training of tokenizers chooses in the same way between "xla" and
+the differentiable ops of `aim_jax.ops.conv2d` and `aim_jax.ops.group_norm`. An explicit
+implementation is either used or rejected with an error that says why; it is never replaced
+silently.
 """
 
 import importlib

@@ -134,7 +134,11 @@ def native_kernels() -> bool:
     try:
         native.register()
     except (native.BuildError, OSError) as error:
-        logging.warning("Decoding without fused kernels at about half the speed: %s", error)
+        logging.warning(
+            "Decoding without fused kernels at about half the speed, and training tokenizers more "
+            "slowly: %s",
+            error,
+        )
         return False
     return True
 

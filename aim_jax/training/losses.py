@@ -126,6 +126,7 @@ def gradients(
     lpips_params: dict | None,
     step: jax.Array,
     decoder_only: bool = False,
+    implementation: str = "xla",
 ) -> tuple[dict, tuple[dict, jax.Array]]:
     """Compute gradients of tokenizer and discriminator, each of its own loss, on a batch.
 
@@ -138,6 +139,7 @@ def gradients(
       lpips_params: See `aim_jax.weights.convert.lpips.load_lpips`; needed with a perceptual loss.
       step: () optimizer steps done.
       decoder_only: The gradients of the encoder and the codebook are zero, and cost nothing.
+      implementation: Of the tokenizer's ops; see `VQModel`.
 
     Returns:
       (gradients like params, (metrics, indices (b, t))).
@@ -147,7 +149,7 @@ def gradients(
     def reconstruct(vq: dict) -> tuple[tuple[jax.Array, jax.Array], Quantized]:
         if decoder_only:
             vq = vq | jax.lax.stop_gradient(encoder_params(vq))
-        recon, quantized = VQModel(model).apply(
+        recon, quantized = VQModel(model, implementation).apply(
             {"params": vq}, images, train=True, rngs={"dropout": rng}
         )
         codebook = quantized.vq_loss + quantized.commit_loss + quantized.entropy_loss

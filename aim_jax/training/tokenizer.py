@@ -44,6 +44,7 @@ from aim_jax.parallel.sharding import (
     sharded_jit,
     shardings,
 )
+from aim_jax.sampling.engine import native_kernels
 from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
 from aim_jax.training.held_out import HeldOut
@@ -76,6 +77,7 @@ class Recipe:
       ema_decay: Decay of the averaged copy of the parameters; 0 keeps no copy.
       restart_codes: Steps between resets of dead codes; 0 disables them.
       decoder_only: Keep the encoder and the codebook, and therefore the tokens, unchanged.
+      implementation: Of the tokenizer's ops; see `VQModel`.
     """
 
     model: VQConfig
@@ -86,6 +88,7 @@ class Recipe:
     ema_decay: float = 0.0
     restart_codes: int = 0
     decoder_only: bool = False
+    implementation: str = "xla"
 
 
 def create_train_state(recipe: Recipe, seed: int, image_size: int, parts: int = 1) -> TrainState:
@@ -141,6 +144,7 @@ def train_step(
     grad_fn = functools.partial(
         gradients, model=recipe.model, losses=recipe.losses, discriminator=recipe.discriminator,
         lpips_params=lpips_params, step=state.step, decoder_only=recipe.decoder_only,
+        implementation=recipe.implementation,
     )  # fmt: skip
     grads, metrics, indices = accumulated_grads(grad_fn, params, batch, rng, recipe.accumulate)
     assert state.history is not None
@@ -235,6 +239,15 @@ def check_codes_stay(start: Pretrained, config: VQConfig, export_dtype: str) -> 
         )
 
 
+def choose_implementation(mesh: Mesh, dtype: str) -> str:
+    """Return the implementation of the tokenizer's ops: "native" on one CPU device in float32.
+
+    XLA does not split the native kernels over devices; they use all cores from one.
+    """
+    fits = mesh.size == 1 and mesh.devices.item().platform == "cpu" and dtype == "float32"
+    return "native" if fits and native_kernels() else "xla"
+
+
 class Setup:
     """The recipe and jitted training step of a configuration on the devices of this run.
 
@@ -258,9 +271,11 @@ class Setup:
         optimizer = make_optimizer(
             config.optimizer, config.steps, ENCODER if config.decoder_only else ()
         )
+        implementation = choose_implementation(self.mesh, model.compute_dtype)
+        discriminator = PatchGAN(**config.discriminator, implementation=implementation)
         self.recipe = Recipe(
-            model, optimizer, LossConfig(**config.loss), PatchGAN(**config.discriminator),
-            config.accumulate, config.ema_decay, config.restart_codes, config.decoder_only,
+            model, optimizer, LossConfig(**config.loss), discriminator, config.accumulate,
+            config.ema_decay, config.restart_codes, config.decoder_only, implementation,
         )  # fmt: skip
         self.recipe.losses.check_size(config.data.image_size, self.recipe.discriminator)
         self.rules = axis_rules(self.mesh, config.mesh.fsdp)

@@ -26,6 +26,25 @@ def test_f16_has_the_exact_parameter_count():
     assert count(params) == 71_883_403
 
 
+def test_first_parameters_are_those_of_flax_in_distribution():
+    params, again = (init_params(TINY_VQ, jax.random.key(0)) for _ in range(2))
+    side = TINY_VQ.downsampling
+    images = jnp.zeros((1, side, side, TINY_VQ.in_channels))
+    flax = jax.eval_shape(VQModel(TINY_VQ).init, jax.random.key(0), images)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, flax)
+    kernels = {}
+    for (path, x), y in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+        if path[-1].key == "kernel":
+            kernels[path] = x * np.sqrt(np.prod(x.shape[:-1]))
+        elif path[-1].key in ("scale", "bias"):
+            assert np.all(x == (path[-1].key == "scale"))
+    values = np.concatenate([np.ravel(x) for x in kernels.values()])
+    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    assert 2.2 < np.abs(values).max() < 2.28  # two standard deviations before the truncation
+    assert len({float(x.ravel()[0]) for x in kernels.values()}) == len(kernels)
+
+
 @pytest.mark.parametrize(
     ("mult", "factor"), [((1, 1, 1), 4), ((1, 2, 2, 4), 8), ((1, 1, 2, 2, 4), 16)]
 )

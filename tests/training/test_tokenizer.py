@@ -23,6 +23,7 @@ from aim_jax.models.lpips import lpips
 from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import VQModel, encoder_params, init_params
 from aim_jax.parallel.sharding import make_mesh
+from aim_jax.sampling.engine import native_kernels
 from aim_jax.training import held_out as vq_held_out
 from aim_jax.training import tokenizer as train_vq
 from aim_jax.training.losses import LossConfig, gradients, judge, reconstruction_loss
@@ -248,6 +249,26 @@ def assert_same(found, expected, tolerance=1e-4):
     largest = max(float(jnp.abs(x).max()) for x in expected.values())
     for name, x in expected.items():
         assert float(jnp.abs(found[name] - x).max()) < tolerance * largest, name
+
+
+@pytest.mark.skipif(not native_kernels(), reason="needs a C++ compiler")
+def test_native_kernels_give_the_same_gradients(start):
+    params, batch = start
+
+    def at(implementation):
+        grads, (metrics, _) = jax.jit(
+            functools.partial(
+                gradients, model=SMALL, losses=LossConfig(adversarial=0.5),
+                discriminator=dataclasses.replace(CRITIC, implementation=implementation),
+                lpips_params=None, step=jnp.zeros((), jnp.int32), implementation=implementation,
+            )
+        )(params, batch, jax.random.key(2))  # fmt: skip
+        return grads, float(metrics["loss"])
+
+    (expected, loss), (actual, same_loss) = at("xla"), at("native")
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-5 * largest)
 
 
 def test_gradients_of_all_losses_at_once(start, lpips_params):

@@ -1,9 +1,10 @@
-"""Fused CPU kernels of the decode step, in C++ for XLA's foreign function interface.
+"""CPU kernels in C++ for XLA's foreign function interface.
 
-They are the CPU counterpart of `aim_jax.ops.triton`, for Mamba-2 only, and work on the same arrays:
-parameters and caches have a leading layer axis L and are passed whole with the layer as an int32
-scalar, and caches are updated in place. `linear` is included because XLA's products of few rows
-read weights at half the speed of the memory.
+Those of the decode step are the CPU counterpart of `aim_jax.ops.triton`, for Mamba-2 only, and work
+on the same arrays: parameters and caches have a leading layer axis L and are passed whole with the
+layer as an int32 scalar, and caches are updated in place. `linear` is included because XLA's
+products of few rows read weights at half the speed of the memory. The others are for training
+tokenizers; see `aim_jax.ops.conv2d` and `aim_jax.ops.group_norm`.
 
 XLA calls the kernels on its own threads, inside `jit`, `lax.scan` and `shard_map`. None is
 differentiable or has a batching rule. Every function here calls `register`, which needs a C++
@@ -24,7 +25,10 @@ from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
 __all__ = [
     "BuildError",
     "add_norm_modulate",
+    "conv2d_kernel_gradient",
     "dual_step",
+    "group_norm",
+    "group_norm_gradient",
     "linear",
     "mamba2_step",
     "register",
@@ -247,3 +251,79 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, min_p):
         (logits, uniform, cfg_scale, temperature, top_k, top_p, min_p),
     )
     return token
+
+
+def conv2d_kernel_gradient(x, g, size, strides, padding):
+    """Compute the gradient of a convolution of NHWC maps with respect to its kernel.
+
+    Args:
+      x: inputs (b, H, W, c), float32.
+      g: gradient with respect to the outputs (b, H', W', d), float32.
+      size: height and width of the kernel.
+      strides: vertical and horizontal stride.
+      padding: zeros above and to the left, 0 or more. Those at the other edges follow from the
+        shapes.
+
+    Returns:
+      (*size, c, d) float32.
+    """
+    _check_float32("conv2d_kernel_gradient", x=x, g=g)
+    sizes = bind_axes("conv2d_kernel_gradient", x=(x, "bHWc"), g=(g, "bhwd"))
+    numbers = (*strides, *padding)
+    require(
+        min(numbers) >= 0,
+        f"conv2d_kernel_gradient: padding is {padding}, expected no negative number",
+    )
+    names = ("stride_y", "stride_x", "pad_y", "pad_x")
+    return _call(
+        "aim_conv2d_kernel_gradient", _float32(*size, sizes["c"], sizes["d"]), (x, g),
+        **{name: np.int32(number) for name, number in zip(names, numbers, strict=True)},
+    )  # fmt: skip
+
+
+def group_norm(x, scale, bias, groups, eps, swish):
+    """Normalize groups of channels, then apply scale, bias and, if `swish`, that activation.
+
+    Args:
+      x: inputs (b, pixels, c), float32.
+      scale, bias: (c,) float32.
+      groups: number of groups.
+      eps: added to the variance.
+      swish: whether to apply x sigmoid(x) to the result.
+
+    Returns:
+      (b, pixels, c) float32.
+    """
+    _check_group_norm("group_norm", groups, x=(x, "bnc"), scale=(scale, "c"), bias=(bias, "c"))
+    attributes = dict(groups=np.int32(groups), eps=np.float32(eps), swish=np.int32(swish))
+    return _call("aim_group_norm", _like(x), (x, scale, bias), **attributes)
+
+
+def group_norm_gradient(x, scale, bias, g, groups, eps, swish):
+    """Compute the gradients of `group_norm` with respect to x, scale and bias.
+
+    Args:
+      g: gradient with respect to the outputs (b, pixels, c), float32.
+      x, scale, bias, groups, eps, swish: see `group_norm`.
+    """
+    sizes = _check_group_norm(
+        "group_norm_gradient", groups,
+        x=(x, "bnc"), scale=(scale, "c"), bias=(bias, "c"), g=(g, "bnc"),
+    )  # fmt: skip
+    attributes = dict(groups=np.int32(groups), eps=np.float32(eps), swish=np.int32(swish))
+    rows = _float32(sizes["b"], sizes["c"])
+    dx, dscale, dbias = _call(
+        "aim_group_norm_gradient", (_like(x), rows, rows), (x, scale, bias, g), **attributes
+    )
+    return dx, dscale.sum(axis=0), dbias.sum(axis=0)
+
+
+def _check_group_norm(name, groups, **arrays):
+    """Check shapes and dtypes; return the sizes of the axes."""
+    _check_float32(name, **{key: array for key, (array, _) in arrays.items()})
+    sizes = bind_axes(name, **arrays)
+    require(
+        sizes["c"] % groups == 0,
+        f"{name}: {sizes['c']} channels, expected a multiple of groups={groups}",
+    )
+    return sizes

@@ -27,8 +27,12 @@ from aim_jax.utils.files import replacing
 
 SOURCES = Path(__file__).parent
 TARGETS = tuple(
-    f"aim_{name}" for name in ("linear", "mamba2_step", "dual_step", "add_norm_modulate", "sample")
-)
+    f"aim_{name}"
+    for name in (
+        "linear", "mamba2_step", "dual_step", "add_norm_modulate", "sample",
+        "conv2d_kernel_gradient", "group_norm", "group_norm_gradient",
+    )
+)  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")
 
 
