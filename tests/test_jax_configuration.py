@@ -253,6 +253,7 @@ def expected(tmp_path_factory) -> dict:
     return end_to_end(tmp_path_factory.mktemp("default"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "".join(settings))
 def test_from_images_to_scores_under_every_configuration(settings, expected, tmp_path):
     assert end_to_end(tmp_path, **settings) == expected

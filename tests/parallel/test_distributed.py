@@ -115,6 +115,7 @@ def losses(workdir, names=("loss", "val_loss")):
     return {(row["step"], name): row[name] for row in rows for name in names if name in row}
 
 
+@pytest.mark.slow
 def test_processes_train_what_one_process_trains(
     aim_config,  # noqa: F811
     config_file,
@@ -138,6 +139,7 @@ def test_processes_train_what_one_process_trains(
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_processes_train_a_split_tokenizer(vq_config, tmp_path):  # noqa: F811
     """Losses, means of uneven shares and pictures of two processes with FSDP are those of one."""
     vq_config.eval_every = vq_config.save_every = vq_config.sample_every = vq_config.steps
@@ -158,6 +160,7 @@ def test_processes_train_a_split_tokenizer(vq_config, tmp_path):  # noqa: F811
     assert np.ptp(one) > 200 and np.abs(one - two).max() <= 1  # rounding
 
 
+@pytest.mark.slow
 def test_processes_divide_what_is_scored(tiny_model_dir, picture_folder, tmp_path):
     """Two processes draw, reconstruct and score together what one does alone."""
     outs = [tmp_path / "alone", tmp_path / "together"]
@@ -226,6 +229,7 @@ def test_a_signal_during_the_start_ends_all_processes():
     assert output.count("SIGTERM: stopped; the same command resumes") == 2, output
 
 
+@pytest.mark.slow
 def test_processes_of_a_run_are_one_owner_and_are_refused_together(config_file, tmp_path):
     with owned(tmp_path / "run"):
         exits, output = finish(start(training(config_file, tmp_path / "run"), 2))
@@ -244,6 +248,7 @@ def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_heard():
     assert exits == [EXIT_STOPPED] * 2, output
 
 
+@pytest.mark.slow
 def test_one_process_is_stopped_and_one_is_killed(config_file, tmp_path):
     """SIGTERM to one makes all save the same step; when one is gone the others end soon."""
 

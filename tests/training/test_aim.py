@@ -500,6 +500,7 @@ def test_accumulated_gradients_and_ema():
     np.testing.assert_allclose(update_ema({"w": 1.0}, params, 0.75, 0)["w"], 1.9)
 
 
+@pytest.mark.slow
 def test_training_starts_from_converted_weights(
     aim_config, vq_config, tiny_model, tmp_path, monkeypatch
 ):

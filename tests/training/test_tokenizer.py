@@ -411,6 +411,7 @@ def config(tmp_path, monkeypatch):
     return config
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_resumes_exactly_and_can_be_sharded(config, tmp_path, monkeypatch):
     whole = train_vq.train(config, tmp_path / "a")
     for name in ("metrics.jsonl", "samples/step_0000002.png", "checkpoints/4", "model/model.json"):
@@ -496,6 +497,7 @@ def test_what_is_missing_is_said_before_the_run(config, tmp_path, monkeypatch):
     assert recipe.loss.perceptual == 1.0 and recipe.loss.adversarial_start == 20_000
 
 
+@pytest.mark.slow
 def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, monkeypatch):
     seen = []
 
