@@ -1,10 +1,9 @@
 """Sizes and lengths of the folder recipes that fit into a time budget on the device at hand.
 
-The time of a run is its operations (`aim_jax.perf.flops`) divided by a rate, which a few steps of
-the smallest model measure. Larger models reach a higher rate, so estimates err on the safe side.
+A few steps of the smallest model are measured. The time of larger ones follows from their
+operations (`aim_jax.perf.flops`); they reach a higher rate, so estimates err on the safe side.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,11 @@ from aim_jax.configs.from_folder import (
 )
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.perf.flops import tokenizer_flops, training_flops
-from aim_jax.training.checkpoint import RUN_FILE, has_checkpoint
+from aim_jax.training.checkpoint import has_checkpoint, read_run_file
 from aim_jax.training.rate import images_per_second
 from aim_jax.utils.checks import NOT_NEGATIVE, check_number
 from aim_jax.utils.logging import say
+from aim_jax.weights.pretrained import flatten
 
 CPU_MINUTES = 60.0  # budget on a CPU by default; accelerators have none
 # Shares of the budget that the training steps of the two stages may take. The rest is for
@@ -96,14 +96,22 @@ def apply_budget(config: ConfigDict, workdir: Path, given: Collection[str]) -> N
     """
     minutes = budget_minutes(config, given)
     if has_checkpoint(workdir):
-        _set(config, _settings_of_run(workdir), given)
+        _set(config, _settings_of_run(workdir, config.stage), given)
+        if "budget_minutes" in given:
+            say(
+                f"the run resumes with the {config.steps} steps that were chosen at its start; "
+                "--config.steps of the recipes makes it longer"
+            )
     elif minutes:
         costs = _costs(config, given)
         images = surveyed(config).images
         choice = choose(costs, config.stage, minutes, images, config.batch_size)
         _set(config, _settings(config, choice.size), given)
-        _set(config, length_settings(config.stage, choice.steps), given)
+        steps = config.steps if "steps" in given else choice.steps
+        _set(config, length_settings(config.stage, steps), given)
         say(_in_words(config, choice, costs, minutes, images))
+    elif "steps" in given and config.budget_minutes is None and jax.default_backend() == "cpu":
+        say("no time budget, because the steps are given; --config.budget_minutes=60 sets one")
 
 
 def budget_minutes(config: ConfigDict, given: Collection[str] = ()) -> float:
@@ -128,16 +136,21 @@ def budget_minutes(config: ConfigDict, given: Collection[str] = ()) -> float:
     return float(minutes)
 
 
-def _settings_of_run(workdir: Path) -> dict[str, Any]:
-    """Return the settings of `CHOSEN` of the run in a workdir."""
-    run = json.loads((workdir / RUN_FILE).read_text())
+def _settings_of_run(workdir: Path, stage: str) -> dict[str, Any]:
+    """Return the settings of `CHOSEN` of the run in a workdir.
+
+    They are {} for a workdir that the training refuses: of another stage, or without a run file.
+    """
+    try:
+        run = flatten(read_run_file(workdir))
+    except FileNotFoundError:
+        return {}
+    if run.get("stage") != stage:
+        return {}
     settings = {}
     for name in CHOSEN:
-        section, _, key = name.rpartition(".")
-        values = run[section] if section else run
-        if key in values:
-            value = values[key]
-            settings[name] = tuple(value) if isinstance(value, list) else value
+        if name in run:
+            settings[name] = tuple(run[name]) if isinstance(run[name], list) else run[name]
     return settings
 
 
@@ -157,14 +170,26 @@ def _costs(config: ConfigDict, given: Collection[str]) -> dict[Size, float]:
     if config.stage == "aim":
         sizes = AIMS[: AIMS.index(aim_size(folder.images)) + 1]
     else:
-        sizes = TOKENIZERS[: TOKENIZERS.index(tokenizer_size(folder.image_size)) + 1]
+        sizes = TOKENIZERS[: max(1, TOKENIZERS.index(tokenizer_size(folder.image_size))) + 1]
     flops = {}
     for size in reversed(sizes):  # ends with the smallest
         sized = config.copy_and_resolve_references()
         _set(sized, _settings(config, size), given)
         flops[size] = _flops(sized)
-    rate = flops[sizes[0]] * images_per_second(sized)
-    return {size: flops[size] / rate for size in sizes}
+    seconds, further = _seconds_per_image(sized)
+    return {size: seconds * flops[size] / flops[sizes[0]] + further for size in sizes}
+
+
+def _seconds_per_image(config: ConfigDict) -> tuple[float, float]:
+    """Measure a training step: what grows with the model, and LPIPS and discriminator."""
+    measured = 1 / images_per_second(config)
+    if config.stage == "aim" or not (config.loss.perceptual or config.loss.adversarial):
+        return measured, 0.0
+    alone = config.copy_and_resolve_references()
+    alone.loss.perceptual = 0.0
+    alone.loss.adversarial = 0.0
+    seconds = 1 / images_per_second(alone)
+    return seconds, max(0.0, measured - seconds)
 
 
 def _flops(config: ConfigDict) -> float:

@@ -163,7 +163,7 @@ def vq_config(directory: str) -> ConfigDict:
 
 def tokenizer_size(image_size: int) -> tuple[int, int, int]:
     """Return the entry of `TOKENIZERS` for an image size, without a budget."""
-    return TOKENIZERS[1 if image_size <= 32 else 2 if image_size == 64 else 3]
+    return TOKENIZERS[0 if image_size <= 32 else 2 if image_size == 64 else 3]
 
 
 def aim_config(directory: str) -> ConfigDict:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from aim_jax.cli.extract_codes import extract
 from aim_jax.configs.budget import apply_budget
 from aim_jax.configs.from_folder import describe
+from aim_jax.parallel.ownership import owned
 from aim_jax.utils.logging import say
 from aim_jax.weights.tokenizer import open_tokenizer
 
@@ -25,7 +26,10 @@ def prepare(config: ConfigDict, workdir: Path, given: Collection[str]) -> None:
 
     Raises:
       ValueError, FileNotFoundError: The tokenizer is missing, or a setting is invalid.
+      OwnershipError: Another run uses the workdir.
     """
+    with owned(workdir):  # refuses a second run before any work
+        pass
     if config.stage == "aim":
         _follow_tokenizer(config, given)
     apply_budget(config, workdir, given)

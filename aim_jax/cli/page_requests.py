@@ -104,7 +104,8 @@ class Readers:
             else:
                 answer.cancel()
                 await asyncio.gather(answer, return_exceptions=True)
-                await self.page._queue.clean_events(session_hash=key, event_id=key)
+                if self.reading[key] == 1:  # a browser that reconnects reads twice for a moment
+                    await self.page._queue.clean_events(session_hash=key, event_id=key)
         finally:
             gone.cancel()
             answer.cancel()

@@ -58,7 +58,7 @@ def train_folder(
       per_class: Samples per class in the grid.
 
     Returns:
-      `EXIT_STOPPED` if a signal ended a training before its last step, else 0.
+      `EXIT_STOPPED` if a signal ended it, else 0.
 
     Raises:
       ValueError, FileNotFoundError: The folder or a setting is invalid.
@@ -67,6 +67,7 @@ def train_folder(
     from aim_jax.configs.from_folder import aim_config, vq_config
     from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.training import aim, tokenizer
+    from aim_jax.training.monitor import last_stop
     from aim_jax.weights.pretrained import class_ids, load_pretrained
 
     start = time.perf_counter()
@@ -81,9 +82,10 @@ def train_folder(
         config.budget_minutes = budget_minutes
         if config.stage == "aim":
             config.tokenizer = str(out / "vq")
-        prepare(config, workdir, ("seed",))
+        given = {"seed"} if budget_minutes is None else {"seed", "budget_minutes"}
+        prepare(config, workdir, given)
         state = train(config, workdir)
-        if int(state.step) < config.steps:
+        if int(state.step) < config.steps or last_stop():
             return common.EXIT_STOPPED
     say(f"\nstage 3 of 3: samples ({duration(time.perf_counter() - start)} so far)")
     model = load_pretrained(out / "aim")

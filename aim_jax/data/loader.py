@@ -31,6 +31,7 @@ from aim_jax.data.sources import (
     check_labels,
     decode_image,
 )
+from aim_jax.utils.checks import shown
 from aim_jax.utils.logging import Progress
 
 # Name of the order that `EpochOrder` gives to examples; a state of another order cannot be resumed.
@@ -38,6 +39,20 @@ ORDER = "philox"
 
 # Image files that a thread checks before it reports.
 CHECKED_AT_ONCE = 1024
+
+
+def check_order(before: str | None, now: str | None = ORDER) -> None:
+    """Check that a run resumes with the order of examples that it began with.
+
+    Raises:
+      ValueError: The orders differ.
+    """
+    if before != now:
+        raise ValueError(
+            "the run began with another version of aim_jax, which shuffles the examples otherwise "
+            f"(order {shown(before)}, here {shown(now)}); finish it with that version, or start a "
+            "new run from its weights with --config.init"
+        )
 
 
 def check_images(
@@ -159,12 +174,7 @@ class Prefetched(Iterator):
         Raises:
           ValueError: The state is that of an iterator with another order of the examples.
         """
-        if state.get("order") != self._order:
-            raise ValueError(
-                "the run began with another version of aim_jax, which shuffles the examples "
-                f"otherwise (order {state.get('order')!r}, here {self._order!r}); finish it with "
-                "that version, or start a new run from its weights with --config.init"
-            )
+        check_order(state.get("order"), self._order)
         self.close()
         self._next = int(state["next_index"])
 
@@ -246,8 +256,8 @@ class EpochOrder:
     def __call__(self, position: int) -> int:
         """Return the index of the example at a position, counted from the start of epoch 0."""
         first, size, _ = self._arguments
-        epoch, place = divmod(position, size)
-        return first + int(self._permutation(epoch)[place])
+        epoch, index = divmod(position, size)
+        return first + int(self._permutation(epoch)[index])
 
     def __reduce__(self) -> tuple:
         return EpochOrder, self._arguments

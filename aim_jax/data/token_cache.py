@@ -209,7 +209,7 @@ class TokenCache:
         path = Path(path)
         manifest = read_manifest(path)
         if expected_tokenizer not in (None, manifest["tokenizer"]):
-            name = f" ({manifest['tokenizer_name']})" if manifest["tokenizer_name"] else ""
+            name = f" ({shown(manifest['tokenizer_name'])})" if manifest["tokenizer_name"] else ""
             raise ValueError(
                 f"the token cache {path} was made with the tokenizer {manifest['tokenizer']}"
                 f"{name}, but the tokenizer in use is {expected_tokenizer}: use that tokenizer, "

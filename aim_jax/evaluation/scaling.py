@@ -121,10 +121,12 @@ def last_validation(file: Path) -> dict | None:
         if line.problem and line.data.endswith(b"\n"):
             raise ValueError(f"{line.name}: {line.problem}")
         if not line.problem and "val_loss" in line.content:
-            last = line.content
-            check_number(f"{line.name}: val_loss", last["val_loss"], POSITIVE)
-            check_integer(f"{line.name}: step", last["step"], 1, MOST_INTEGER)
-    return last
+            last = line
+    if last is None:
+        return None
+    check_number(f"{last.name}: val_loss", last.content["val_loss"], POSITIVE)
+    check_integer(f"{last.name}: step", last.content["step"], 1, MOST_INTEGER)
+    return last.content
 
 
 def _check_parameters(report: Path, measured: dict | None, workdir: Path) -> None:

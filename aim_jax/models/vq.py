@@ -296,7 +296,8 @@ def init_params(config: VQConfig, key: jax.Array) -> dict:
     kernels = [
         leaf.size for path, leaf in jax.tree.leaves_with_path(shapes) if path[-1].key == "kernel"
     ]
-    draws = jax.random.truncated_normal(jax.random.fold_in(key, 0), -2, 2, sum(kernels))
+    drawn = jax.random.fold_in(key, 0)
+    draws = jax.random.truncated_normal(drawn, -2, 2, (sum(kernels),), jnp.float32)
     parts = iter(jnp.split(draws, list(itertools.accumulate(kernels))[:-1]))
 
     def init(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

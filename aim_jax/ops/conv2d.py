@@ -89,11 +89,15 @@ def _conv_native(x, kernel, strides, padding, **options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _plain_native(x, kernel, strides, padding):
+    return _plain(x, kernel, strides, padding)
+
+
+def _plain(x, kernel, strides, padding):
     return conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
 def _plain_native_forward(x, kernel, strides, padding):
-    return _plain_native(x, kernel, strides, padding), (x, kernel)
+    return _plain(x, kernel, strides, padding), (x, kernel)
 
 
 def _plain_native_backward(strides, padding, saved, g):
@@ -120,7 +124,8 @@ def doubling_conv(x: jax.Array, kernel: jax.Array, implementation: str = "xla") 
     the smaller map, with sums of the kernel's rows and columns.
 
     The gradient is a convolution of the output's gradient by 4x4 such sums, with stride 2: an input
-    pixel reaches 4x4 output pixels.
+    pixel reaches 4x4 output pixels. As any function with a gradient of its own, it has no forward
+    mode; in `jax.shard_map` over the batch, pass the kernel as varying (`jax.lax.pcast`).
 
     Args:
       x: inputs (b, h, w, c).
@@ -130,6 +135,10 @@ def doubling_conv(x: jax.Array, kernel: jax.Array, implementation: str = "xla") 
     Returns:
       (b, 2 h, 2 w, d).
     """
+    return _doubled(x, kernel)
+
+
+def _doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     d = kernel.shape[-1]
     kernels = _both_axes(_halves, kernel)  # (row parity 2, row 2, column parity 2, column 2, c, d)
@@ -162,7 +171,7 @@ def _reached(k: jax.Array) -> jax.Array:
 
 
 def _doubling_forward(x, kernel, implementation):
-    return doubling_conv(x, kernel, implementation), (x, kernel)
+    return _doubled(x, kernel), (x, kernel)
 
 
 def _doubling_backward(implementation, saved, g):

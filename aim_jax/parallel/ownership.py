@@ -30,6 +30,7 @@ BEAT_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 1.0  # between two looks at the lock of another host
 CHECK_SECONDS = 5.0  # a check trusts an earlier one for so long
+MOST_BYTES = 4096  # that are read of a lock file
 LOCK = ".owner.json"
 
 
@@ -72,7 +73,7 @@ class Holder:
         """Return the holder that a lock file names, or None if it is incomplete."""
         try:
             holder = cls(**json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
         is_number = isinstance(holder.pid, int) and 0 < holder.pid < 2**31
         texts = (value for name, value in vars(holder).items() if name != "pid")
@@ -236,8 +237,8 @@ class _Seen(NamedTuple):
 def _look(path: Path) -> _Seen | None:
     """Read a lock file; None if there is none. Network file systems read it afresh when opened."""
     try:
-        with path.open() as file:
-            text = file.read()
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES).decode(errors="replace")
             return _Seen(text, os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
@@ -260,7 +261,7 @@ def _acquire(path: Path, mine: Holder) -> None:
         _acquire(turn, mine)
         try:
             now = _look(path)
-            if now is not None and now.text == old.text:
+            if now == old:  # it did not come back meanwhile
                 with replacing(path) as partial:
                     partial.write_text(mine.text())
                 say(f"{path.parent}: taken over from {old.holder}, which is gone")
@@ -301,7 +302,8 @@ def _left_behind(path: Path) -> _Seen | None:
     """
     while (seen := _look(path)) is not None:
         holder = Holder.parse(seen.text)
-        if holder is not None and holder.is_local():
+        # Without the start time, as on macOS, the number may be that of a later process.
+        if holder is not None and holder.is_local() and (holder.has_ended() or holder.start):
             is_gone = holder.has_ended()
         else:
             later = _watch(path, seen)

@@ -119,8 +119,9 @@ class Watch:
             except ConnectionRefusedError:
                 if not self._finished.is_set():
                     self._end_lost(0, "its connection was closed")
-            except OSError:
-                self._finished.wait(RETRY_SECONDS)
+            except OSError:  # no route for a moment, or a name that is not resolved
+                pass
+            self._finished.wait(RETRY_SECONDS)
 
     def _judge(self) -> None:
         self._finished.wait(self._pause)

@@ -5,6 +5,7 @@ A workdir holds `run.json` (the configuration) and `checkpoints/<step>`.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -21,9 +22,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from aim_jax.data.loader import Prefetched
+from aim_jax.data.loader import ORDER, Prefetched, check_order
 from aim_jax.models.config import HOW_COMPUTED, AiMConfig, VQConfig
-from aim_jax.parallel.processes import is_failed_step
+from aim_jax.parallel.processes import is_failed_step, text_of_first
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.utils.checks import shortened, shown
 from aim_jax.utils.checksums import differences
@@ -34,16 +35,20 @@ from aim_jax.utils.names import short_list
 from aim_jax.weights.pretrained import flatten
 
 RUN_FILE = "run.json"
-DATA_KEY = "learned_from"  # entry of the run file beside the settings
+# Entries of the run file beside the settings.
+DATA_KEY = "learned_from"
+ORDER_KEY = "order"
 FILES = "files.json"  # in a checkpoint: sizes and CRC-32 of its files
 LISTED = {"listed": True}  # metadata of checkpoints that have their list from the start
 # Settings by name, as far as this module reads them; `claim_workdir` compares all of them.
 RUN = record(
-    {"model": dict_of(anything)}, {DATA_KEY: record({"class_names": list_of(text())})}
-)  # fmt: skip
+    {"model": dict_of(anything), DATA_KEY: record({"class_names": list_of(text())})},
+    {ORDER_KEY: text()},
+)
 FILE_LIST = dict_of(list_of(integer(), 2, 2), least=1)  # size and CRC-32 by name
 MOST_VALUE = 200  # characters of a setting in a message
 CHUNK_BYTES = 8 * 2**20  # size of a read
+UNREADABLE = [-1, -1]  # in place of size and CRC-32; differs from any list
 # Settings that may change when a run resumes: its length, reports, paths, devices, the method of
 # computation, and the two settings that help against loss spikes (optimizer.lr and
 # optimizer.clip_norm). Settings that decide what a model learns may not change. `accumulate` does
@@ -226,25 +231,22 @@ class RunCheckpoints:
         self._manager.close()
 
     def _problem(self, step: int, oldest: bool) -> str:
-        """Return a description of damaged or missing files, or ""; all processes get the same.
+        """Return a description of damaged or missing files, or ""; all processes get the same."""
+        return text_of_first(lambda: self._find_problem(step, oldest))
+
+    def _find_problem(self, step: int, oldest: bool) -> str:
+        """Verify the files of a checkpoint.
 
         A checkpoint without a list cannot be verified. It is a problem, unless an older version
         saved it, which could be killed before it wrote the list, and there is none before it.
         """
-        problem = ""
-        if jax.process_index() == 0:
-            path = self.directory / str(step)
-            if (path / FILES).exists():
-                wrong = _wrong_files(path)
-            else:
-                wrong = [] if oldest and not _saved_with_list(path) else [f"missing: {FILES}"]
-            if wrong:
-                problem = f"step {step}: {wrong[0]}"
-                problem += f" and {len(wrong) - 1} more files" if wrong[1:] else ""
-        if jax.process_count() == 1:
-            return problem
-        text = np.frombuffer(problem.encode()[:500].ljust(500), np.uint8)
-        return multihost_utils.broadcast_one_to_all(text).tobytes().decode(errors="replace").strip()
+        path = self.directory / str(step)
+        if (path / FILES).exists():
+            wrong = _wrong_files(path)
+        else:
+            wrong = [] if oldest and not _saved_with_list(path) else [f"missing: {FILES}"]
+        more = f" and {len(wrong) - 1} more files" if wrong[1:] else ""
+        return f"step {step}: {wrong[0]}{more}" if wrong else ""
 
     def _list_if_missing(self, step: int) -> None:
         path = self.directory / str(step)
@@ -329,6 +331,10 @@ def _wrong_files(checkpoint: Path) -> list[str]:
         listed = read_json(checkpoint / FILES, FILE_LIST)
     except ValueError:
         return [f"damaged: {FILES}"]
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return [f"unreadable: {FILES}"]
     return differences(listed, _checksums(checkpoint))
 
 
@@ -347,13 +353,32 @@ def _checksums(path: Path) -> dict[str, list[int]]:
     for file in filter(Path.is_file, path.rglob("*")):
         if file == path / FILES:
             continue
-        size = crc = 0
-        with file.open("rb") as opened:
-            while data := opened.read(CHUNK_BYTES):
-                size += len(data)
-                crc = zlib.crc32(data, crc)
-        sums[str(file.relative_to(path))] = [size, crc]
+        try:
+            sums[str(file.relative_to(path))] = _size_and_crc(file)
+        except OSError as error:
+            if error.errno != errno.EIO:  # a bad sector is damage; other errors concern all files
+                raise
+            sums[str(file.relative_to(path))] = UNREADABLE
     return sums
+
+
+def _size_and_crc(file: Path) -> list[int]:
+    size = crc = 0
+    with file.open("rb") as opened:
+        while data := opened.read(CHUNK_BYTES):
+            size += len(data)
+            crc = zlib.crc32(data, crc)
+    return [size, crc]
+
+
+def read_run_file(workdir: Path) -> dict[str, Any]:
+    """Read the settings that a run began with.
+
+    Raises:
+      OSError: There is no run.json, or it cannot be read.
+      ValueError: It is damaged.
+    """
+    return read_json(Path(workdir) / RUN_FILE, RUN)
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -364,24 +389,24 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdecimal() for path in (Path(workdir) / "checkpoints").glob("*"))
 
 
-def _check_data(workdir: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+def _check_data(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if a run would resume on other classes or examples than it began with."""
-    if before is None or before == now:  # the first versions recorded no data
+    if before == now:
         return
     old = before["class_names"]
     new = now["class_names"]
-    differences = [
+    lines = [
         f"class {i}: {shown(a)} -> {shown(b)}"
         for i, (a, b) in enumerate(itertools.zip_longest(old, new))
         if a != b
     ]
-    if not differences:
+    if not lines:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                differences.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
+                lines.append(f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}")
     raise ValueError(
         f"{workdir} is the workdir of a run on other data (its value -> yours): "
-        f"{short_list(differences)}. Use another --workdir, or the data of that run."
+        f"{short_list(lines)}. Use another --workdir, or the data of that run."
     )
 
 
@@ -408,11 +433,12 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
     new = json.loads(config.to_json_best_effort()) | {DATA_KEY: data}
     resumes = has_checkpoint(workdir)
     if resumes and file.exists():
-        old = read_json(file, RUN)
+        old = read_run_file(workdir)
+        check_order(old.pop(ORDER_KEY, None))  # before any checkpoint is judged
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
-        _check_data(workdir, old.pop(DATA_KEY, None), new.pop(DATA_KEY))
+        _check_data(workdir, old.pop(DATA_KEY), new.pop(DATA_KEY))
         before = flatten(old)
         after = flatten(new)
         changed = {
@@ -436,4 +462,4 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
         )
     if jax.process_index() == 0:
         with naming_newest_checkpoint(workdir):
-            write_json(file, new | {DATA_KEY: data})
+            write_json(file, new | {DATA_KEY: data, ORDER_KEY: ORDER})

@@ -330,6 +330,15 @@ class Profiler:
             self._active = False
 
 
+# The signal that the last run of this process received, which may have come after its last step.
+_last_stop: list[str] = []
+
+
+def last_stop() -> str | None:
+    """Return the name of the signal that the last run of this process received, or None."""
+    return _last_stop[0] if _last_stop else None
+
+
 class StopSignal:
     """Handler that turns SIGTERM, and a single process's first Ctrl-C, into a stop between steps.
 
@@ -420,6 +429,7 @@ class StopSignal:
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""
+        _last_stop[:] = [self.received] if self.received else []
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._hearing.close()

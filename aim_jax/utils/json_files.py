@@ -154,6 +154,8 @@ def integer(low: int = 0, high: int = MOST_INTEGER) -> Check:
 def measured(name: str, value: Any) -> None:
     """Check a measured number, which may be NaN or infinite."""
     check_type(_named(name), value, float)
+    if isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise ValueError(f"{_at(name)}expected a number of float64, got {shown(value)}.")
 
 
 def flag(name: str, value: Any) -> None:
@@ -233,17 +235,23 @@ def nullable(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def both(one: Check, other: Check) -> Check:
+    """Check a value twice."""
+
+    def check(name: str, value: Any) -> None:
+        one(name, value)
+        other(name, value)
+
+    return check
+
+
 def either(one: Check, other: Check) -> Check:
     """Check a value by `other` if it is a list, else by `one`."""
     return lambda name, value: (other if isinstance(value, list) else one)(name, value)
 
 
-def _check_metrics(name: str, value: Any) -> None:
-    record({"step": integer()})(name, value)
-    dict_of(measured)(name, value)
-
-
-METRICS_LINE: Check = _check_metrics  # a line of metrics.jsonl: the step, and numbers by name
+# A line of metrics.jsonl: the step, and numbers by name.
+METRICS_LINE: Check = both(record({"step": integer()}), dict_of(measured))
 
 
 def _named(name: str) -> str:
@@ -295,7 +303,7 @@ def _refuse_constant(written: str) -> float:
 def _check_nested(content: Any) -> None:
     """Check the depth of lists and objects, one level after the other."""
     level = [content]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MOST_DEPTH):
         nested = [x for x in level if isinstance(x, dict | list)]
         level = [y for x in nested for y in (x.values() if isinstance(x, dict) else x)]
         if not level:

@@ -35,6 +35,8 @@ from aim_jax.utils.json_files import (
 )
 
 MODEL_FILE = "model.json"
+# Official tensors that are not weights; kept so that the conversion back gives the same file.
+LEFTOVERS = "official_buffers.safetensors"
 FORMAT = "aim_jax model"
 UNSEALED_VERSION = 1  # had no checksums
 FORMAT_VERSION = 2

@@ -32,6 +32,7 @@ from aim_jax.weights import hub, seal
 from aim_jax.weights.model_files import (
     FORMAT,
     FORMAT_VERSION,
+    LEFTOVERS,
     MODEL_FILE,
     check_content,
     check_sizes,
@@ -231,7 +232,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
         for name, write in files.items():
             write(partial / name)
         file = partial / MODEL_FILE
-        content[seal.FILES] = seal.file_sums(file)
+        content[seal.FILES] = seal.file_sums(file, files.keys())
         check_content(content)
         seal.write_description(file, content)
 
@@ -252,7 +253,8 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
     if str(name_or_path).startswith(hub.PREFIX):  # only these need the network
         name_or_path = hub.download(str(name_or_path))
     bundled = bundled_models()
-    path = bundled.get(str(name_or_path), Path(name_or_path))
+    # An absolute path stays the same model: "./cifar10" is not the bundled one.
+    path = bundled.get(str(name_or_path), Path(name_or_path).absolute())
     if not (path / MODEL_FILE).is_file() and (path / "model" / MODEL_FILE).is_file():
         path = path / "model"
     if not (path / MODEL_FILE).is_file() and (path / "checkpoints").is_dir():
@@ -335,7 +337,7 @@ def seal_model(name_or_path: str | os.PathLike) -> Path:
         seal.check_files(file, content)
     load_pretrained(file.parent, as_stored=True, verify=False)  # an edit that cannot be read fails
     if not sealed:
-        content |= {"version": FORMAT_VERSION, seal.FILES: seal.file_sums(file)}
+        content |= {"version": FORMAT_VERSION, seal.FILES: seal.file_sums(file, (LEFTOVERS,))}
     seal.write_description(file, content)
     return file
 

@@ -13,9 +13,9 @@ import jax
 
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.names import printable, short_list
-from aim_jax.weights.convert.directories import LEFTOVERS
 from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
+from aim_jax.weights.model_files import LEFTOVERS
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
 
@@ -127,7 +127,7 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
     lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
     if report is not None:
         lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {_text(value)} |" for name, value in report["metrics"].items()]
+        lines += [f"| {name} | {_score(value)} |" for name, value in report["metrics"].items()]
         conditions = {**report["settings"], **report["environment"]}
         lines += ["", "; ".join(f"{k} {_text(v)}" for k, v in conditions.items()) + "."]
         lines += ["", *(f"- {_text(note)}" for note in report["notes"])]
@@ -138,6 +138,12 @@ def _text(value: Any) -> str:
     """Return a value of any file on one line."""
     if isinstance(value, float):
         return f"{value:.5g}"
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return printable(text, lines=False)
+
+
+def _score(value: Any) -> str:
+    """Return a metric of a report: a number, or its mean and standard deviation."""
     if isinstance(value, list) and len(value) == 2:
         return f"{value[0]:.5g} ± {value[1]:.2g}"
-    return printable(json.dumps(value) if isinstance(value, dict) else str(value), lines=False)
+    return _text(value)

@@ -7,6 +7,7 @@ edit, so it is not listed. Other files at the top of a directory are nobody's bu
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,19 @@ def write_description(file: Path, content: dict[str, Any]) -> None:
     write_json(file, content)
 
 
-def file_sums(file: Path) -> dict[str, str]:
-    """Return the SHA-256 by path of the files beside and below a description, sorted."""
-    names = sorted(name for name in _files(file.parent) if name not in (file.name, TEXT))
+def file_sums(file: Path, further: Collection[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 by path of the files of a model, sorted.
+
+    Args:
+      file: The description.
+      further: Names of files beside it that belong to the model.
+    """
+    names = sorted(
+        name
+        for name in _files(file.parent)
+        if name != TEXT and (name in further or name.partition("/")[0] in PARTS)
+        if not any(part.startswith(".") for part in name.split("/"))
+    )
     return dict(zip(names, sha256([file.parent / name for name in names]), strict=True))
 
 

@@ -1,9 +1,15 @@
 """The program that trains both stages on a folder, and the preparation of the folder recipes."""
 
 import json
+import types
 
 import pytest
 
+from aim_jax.cli import folder
+from aim_jax.cli.train_folder import train_folder
+from aim_jax.configs import from_folder
+from aim_jax.training import monitor, tokenizer
+from aim_jax.utils.signals import EXIT_STOPPED
 from tests.programs import run
 
 
@@ -41,6 +47,20 @@ def test_both_stages_run_and_resume(short, picture_folder, tmp_path):
 
     again = run(*given)
     assert again.returncode == 0 and again.stderr.count("resumed from step") == 2
+
+
+def test_signal_after_the_last_step_of_a_stage_ends_the_program(tmp_path, monkeypatch):
+    """The first stage is complete then, and the second does not begin."""
+
+    def train(config, workdir):
+        monkeypatch.setattr(monitor, "_last_stop", ["SIGTERM"])
+        return types.SimpleNamespace(step=config.steps)
+
+    config = types.SimpleNamespace(stage="vq", steps=5)
+    monkeypatch.setattr(from_folder, "vq_config", lambda images: config)
+    monkeypatch.setattr(folder, "prepare", lambda *_: None)
+    monkeypatch.setattr(tokenizer, "train", train)
+    assert train_folder("images", tmp_path) == EXIT_STOPPED
 
 
 def test_missing_folder_is_one_line(tmp_path):

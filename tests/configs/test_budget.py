@@ -65,6 +65,12 @@ def test_budget_follows_the_measured_rate(folder, tmp_path, monkeypatch, capsys)
     assert config.optimizer.lr == 3e-4  # given by the user, here with the default
     assert "a model of width 64" in capsys.readouterr().err
 
+    config = vq_config(folder)
+    config.steps = 50
+    config.budget_minutes = 60.0
+    apply_budget(config, tmp_path / "run", ("steps", "budget_minutes"))
+    assert (config.steps, config.optimizer.warmup_steps, config.eval_every) == (50, 5, 200)
+
     aim = aim_config(folder)
     apply_budget(aim, tmp_path / "run", ())
     assert AiMConfig(**aim.model).d_model == 128 and aim.steps == int(0.4 * 3600 * 0.5 / 64)
@@ -87,12 +93,19 @@ def test_run_that_resumes_keeps_its_choice(folder, tmp_path, monkeypatch):
     first.steps = 77
     first.model.ch = 32
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
-    (tmp_path / "run" / "run.json").write_text(first.to_json_best_effort())
-    assert json.loads(first.to_json_best_effort())["steps"] == 77
+    settings = json.loads(first.to_json_best_effort()) | {"learned_from": {"class_names": []}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
     config = vq_config(folder)
     config.model.num_res_blocks = 1
     apply_budget(config, tmp_path / "run", ("model.num_res_blocks",))
     assert (config.steps, *sizes(config)) == (77, 32, 1, (1, 2, 4))
+    aim = aim_config(folder)  # a run of the other stage, which the training refuses
+    before = aim.to_json()
+    apply_budget(aim, tmp_path / "run", ())
+    assert aim.to_json() == before
+    (tmp_path / "run" / "run.json").write_text('{"steps": 3')
+    with pytest.raises(ValueError, match=r"run\.json"):
+        apply_budget(config, tmp_path / "run", ())
 
 
 def test_bad_budgets_are_refused(folder, tmp_path):
@@ -100,3 +113,19 @@ def test_bad_budgets_are_refused(folder, tmp_path):
     config.budget_minutes = -1.0
     with pytest.raises(ValueError, match="budget_minutes=-1"):
         apply_budget(config, tmp_path / "run", ())
+
+
+def test_lpips_does_not_grow_with_the_model(folder, tmp_path, monkeypatch):
+    """Half of a second per image is of LPIPS, whatever the size of the model."""
+    monkeypatch.setattr(
+        budget, "images_per_second", lambda config: 1 / (0.01 + 0.5 * config.loss.perceptual)
+    )
+    config = vq_config(folder)
+    config.loss.perceptual = 1.0
+    costs = budget._costs(config, ())
+    first, second, third = costs.values()
+    assert first == pytest.approx(0.51)
+    config.loss.perceptual = 0.0
+    assert [cost + 0.5 for cost in budget._costs(config, ()).values()] == pytest.approx(
+        [first, second, third]
+    )

@@ -117,3 +117,23 @@ def test_wrong_arguments_are_named():
         conv2d.convolution("native")(x, normal(1, 3, 3, 6, 6), (1, 1), "SAME")
     with pytest.raises(ValueError, match="convolution: implementation='triton'"):
         conv2d.convolution("triton")
+
+
+@native_only
+def test_long_sums_keep_their_digits():
+    """Of half a million positive terms; activations after swish have few of another sign."""
+    rng = np.random.default_rng(0)
+    x, g = (rng.uniform(size=(32, 128, 128, 2)).astype(np.float32) for _ in range(2))
+    gradient = native.conv2d_kernel_gradient(x, g, (1, 1), (1, 1), (0, 0))
+    expected = np.einsum("bhwc,bhwd->cd", x, g, dtype=np.float64)
+    np.testing.assert_allclose(gradient[0, 0], expected, rtol=5e-6)
+
+
+def test_gradients_can_be_differentiated_forwards():
+    x, kernel = normal(0, 1, 3, 3, 2), normal(1, 3, 3, 2, 2)
+
+    def slope(kernel):
+        return jax.grad(lambda x: jnp.sum(conv2d.doubling_conv(x, kernel) ** 2))(x)
+
+    (dx,) = jax.jvp(slope, (kernel,), (kernel,))[1:]
+    np.testing.assert_allclose(dx, 2 * slope(kernel), rtol=1e-5)  # slope is quadratic in the kernel

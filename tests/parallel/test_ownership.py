@@ -243,3 +243,16 @@ def test_results_of_evaluations_have_one_writer(tiny_model_dir, tmp_path):
         with pytest.raises(OwnershipError, match="out is in use by"):
             sweep(model, {"cfg_scale": [1.0]}, *rest)
         assert os.listdir(tmp_path / "out") == [LOCK]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"", b"{}"])
+def test_a_damaged_lock_is_watched_like_that_of_a_stranger(tmp_path, monkeypatch, content, capsys):
+    monkeypatch.setattr(ownership, "PATIENCE_SECONDS", 0.1)
+    (tmp_path / LOCK).write_bytes(content)
+    with owned(tmp_path) as claim:
+        claim.check()
+        (tmp_path / LOCK).write_bytes(content)
+        claim._beat()
+        with pytest.raises(OwnershipError, match="was taken over by another process"):
+            claim.check()
+    assert "taken over from another process" in capsys.readouterr().err

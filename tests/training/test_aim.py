@@ -391,8 +391,14 @@ def test_identity_a_run_on_renamed_or_other_images_is_refused(picture_folder, tm
         sources = (open_images("folder", split, images) for split in ("train", "validation"))
         claim_workdir(tmp_path / "run", config, identity_of(sources))
 
-    (tmp_path / "run" / "run.json").write_text(config.to_json_best_effort())
-    claim()  # a run of the first versions, which recorded no data
+    run_file = tmp_path / "run" / "run.json"
+    run_file.write_text(config.to_json_best_effort())
+    with pytest.raises(ValueError, match="another version of aim_jax, which shuffles"):
+        claim()
+    run_file.unlink()
+    (tmp_path / "run" / "checkpoints" / "1").rmdir()
+    claim()
+    (tmp_path / "run" / "checkpoints" / "1").mkdir()
     claim()
     for split in ("train", "validation"):
         (images / split / "boat").rename(images / split / "yacht")

@@ -1,6 +1,7 @@
 """Model directories: what is written comes back, and what does not fit is refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -227,6 +228,23 @@ def test_damage_to_any_file_falls_back(workdir, listed, tmp_path):
     assert restore(workdir) == 1
     shutil.copytree(intact, checkpoint)
     assert restore(workdir) == 2
+
+
+def test_a_bad_sector_is_damage(workdir, monkeypatch):
+    """And no reason to end the run; another error of reading concerns all files."""
+    read = checkpoint._size_and_crc
+
+    def fail(file):
+        if file.is_relative_to(workdir / "checkpoints" / "2" / "state"):
+            raise OSError(number, os.strerror(number), str(file))
+        return read(file)
+
+    monkeypatch.setattr(checkpoint, "_size_and_crc", fail)
+    number = errno.EACCES
+    with pytest.raises(PermissionError):
+        restore(workdir)
+    number = errno.EIO
+    assert restore(workdir) == 1
 
 
 def test_a_missing_list_is_damage(workdir):

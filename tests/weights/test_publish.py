@@ -9,7 +9,7 @@ import pytest
 from aim_jax.evaluation.report import read_report
 from aim_jax.weights.fingerprints import parameter_fingerprints
 from aim_jax.weights.pretrained import load_pretrained, save_model
-from aim_jax.weights.publish import check_report, publish
+from aim_jax.weights.publish import check_report, model_card, publish
 from tests.programs import run
 
 
@@ -91,3 +91,14 @@ def test_directories_without_a_report_are_refused(tiny_model, tiny_model_dir, tm
     done = run("publish", *given)
     assert done.returncode == 1 and "of other parameters than" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_only_metrics_have_deviations(tiny_model):
+    report = {
+        "metrics": {"kid": [0.5, 0.25]}, "settings": {"cfg_interval": [0.1, 0.9]},
+        "environment": {}, "notes": [],
+    }  # fmt: skip
+    info = {"pair": [None, 1], "words": ["a", "b"]}
+    text = model_card(dataclasses.replace(tiny_model, info=info), report)
+    for line in ("| kid | 0.5 ± 0.25 |", "cfg_interval [0.1, 0.9]", "| pair | [null, 1] |"):
+        assert line in text

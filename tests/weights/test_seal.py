@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from aim_jax.weights import seal
-from aim_jax.weights.pretrained import bundled_models, load_pretrained, save_model
+from aim_jax.weights.pretrained import (
+    bundled_models,
+    find_model,
+    load_pretrained,
+    save_model,
+    seal_model,
+)
 from tests.programs import run
 
 
@@ -174,3 +180,21 @@ def test_further_files_are_listed(tiny_model, tmp_path):
     (path / "buffers").write_text("other")
     with pytest.raises(ValueError, match="damaged: buffers"):
         load_pretrained(path)
+
+
+def test_files_of_the_user_are_not_sealed(directory):
+    """Such as a licence beside a model of the first version; it may change."""
+    edit(directory, version=1, files=None, sha256=None)
+    (directory / "notes.txt").write_text("first")
+    (directory / "aim" / ".DS_Store").write_text("")
+    seal_model(directory)
+    (directory / "notes.txt").write_text("second")
+    (directory / "aim" / ".DS_Store").unlink()
+    load_pretrained(directory, as_stored=True)
+
+
+def test_a_relative_path_is_not_a_bundled_model(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent)
+    directory.rename("cifar10")
+    assert find_model(find_model("./cifar10")) == directory.parent / "cifar10"
+    assert find_model("cifar10") == bundled_models()["cifar10"]

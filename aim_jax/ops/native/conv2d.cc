@@ -99,11 +99,7 @@ void kernel_gradient(ffi::ThreadPool& pool, const Shape& s, const float* x, cons
       }
       for (int64_t j = 0; j < run; j += kRows) {
         float* target = total + j * kBlock;
-        Half sums[kRows][2];
-        for (int r = 0; r < kRows; ++r) {
-          sums[r][0] = load_half(target + r * kBlock);
-          sums[r][1] = load_half(target + r * kBlock + kWidth);
-        }
+        Half sums[kRows][2] = {};  // of these pixels alone: long sums lose digits
         const float* gradient = gradients;
         for (int64_t k = 0; k < count; ++k) {
           const float* window = inputs + k * row + j;
@@ -116,8 +112,10 @@ void kernel_gradient(ffi::ThreadPool& pool, const Shape& s, const float* x, cons
           }
         }
         for (int r = 0; r < kRows; ++r) {
-          store_half(target + r * kBlock, sums[r][0]);
-          store_half(target + r * kBlock + kWidth, sums[r][1]);
+          float* low = target + r * kBlock;
+          float* high = low + kWidth;
+          store_half(low, load_half(low) + sums[r][0]);
+          store_half(high, load_half(high) + sums[r][1]);
         }
       }
     }

@@ -26,10 +26,9 @@ from aim_jax.weights.adapt import rearrange_adaln
 from aim_jax.weights.convert import configs, files, rules, state_dicts
 from aim_jax.weights.convert.errors import WeightsError
 from aim_jax.weights.convert.files import LazyTensor
+from aim_jax.weights.model_files import LEFTOVERS
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
-# Official tensors that are not weights; kept so that the conversion back gives the same file.
-LEFTOVERS = "official_buffers.safetensors"
 # Sampling settings of the authors (README of the official code).
 SAMPLING = {"cfg_scale": 5.0, "temperature": 1.0, "top_k": 600, "top_p": 0.98}
 # Checkpoints of a single part omit its prefix.
