@@ -108,6 +108,8 @@ def ssd_dual_extend(
     terms = dt * with_rank(A.astype(dtype), 3)
     after = jnp.pad(terms[:, 1:], [(0, 0), (0, 1), (0, 0)])
     log_decay = jax.lax.cumsum(after, axis=1, reverse=True)
+    used = jnp.arange(cache.log_decay.shape[1])[None, :, None] < cache.position
+    earlier = cache.log_decay + jnp.where(used, jnp.sum(terms, axis=1, keepdims=True), 0)
 
     def put(buffer, rows):
         return jax.lax.dynamic_update_slice_in_dim(
@@ -117,7 +119,7 @@ def ssd_dual_extend(
     return DualCache(
         inputs=put(cache.inputs, dt[..., None] * x.astype(dtype)),
         B=put(cache.B, B),
-        log_decay=put(cache.log_decay + jnp.sum(terms, axis=1, keepdims=True), log_decay),
+        log_decay=put(earlier, log_decay),
         position=cache.position + x.shape[1],
     )
 

@@ -163,12 +163,12 @@ def segment_sums(terms: jax.Array) -> jax.Array:
     """
     size = terms.shape[-1]
     end = jnp.arange(size + 1)[:, None]
-    start = jnp.arange(size + 1)
+    start = jnp.arange(size + 1)[None]
     # A matrix product: XLA would repeat a cumulative sum for every element that is computed of it.
     term = jnp.arange(size)[:, None, None]
-    included = (start <= term) & (term < end)
+    included = (start[None] <= term) & (term < end[None])
     sums = jnp.tensordot(terms, included.astype(terms.dtype), 1, precision="highest")
-    return jnp.where(start <= end, sums, -jnp.inf)
+    return jnp.where(with_rank(start <= end, sums.ndim), sums, -jnp.inf)
 
 
 @check_arguments

@@ -154,7 +154,7 @@ def test_pictures_scored_against_themselves(
         assert report["settings"]["scored"].startswith("real")
         unknown = "real.npz has no labels" in " ".join(report["notes"])
         assert unknown == (samples.suffix == ".npz")
-    with pytest.raises(ValueError, match=r"another report \(Evaluation of real.*, not .* by tiny"):
+    with pytest.raises(ValueError, match=r"another report \('Evaluation of real.*, not .* by tiny"):
         evaluate.evaluate(
             model, "", f"{picture_folder}:validation", inception_params, config,
             tmp_path / "same_real.npz", cache, reconstructions=True,

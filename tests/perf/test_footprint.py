@@ -157,11 +157,13 @@ def test_analytic_flops_are_those_of_the_products(changes):
         return AiM(config).apply({"params": params}, codes, labels)
 
     counted = dot_flops(jax.make_jaxpr(forward)(params).jaxpr)
-    # The running sums of the decays are products too, and a last state that nothing reads.
-    c, q = (4, 64) if config.chunk_size == 64 else (1, 256)
-    sums = 2 * config.n_layer * 256 * q * config.n_heads
-    unread = 2 * config.n_layer * 256 * config.d_inner * config.d_state * (c == 1)
-    assert counted == 2 * (forward_flops(config) + sums + unread)
+    # The sums of the decays, and their use on scores, are products too. Pairs of positions of one
+    # block are multiplied twice. Nothing reads the last state of a single chunk.
+    c, u, k = (4, 4, 16) if config.chunk_size == 64 else (1, 16, 16)  # chunks, blocks, positions
+    sums = c * config.n_heads * (u * k * (k + 1) ** 2 + u * (u + 1) ** 2 + (u * k) ** 2)
+    twice = 256 * k * (config.ngroups * config.d_state + config.d_inner)
+    unread = 256 * config.d_inner * config.d_state * (c == 1)
+    assert counted == 2 * (forward_flops(config) + 2 * config.n_layer * (sums + twice + unread))
 
 
 def test_analytic_flops_of_the_paper_models():
