@@ -25,6 +25,7 @@ from aim_jax.models import AiMConfig, VQConfig
 from aim_jax.models.aim import init_params as init_aim
 from aim_jax.models.vq import init_params as init_vq
 from aim_jax.weights.pretrained import Pretrained, save_model
+from tests.slow import SLOW
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests read launch/ and benchmarks/
@@ -49,6 +50,13 @@ TINY_VQ = VQConfig(
     in_channels=1, out_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8,
     embed_dim=4, n_embed=16,
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of `tests.slow`."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")
