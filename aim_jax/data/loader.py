@@ -41,15 +41,20 @@ ORDER = "philox"
 CHECKED_AT_ONCE = 1024
 
 
-def check_order(before: str | None, now: str | None = ORDER) -> None:
+def check_order(before: str | None, now: str | None = ORDER, run: str = "the run") -> None:
     """Check that a run resumes with the order of examples that it began with.
+
+    Args:
+      before: Order that the run began with; None for that of version 0.2.0 and earlier.
+      now: Order of this version.
+      run: Name of the run in the message.
 
     Raises:
       ValueError: The orders differ.
     """
     if before != now:
         raise ValueError(
-            "the run began with another version of aim_jax, which shuffles the examples otherwise "
+            f"{run} began with another version of aim_jax, which shuffles the examples otherwise "
             f"(order {shown(before)}, here {shown(now)}); finish it with that version, or start a "
             "new run from its weights with --config.init"
         )

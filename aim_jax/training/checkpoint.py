@@ -42,8 +42,8 @@ FILES = "files.json"  # in a checkpoint: sizes and CRC-32 of its files
 LISTED = {"listed": True}  # metadata of checkpoints that have their list from the start
 # Settings by name, as far as this module reads them; `claim_workdir` compares all of them.
 RUN = record(
-    {"model": dict_of(anything), DATA_KEY: record({"class_names": list_of(text())})},
-    {ORDER_KEY: text()},
+    {"model": dict_of(anything)},
+    {DATA_KEY: record({"class_names": list_of(text())}), ORDER_KEY: text()},
 )
 FILE_LIST = dict_of(list_of(integer(), 2, 2), least=1)  # size and CRC-32 by name
 MOST_VALUE = 200  # characters of a setting in a message
@@ -393,7 +393,7 @@ def _check_data(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     """Raise ValueError if a run would resume on other classes or examples than it began with."""
     if before == now:
         return
-    old = before["class_names"]
+    old = before.get("class_names", [])
     new = now["class_names"]
     lines = [
         f"class {i}: {shown(a)} -> {shown(b)}"
@@ -434,11 +434,12 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: dict[str, Any]) -> No
     resumes = has_checkpoint(workdir)
     if resumes and file.exists():
         old = read_run_file(workdir)
-        check_order(old.pop(ORDER_KEY, None))  # before any checkpoint is judged
+        # Before any checkpoint is judged.
+        check_order(old.pop(ORDER_KEY, None), run=f"the run of {file}")
         # Older versions recorded only those fields of the model that differ from the defaults.
         shape = {"aim": AiMConfig, "vq": VQConfig}[new["stage"]]
         old["model"] = json.loads(json.dumps(dataclasses.asdict(shape()))) | old["model"]
-        _check_data(workdir, old.pop(DATA_KEY), new.pop(DATA_KEY))
+        _check_data(workdir, old.pop(DATA_KEY, {}), new.pop(DATA_KEY))
         before = flatten(old)
         after = flatten(new)
         changed = {

@@ -119,7 +119,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 
 def test_cache_of_another_tokenizer_is_refused(path):
-    with pytest.raises(ValueError, match=f"{path} was made with .*{OURS} .pets_vq.*{OTHER}"):
+    with pytest.raises(ValueError, match=f"{path} was made with .*{OURS} .*pets_vq.*{OTHER}"):
         TokenCache.open(path, expected_tokenizer=OTHER)
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data import TokenCache
 from aim_jax.data.extraction import CacheWriter
+from aim_jax.data.loader import ORDER
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.evaluation import report as reports
 from aim_jax.evaluation import scaling, sweep
@@ -170,7 +171,9 @@ KINDS = {
     ),
     "manifest": Kind("manifest.json", None, read_cache),
     "run": Kind(
-        "run.json", CONFIG | {"learned_from": {"class_names": ["a"], "train": "0"}}, read_run
+        "run.json",
+        CONFIG | {"learned_from": {"class_names": ["a"], "train": "0"}, "order": ORDER},
+        read_run,
     ),
     "metrics": Kind(
         "metrics.jsonl",
