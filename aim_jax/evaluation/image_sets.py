@@ -279,7 +279,9 @@ class NpzImages(ImageSet):
                 f"{self._path}: images are missing: it holds {held}, expected {self.KEY} of uint8 "
                 "(n, H, W, c). A reference may hold mu and sigma of FID instead."
             ) from None
-        except (*DAMAGED, ValueError) as error:
+        except (*DAMAGED, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # such as a missing file
             raise ValueError(
                 f"{self._path}: not a complete npz file with images in {self.KEY!r} "
                 f"({reason_of(error)})."

@@ -86,7 +86,8 @@ def write_report(out: Path, report: dict) -> None:
         lines += ["", f"| {section} | |", "|---|---|"]
         lines += [f"| {k} | {v} |" for k, v in report[section].items()]
     with replacing(out / "report.md") as partial:
-        partial.write_text("\n".join(lines) + "\n")
+        # Names of files may hold bytes that are no text.
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_report(directory: Path) -> dict:

@@ -60,6 +60,11 @@ def read_settings():
         raise ValueError(f"{file} is damaged ({error!r:.200}); export the model again") from None
     if not complete:
         raise ValueError(f"{file} is damaged; export the model again")
+    try:
+        checked_settings({}, stored, 1)
+        checked_interval(None, stored)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); export the model again") from None
     return stored
 
 

@@ -132,7 +132,8 @@ def read_weights(directory):
 
 
 def read_class_names(directory):
-    assert all(name and name.isprintable() for name in read_names(directory / "names.txt"))
+    for name in read_names(directory / "names.txt"):
+        assert name and not {unicodedata.category(c) for c in name} & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def read_export(directory):

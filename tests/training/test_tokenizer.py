@@ -350,7 +350,9 @@ def test_dead_codes_begin_anew_from_what_pictures_are_encoded_to(start):
     optimizer = make_optimizer(vq_defaults().optimizer, 10)
     recipe = Recipe(SMALL, optimizer, ema_decay=0.9, restart_codes=3)
     step = jax.jit(lambda state: train_vq.train_step(state, batch, None, recipe=recipe)[0])
-    state = jax.jit(lambda: train_vq.nn.unbox(train_vq.create_train_state(recipe, 0, 16)))()
+    state = jax.jit(
+        lambda: train_vq.nn.unbox(train_vq.create_train_state(recipe, 1, 16))
+    )()  # leaves codes unused
     state = state.replace(history=jnp.full(HISTORY_LENGTH, 9, jnp.int32))
     books = lambda s: np.asarray(s.params["quantize"]["embedding"])  # noqa: E731
     filled = HISTORY_LENGTH // (2 * 64)
