@@ -272,6 +272,13 @@ def test_train_tokenizer_codes_and_model(installation, model):
     assert installation.succeed("sample", *given) == "mine/grid.png\n"
 
 
+def test_train_folder(installation):
+    given = ["--out", "runs/folder", "--budget_minutes", "0.001", "--per_class", 1]
+    assert (
+        installation.succeed("train_folder", "images", *given) == "runs/folder/samples/grid.png\n"
+    )
+
+
 def test_train_a_shipped_recipe(installation):
     data = ["--config.data.name=folder", "--config.data.dir=images", "--config.codes="]
     given = ["--config", "fashion_mnist", "--workdir", "runs/fashion_mnist", *SHORT]
