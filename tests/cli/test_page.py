@@ -35,7 +35,7 @@ BROWSER_OPTIONS = [
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """It knows how its pictures, 4 x 4 and grey, were fitted."""
+    """It knows how its images, 4 x 4 and grey, were fitted."""
     data = vq_defaults().data.to_dict() | {"name": "folder", "image_size": 4, "channels": 1}
     return dataclasses.replace(tiny_model, info={"data": data})
 
@@ -79,13 +79,13 @@ def ask(address, path, data=None, kind="application/json"):
         return 0, ""
 
 
-def complete(address, model, picture: dict):
-    """What the page answers to a request to complete a picture."""
+def complete(address, model, image: dict):
+    """What the page answers to a request to complete a image."""
     settings = list(SamplingConfig(**model.sampling).numbers().values())
     given = [
         "tiny",
         model.class_names[0],
-        {"meta": {"_type": "gradio.FileData"}, **picture},
+        {"meta": {"_type": "gradio.FileData"}, **image},
         None,
         1,
         1,
@@ -97,10 +97,10 @@ def complete(address, model, picture: dict):
     return ask(address, f"call/complete/{json.loads(text)['event_id']}")
 
 
-def as_address(picture: Image.Image, **options) -> str:
-    """A picture inside of a request."""
+def as_address(image: Image.Image, **options) -> str:
+    """A image inside of a request."""
     file = io.BytesIO()
-    picture.save(file, "PNG", **options)
+    image.save(file, "PNG", **options)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -136,13 +136,13 @@ def test_the_interface_for_programs_names_what_it_offers(address):
     assert not json.loads(text)["unnamed_endpoints"]
 
 
-def test_pictures_are_sent_without_loss(address, model):
+def test_images_are_sent_without_loss(address, model):
     """The grid as PNG, pixel by pixel; and an upload keeps its transparency on the way in."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
     pixels[4:, :, 3] = 0
     files = []
-    for picture in (Image.fromarray(pixels), on_white(Image.fromarray(pixels))):
-        status, text = complete(address, model, {"path": None, "url": as_address(picture)})
+    for image in (Image.fromarray(pixels), on_white(Image.fromarray(pixels))):
+        status, text = complete(address, model, {"path": None, "url": as_address(image)})
         assert status == 200 and "event: complete" in text, text
         (result,) = json.loads(text.partition("event: complete\ndata: ")[2].splitlines()[0])
         assert result["path"].endswith(".png")
@@ -151,9 +151,9 @@ def test_pictures_are_sent_without_loss(address, model):
     np.testing.assert_array_equal(*files)
 
 
-def on_white(picture):
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+def on_white(image):
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def test_comparisons_start_with_two_settings(model):
@@ -171,7 +171,7 @@ def shown(page, element: str) -> bool:
     return handle.json_value()
 
 
-def test_clicking_draws_a_picture(browser_page):
+def test_clicking_draws_a_image(browser_page):
     browser_page.locator("#draw").click()
     assert shown(browser_page, "drawn")
     browser_page.get_by_role("tab", name="Compare").click()
@@ -191,7 +191,7 @@ def test_uploads_are_completed_or_refused(browser_page, tmp_path):
     page.locator("#complete").click()
     assert shown(page, "completed")
 
-    (tmp_path / "bad.png").write_text("this is no picture")
+    (tmp_path / "bad.png").write_text("this is no image")
     page.reload()
     page.get_by_role("tab", name="Complete").click()
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.png")

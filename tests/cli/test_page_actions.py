@@ -1,4 +1,4 @@
-"""What the page does, without a browser: pictures, and one line for what it does not offer."""
+"""What the page does, without a browser: images, and one line for what it does not offer."""
 
 import dataclasses
 import threading
@@ -25,7 +25,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    """It knows how its pictures, 4 x 4 and grey, were fitted."""
+    """It knows how its images, 4 x 4 and grey, were fitted."""
     data = vq_defaults().data.to_dict() | {"name": "folder", "image_size": 4, "channels": 1}
     return dataclasses.replace(tiny_model, info={"data": data})
 
@@ -89,15 +89,15 @@ def test_transparent_uploads_are_completed_on_white(model, actions, values, tmp_
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
     pixels[..., 3] = 255
     pixels[4:, :, 3] = 0
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     options = {}
     if kind == "P":
-        picture = picture.convert("RGB").quantize(16)
-        picture.putpixel((0, 0), 0)
+        image = image.convert("RGB").quantize(16)
+        image.putpixel((0, 0), 0)
         options["transparency"] = 0
     elif kind == "LA":
-        picture = picture.convert("LA")
-    picture.save(tmp_path / "a.png", **options)
+        image = image.convert("LA")
+    image.save(tmp_path / "a.png", **options)
     on_white = decode_image(tmp_path / "a.png", "a.png")
     name = class_names(model)[0]
 
@@ -110,25 +110,25 @@ def test_transparent_uploads_are_completed_on_white(model, actions, values, tmp_
     assert (done != complete(opaque)).any()
 
 
-def test_pictures_and_drawings_are_completed(actions, values, model):
+def test_images_and_drawings_are_completed(actions, values, model):
     name = class_names(model)[0]
-    picture = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     blank = {"composite": np.full((9, 9, 3), 255, np.uint8)}
-    drawing = {"composite": picture}
+    drawing = {"composite": image}
 
     def complete(uploaded, sketched, rows=1, count=2):
         return actions.complete("tiny", name, uploaded, sketched, rows, count, SEED, *values)
 
-    done = complete(picture, None)
+    done = complete(image, None)
     # What is uploaded comes before what is drawn, and a sketchpad without a line is none.
-    np.testing.assert_array_equal(done, complete(picture, drawing))
+    np.testing.assert_array_equal(done, complete(image, drawing))
     np.testing.assert_array_equal(done, complete(None, drawing))
     with pytest.raises(ValueError, match="Upload an image or draw one"):
         complete(None, blank)
     with pytest.raises(ValueError, match="the rows to keep must be an integer from 1 to 1"):
-        complete(picture, None, rows=2)
+        complete(image, None, rows=2)
     with pytest.raises(ValueError, match="the completions must be"):
-        complete(picture, None, count=5)
+        complete(image, None, count=5)
     large = np.broadcast_to(np.uint8(0), (5000, 5000, 3))
     with pytest.raises(ValueError, match=r"more than 16,777,216 pixels"):
         complete(large, None)
