@@ -39,8 +39,8 @@ class AiMConfig:
       ngroups: groups of heads that share B and C (Mamba-2 only).
       chunk_size: tokens per chunk of the training scan; changes speed, not results.
       scan_implementation: implementation of the scan over whole sequences, see
-        `aim_jax.ops.implementation`: None (default), "xla", or "triton" (kernels for NVIDIA GPUs,
-        not differentiable); changes speed, not results.
+        `aim_jax.ops.implementation`: None (default), "xla", or "triton" (kernels for NVIDIA GPUs;
+        those of Mamba-2 are differentiable, and None trains with them); changes speed and rounding.
       d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0
         means no MLP.
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;

@@ -1,8 +1,8 @@
-"""Fused Triton kernels for NVIDIA GPUs: the decode step, the prefix scans and the sampler.
+"""Fused Triton kernels for NVIDIA GPUs: decode step, scans, gradients of a scan, and sampler.
 
 The package is imported only when its kernels are used. It needs the `cuda` extra, but no GPU to
 import, lower or compile ahead of time. Every function is a plain JAX function that works inside
-`jit`, `lax.scan` and `shard_map`; none is differentiable or has a batching rule.
+`jit`, `lax.scan` and `shard_map`. Only `ssd_scan` is differentiable, and none has a batching rule.
 
 Axes: L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
 convolution width, T tokens, d model, v vocabulary.
@@ -32,6 +32,12 @@ from aim_jax.ops.triton.mamba2 import mamba2_step
 from aim_jax.ops.triton.norm import add_norm_modulate
 from aim_jax.ops.triton.prefill import selective_scan_prefill, ssd_prefill
 from aim_jax.ops.triton.sampling import sample
+from aim_jax.ops.triton.ssd_chunks import (
+    ssd_inputs_gradient,
+    ssd_outputs,
+    ssd_weights_gradient,
+)
+from aim_jax.ops.triton.ssd_training import ssd_scan  # noqa: F401  (made of kernels, not one)
 
 __all__ = [
     "add_norm_modulate",
@@ -41,5 +47,8 @@ __all__ = [
     "mamba2_step",
     "sample",
     "selective_scan_prefill",
+    "ssd_inputs_gradient",
+    "ssd_outputs",
     "ssd_prefill",
+    "ssd_weights_gradient",
 ]

@@ -1,5 +1,7 @@
 """Launching of Triton kernels from JAX, and choice of their block sizes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import jax_triton
@@ -15,7 +17,7 @@ from jax_triton.triton_lib import (
 from aim_jax.utils.cache import default_or_cached
 
 # Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
-# to lower or compile, ahead of time, functions that call kernels indirectly.
+# to lower or compile, ahead of time, functions that call kernels indirectly; see `compiling_for`.
 default_compute_capability = None
 
 TARGET = "triton_kernel_call_ffi"
@@ -52,6 +54,22 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, 
         compute_capability=compute_capability or default_compute_capability,
         **options,
     )
+
+
+@contextlib.contextmanager
+def compiling_for(device):
+    """Trace, lower and compile kernels for a GPU that is not attached.
+
+    Args:
+      device: one of `aim_jax.perf.accelerators.topology`.
+    """
+    global default_compute_capability
+    previous = default_compute_capability
+    default_compute_capability = round(10 * float(device.compute_capability))
+    try:
+        yield
+    finally:
+        default_compute_capability = previous
 
 
 def lower(context, *arrays, **params):
