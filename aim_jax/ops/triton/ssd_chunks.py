@@ -208,7 +208,7 @@ class Sizes(NamedTuple):
 
 def tile_size(dtype: Any) -> int:
     """Return the positions per tile for inputs of a dtype: as many as registers have room for."""
-    return 32 if dtype == jnp.float32 else 64
+    return 32 if jnp.dtype(dtype) == jnp.float32 else 64
 
 
 class Decays(NamedTuple):
