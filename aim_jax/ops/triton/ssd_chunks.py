@@ -35,10 +35,15 @@ from aim_jax.ops.triton.launch import launch
 
 
 @triton.jit
-def decays_within(terms, k):
-    """Compute exp(a(s, t)) for the positions (t, s) of one tile from its terms dt A; 0 if t < s."""
-    after = tl.where(k[:, None] > k[None, :], terms[:, None], 0.0)
-    sums = tl.cumsum(after, axis=0)
+def decays_within(terms, k, T: tl.constexpr):
+    """Compute exp(a(s, t)) for the positions (t, s) of the tile whose terms dt A `terms` points to.
+
+    It is 0 if t < s.
+    """
+    # Entry s holds the term after s. Sums along the last axis need no exchange between warps.
+    following = tl.load(terms + k + 1, mask=k + 1 < T, other=0)
+    upto_t = tl.where(k[:, None] > k[None, :], following[None, :], 0.0)
+    sums = tl.cumsum(upto_t, axis=1, reverse=True)
     return tl.exp(tl.where(k[:, None] >= k[None, :], sums, float("-inf")))
 
 
@@ -77,7 +82,7 @@ def ssd_outputs_kernel(
     total *= tl.exp(tl.load(from_start + vector + t))[:, None]
 
     tile = tl.load(scores + t[:, None] * q + t[None, :])
-    tile *= decays_within(tl.load(terms + vector + t), k)
+    tile *= decays_within(terms + vector + i * T, k, T)
     tile *= tl.load(dt + vector + t)[None, :]
     mask = (first + t < l)[:, None] & p_mask
     x_t = tl.load(x + (first + t)[:, None] * (h * p), mask=mask, other=0)
@@ -121,7 +126,7 @@ def ssd_inputs_gradient_kernel(
     total *= tl.exp(tl.load(to_end + vector + s))[:, None]
 
     tile = tl.load(scores + s[:, None] * q + s[None, :])
-    tile *= decays_within(tl.load(terms + vector + s), k)
+    tile *= decays_within(terms + vector + j * T, k, T)
     mask = (first + s < l)[:, None] & p_mask
     dy_s = tl.load(dy + (first + s)[:, None] * (h * p), mask=mask, other=0)
     total = tl.dot(tl.trans(tile.to(operand)), dy_s.to(operand), total, input_precision="tf32x3")
@@ -149,7 +154,12 @@ def ssd_weights_gradient_kernel(
     first = chunk * q  # of the chunk
     t = i * T + k
     s = j * T + k
-    place = ((row * c + chunk) * g + group) * q * q + t[:, None] * q + s[None, :]
+    # From here on, 32-bit offsets within a row suffice and take half the registers.
+    x += row * l * h * p
+    dy += row * l * h * p
+    scores += ((row * c + chunk) * g + group) * q * q
+    dscores += ((row * c + chunk) * g + group) * q * q
+    place = t[:, None] * q + s[None, :]
     tile = tl.load(scores + place)
     total = tl.zeros([T, T], tl.float32)
     for head in range(group * r, (group + 1) * r):
@@ -161,22 +171,21 @@ def ssd_weights_gradient_kernel(
             dw = tl.zeros([T, T], tl.float32)
             for start in range(0, p, BLOCK_P):
                 channel = start + tl.arange(0, BLOCK_P)
-                place_t = (row * l + first + t)[:, None] * (h * p) + (head * p + channel)[None, :]
-                place_s = (row * l + first + s)[:, None] * (h * p) + (head * p + channel)[None, :]
-                mask_t = (first + t < l)[:, None] & (channel < p)[None, :]
-                mask_s = (first + s < l)[:, None] & (channel < p)[None, :]
-                x_s = tl.load(x + place_s, mask=mask_s, other=0)
-                dy_t = tl.load(dy + place_t, mask=mask_t, other=0).to(x_s.dtype)
+                p_mask = (channel < p)[None, :]
+                place_t = (first + t)[:, None] * (h * p) + (head * p + channel)[None, :]
+                place_s = (first + s)[:, None] * (h * p) + (head * p + channel)[None, :]
+                x_s = tl.load(x + place_s, mask=(first + s < l)[:, None] & p_mask, other=0)
+                dy_t = tl.load(dy + place_t, mask=(first + t < l)[:, None] & p_mask, other=0)
+                dy_t = dy_t.to(x_s.dtype)
                 dw = tl.dot(dy_t, tl.trans(x_s), dw, input_precision="tf32x3")
             dt_s = tl.load(dt + vector + s)[None, :]
             if i == j:
                 on_diagonal = tl.where(k[:, None] == k[None, :], dw, 0.0)
                 tl.store(skip + ((row * h + head) * c + chunk) * u + i, tl.sum(on_diagonal))
-                dw *= decays_within(tl.load(terms + vector + t), k)
+                dw *= decays_within(terms + vector + i * T, k, T)
                 by_pair = dw * tile
-                # Position m lies between s and t of the pairs s < m <= t.
-                later = tl.cumsum(by_pair * dt_s, axis=0, reverse=True)
-                sums_t = tl.sum(tl.where(k[:, None] > k[None, :], later, 0.0), axis=1)
+                upto_s = tl.cumsum(by_pair * dt_s, axis=1)
+                sums_t = tl.sum(tl.where(k[:, None] > k[None, :], upto_s, 0.0), axis=0)
             else:
                 weight = tl.exp(tl.load(to_end + vector + s) + tl.load(between + pair))
                 dw *= tl.exp(tl.load(from_start + vector + t))[:, None] * weight[None, :]
@@ -315,8 +324,8 @@ def ssd_weights_gradient(
 
     Returns:
       dscores: gradient of the scores (b, c, g, q, q).
-      by_t: for j < i the sums of e(t, s) dt_s over s, for every t; for j = i the sums over s < m
-        <= t, for every m (b, h, c, u, u, T).
+      by_t: for j < i the sums of e(t, s) dt_s over s, for every t; for j = i the sums over s <= m
+        < t, for every m (b, h, c, u, u, T).
       by_s: sums of e(t, s) over t, for every s (b, h, c, u, u, T).
       skip: sums of dy_t . x_t over every tile (b, h, c, u).
     """
@@ -400,9 +409,11 @@ def _within_chunks_backward(options, arguments, dy):
     dC = product("bcgts,bcsgn->bctgn", dscores, B).astype(C.dtype)
     i = jnp.arange(options.sizes.u)[None, None, None, :, None, None]
     j = i.swapaxes(3, 4)
+    # The term after m lies between the positions of the pairs s <= m < t.
+    after = jnp.sum(jnp.where(i == j, by_t, 0), axis=4)
     decays_gradient = Decays(
         dt=jnp.sum(by_s, axis=3),
-        terms=jnp.sum(jnp.where(i == j, by_t, 0), axis=4),
+        terms=jnp.pad(after[..., :-1], [(0, 0)] * 4 + [(1, 0)]),
         from_start=jnp.sum(jnp.where(i > j, by_t, 0), axis=4),
         to_end=decays.dt * jnp.sum(jnp.where(i > j, by_s, 0), axis=3),
         between=jnp.sum(jnp.where(i > j, by_t, 0), axis=5),
