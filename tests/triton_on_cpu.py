@@ -22,7 +22,6 @@ from jax_triton.triton_lib import get_triton_type, normalize_grid, triton_kernel
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-
 ONE_AT_A_TIME = threading.Lock()  # devices run kernels in threads, and the interpreter is global
 
 

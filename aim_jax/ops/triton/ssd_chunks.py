@@ -344,10 +344,16 @@ def ssd_weights_gradient(
 def _launch(kernel: Any, *arrays: jax.Array, sizes: Sizes, **options: Any) -> list[jax.Array]:
     """Launch one of the three kernels."""
     _, h, p, g, c, u, _ = sizes
-    block = min(max(triton.next_power_of_2(p), 16), 64)
+    # The most warps and channels at once for which no registers spill.
+    largest, warps = 64, 8
+    if kernel is ssd_weights_gradient_kernel:
+        largest, warps = (32, 4) if arrays[0].dtype == jnp.float32 else (64, 16)
+    block = min(max(triton.next_power_of_2(p), 16), largest)
     tiles = (u * u, g) if kernel is ssd_weights_gradient_kernel else (h * triton.cdiv(p, block), u)
-    grid = (*tiles, len(arrays[0]) * c)
-    return launch(kernel, *arrays, grid=grid, BLOCK_P=block, **options, **sizes._asdict())
+    return launch(
+        kernel, *arrays, grid=(*tiles, len(arrays[0]) * c), num_warps=warps, num_stages=2,
+        BLOCK_P=block, **options, **sizes._asdict(),
+    )  # fmt: skip
 
 
 class Options(NamedTuple):
