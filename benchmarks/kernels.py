@@ -236,7 +236,7 @@ def cases(model: str, images: int) -> Iterator[Case]:
 
 
 def training_cases(config: AiMConfig, images: int, dtype: str = "bfloat16") -> Iterator[Case]:
-    """Yield the kernels of the scan's gradients, with one chunk per image.
+    """Yield the kernels of a training step's scan, with one chunk per image, and convolution.
 
     Args:
       config: configuration of the model.
@@ -272,6 +272,15 @@ def training_cases(config: AiMConfig, images: int, dtype: str = "bfloat16") -> I
     ):
         bound = functools.partial(op, sizes=sizes, dtype=x.dtype)
         yield Case(op.__name__, bound, shared | own, moved)
+
+    e, w = config.d_inner, config.d_conv
+    conv = {"x": activations(b, l, e), "weight": full(w, e), "bias": full(e)}
+    moved = 2 * nbytes(x)
+    yield Case("conv_outputs", functools.partial(kernels.conv_outputs, silu=True), conv, moved)
+    arguments = conv | {"dy": conv["x"]}
+    moved = 3 * nbytes(x)
+    op = functools.partial(kernels.conv_gradients, silu=True)
+    yield Case("conv_gradients", op, arguments, moved)
 
 
 def find_launch(op, arguments: dict) -> tuple:

@@ -6,12 +6,13 @@
 - "pallas": fused kernels for TPUs; no op has one yet.
 
 None is the default. For an op it means "xla", because most kernels are not differentiable. Those
-of `ssd_scan` are: on NVIDIA GPUs, None means "triton" there in functions of `sharded_jit`, which
-are the steps of a training; see `ssd_scan_default`. For the token loop, which needs no gradients,
-it means the fused kernels of the device if there are any; see `aim_jax.sampling.engine.resolve`.
-Training of tokenizers chooses in the same way between "xla" and the differentiable ops of
-`aim_jax.ops.conv2d` and `aim_jax.ops.group_norm`. An explicit implementation is either used or
-rejected with an error that says why; it is never replaced silently.
+of `ssd_scan` and `causal_conv1d` are: on NVIDIA GPUs, None means "triton" there in functions of
+`sharded_jit`, which are the steps of a training; see `training_default`. For the token loop, which
+needs no gradients, it means the fused kernels of the device if there are any; see
+`aim_jax.sampling.engine.resolve`. Training of tokenizers chooses in the same way between "xla" and
+the differentiable ops of `aim_jax.ops.conv2d` and `aim_jax.ops.group_norm`. An explicit
+implementation is either used or rejected with an error that says why; it is never replaced
+silently.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ def implementation_of(op: str, implementation: str | None, available: tuple[str,
     return chosen
 
 
-def ssd_scan_default() -> str:
+def training_default() -> str:
     """Return "triton" if an NVIDIA GPU runs the `sharded_jit` function being traced, else "xla".
 
     The mesh of the function names the devices. Other functions may run anywhere, and the kernels

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from aim_jax.ops.implementation import implementation_of, kernels_of, ssd_scan_default
+from aim_jax.ops.implementation import implementation_of, kernels_of, training_default
 from aim_jax.ops.reference import (
     bind_axes,
     bind_ssd,
@@ -87,7 +87,7 @@ def ssd_scan(
     Raises:
       ValueError: the shapes do not match, or chunk_size is not positive.
     """
-    implementation = implementation or ssd_scan_default()
+    implementation = implementation or training_default()
     chosen = implementation_of("ssd_scan", implementation, ("xla", "triton"))
     if chosen != "xla":
         return kernels_of(chosen).ssd_scan(

@@ -1,4 +1,4 @@
-"""The Mamba-2 scan with gradients of its Triton kernels: interpreted, lowered, and compiled."""
+"""Triton kernels of training, the Mamba-2 scan and convolution: interpreted, lowered, compiled."""
 
 import functools
 import re
@@ -231,6 +231,48 @@ def test_wrong_arguments_are_named():
         kernels.ssd_scan(**inputs | {"z": inputs["z"][..., :2]})
     with pytest.raises(ValueError, match="x is float64, but implementation='triton' expects"):
         kernels.ssd_scan(**inputs | {"x": inputs["x"].astype(np.float64)})
+    with pytest.raises(ValueError, match="causal_conv1d: x is float64, but implementation="):
+        kernels.causal_conv1d(np.zeros((1, 2, 3)), np.zeros((4, 3)))
+
+
+# Sizes b, l, c, w; with a state; activation.
+CONVOLUTIONS = {
+    "two blocks of positions": ((2, 37, 5, 4), False, "silu"),
+    "two blocks of channels": ((1, 3, 130, 4), False, "silu"),
+    "after other inputs": ((1, 34, 3, 3), True, "silu"),
+    "alone": ((1, 5, 2, 2), False, None),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_and_its_gradients(case):
+    (b, l, c, w), continued, activation = CONVOLUTIONS[case]
+    rng = np.random.default_rng(0)
+    shapes = {"x": (b, l, c), "weight": (w, c), "bias": (c,), "initial_state": (b, w - 1, c)}
+    inputs = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    if not continued:
+        del inputs["initial_state"]
+    cotangents = (rng.normal(size=(b, l, c)), rng.normal(size=(b, w - 1, c)))
+    convolve = functools.partial(ops.causal_conv1d, activation=activation)
+    kernel = functools.partial(convolve, implementation="triton")
+    actual = values_and_gradients(kernel, inputs, tuple(t.astype(np.float32) for t in cotangents))
+    with jax.enable_x64(True):
+        double = jax.tree.map(np.float64, inputs)
+        expected = jax.tree.map(np.asarray, values_and_gradients(convolve, double, cotangents))
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-6), actual, expected)
+
+
+def test_convolution_in_bfloat16():
+    rng = np.random.default_rng(0)
+    x, dy, weight = rng.normal(size=(3, 9, 6))
+    x, dy = (t[None].astype(jnp.bfloat16) for t in (x, dy))
+    inputs = {"x": x, "weight": weight[:4].astype(np.float32)}
+    zeros = np.zeros((1, 3, 6), np.float32)
+    kernel = functools.partial(ops.causal_conv1d, implementation="triton")
+    (y, _), (gradients,) = values_and_gradients(kernel, inputs, (dy, zeros))
+    (y_exact, _), (exact,) = values_and_gradients(ops.causal_conv1d, inputs, (dy, zeros))
+    assert (y.dtype, gradients["x"].dtype) == (jnp.bfloat16, jnp.bfloat16)
+    jax.tree.map(functools.partial(assert_close, tolerance=2**-8), (y, gradients), (y_exact, exact))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -259,6 +301,7 @@ def test_the_train_step_of_gpus_has_the_kernels():
         text = lowered.compile().as_text()
     assert {name for name, _, _ in cuda_calls(lowered)} == {
         "ssd_outputs_kernel", "ssd_inputs_gradient_kernel", "ssd_weights_gradient_kernel",
+        "conv_outputs_kernel", "conv_gradients_kernel",
     }  # fmt: skip
     # Rows and heads of one device, and its scores.
     rows, heads = config.batch_size // 2, setup.model.n_heads // 2

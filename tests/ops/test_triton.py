@@ -888,6 +888,7 @@ def lowering_cases():
     x = zeros((1, 21, 4, 3))
     decays = Decays(*[zeros((1, 4, 1, 2, 16))] * 4, zeros((1, 4, 1, 2, 2)))
     chunk = {"scores": zeros((1, 1, 2, 32, 32)), "decays": decays}
+    window = {"x": zeros((2, 9, 5)), "weight": zeros((4, 5)), "bias": zeros(5)}
     return {
         "mamba2_step": (step | {"conv_cache": ring, "state": state}, ("conv_cache", "state")),
         "dual_step": (step | {"conv_cache": ring} | tokens, ("conv_cache", *tokens)),
@@ -900,13 +901,20 @@ def lowering_cases():
         "ssd_outputs": (chunk | {"x": x, "D": zeros(4)}, ()),
         "ssd_inputs_gradient": (chunk | {"dy": x, "D": zeros(4)}, ()),
         "ssd_weights_gradient": (chunk | {"x": x, "dy": x}, ()),
+        "conv_outputs": (window, ()),
+        "conv_gradients": (window | {"dy": zeros((2, 9, 5))}, ()),
     }
 
 
 CHUNKS = {"sizes": Sizes(l=21, h=4, p=3, g=2, c=1, u=2, T=16), "dtype": np.float32}
-STATIC = {"add_norm_modulate": {"inner": 7}} | dict.fromkeys(
-    ("ssd_outputs", "ssd_inputs_gradient", "ssd_weights_gradient"), CHUNKS
-)
+STATIC = {
+    "add_norm_modulate": {"inner": 7},
+    "ssd_outputs": CHUNKS,
+    "ssd_inputs_gradient": CHUNKS,
+    "ssd_weights_gradient": CHUNKS,
+    "conv_outputs": {"silu": True},
+    "conv_gradients": {"silu": False},
+}
 TARGETS = {80: "sm_80", 90: "sm_90a"}
 
 

@@ -2,7 +2,8 @@
 
 The package is imported only when its kernels are used. It needs the `cuda` extra, but no GPU to
 import, lower or compile ahead of time. Every function is a plain JAX function that works inside
-`jit`, `lax.scan` and `shard_map`. Only `ssd_scan` is differentiable, and none has a batching rule.
+`jit`, `lax.scan` and `shard_map`. `ssd_scan` and `causal_conv1d` are differentiable in reverse
+mode, the others are not. None has a batching rule.
 
 Axes: L layers, b rows (sequences), h heads, p headdim, e = h p inner channels, n state, g groups, w
 convolution width, T tokens, d model, v vocabulary.
@@ -26,6 +27,11 @@ try:
 except Exception as error:  # a jax-triton for another version of JAX can fail in any way
     raise ImportError(f"aim_jax.ops.triton: {cause_of(error)}") from error
 
+from aim_jax.ops.triton.conv import (
+    causal_conv1d,  # noqa: F401  (made of kernels, not one)
+    conv_gradients,
+    conv_outputs,
+)
 from aim_jax.ops.triton.dual import dual_step
 from aim_jax.ops.triton.mamba1 import conv_step, mamba1_step
 from aim_jax.ops.triton.mamba2 import mamba2_step
@@ -41,6 +47,8 @@ from aim_jax.ops.triton.ssd_training import ssd_scan  # noqa: F401  (made of ker
 
 __all__ = [
     "add_norm_modulate",
+    "conv_gradients",
+    "conv_outputs",
     "conv_step",
     "dual_step",
     "mamba1_step",

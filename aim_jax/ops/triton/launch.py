@@ -14,6 +14,7 @@ from jax_triton.triton_lib import (
     triton_kernel_call_p,
 )
 
+from aim_jax.ops.reference import require
 from aim_jax.utils.cache import default_or_cached
 
 # Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
@@ -89,6 +90,15 @@ def lower(context, *arrays, **params):
 
 
 mlir.register_lowering(triton_kernel_call_p, lower, platform="cuda")
+
+
+def require_kernel_dtype(op, x):
+    """Raise ValueError unless the kernels, which compute in float32, keep the digits of x."""
+    require(
+        x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
+        f"{op}: x is {x.dtype}, but implementation='triton' expects bfloat16, float16 or float32; "
+        "use implementation='xla'.",
+    )
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):

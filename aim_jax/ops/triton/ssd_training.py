@@ -12,12 +12,12 @@ from aim_jax.ops.reference import (
     bind_ssd,
     compose,
     pad_length,
-    require,
     skip_and_gate,
     split_length,
     step_sizes,
 )
 from aim_jax.ops.ssd import segment_sums
+from aim_jax.ops.triton.launch import require_kernel_dtype
 from aim_jax.ops.triton.prefill import ssd_prefill
 from aim_jax.ops.triton.ssd_chunks import Decays, Options, Sizes, product, tile_size, within_chunks
 from aim_jax.parallel.sharding import mesh_parts, per_device
@@ -79,11 +79,7 @@ def ssd_scan(
         "initial_state": initial_state,
     }  # fmt: skip
     bind_ssd("ssd_scan", **arrays)
-    require(
-        x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
-        f"ssd_scan: x is {x.dtype}, but implementation='triton' expects bfloat16, float16 or "
-        "float32; use implementation='xla'.",
-    )
+    require_kernel_dtype("ssd_scan", x)
     # Heads of one device use groups of the same device.
     repeats = math.lcm(B.shape[2], mesh_parts("heads")) // B.shape[2]
     if repeats > 1:
