@@ -12,7 +12,7 @@ from aim_jax.ops.triton.device import silu
 from aim_jax.ops.triton.launch import launch, require_kernel_dtype
 from aim_jax.parallel.sharding import per_device
 
-BLOCK_L = 32  # positions of a program
+BLOCK_L = 64  # positions of a program
 # Logical axes of the arguments, by name. Channels do not depend on each other.
 AXES = {"x": ("batch", None, "inner"), "weight": (None, "inner"), "bias": ("inner",)}
 
@@ -68,7 +68,7 @@ def conv_gradients_kernel(
     c_mask = channel < c
     total = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
     d_sum = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)  # at t, of the last round at s
-    for k in tl.static_range(w):
+    for k in range(w):  # not unrolled: all loads at once would take most registers
         t = s + (w - 1) - k
         mask = (t < l)[:, None] & c_mask[None, :]
         d_sum = tl.load(dy + t[:, None] * c + channel[None, :], mask=mask, other=0).to(tl.float32)
@@ -134,7 +134,7 @@ def conv_gradients(x, weight, bias, dy, *, silu, compute_capability=None):
 
 def _launch(kernel, x, weight, *arrays, **options):
     b, l, c = x.shape
-    block = min(triton.next_power_of_2(c), 128)
+    block = min(triton.next_power_of_2(c), 64)
     return launch(
         kernel, x, weight, *arrays, grid=(triton.cdiv(c, block), triton.cdiv(l, BLOCK_L), b),
         num_warps=8, l=l, c=c, w=len(weight), BLOCK_L=BLOCK_L, BLOCK_C=block, **options,
