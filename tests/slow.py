@@ -17,6 +17,7 @@ SLOW = (
     "tests/evaluation/test_evaluate.py::test_report_and_pictures",
     "tests/models/test_models.py::test_grouped_adaln_rewritten_per_layer_is_the_same_model",
     "tests/models/test_models.py::test_ways_to_execute_give_the_same_values_and_gradients",
+    "tests/ops/test_ssd_training.py::test_a_model_trains_with_the_kernels",
     "tests/ops/test_ssd_training.py::test_kernels_compile_without_spills",
     "tests/ops/test_ssd_training.py::test_the_train_step_of_gpus_has_the_kernels",
     "tests/ops/test_triton.py::test_kernels_compile_without_spills",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from aim_jax import ops
 from aim_jax.ops.triton_availability import triton_unavailable_because
@@ -23,7 +24,7 @@ from aim_jax.perf.accelerators import topology
 from aim_jax.training import aim as train
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import ssd_accuracy
-from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
+from tests import triton_on_cpu
 from tests.ops.test_ops import (
     GOLDEN,
     assert_close,
@@ -31,8 +32,8 @@ from tests.ops.test_ops import (
     mamba2_recurrence,
     values_and_gradients,
 )
-from tests.ops.test_triton import cuda_calls, kernel_calls
-from tests.parallel.test_sharding import small_config
+from tests.ops.test_triton import cuda_calls, kernel_calls, normal
+from tests.parallel.test_sharding import gradients, small_config
 
 
 def scan_inputs(b, l, h, p, g, n, without=(), dtype=np.float32, seed=0):
@@ -273,6 +274,34 @@ def test_convolution_in_bfloat16():
     (y_exact, _), (exact,) = values_and_gradients(ops.causal_conv1d, inputs, (dy, zeros))
     assert (y.dtype, gradients["x"].dtype) == (jnp.bfloat16, jnp.bfloat16)
     jax.tree.map(functools.partial(assert_close, tolerance=2**-8), (y, gradients), (y_exact, exact))
+
+
+def test_a_model_trains_with_the_kernels(monkeypatch):
+    """Loss and gradients on four devices, with rematerialization, beside XLA's on one."""
+    config, on_one = small_config(data=2, model=2, fsdp=True), small_config()
+    config.model.update(remat="dots", n_layer=1)
+    on_one.model.n_layer = 1
+    shapes = jax.eval_shape(train.Setup(config, jax.devices()[:4]).new_state).params
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.5 * normal(rng, *x.shape), nn.unbox(shapes))
+    expected = gradients(on_one, 1, params)[:2]
+    monkeypatch.setattr("aim_jax.ops.implementation.TRITON_PLATFORMS", ("cpu",))
+    calls = []
+    monkeypatch.setattr(triton_on_cpu, "run", counted(triton_on_cpu.run, calls))
+    actual = gradients(config, 4, params)[:2]
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), actual, expected)
+    assert set(calls) == {
+        "ssd_outputs_kernel", "ssd_inputs_gradient_kernel", "ssd_weights_gradient_kernel",
+        "conv_outputs_kernel", "conv_gradients_kernel",
+    }  # fmt: skip
+
+
+def counted(run, calls):
+    def call(*arrays, fn, **options):
+        calls.append(fn.fn.__name__)
+        return run(*arrays, fn=fn, **options)
+
+    return call
 
 
 @pytest.mark.parametrize("arch", [80, 90])
