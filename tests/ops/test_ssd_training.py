@@ -162,8 +162,8 @@ def test_small_terms_keep_their_digits_beside_large_ones():
     inputs["A"] = np.array([-1.0], np.float32)
     inputs["dt"] = np.full((1, 32, 1), -7.0, np.float32)
     inputs["dt"][:, :16] = 50.0
-    inputs["x"][:, :16] *= 1e4
-    scan = functools.partial(ssd_training, chunk_size=32, tile=16)
+    inputs["x"][:, :8] *= 1e4
+    scan = functools.partial(ssd_training, chunk_size=32, tile=32)
     _, (actual,) = values_and_gradients(scan, inputs, cotangents)
     _, (expected,) = exact_results(inputs, cotangents)
     assert_close(actual["dt"][:, 17:], expected["dt"][:, 17:], 2e-6)
