@@ -71,6 +71,7 @@ def aim_defaults() -> ConfigDict:
     # samples images of b half as often as those of a. "": encode images on the fly.
     config.codes = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
+    config.model.scan_implementation = placeholder(str)  # None chooses by the devices
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
     return config
 

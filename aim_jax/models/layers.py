@@ -109,11 +109,13 @@ class CausalConv1D(nn.Module):
       width: number of taps w; the last one weighs the current input.
       axis: logical axis of the channels.
       dtype: dtype of the computation and of the state.
+      implementation: of `ops.causal_conv1d`.
     """
 
     width: int
     axis: str
     dtype: str
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -131,7 +133,10 @@ class CausalConv1D(nn.Module):
         bias_init = nn.with_logical_partitioning(init, (self.axis,))
         kernel = self.param("kernel", kernel_init, (self.width, x.shape[-1]))
         bias = self.param("bias", bias_init, (x.shape[-1],))
-        y, state = ops.causal_conv1d(x.astype(self.dtype), kernel, bias, initial_state=state)
+        y, state = ops.causal_conv1d(
+            x.astype(self.dtype), kernel, bias, initial_state=state,
+            implementation=self.implementation,
+        )  # fmt: skip
         return y, state.astype(self.dtype)
 
 

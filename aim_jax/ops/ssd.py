@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.implementation import implementation_of, kernels_of, training_default
 from aim_jax.ops.reference import (
     bind_axes,
     bind_ssd,
@@ -74,21 +74,25 @@ def ssd_scan(
       dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, h, p, n); zeros when None.
       chunk_size: largest chunk length. Chunks have equal lengths, to keep the padding small.
-        "triton" uses chunks of at most 32.
-      implementation: None, "xla", or "triton" (one kernel for NVIDIA GPUs, not differentiable).
+        "triton" uses chunks of at least 256 where gradients are taken, of at most 32 elsewhere.
+      implementation: "xla", or "triton" (kernels for NVIDIA GPUs, differentiable in reverse mode).
+        None is "triton" in the steps of a training on NVIDIA GPUs where the kernels are available,
+        "xla" otherwise; see `aim_jax.ops.implementation`.
 
     Returns:
       y like x, and the state after the last position (b, h, p, n). Everything is computed in
-      float32, or in float64 for float64 x.
+      float32, or in float64 for float64 x. Where gradients are taken, the operands of the products
+      of "triton" have the dtypes of x, B and C; sums, decays and states are float32.
 
     Raises:
       ValueError: the shapes do not match, or chunk_size is not positive.
     """
+    implementation = implementation or training_default()
     chosen = implementation_of("ssd_scan", implementation, ("xla", "triton"))
     if chosen != "xla":
-        return kernels_of(chosen).ssd_prefill(
+        return kernels_of(chosen).ssd_scan(
             x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-            initial_state=initial_state, chunk_size=min(chunk_size, 32),
+            initial_state=initial_state, chunk_size=chunk_size,
         )  # fmt: skip
     sizes = bind_ssd("ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     require_floats("ssd_scan", x=x)

@@ -28,6 +28,7 @@ from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch, mamba2
+from aim_jax.ops.triton.ssd_chunks import Decays, Sizes
 from aim_jax.perf.accelerators import topology
 from aim_jax.sampling import logits as filters
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
@@ -883,6 +884,11 @@ def lowering_cases():
     conv = {name: step[name] for name in ("projected", "layer", "position")}
     conv |= {"conv_weight": step["conv_weight"], "conv_bias": step["conv_bias"]}
     seam_arguments = seam() | {"layer": 0}
+    zeros = functools.partial(np.zeros, dtype=np.float32)
+    x = zeros((1, 21, 4, 3))
+    decays = Decays(*[zeros((1, 4, 1, 2, 16))] * 4, zeros((1, 4, 1, 2, 2)))
+    chunk = {"scores": zeros((1, 1, 2, 32, 32)), "decays": decays}
+    window = {"x": zeros((2, 9, 5)), "weight": zeros((4, 5)), "bias": zeros(5)}
     return {
         "mamba2_step": (step | {"conv_cache": ring, "state": state}, ("conv_cache", "state")),
         "dual_step": (step | {"conv_cache": ring} | tokens, ("conv_cache", *tokens)),
@@ -892,9 +898,23 @@ def lowering_cases():
         "sample": (sampler_inputs(), ()),
         "ssd_prefill": (scan_inputs(ops.ssd_scan), ("initial_state",)),
         "selective_scan_prefill": (scan_inputs(ops.selective_scan), ()),
+        "ssd_outputs": (chunk | {"x": x, "D": zeros(4)}, ()),
+        "ssd_inputs_gradient": (chunk | {"dy": x, "D": zeros(4)}, ()),
+        "ssd_weights_gradient": (chunk | {"x": x, "dy": x}, ()),
+        "conv_outputs": (window, ()),
+        "conv_gradients": (window | {"dy": zeros((2, 9, 5))}, ()),
     }
 
 
+CHUNKS = {"sizes": Sizes(l=21, h=4, p=3, g=2, c=1, u=2, T=16), "dtype": np.float32}
+STATIC = {
+    "add_norm_modulate": {"inner": 7},
+    "ssd_outputs": CHUNKS,
+    "ssd_inputs_gradient": CHUNKS,
+    "ssd_weights_gradient": CHUNKS,
+    "conv_outputs": {"silu": True},
+    "conv_gradients": {"silu": False},
+}
 TARGETS = {80: "sm_80", 90: "sm_90a"}
 
 
@@ -928,13 +948,14 @@ def cuda_calls(lowered):
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
     arguments, carried = lowering_cases()[name]
-    static = {"inner": 7} if name == "add_norm_modulate" else {}
-    op = functools.partial(getattr(kernels, name), **static, compute_capability=capability)
+    op = functools.partial(
+        getattr(kernels, name), **STATIC.get(name, {}), compute_capability=capability
+    )
 
     def loop(arguments):
         def body(caches, _):
             outputs = op(**arguments | caches)
-            if name == "sample":
+            if not carried:
                 return caches, outputs
             split = len(outputs) - len(carried)
             return dict(zip(carried, outputs[split:], strict=True)), outputs[:split]
