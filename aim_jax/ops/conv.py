@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
+from aim_jax.ops.products import round_cotangent
 from aim_jax.ops.reference import bind_axes, compute_dtype, require_floats, with_rank
 from aim_jax.utils.checks import check_arguments
 
@@ -61,6 +62,7 @@ def causal_conv1d(
     y = sum(taps[1:], taps[0])
     if bias is not None:
         y = y + with_rank(bias.astype(dtype), y.ndim)
+    y = round_cotangent(y, x.dtype)
     if activation == "silu":
         y = jax.nn.silu(y)
     return y.astype(x.dtype), inputs[:, l:].astype(dtype)

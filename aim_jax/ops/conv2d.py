@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.products import precision_of
 
 IMPLEMENTATIONS = ("xla", "native")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -37,6 +38,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     Returns:
       (b, H', W', d).
     """
+    options["precision"] = options.get("precision") or precision_of(x.dtype)
     if (
         not _is_plain(options)
         or isinstance(padding, str)
@@ -53,7 +55,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
         for j in range(w)
     ]
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options.get("precision"))
+    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options["precision"])
 
 
 def _is_plain(options: dict) -> bool:
@@ -144,7 +146,12 @@ def _doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernels = _both_axes(_halves, kernel)  # (row parity 2, row 2, column parity 2, column 2, c, d)
     kernels = kernels.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * d)
     y = jax.lax.conv_general_dilated(
-        x, kernels.astype(x.dtype), (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC
+        x,
+        kernels.astype(x.dtype),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=NHWC,
+        precision=precision_of(x.dtype),
     ).reshape(b, h + 1, w + 1, 2, 2, d)
     # The windows of even outputs start one pixel before those of odd ones.
     kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
@@ -178,7 +185,12 @@ def _doubling_backward(implementation, saved, g):
     x, kernel = saved
     reached, spread = jax.vjp(functools.partial(_both_axes, _reached), kernel)
     dx = jax.lax.conv_general_dilated(
-        g, reached.swapaxes(2, 3).astype(g.dtype), (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC
+        g,
+        reached.swapaxes(2, 3).astype(g.dtype),
+        (2, 2),
+        ((1, 1), (1, 1)),
+        dimension_numbers=NHWC,
+        precision=precision_of(g.dtype),
     )
     if implementation == "native":
         gradient = kernels_of("native").conv2d_kernel_gradient(g, x, (4, 4), (2, 2), (1, 1))
@@ -202,7 +214,8 @@ def _reached_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     g = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h + 1, 2, w + 1, 2, d)
     g = g.swapaxes(2, 3)
     parts = [[g[:, i : i + h, j : j + w] for j in (0, 1)] for i in (0, 1)]
-    products = [[jnp.einsum("bhwc,bhwpqd->pqcd", x, part) for part in row] for row in parts]
+    product = functools.partial(jnp.einsum, "bhwc,bhwpqd->pqcd", x, precision=precision_of(x.dtype))
+    products = [[product(part) for part in row] for row in parts]
     gradient = jnp.stack([jnp.stack(row) for row in products])  # (2, 2, 2, 2, c, d)
     return gradient.swapaxes(1, 2).reshape(4, 4, c, d)
 
