@@ -15,6 +15,7 @@ from flax import linen as nn
 from aim_jax import ops
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import (
+    PROJECTION,
     AdaLN,
     FinalLayer,
     GatedMLP,
@@ -31,6 +32,7 @@ from aim_jax.models.mamba2 import (
     init_mamba2_cache,
     init_mamba2_dual_cache,
 )
+from aim_jax.ops.products import product
 from aim_jax.parallel.sharding import constrain
 from aim_jax.utils.checks import check_arguments
 
@@ -40,10 +42,9 @@ MODULES: dict[str, tuple] = {
 }
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
 }
 Cache = Mamba1Cache | Mamba2Cache
-Carry = tuple[jax.Array, jax.Array]  # (hidden, residual), each (b, l, d)
 
 
 class Modulation(NamedTuple):
@@ -64,28 +65,26 @@ class Block(nn.Module):
 
     The mixer's part is
 
-        residual <- hidden + residual
-        hidden   <- gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
+        residual <- residual + gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
     """
 
     config: AiMConfig
 
     @nn.compact
     def __call__(
-        self, carry: Carry, modulation: jax.Array, cache: Cache | None
-    ) -> tuple[Carry, Cache | None]:
+        self, residual: jax.Array, modulation: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         """Apply the block.
 
         Args:
-          carry: (hidden, residual), each (b, l, d).
+          residual: residual stream (b, l, d).
           modulation: (b, parts, d), see `Modulation.layers`.
           cache: mixer state before these inputs, or None to start from zero.
 
         Returns:
-          The new (hidden, residual), and the cache after these inputs (None without a cache).
+          The new residual stream, and the cache after these inputs (None without a cache).
         """
         cfg = self.config
-        hidden, residual = carry
         parts = jnp.split(modulation, cfg.modulation_parts, axis=1)
         parts = [part[:, 0] for part in parts]
         if cfg.d_intermediate:
@@ -94,7 +93,6 @@ class Block(nn.Module):
             shift, scale, gate = parts
         mixer = MODULES[cfg.mixer][0](cfg, name="mixer")
 
-        residual = hidden + residual
         x = modulate(RMSNorm(eps=cfg.norm_eps, name="norm")(residual), shift, scale)
         x, cache = mixer(x, cache)
         hidden = gate[:, None] * x
@@ -107,7 +105,7 @@ class Block(nn.Module):
         hidden, residual = (constrain(t, "batch", "length", None) for t in (hidden, residual))
         self.sow("intermediates", "hidden", hidden)
         self.sow("intermediates", "residual", residual)
-        return (hidden, residual), cache
+        return constrain(hidden + residual, "batch", "length", None), cache
 
 
 class AiM(nn.Module):
@@ -183,9 +181,8 @@ class AiM(nn.Module):
         start, modulation = self.condition(labels, train)
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1, dtype=jnp.int32))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
-        carry, _ = self.stack(x, modulation)
-        hidden, residual = carry
-        return self.final(hidden, residual, modulation.final)
+        x, _ = self.stack(x, modulation)
+        return self.final(x, modulation.final)
 
     def condition(self, labels: jax.Array, train: bool = False) -> tuple[jax.Array, Modulation]:
         """Embed labels (b,) as the first input (b, 1, d) and the modulation of every layer."""
@@ -213,32 +210,30 @@ class AiM(nn.Module):
         Returns:
           Logits (b, l, v) float32, and the cache after x.
         """
-        carry, cache = self.stack(x, modulation, cache)
-        hidden, residual = carry
-        return self.logits(hidden, residual, modulation.final), cache
+        x, cache = self.stack(x, modulation, cache)
+        return self.logits(x, modulation.final), cache
 
     def stack(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
-    ) -> tuple[Carry, Cache | None]:
-        """Apply all blocks to inputs (b, l, d); return ((hidden, residual), cache)."""
-        x = constrain(x, "batch", "length", None)
-        return self.layers((x, jnp.zeros_like(x)), modulation.layers, cache)
+    ) -> tuple[jax.Array, Cache | None]:
+        """Apply all blocks to inputs (b, l, d); return the residual stream (b, l, d) and cache."""
+        return self.layers(constrain(x, "batch", "length", None), modulation.layers, cache)
 
-    def logits(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """Compute logits (b, l, v) from the outputs (b, l, d) of the last block; see `final`."""
-        return self.head(self.final(hidden, residual, final))
+    def logits(self, x: jax.Array, final: jax.Array) -> jax.Array:
+        """Compute logits (b, l, v) from the residual stream (b, l, d); see `final`."""
+        return self.head(self.final(x, final))
 
-    def final(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """Apply the last norms to the outputs of the last block.
+    def final(self, x: jax.Array, final: jax.Array) -> jax.Array:
+        """Apply the last norms to the residual stream.
 
         Args:
-          hidden, residual: (b, l, d) each.
+          x: residual stream after the last block (b, l, d).
           final: `Modulation.final`.
 
         Returns:
           Features (b, l, d) for `head`.
         """
-        x = self.norm_f(hidden + residual)
+        x = self.norm_f(x)
         self.sow("intermediates", "norm_f_out", x)
         x = self.final_layer(x, final[0, :, 0], final[0, :, 1])
         self.sow("intermediates", "final_out", x)
@@ -247,9 +242,7 @@ class AiM(nn.Module):
     def head(self, x: jax.Array) -> jax.Array:
         """Project features (b, l, d) to float32 logits (b, l, v)."""
         table = self.output_table()
-        return jnp.einsum(
-            "bld,vd->blv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
-        )
+        return product("bld,vd->blv", x.astype(table.dtype), table)
 
     def output_table(self) -> jax.Array:
         """Return the token embeddings (v, d), the tied output matrix, in the compute dtype."""

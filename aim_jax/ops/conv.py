@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of, training_default
+from aim_jax.ops.products import round_cotangent
 from aim_jax.ops.reference import bind_axes, compute_dtype, require_floats, with_rank
 from aim_jax.utils.checks import check_arguments
 
@@ -72,6 +73,7 @@ def causal_conv1d(
     y = sum(taps[1:], taps[0])
     if bias is not None:
         y = y + with_rank(bias.astype(dtype), y.ndim)
+    y = round_cotangent(y, x.dtype)
     if activation == "silu":
         y = jax.nn.silu(y)
     return y.astype(x.dtype), state

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.products import precision_of
 
 IMPLEMENTATIONS = ("xla", "native")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -38,6 +39,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     Returns:
       (b, H', W', d).
     """
+    options["precision"] = options.get("precision") or precision_of(x.dtype)
     if (
         not _is_plain(options)
         or isinstance(padding, str)
@@ -54,7 +56,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
         for j in range(w)
     ]
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options.get("precision"))
+    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options["precision"])
 
 
 def _is_plain(options: dict) -> bool:
@@ -165,7 +167,9 @@ def _convolved(x, kernel, strides, implementation):
     padding = ((1, 1), (1, 1))
     if implementation == "native":
         return kernels_of("native").conv2d(x, kernel, strides, padding)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=NHWC, precision=precision_of(x.dtype)
+    )
 
 
 def _both_axes(sums: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
@@ -216,7 +220,8 @@ def _reached_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     g = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h + 1, 2, w + 1, 2, d)
     g = g.swapaxes(2, 3)
     parts = [[g[:, i : i + h, j : j + w] for j in (0, 1)] for i in (0, 1)]
-    products = [[jnp.einsum("bhwc,bhwpqd->pqcd", x, part) for part in row] for row in parts]
+    product = functools.partial(jnp.einsum, "bhwc,bhwpqd->pqcd", x, precision=precision_of(x.dtype))
+    products = [[product(part) for part in row] for row in parts]
     gradient = jnp.stack([jnp.stack(row) for row in products])  # (2, 2, 2, 2, c, d)
     return gradient.swapaxes(1, 2).reshape(4, 4, c, d)
 
