@@ -24,7 +24,7 @@ if reason := triton_unavailable_because():
     pytest.skip(f"{reason}; `make test` brings it all", allow_module_level=True)
 
 from aim_jax.models.aim import AiM, init_params
-from aim_jax.models.config import AiMConfig
+from aim_jax.models.config import PRESETS, AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch, mamba2
@@ -41,11 +41,9 @@ from aim_jax.sampling.generate import (
 )
 from aim_jax.utils.random import random_key
 from benchmarks import kernels as kernel_benchmark
-from tests import (
-    parity,
-    triton_on_cpu,  # noqa: F401  (lets the kernels run here)
-)
+from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
 from tests.ops.test_ops import assert_close
+from tests.teacher_forced import teacher_forced_decode
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -743,7 +741,7 @@ def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, pr
 
 MAMBA1 = {"mixer": "mamba1"}
 CODES, LABELS = jnp.array([[5, 11, 3, 20]]), jnp.array([1])
-teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config", "engine"))
+teacher_forced = jax.jit(teacher_forced_decode, static_argnames=("config", "engine"))
 
 
 @pytest.mark.parametrize(
@@ -952,7 +950,7 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_benchmark.knobs.cache, "dir", str(tmp_path))
     found = {
         case.name: kernel_benchmark.compile_case(case, arch)
-        for case in kernel_benchmark.cases("XL", images=64)
+        for case in kernel_benchmark.cases(PRESETS["XL"], images=64)
     }
     assert {name.split()[0] for name in found} == set(kernels.__all__)
     assert {name: kernel.spill for name, kernel in found.items()} == dict.fromkeys(found, 0)

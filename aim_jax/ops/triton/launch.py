@@ -12,6 +12,7 @@ from jax_triton.triton_lib import (
     triton_kernel_call_p,
 )
 
+from aim_jax.ops.reference import require
 from aim_jax.utils.cache import default_or_cached
 
 # Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
@@ -71,6 +72,14 @@ def lower(context, *arrays, **params):
 
 
 mlir.register_lowering(triton_kernel_call_p, lower, platform="cuda")
+
+
+def require_power_of_2(op, **sizes):
+    """Raise ValueError if a size of a block, by the name of its argument, is no power of two."""
+    for name, size in sizes.items():
+        require(
+            size == triton.next_power_of_2(size), f"{op}: {name} = {size}, expected a power of two"
+        )
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):
