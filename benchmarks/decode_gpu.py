@@ -243,14 +243,18 @@ class Agreement:
     def __init__(self, config: AiMConfig):
         self.config = config
         self.exact = in_float32(config)
-        self.params = random_params(self.exact)
         self.images = 2
-        shape = (self.images, config.num_tokens)
-        self.inputs = jax.random.randint(jax.random.key(3), shape, 0, config.vocab_size)
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """Random parameters, made when they are first used."""
+        return random_params(self.exact)
 
     def _logits(self, config: AiMConfig, engine: Engine) -> jax.Array:
+        shape = (self.images, config.num_tokens)
+        inputs = jax.random.randint(jax.random.key(3), shape, 0, config.vocab_size)
         labels = jnp.arange(self.images) % config.num_classes
-        arguments = (self.params, self.inputs, labels, 1.5, 0)
+        arguments = (self.params, inputs, labels, 1.5, 0)
         return teacher_forced_decode(*arguments, config=config, engine=engine)["guided"]
 
     @functools.cached_property

@@ -73,9 +73,9 @@ from benchmarks.traces import profiled
 from benchmarks.train_cpu import aim_batch
 
 WHEELS = (
-    "absl-py chex clu etils flax humanize jax-triton ml_collections msgpack nest_asyncio optax "
-    "orbax-checkpoint pillow protobuf psutil simplejson tensorstore toolz treescope "
-    "typing_extensions uvloop aiofiles pyyaml rich fsspec importlib_resources zipp"
+    "absl-py aiofiles chex clu etils flax fsspec humanize importlib_resources jax-triton "
+    "ml_collections msgpack optax orbax-checkpoint pillow protobuf psutil pygments pyyaml rich "
+    "simplejson tensorstore toolz treescope typing_extensions uvloop wrapt zipp"
 )
 DESCRIPTION = __doc__.replace("{WHEELS}", WHEELS)
 RESULTS = "results.json"
@@ -151,7 +151,7 @@ REAL = Sizes(
 REHEARSAL = Sizes(
     checked={"tiny": TINY},
     agreed=dataclasses.replace(TINY, compute_dtype="bfloat16"),
-    options=("--tiny", "--repeats", "1", "--decode_batch", "1"),
+    options=("--tiny", "--repeats", "1", "--decode_batch", "1", "--bandwidth", "10"),
     b="tiny",
     xl="tiny",
     engines=("dual", "recurrent"),
@@ -268,7 +268,7 @@ def decode_cases(
 
     @functools.cache
     def bandwidth() -> float:
-        return decode_gpu.copy_bandwidth()
+        return args.bandwidth * 1e9 if args.bandwidth else decode_gpu.copy_bandwidth()
 
     @functools.cache
     def models() -> decode_gpu.Models:

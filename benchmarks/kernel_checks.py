@@ -88,8 +88,12 @@ def difference(actual: jax.Array, expected: jax.Array, allowed: float | None = N
 
 
 def verdict(differences: dict[str, dict]) -> dict:
-    """Return the differences by name, and whether all are allowed."""
-    return {"passed": all(d["passed"] for d in differences.values()), "differences": differences}
+    """Return whether all differences are allowed, the largest part of what is, and all by name."""
+    return {
+        "passed": all(d["passed"] for d in differences.values()),
+        "largest": max(d["error"] / d["allowed"] for d in differences.values()),
+        "differences": differences,
+    }
 
 
 def compare_values(case: Case) -> dict:
@@ -157,7 +161,8 @@ def time_launch(case: Case, repeats: int, rounds: int, **shape) -> dict:
       **shape: arguments of the op that set blocks and warps.
     """
     arguments = random_arguments(case)
-    caches = {name: arguments.pop(name) for name in CACHES[name_of(case.op)]}
+    names = CACHES[name_of(case.op)]
+    caches = {name: arguments.pop(name) for name in names}
     layers = arguments["A"].shape[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -165,7 +170,7 @@ def time_launch(case: Case, repeats: int, rounds: int, **shape) -> dict:
         def one_round(caches: dict, _: None) -> tuple[dict, None]:
             for layer in range(layers):
                 _, _, *new = case.op(**arguments | caches | {"layer": layer}, **shape)
-                caches = dict(zip(caches, new, strict=True))
+                caches = dict(zip(names, new, strict=True))
             return caches, None
 
         return jax.lax.scan(one_round, caches, length=rounds)[0]
