@@ -81,6 +81,7 @@ DESCRIPTION = __doc__.replace("{WHEELS}", WHEELS)
 RESULTS = "results.json"
 BROKEN = 75  # exit status of a process whose device is no longer usable
 Case = tuple[str, Callable[[], dict]]
+Run = tuple[tuple[str, ...], tuple[int, ...], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +93,15 @@ class Sizes:
       agreed: model whose engines are compared.
       options: of decode_gpu.py.
       b, xl: names of the models of stages 2 and 3.
-      engines: engines by stage 2's order of importance.
-      b_images, xl_images: batch sizes, the most important first.
+      engines: engines of stage 1.
+      b_runs, xl_runs: engines, batch sizes, and whether tokens are also decoded into images, the
+        most important first. The kernels of the first engine are listed too.
+      without_graphs: the same for stage 2 without CUDA graphs.
       swept: model and images of every sweep of launch shapes.
       most_shapes: launch shapes per kernel.
       rounds: timed passes over the layers, or training steps.
       batch: images per training step.
       recipes: configurations of training, by model.
-      gpu: whether Triton's engines run.
     """
 
     checked: dict[str, AiMConfig]
@@ -108,8 +110,9 @@ class Sizes:
     b: str
     xl: str
     engines: tuple[str, ...]
-    b_images: tuple[int, ...]
-    xl_images: tuple[int, ...]
+    b_runs: tuple[Run, ...]
+    xl_runs: tuple[Run, ...]
+    without_graphs: tuple[Run, ...]
     swept: tuple[tuple[AiMConfig, int], ...]
     most_shapes: int | None
     rounds: int
@@ -139,9 +142,14 @@ REAL = Sizes(
     options=("--models", "B,XL", "--repeats", "3"),
     b="B",
     xl="XL",
-    engines=("dual_bf16", "recurrent_bf16", "recurrent", "xla"),
-    b_images=(1, 64, 8, 256),
-    xl_images=(1, 64),
+    engines=("dual_bf16", "recurrent_bf16", "recurrent"),
+    b_runs=(
+        (("dual_bf16", "recurrent_bf16"), (1, 64, 8, 256), False),
+        (("dual_bf16",), (1, 64), True),
+        (("recurrent", "xla"), (1, 64, 8, 256), False),
+    ),
+    xl_runs=((("dual_bf16", "recurrent_bf16", "recurrent", "xla"), (1, 64), False),),
+    without_graphs=((("dual_bf16", "recurrent_bf16"), (1, 64), False),),
     swept=((PRESETS["XL"], 64), (PRESETS["B"], 64), (PRESETS["B"], 1), (PRESETS["XL"], 1)),
     most_shapes=None,
     rounds=10,
@@ -155,8 +163,9 @@ REHEARSAL = Sizes(
     b="tiny",
     xl="tiny",
     engines=("dual", "recurrent"),
-    b_images=(1,),
-    xl_images=(1,),
+    b_runs=((("dual", "recurrent"), (1,), False), (("dual",), (1,), True)),
+    xl_runs=((("dual",), (1,), False),),
+    without_graphs=((("recurrent",), (1,), False),),
     swept=((TINY, 1),),
     most_shapes=1,
     rounds=1,
@@ -252,19 +261,9 @@ def compare_engine(agreement: decode_gpu.Agreement, engine, dtype: str) -> dict:
 # Stages 2 and 3
 
 
-def decode_cases(
-    sizes: Sizes, model: str, batches: Iterable[int], engines: Iterable[str], images: bool = False
-) -> Iterator[Case]:
-    """Yield the rates of a model by batch and engine, and tables of the kernels of the first one.
-
-    Args:
-      model: name of the model.
-      batches: batch sizes.
-      engines: names of engines.
-      images: also decode tokens into images.
-    """
-    options = [*sizes.options, *([] if images else ["--tokens_only"])]
-    args = decode_gpu.parse(options)
+def decode_cases(sizes: Sizes, model: str, runs: Iterable[Run]) -> Iterator[Case]:
+    """Yield the rates of a model by batch and engine, and tables of kernels."""
+    args = decode_gpu.parse(list(sizes.options))
 
     @functools.cache
     def bandwidth() -> float:
@@ -274,8 +273,9 @@ def decode_cases(
     def models() -> decode_gpu.Models:
         return decode_gpu.Models(args.configs[model], args.vq_config)
 
-    def measure(count: int, name: str) -> dict:
-        return decode_gpu.measure_case(models(), count, name, args, bandwidth())
+    def measure(count: int, name: str, images: bool) -> dict:
+        options = argparse.Namespace(**vars(args) | {"tokens_only": not images})
+        return decode_gpu.measure_case(models(), count, name, options, bandwidth())
 
     def trace(count: int, name: str) -> dict:
         tokens = functools.partial(
@@ -284,12 +284,13 @@ def decode_cases(
         jax.block_until_ready(tokens())
         return profiled(tokens)
 
-    engines = list(engines)
     yield "copy", lambda: {"GB/s": bandwidth() / 1e9}
-    for count, name in itertools.product(batches, engines):
-        yield f"{count} {name}", functools.partial(measure, count, name)
-        if name == engines[0]:
-            yield f"{count} {name} kernels", functools.partial(trace, count, name)
+    for number, (engines, batches, images) in enumerate(runs):
+        for count, name in itertools.product(batches, engines):
+            case = f"{count} {name}{' to images' if images else ''}"
+            yield case, functools.partial(measure, count, name, images)
+            if number == 0 and name == engines[0]:
+                yield f"{case} kernels", functools.partial(trace, count, name)
 
 
 # Stage 4
@@ -381,35 +382,21 @@ class Part:
 
 def parts_of(sizes: Sizes, args) -> dict[str, Part]:
     """Return all parts by name, in order."""
-    b = functools.partial(decode_cases, model=sizes.b)
-    main = sizes.engines[:2]
+    decode_b = functools.partial(decode_cases, model=sizes.b)
+    decode_xl = functools.partial(decode_cases, model=sizes.xl)
+    without_graphs = functools.partial(decode_b, runs=sizes.without_graphs)
     parts = {
         "kernels": Part(1, kernel_cases),
         "engines": Part(1, engine_cases),
-        "B": Part(2, functools.partial(b, batches=sizes.b_images, engines=main)),
-        "B without graphs": Part(
-            2,
-            functools.partial(b, batches=sizes.b_images[:2], engines=main),
-            decode_gpu.GRAPHS["off"],
-        ),
-        "B other engines": Part(
-            2, functools.partial(b, batches=sizes.b_images, engines=sizes.engines[2:])
-        ),
-        "B images": Part(
-            2, functools.partial(b, batches=sizes.b_images[:2], engines=main[:1], images=True)
-        ),
-        "XL": Part(
-            3,
-            functools.partial(
-                decode_cases, model=sizes.xl, batches=sizes.xl_images, engines=sizes.engines
-            ),
-        ),
+        "B": Part(2, functools.partial(decode_b, runs=sizes.b_runs)),
+        "B without graphs": Part(2, without_graphs, decode_gpu.GRAPHS["off"]),
+        "XL": Part(3, functools.partial(decode_xl, runs=sizes.xl_runs)),
         "launch shapes": Part(4, launch_cases),
     }
     for model, scan in itertools.product(sizes.recipes, ("xla", "triton")):
         cases = functools.partial(train_cases, model=model, scan=scan)
         parts[f"{model} {scan}"] = Part(5, cases)
-    for model in gpu_training.MODELS:
+    for model in args.train:
         cases = functools.partial(train_model, model=model, args=args)
         parts[f"CIFAR-10 {model}"] = Part(6, cases)
     return parts
@@ -454,6 +441,7 @@ def run_child(name: str, args) -> int:
     """Run a part in a process until the deadline; return its exit status."""
     command = [sys.executable, __file__, "--part", name, "--deadline", str(args.deadline)]
     command += ["--out", str(args.out), *(["--parts", str(args.parts)] if args.parts else [])]
+    command += ["--train", *args.train]
     for override in args.config:
         command += ["--config", override]
     cache = Path(tempfile.gettempdir(), "aim_jax_gpu_day")
@@ -485,6 +473,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--budget_s", type=float, default=540, help="seconds in all (540)")
     add("--stage", type=int, action="append", help="stage to run; may be repeated (1 to 5)")
     add("--parts", type=Path, help="folder of the training data of stage 6")
+    models = ", ".join(gpu_training.MODELS)
+    add("--train", nargs="+", default=gpu_training.MODELS, help=f"models of stage 6 ({models})")
     add(
         "--config", action="append", default=[], metavar="MODEL.FIELD=VALUE",
         help="setting of a training of stage 6, such as aim.steps=20000; may be repeated",
@@ -499,6 +489,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--stage {unknown.pop()}: expected 1 to 6")
     if 6 in args.stage and args.parts is None:
         parser.error("--stage 6 needs --parts, the folder that gpu_training.py prepare writes")
+    if unknown := set(args.train) - set(gpu_training.MODELS):
+        parser.error(f"--train {unknown.pop()}: expected some of {models}")
     return args
 
 

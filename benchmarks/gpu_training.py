@@ -248,8 +248,12 @@ def tokenizer_training(name: str, config: Any, parts: Path, out: Path) -> Traini
 
 def aim_training(config: Any, parts: Path, out: Path) -> Training:
     """Prepare the training of an AiM."""
+    if unfinished := sorted(out.glob("vq*-step*.npz")):
+        raise ValueError(f"{unfinished[0]}: this tokenizer is not finished; train it first.")
     setup = aim.Setup(config, jax.devices()[:1])
-    vq = trained_tokenizer(out)
+    vq = dataclasses.replace(
+        trained_tokenizer(out), aim_config=setup.model, aim_params=None, class_names=CIFAR10_CLASSES
+    )
     size = config.batch_size
     held_out = with_codes(read_parts(parts, "validation"), vq)
 
@@ -259,9 +263,7 @@ def aim_training(config: Any, parts: Path, out: Path) -> Training:
             yield {"codes": codes, "labels": held_out["labels"][start : start + size]}
 
     def evaluate(state: TrainState) -> dict:
-        model = Pretrained(
-            "cifar10", setup.model, state.eval_params, vq.vq_config, vq.vq_params, CIFAR10_CLASSES
-        )
+        model = dataclasses.replace(vq, aim_params=state.eval_params)
         labels = np.repeat(np.arange(min(10, setup.model.num_classes)), 8)
         images = np.asarray(generate(model, labels, config.seed, cfg_scale=2.0).images)
         save_png(make_grid(images, 8, list(CIFAR10_CLASSES)), out / "samples.png")

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 TRAINING = {
     "vq": {
-        "steps": 1, "batch_size": 2, "model.ch": 32, "model.ch_mult": [1, 2], "model.n_embed": 16,
+        "steps": 1, "batch_size": 8, "model.ch": 32, "model.ch_mult": [1, 2], "model.n_embed": 16,
         "model.z_channels": 8, "model.embed_dim": 4, "optimizer.warmup_steps": 0,
     },
     "aim": {
@@ -144,7 +144,11 @@ def test_a_process_ends_at_the_deadline(tmp_path, monkeypatch):
 
 
 def test_wrong_stages_are_named(tmp_path, capsys):
-    for arguments, expected in (["--stage", "7"], "7: expected 1 to 6"), (["--stage=6"], "--parts"):
+    for arguments, expected in (
+        (["--stage", "7"], "7: expected 1 to 6"),
+        (["--stage=6"], "--parts"),
+        (["--train", "vae"], "vae: expected some of vq, vq_full, aim"),
+    ):
         with pytest.raises(SystemExit):
             gpu_day.main(["--out", str(tmp_path), *arguments])
         assert expected in capsys.readouterr().err

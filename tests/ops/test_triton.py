@@ -264,7 +264,7 @@ def one_step(step, **changed):
     parameters, projected = mamba2_layers(*SMALL, layers=3)
     rng = np.random.default_rng(2)
     caches = {"conv_cache": normal(rng, 3, b, w, h * p + 2 * g * n)}
-    if step is kernels.mamba2_step:
+    if getattr(step, "func", step) is kernels.mamba2_step:
         caches["state"] = normal(rng, 3, b, h, p, n)
     else:
         caches |= {"inputs": normal(rng, 3, b, 8, h, p), "B_cache": normal(rng, 3, b, 8, g, n)}
@@ -292,6 +292,25 @@ def test_a_step_touches_its_own_layer_only(step):
         expected = rows <= 3 if name == "log_decay" else rows == 3
         expected = np.ones(1) if name == "state" else expected
         np.testing.assert_array_equal(np.any(changed) if name == "state" else changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [
+        (kernels.mamba2_step, {"channels_per_program": 2, "num_warps": 2}),
+        (kernels.dual_step, {"heads_per_program": 2, "tokens_per_block": 2, "num_warps": 8}),
+    ],
+)
+def test_launch_shapes_change_no_result(step, shape):
+    _, expected = one_step(step)
+    _, actual = one_step(functools.partial(step, **shape))
+    for one, other in zip((actual[0], *actual[2:]), (expected[0], *expected[2:]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert_close(actual[1].sum(axis=1), expected[1].sum(axis=1), 1e-6)
+    for name in shape:
+        if name != "num_warps":
+            with pytest.raises(ValueError, match=f"{name} = 3, expected a power of two"):
+                one_step(functools.partial(step, **{name: 3}))
 
 
 @pytest.mark.parametrize("step", STEPS)
