@@ -26,11 +26,9 @@ or was left out.
 interprets the kernels. `pytest -m gpu` runs stage 1 as tests.
 
 Machines without this package's dependencies: the checkout is enough, with Python 3.12, jax 0.11.2
-and its CUDA plugin, triton 3.6 and these wheels (about 40 MB). Neither grain, tensorflow-datasets,
-safetensors nor tensorboard is imported. On a machine with network access:
-  pip download --no-deps --only-binary=:all: --python-version 3.12 \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
-    --platform manylinux2014_x86_64 --dest wheels --constraint constraints.txt \
+and its CUDA plugin, triton 3.6 and these wheels (39 MB). Neither grain, tensorflow-datasets,
+safetensors nor tensorboard is imported. On a machine with network access and Python 3.12:
+  pip download --no-deps --only-binary=:all: --dest wheels --constraint constraints.txt \
     {WHEELS}
   python benchmarks/gpu_training.py prepare --data CIFAR10 --out parts      # stage 6 only
 and on the machine with the GPU, in the checkout with both folders:
@@ -42,6 +40,7 @@ and on the machine with the GPU, in the checkout with both folders:
 import argparse
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -62,6 +61,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find aim_jax/ fr
 from aim_jax.configs import aim_b, aim_xl
 from aim_jax.configs.defaults import aim_defaults
 from aim_jax.models import PRESETS, AiMConfig
+from aim_jax.ops.triton_availability import triton_unavailable_because
 from aim_jax.parallel.sharding import create_sharded, shard_batch
 from aim_jax.perf.accelerators import peak_flops
 from aim_jax.perf.flops import training_flops
@@ -509,6 +509,8 @@ def main(argv: list[str] | None = None) -> int:
     record.write()
     names = [name for name, part in parts.items() if part.stage in args.stage]
     if args.rehearse:
+        if jax.default_backend() == "cpu" and not triton_unavailable_because():
+            importlib.import_module("tests.triton_on_cpu")
         record.content["machine"] = decode_gpu.machine()
         for name in names:
             run_part(name, parts[name], sizes, record)

@@ -52,8 +52,6 @@ def parts(tmp_path_factory):
 def test_the_rehearsal_runs_every_stage(tmp_path, parts):
     if reason := triton_unavailable_because():
         pytest.skip(reason)
-    from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
-
     stages = [f"--stage={i}" for i in range(1, 7)]
     settings = [f"--config={x}" for x in overrides("vq") + overrides("aim")]
     arguments = ["--rehearse", "--out", str(tmp_path), "--parts", str(parts), *stages, *settings]
