@@ -16,8 +16,10 @@ HOST_LINE = re.compile(r"tf_XLA|XLA|Codegen|Eigen")  # lines of XLA's threads on
 
 def profiled(function: Callable[[], object], rows: int = 40) -> dict:
     """Call a function under the profiler and return its `kernel_table`."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # a call per line of Python would be recorded too
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready(function())
         (file,) = Path(folder).rglob("*.trace.json.gz")
         with gzip.open(file) as stream:

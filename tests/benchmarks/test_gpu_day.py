@@ -1,5 +1,7 @@
 """The program for a GPU that is lent for minutes, rehearsed; its records, tables and trainings."""
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -12,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from aim_jax import ops
 from aim_jax.data.token_cache import TokenCache
 from aim_jax.ops.triton_availability import triton_unavailable_because
 from aim_jax.weights.pretrained import load_pretrained
-from benchmarks import gpu_day, gpu_training, traces
+from benchmarks import decode_gpu, gpu_day, gpu_training, traces
 from tests.conftest import ROOT
 
 TRAINING = {
@@ -181,6 +184,69 @@ print(json.dumps([sorted(modules), sorted({d for m in modules for d in owners.ge
     present |= {"setuptools", "pip", "jax-cuda13-plugin", "jax-cuda13-pjrt"}
     optional = {"cloudpickle", "filelock", "flatbuffers", "googleapis-common-protos"}
     assert {plain(name) for name in distributions} <= listed | present | optional
+
+
+def test_cases_of_real_sizes_can_be_traced():
+    """Kernels and references agree in shapes and dtypes, and every launch shape is accepted."""
+    if reason := triton_unavailable_because():
+        pytest.skip(reason)
+    from benchmarks import kernel_checks, kernels
+
+    def shapes(op, case):
+        arguments = jax.eval_shape(lambda: kernel_checks.random_arguments(case))
+        return jax.eval_shape(functools.partial(kernel_checks.results, op, case), arguments)
+
+    for config in gpu_day.REAL.checked.values():
+        for case in kernels.cases(config, images=2):
+            arrays = shapes(case.op, case)
+            expected = shapes(kernel_checks.reference(case), case)
+            for one, other in zip(arrays, expected, strict=True):
+                assert (one.shape, one.dtype) == (other.shape, other.dtype), case.name
+    for config, images in gpu_day.REAL.swept:
+        for case in kernels.cases(config, images):
+            if kernel_checks.name_of(case.op) in kernel_checks.CACHES:
+                tried = list(kernel_checks.shapes_of(case))
+                assert len(tried) == (12 if "mamba2" in case.name else 24)
+                shapes(functools.partial(case.op, **tried[-1]), case)
+    args = decode_gpu.parse(list(gpu_day.REAL.options))
+    for runs in (gpu_day.REAL.b_runs, gpu_day.REAL.xl_runs, gpu_day.REAL.without_graphs):
+        assert all(set(engines) <= set(args.known_engines) for engines, _, _ in runs)
+
+
+def test_wrong_values_and_gradients_are_seen(monkeypatch):
+    """With plain JAX in place of kernels, exact and with errors."""
+    if reason := triton_unavailable_because():
+        pytest.skip(reason)
+    from aim_jax.ops import triton
+    from benchmarks import kernel_checks, kernels
+
+    cases = {case.name: case for case in kernels.cases(gpu_day.TINY, images=2)}
+    case = cases["conv_step"]
+
+    def conv_step(error):
+        def op(**arguments):
+            y, cache = ops.conv_step(**arguments)
+            return y, cache.at[0, 0, 0, 0].add(error)
+
+        op.__name__ = "conv_step"
+        return dataclasses.replace(case, op=op)
+
+    assert kernel_checks.compare_values(conv_step(0.0))["passed"]
+    assert not kernel_checks.compare_values(conv_step(1.0))["passed"]
+
+    def ssd_prefill(error):
+        def op(x, dt, A, *arguments, chunk_size, **options):
+            return ops.ssd_scan(x, dt, A * (1 + error), *arguments, **options)
+
+        return op
+
+    for error in (0.0, 1e-2):
+        monkeypatch.setattr(triton, "ssd_prefill", ssd_prefill(error))
+        result = kernel_checks.compare_gradients(cases["ssd_prefill"], "float32")
+        assert result["passed"] == (error == 0)
+        assert set(result["differences"]) == {
+            "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"
+        }  # fmt: skip
 
 
 # Traces
