@@ -47,7 +47,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +65,7 @@ from aim_jax.parallel.sharding import create_sharded, shard_batch
 from aim_jax.perf.accelerators import peak_flops
 from aim_jax.perf.flops import training_flops
 from aim_jax.training.aim import Setup
+from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.files import write_json
 from benchmarks import decode_gpu, gpu_training
 from benchmarks.decode_cpu import seconds
@@ -444,8 +444,7 @@ def run_child(name: str, args) -> int:
     command += ["--train", *args.train]
     for override in args.config:
         command += ["--config", override]
-    cache = Path(tempfile.gettempdir(), "aim_jax_gpu_day")
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache_directory("compiled"))} | os.environ
     flags = parts_of(REAL, args)[name].xla_flags
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     # Only its own time limit ends a training without loss, so that comes before this one.
@@ -503,7 +502,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.part:  # a child of this program
         record = Record(file, args.deadline)
         record.content["machine"] = decode_gpu.machine()
-        return run_part(args.part, parts[args.part], sizes, record)
+        part = parts[args.part]
+        if (backend := jax.default_backend()) != "gpu":
+            reason = f"JAX's device is {backend}, expected an NVIDIA GPU; see jax-cuda13-plugin"
+            record.cases[f"{part.stage} {args.part}: device"] = {"failed": reason}
+            record.write()
+            return 0
+        return run_part(args.part, part, sizes, record)
     record = Record(file, args.deadline)
     record.content["cases"] = {k: v for k, v in record.cases.items() if not again(v)}
     record.write()

@@ -134,6 +134,15 @@ def test_a_process_that_a_case_ends_is_started_again(tmp_path, monkeypatch):
     assert gpu_day.Record(file, 0).cases["empty: process"]["failed"]
 
 
+def test_a_machine_without_a_gpu_is_told(tmp_path, capsys):
+    """In a process of its own, as all parts run."""
+    assert gpu_day.main(["--out", str(tmp_path), "--stage", "4"]) == 1
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert "is cpu, expected" in content["cases"]["4 launch shapes: device"]["failed"]
+    assert content["machine"]["versions"]["jax"] == jax.__version__
+    assert "1 cases, 1 failed, 0 left out" in capsys.readouterr().out
+
+
 def test_a_process_ends_at_the_deadline(tmp_path, monkeypatch):
     script = tmp_path / "sleep.py"
     script.write_text("import time\ntime.sleep(60)\n")
