@@ -21,12 +21,13 @@ REFERENCES = {
     "ssd_prefill": ops.ssd_scan,
     "selective_scan_prefill": ops.selective_scan,
 }
+# Ops with gradients, by a kernel with the same arguments. Their other kernels have no reference.
+DIFFERENTIABLE = {"ssd_prefill": ops.ssd_scan, "selective_scan_prefill": ops.selective_scan}
 # Arguments of the decode steps of Mamba-2 that they update in place.
 CACHES = {
     "mamba2_step": ("conv_cache", "state"),
     "dual_step": ("conv_cache", "inputs", "B_cache", "log_decay"),
 }
-SCANS = (ops.ssd_scan, ops.selective_scan)
 # Tolerated differences by the dtype of a result, relative to its largest magnitude: the order of
 # float32 sums, and the rounding of a bfloat16 result to a neighbour. Gradients of bfloat16 arrays
 # may be products of bfloat16 factors.
@@ -40,11 +41,12 @@ def name_of(op: Callable) -> str:
     return getattr(op, "func", op).__name__
 
 
-def reference(case: Case) -> Callable:
-    """Return the plain JAX function that a kernel computes."""
+def reference(case: Case) -> Callable | None:
+    """Return the plain JAX function that a kernel computes, or None if it is a part of one."""
     name = name_of(case.op)
-    op = REFERENCES.get(name) or getattr(ops, name)
-    return functools.partial(op, **getattr(case.op, "keywords", {}), implementation="xla")
+    op = REFERENCES.get(name) or getattr(ops, name, None)
+    keywords = getattr(case.op, "keywords", {})
+    return op and functools.partial(op, **keywords, implementation="xla")
 
 
 def random_arguments(case: Case) -> dict[str, jax.Array]:
@@ -127,31 +129,34 @@ def compare_values(case: Case) -> dict:
 
 
 def compare_gradients(case: Case, dtype: str) -> dict:
-    """Compare the gradients of a scan's kernel with those of the plain scan.
+    """Compare results and gradients of a differentiable op with those in plain JAX.
 
     Args:
-      case: of a scan.
+      case: of a kernel in `DIFFERENTIABLE`.
       dtype: of the arrays with a position axis.
 
     Raises:
-      NotImplementedError: the kernel is not differentiable.
+      NotImplementedError: the op's kernels are not differentiable.
     """
-    scan = reference(case).func
+    op = DIFFERENTIABLE[name_of(case.op)]
     arguments = random_arguments(case)
     x = arguments["x"]
-    n = arguments["B"].shape[-1]
-    arguments |= {"z": jnp.flip(x), "initial_state": jnp.ones((x.shape[0], *x.shape[2:], n))}
+    if "B" in arguments:  # a scan
+        state = (x.shape[0], *x.shape[2:], arguments["B"].shape[-1])
+        arguments |= {"z": jnp.flip(x), "initial_state": jnp.ones(state)}
     narrow = ("x", "dt", "B", "C", "z")
     arguments = {k: v.astype(dtype if k in narrow else "float32") for k, v in arguments.items()}
 
-    def loss(arguments: dict, implementation: str) -> jax.Array:
-        y, state = scan(**arguments, implementation=implementation)
+    def loss(arguments: dict, implementation: str) -> tuple[jax.Array, dict]:
+        y, state = op(**arguments, implementation=implementation)
         weights = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-        return jnp.sum(weights * y) + jnp.sum(jnp.cos(state))
+        return jnp.sum(weights * y) + jnp.sum(jnp.cos(state)), {"y": y, "state": state}
 
-    gradients = jax.jit(jax.grad(loss), static_argnums=1)
+    gradients = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     with jax.default_matmul_precision("highest"):
-        actual, expected = (gradients(arguments, name) for name in ("triton", "xla"))
+        (actual, values), (expected, plain) = (gradients(arguments, i) for i in ("triton", "xla"))
+    actual |= values
+    expected |= plain
     allowed = NARROW_GRADIENTS if dtype == "bfloat16" else None
     return verdict({k: difference(actual[k], expected[k], allowed) for k in expected})
 
@@ -159,10 +164,11 @@ def compare_gradients(case: Case, dtype: str) -> dict:
 def checks(config: AiMConfig, images: int) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Yield name and comparison of every kernel at the shapes of a model, and of gradients."""
     for case in kernels.cases(config, images):
-        yield case.name, functools.partial(compare_values, case)
-        if getattr(reference(case), "func", None) in SCANS:
+        if reference(case):
+            yield case.name, functools.partial(compare_values, case)
+        if op := DIFFERENTIABLE.get(name_of(case.op)):
             for dtype in ("float32", "bfloat16"):
-                name = f"gradients of {case.name} {dtype}"
+                name = f"gradients of {op.__name__} {dtype}"
                 yield name, functools.partial(compare_gradients, case, dtype)
 
 

@@ -207,6 +207,7 @@ def test_cases_of_real_sizes_can_be_traced():
 
     for config in gpu_day.REAL.checked.values():
         for case in kernels.cases(config, images=2):
+            assert kernel_checks.reference(case), f"no comparison of {case.name}"
             arrays = shapes(case.op, case)
             expected = shapes(kernel_checks.reference(case), case)
             for one, other in zip(arrays, expected, strict=True):
@@ -254,7 +255,7 @@ def test_wrong_values_and_gradients_are_seen(monkeypatch):
         result = kernel_checks.compare_gradients(cases["ssd_prefill"], "float32")
         assert result["passed"] == (error == 0)
         assert set(result["differences"]) == {
-            "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"
+            "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "y", "state"
         }  # fmt: skip
 
 
