@@ -227,7 +227,6 @@ def test_wrong_values_and_gradients_are_seen(monkeypatch):
     """With plain JAX in place of kernels, exact and with errors."""
     if reason := triton_unavailable_because():
         pytest.skip(reason)
-    from aim_jax.ops import triton
     from benchmarks import kernel_checks, kernels
 
     cases = {case.name: case for case in kernels.cases(gpu_day.TINY, images=2)}
@@ -244,14 +243,14 @@ def test_wrong_values_and_gradients_are_seen(monkeypatch):
     assert kernel_checks.compare_values(conv_step(0.0))["passed"]
     assert not kernel_checks.compare_values(conv_step(1.0))["passed"]
 
-    def ssd_prefill(error):
-        def op(x, dt, A, *arguments, chunk_size, **options):
-            return ops.ssd_scan(x, dt, A * (1 + error), *arguments, **options)
+    def ssd_scan(error):
+        def op(A, implementation, **arguments):
+            return ops.ssd_scan(A=A * (1 + error * (implementation == "triton")), **arguments)
 
         return op
 
     for error in (0.0, 1e-2):
-        monkeypatch.setattr(triton, "ssd_prefill", ssd_prefill(error))
+        monkeypatch.setitem(kernel_checks.DIFFERENTIABLE, "ssd_prefill", ssd_scan(error))
         result = kernel_checks.compare_gradients(cases["ssd_prefill"], "float32")
         assert result["passed"] == (error == 0)
         assert set(result["differences"]) == {
