@@ -36,7 +36,7 @@ from aim_jax.data.datasets import CIFAR10_CLASSES, open_images
 from aim_jax.data.loader import EpochOrder
 from aim_jax.data.token_cache import TokenCache
 from aim_jax.models import AiMConfig, VQConfig, VQModel
-from aim_jax.parallel.sharding import create_sharded, shard_batch
+from aim_jax.parallel.sharding import create_sharded, replicate, shard_batch
 from aim_jax.sampling.generate import generate
 from aim_jax.training import aim, loop, tokenizer
 from aim_jax.training.state import TrainState
@@ -222,14 +222,14 @@ class Training:
 
 def tokenizer_training(name: str, config: Any, parts: Path, out: Path) -> Training:
     """Prepare the training of a tokenizer."""
+    setup = tokenizer.Setup(config)
     lpips = None
     init = None
     if name == "vq_full":
         if not (parts / LPIPS).is_file():
             raise NotImplementedError(f"{parts} holds no {LPIPS}; prepare it with --lpips.")
-        lpips = load_weights(parts / LPIPS)[1]
+        lpips = replicate(load_weights(parts / LPIPS)[1], setup.mesh)
         init = load_weights(out / "vq.npz")[1]
-    setup = tokenizer.Setup(config)
     model = setup.recipe.model
     held_out = to_float(read_parts(parts, "validation")["images"][:1000])
 
