@@ -426,15 +426,19 @@ def run_children(names: Iterable[str], args, file: Path) -> None:
     """Run parts in processes of their own, again after a case that has ended one."""
     for name in names:
         recorded = -1
-        while time.time() < args.deadline:
+        problem = None
+        while problem is None:
             record = Record(file, args.deadline)
-            if len(record.cases) == recorded:  # it ended without running a case
-                record.cases[f"{name}: process"] = {"failed": "it ended before its first case"}
-                record.write()
+            if time.time() > args.deadline:
+                problem = {"left out": "no time was left"}
+            elif len(record.cases) == recorded:
+                problem = {"failed": "the process ended before its first case"}
+            elif not run_child(name, args):
                 break
             recorded = len(record.cases)
-            if not run_child(name, args):
-                break
+        else:
+            record.cases[f"{name}: process"] = problem
+            record.write()
 
 
 def run_child(name: str, args) -> int:

@@ -131,7 +131,11 @@ def test_a_process_that_a_case_ends_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day, "run_child", run_child)
     gpu_day.run_children(["crashes", "empty"], args, file)
     assert begun == ["a", "b"]
-    assert gpu_day.Record(file, 0).cases["empty: process"]["failed"]
+    args.deadline = 0
+    gpu_day.run_children(["late"], args, file)
+    cases = gpu_day.Record(file, 0).cases
+    assert cases["empty: process"]["failed"] and cases["late: process"]["left out"]
+    assert set(cases) == {"a", "b", "empty: process", "late: process"}
 
 
 def test_a_machine_without_a_gpu_is_told(tmp_path, capsys):
