@@ -104,14 +104,13 @@ def nbytes(*arrays) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
-def cases(model: str, images: int) -> Iterator[Case]:
-    """Yield every kernel at the shapes of a preset, with bfloat16 activations and input caches.
+def cases(config: AiMConfig, images: int) -> Iterator[Case]:
+    """Yield every kernel at the shapes of a model, with bfloat16 activations and input caches.
 
     Args:
-      model: name of a preset.
+      config: configuration of a Mamba-2 model.
       images: images per batch, with guidance.
     """
-    config = PRESETS[model]
     layers = config.n_layer
     b = 2 * images
     d = config.d_model
@@ -363,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     spilled = False
     totals = []
     for images in args.images:
-        launches = {case.name: case for case in cases(args.model, images)}
+        launches = {case.name: case for case in cases(config, images)}
         for case in launches.values():
             for arch in args.arch:
                 kernel = compile_case(case, arch)

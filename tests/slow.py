@@ -7,6 +7,8 @@ and runs of several processes carry the mark in their files.
 SLOW = (
     "tests/benchmarks/test_benchmarks.py::test_decode_gpu_times_and_compares",
     "tests/benchmarks/test_benchmarks.py::test_peer_transformer_is_causal_and_decodes_from_its_cache",
+    "tests/benchmarks/test_gpu_day.py::test_a_training_resumes_exactly",
+    "tests/benchmarks/test_gpu_day.py::test_the_rehearsal_runs_every_stage",
     "tests/cli/test_page.py::test_a_drawing_is_completed",
     "tests/cli/test_page.py::test_uploads_are_completed_or_refused",
     "tests/cli/test_programs.py::test_completions_are_made_in_batches_with_progress",

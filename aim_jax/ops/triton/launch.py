@@ -122,3 +122,11 @@ def split_channels(channels, programs, *, smallest=8, enough=512):
 def warps_for(elements, *, per_warp=1024):
     """Return the number of warps, a power of two up to 16, for `elements` values in registers."""
     return min(max(triton.next_power_of_2(triton.cdiv(elements, per_warp)), 1), 16)
+
+
+def require_power_of_2(op, **sizes):
+    """Raise ValueError if a size of a block, by the name of its argument, is no power of two."""
+    for name, size in sizes.items():
+        require(
+            size == triton.next_power_of_2(size), f"{op}: {name} = {size}, expected a power of two"
+        )
