@@ -1,5 +1,6 @@
 """Ctrl-C in the programs, as a terminal sends it: to the process and those that it started."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -87,8 +88,11 @@ def test_ending_of_sampling(tiny_model_dir, tmp_path):
 
 
 def children(pid):
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in lists for child in file.read_text().split()]
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += map(int, file.read_text().split())
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
@@ -112,7 +116,8 @@ def test_ending_while_processes_decode_images(tiny_model, picture_folder, tmp_pa
         layout, *others = said.splitlines()
         assert layout.startswith("train: 48 images")
         assert (status, others) == (EXIT_INTERRUPTED, [LINE])
-    assert status in (0, EXIT_INTERRUPTED) and "Traceback" not in said
+    # By then it may be done, and Python's own ending takes the signal as any program does.
+    assert status in (0, EXIT_INTERRUPTED, -signal.SIGINT) and "Traceback" not in said
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}/exe").exists() for child in started):
         assert time.monotonic() < deadline, "processes are left"
