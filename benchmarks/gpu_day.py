@@ -213,7 +213,7 @@ class Record:
             result = case()
             if not result.pop("passed", True):
                 result = {"failed": "the results differ from the expected ones"} | result
-        except NotImplementedError as error:
+        except gpu_training.Unsupported as error:
             result = {"unsupported": first_line(error)}
         except Exception as error:
             frames = traceback.format_exc().splitlines()[-12:]
@@ -327,9 +327,6 @@ def time_training(config, batch_size: int, scan: str, steps: int) -> dict:
       batch_size: images per step.
       scan: `AiMConfig.scan_implementation`.
       steps: timed steps.
-
-    Raises:
-      NotImplementedError: the scan is not differentiable.
     """
     config.batch_size = batch_size
     config.model.scan_implementation = scan

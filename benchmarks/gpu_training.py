@@ -58,6 +58,10 @@ LPIPS = "lpips.npz"
 CONFIG = "__config__"  # entry of a file of parameters
 
 
+class Unsupported(Exception):
+    """A measurement lacks something that is optional."""
+
+
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a compressed npz file atomically."""
     with replacing(path) as partial, partial.open("wb") as file:
@@ -227,7 +231,7 @@ def tokenizer_training(name: str, config: Any, parts: Path, out: Path) -> Traini
     init = None
     if name == "vq_full":
         if not (parts / LPIPS).is_file():
-            raise NotImplementedError(f"{parts} holds no {LPIPS}; prepare it with --lpips.")
+            raise Unsupported(f"{parts} holds no {LPIPS}; prepare it with --lpips.")
         lpips = replicate(load_weights(parts / LPIPS)[1], setup.mesh)
         init = load_weights(out / "vq.npz")[1]
     model = setup.recipe.model
@@ -300,7 +304,7 @@ def train(name: str, parts: Path, out: Path, deadline: float, overrides: list[st
 
     Raises:
       FileNotFoundError: parts are missing.
-      NotImplementedError: the parts hold no weights of LPIPS.
+      Unsupported: the parts hold no weights of LPIPS.
     """
     config = configuration(name, overrides)
     if name == "aim":

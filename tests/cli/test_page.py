@@ -80,7 +80,7 @@ def ask(address, path, data=None, kind="application/json"):
 
 
 def complete(address, model, image: dict):
-    """What the page answers to a request to complete a image."""
+    """Return the page's answer to a request to complete an image."""
     settings = list(SamplingConfig(**model.sampling).numbers().values())
     given = [
         "tiny",
@@ -171,7 +171,7 @@ def shown(page, element: str) -> bool:
     return handle.json_value()
 
 
-def test_clicking_draws_a_image(browser_page):
+def test_clicking_generates_an_image(browser_page):
     browser_page.locator("#draw").click()
     assert shown(browser_page, "drawn")
     browser_page.get_by_role("tab", name="Compare").click()

@@ -1,4 +1,4 @@
-"""What the page does, without a browser: images, and one line for what it does not offer."""
+"""Actions of the page without a browser: images, and one-line refusals."""
 
 import dataclasses
 import threading

@@ -191,7 +191,7 @@ def test_gradients_choose_the_kernels_and_skip_unused_states():
 
 @pytest.mark.parametrize(("groups", "mesh"), [(1, (2, 2)), (2, (1, 4))])
 def test_devices_scan_their_own_batch_and_heads(groups, mesh):
-    """Of two groups over four devices, every device repeats the one that its heads use."""
+    """With two groups over four devices, every device repeats the group of its heads."""
     inputs, cotangents = scan_inputs(2, 18, 4, 3, groups, 5)
     devices = make_mesh(*mesh, devices=jax.devices()[:4])
 
