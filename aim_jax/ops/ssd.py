@@ -82,8 +82,8 @@ def ssd_scan(
 
     Returns:
       y like x, and the state after the last position (b, h, p, n). The operands of
-      products have the dtypes of x, B and C; sums, decays and states are float32, or float64 for
-      float64 x.
+      products are rounded to the dtype of x, if at all. Sums, decays and states are float32, or
+      float64 for float64 x.
 
     Raises:
       ValueError: the shapes do not match, or chunk_size is not positive.
