@@ -50,6 +50,22 @@ def bind_axes(op, **arrays):
     return sizes
 
 
+def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
+    """Call `bind_axes` for the arguments of a Mamba-1 scan over a sequence."""
+    return bind_axes(
+        op,
+        x=(x, "ble"),
+        dt=(dt, "ble"),
+        A=(A, "en"),
+        B=(B, "bln"),
+        C=(C, "bln"),
+        D=(D, "e"),
+        z=(z, "ble"),
+        dt_bias=(dt_bias, "e"),
+        initial_state=(initial_state, "ben"),
+    )
+
+
 def bind_ssd(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
     """Call `bind_axes` for the arguments of a Mamba-2 scan over a sequence."""
     return bind_axes(
@@ -241,3 +257,23 @@ def recurrence(
     state, y = jax.lax.scan(step, state, [jnp.moveaxis(t, 1, 0) for t in inputs])
     D = None if D is None else D[:, None]
     return skip_and_gate(jnp.moveaxis(y, 0, 1), x, D, z), state
+
+
+def segment_sums(terms: jax.Array) -> jax.Array:
+    """Sum terms (..., k) between every two of their k + 1 boundaries, as in the SSD paper.
+
+    Returns:
+      (..., k + 1, k + 1); entry [j, i] is the sum of terms[i:j], and -inf where j < i. Masking the
+      exponential instead would give NaN gradients where it overflows.
+    """
+    size = terms.shape[-1]
+    end = jnp.arange(size + 1)[:, None]
+    start = jnp.arange(size + 1)[None]
+    # A matrix product: XLA would repeat a cumulative sum for every element that is computed of it.
+    term = jnp.arange(size)[:, None, None]
+    included = (start[None] <= term) & (term < end[None])
+    sums = jnp.tensordot(terms, included.astype(terms.dtype), 1, precision="highest")
+    # Added, not selected: the gradient of a selection keeps its mask, in the shape of the sums and
+    # for all layers of a model.
+    excluded = jnp.where(start <= end, 0, -jnp.inf).astype(sums.dtype)
+    return sums + with_rank(excluded, sums.ndim)

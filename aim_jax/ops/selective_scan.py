@@ -7,6 +7,7 @@ from aim_jax.ops.implementation import implementation_of, kernels_of
 from aim_jax.ops.products import product
 from aim_jax.ops.reference import (
     bind_axes,
+    bind_selective_scan,
     compose,
     compute_dtype,
     pad_length,
@@ -43,22 +44,6 @@ def _linear_scan_backward(residuals, dh):
 
 
 linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
-
-
-def bind_selective_scan(op, x, dt, A, B, C, D, z, dt_bias, initial_state):
-    """Call `bind_axes` for the arguments of a Mamba-1 scan over a sequence."""
-    return bind_axes(
-        op,
-        x=(x, "ble"),
-        dt=(dt, "ble"),
-        A=(A, "en"),
-        B=(B, "bln"),
-        C=(C, "bln"),
-        D=(D, "e"),
-        z=(z, "ble"),
-        dt_bias=(dt_bias, "e"),
-        initial_state=(initial_state, "ben"),
-    )
 
 
 @check_arguments

@@ -12,6 +12,7 @@ from aim_jax.ops.reference import (
     compute_dtype,
     pad_length,
     require_floats,
+    segment_sums,
     skip_and_gate,
     split_length,
     step_sizes,
@@ -163,26 +164,6 @@ def ssd_scan(
     D = None if D is None else D[:, None]
     y = round_cotangent(skip_and_gate(y, x, D, z), x.dtype)
     return y, states[:, -1].reshape(b, h, p, n)
-
-
-def segment_sums(terms: jax.Array) -> jax.Array:
-    """Sum terms (..., k) between every two of their k + 1 boundaries, as in the SSD paper.
-
-    Returns:
-      (..., k + 1, k + 1); entry [j, i] is the sum of terms[i:j], and -inf where j < i. Masking the
-      exponential instead would give NaN gradients where it overflows.
-    """
-    size = terms.shape[-1]
-    end = jnp.arange(size + 1)[:, None]
-    start = jnp.arange(size + 1)[None]
-    # A matrix product: XLA would repeat a cumulative sum for every element that is computed of it.
-    term = jnp.arange(size)[:, None, None]
-    included = (start[None] <= term) & (term < end[None])
-    sums = jnp.tensordot(terms, included.astype(terms.dtype), 1, precision="highest")
-    # Added, not selected: the gradient of a selection keeps its mask, in the shape of the sums and
-    # for all layers of a model.
-    excluded = jnp.where(start <= end, 0, -jnp.inf).astype(sums.dtype)
-    return sums + with_rank(excluded, sums.ndim)
 
 
 @check_arguments

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from aim_jax.ops.reference import bind_ssd, split_length
-from aim_jax.ops.selective_scan import bind_selective_scan
+from aim_jax.ops.reference import bind_selective_scan, bind_ssd, split_length
 from aim_jax.ops.triton.device import silu, softplus
 from aim_jax.ops.triton.launch import launch, split_channels, warps_for
 

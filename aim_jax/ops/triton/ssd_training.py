@@ -12,11 +12,11 @@ from aim_jax.ops.reference import (
     bind_ssd,
     compose,
     pad_length,
+    segment_sums,
     skip_and_gate,
     split_length,
     step_sizes,
 )
-from aim_jax.ops.ssd import segment_sums
 from aim_jax.ops.triton.launch import require_kernel_dtype
 from aim_jax.ops.triton.prefill import ssd_prefill
 from aim_jax.ops.triton.ssd_chunks import Decays, Options, Sizes, product, tile_size, within_chunks
