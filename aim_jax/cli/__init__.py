@@ -7,6 +7,7 @@ Example:
 """
 
 import ast
+import atexit
 import contextlib
 import importlib
 import signal
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _main(arguments)
+    # Registered first, this runs last. Without it, Ctrl-C in the very end of the interpreter, which
+    # takes its handlers back, would end a program that has done its work as a killed one.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     status: object = EXIT_INTERRUPTED
     try:
         stoppable = "".join(sys.argv[1:2]).replace("-", "_") in STOPPABLE
