@@ -275,7 +275,7 @@ class NpzImages(ImageSet):
                     raise ValueError("in Fortran order; save it in C order")
                 yield stream, shape, dtype
         except KeyError:
-            held = ", ".join(array_names(self._path)) or "no arrays"
+            held = short_list(array_names(self._path)) or "no arrays"
             raise ValueError(
                 f"{self._path}: images are missing: it holds {held}, expected {self.KEY} of uint8 "
                 "(n, H, W, c). A reference may hold mu and sigma of FID instead."

@@ -244,6 +244,14 @@ def test_files_without_images_or_statistics_say_what_is_missing(config, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_arrays_are_shown_printable(tmp_path):
+    np.savez(tmp_path / "strange.npz", **{"a\x01b\u202e": np.zeros(3), "c" * 1000: np.zeros(3)})
+    with pytest.raises(ValueError, match="images are missing") as caught:
+        NpzImages(tmp_path / "strange.npz")
+    assert str(caught.value).isprintable() and r"a\x01b\u202e" in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
 def test_statistics_are_no_samples(tmp_path):
     with pytest.raises(ValueError, match="images are missing: it holds mu, sigma"):
         NpzImages(save_statistics(tmp_path / "stats.npz"))
