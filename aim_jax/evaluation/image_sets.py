@@ -253,7 +253,7 @@ class NpzImages(ImageSet):
             with np.load(self._path, allow_pickle=False) as file:
                 if "labels" not in file:
                     return None
-                labels = file["labels"]
+                labels = np.asarray(file["labels"])  # NumPy returns bytes if it is no array
         except (*DAMAGED, ValueError) as error:
             raise ValueError(f"{self._path}: labels cannot be read ({reason_of(error)}).") from None
         if labels.shape != (len(self),):
