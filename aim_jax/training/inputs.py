@@ -87,8 +87,13 @@ def open_captions(
         the model.
       OSError: The text tokenizer cannot be read.
     """
-    if config.model.get("condition", "class") != "text":
+    if config.model.condition != "text":
         return None
+    if config.model.caption_features:
+        raise ValueError(
+            f"config.model.caption_features={config.model.caption_features}, but datasets and "
+            "token caches hold captions as text; set it to 0, and use config.text_tokenizer."
+        )
     tokenizer = open_text_tokenizer(config.text_tokenizer)
     if config.model.caption_vocab != tokenizer.vocab_size:
         raise ValueError(
@@ -143,6 +148,7 @@ class CodeData:
     Attributes:
       summary: Lines about the data as understood.
       identity: What the data are, for `claim_workdir`.
+      class_names: Names of the classes; empty for a text model.
       captions: Those of a text model, or None. Batches have their tokens as "captions", int32
         (b, max_caption).
       unigram_entropy: Nats per token of the marginal distribution of the first cache's tokens: the
@@ -159,7 +165,7 @@ class CodeData:
         self._config = config
         self._share = share
         first = self._train[0]
-        self.class_names = first.class_names
+        self.class_names = () if self.captions else first.class_names
         self.num_tokens = first.num_tokens
         self.vocab_size = first.vocab_size
         self.train_size = sum(len(cache) for cache in self._train)
@@ -226,7 +232,7 @@ class EncodedImages:
         for source in (self._train, self._validation):
             check_images(source, self._spec)
         self.captions = open_captions(config, [self._train], self._validation)
-        self.class_names = self._train.class_names
+        self.class_names = () if self.captions else self._train.class_names
         self.num_tokens = (data.image_size // vq.downsampling) ** 2
         self.vocab_size = vq.n_embed
         self.train_size = len(self._train)

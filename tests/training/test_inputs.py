@@ -94,7 +94,7 @@ def test_batches_have_the_tokens_of_captions(opened, config):
     np.testing.assert_array_equal(
         batch["captions"], TextTokenizer.load(config.text_tokenizer).encode(VALIDATION, 12)
     )
-    assert list(data.captions.validation_texts) == VALIDATION
+    assert list(data.captions.validation_texts) == VALIDATION and data.class_names == ()
 
 
 def test_long_captions_are_said(opened, capsys):
@@ -115,7 +115,8 @@ def test_identity_names_captions_and_their_tokenizer(opened, config, tmp_path):
     assert opened().identity == changed
     config.model.condition = "class"
     data = opened()
-    assert data.captions is None and first.keys() - data.identity.keys() == {"text_tokenizer"}
+    assert data.captions is None and data.class_names == ("image",)
+    assert first.keys() - data.identity.keys() == {"text_tokenizer"}
     assert "captions" not in next(data.validation_batches())
 
 
@@ -125,6 +126,10 @@ def test_mistakes_are_named(opened, config):
     config.model.caption_vocab = 300
     with pytest.raises(ValueError, match=r"caption_vocab=300, but the text tokenizer has 260"):
         opened()
+    config.model.caption_features = 8
+    with pytest.raises(ValueError, match="hold captions as text; set it to 0"):
+        opened()
+    config.model.caption_features = 0
     config.text_tokenizer = ""
     with pytest.raises(ValueError, match=r"config\.text_tokenizer is empty: train one"):
         opened()
