@@ -70,6 +70,8 @@ def aim_defaults() -> ConfigDict:
     # Directory with train/ and validation/ token caches, or several to mix: "codes/a,codes/b:0.5"
     # samples images of b half as often as those of a. "": encode images on the fly.
     config.codes = ""
+    # File of the text tokenizer of a model with condition="text"; see aim-jax train_text_tokenizer.
+    config.text_tokenizer = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
     return config

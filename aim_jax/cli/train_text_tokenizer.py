@@ -5,8 +5,8 @@ Example:
 
 The captions are those of a folder of captioned images (--data), of another dataset (--data_name),
 or of token caches (--codes). Only the train split is learned from. The program prints the size of
-the vocabulary, how well it fits the captions, and what a model with --max_caption would cut off.
-The file is config.text_tokenizer of the training of AiM.
+the vocabulary, how well it fits the captions, their lengths, and the share that a model with
+config.model.max_caption tokens cuts. Training of AiM takes the file as config.text_tokenizer.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
+from aim_jax.configs.from_folder import caption_length
 from aim_jax.data import ImageSource, TokenCache, open_images
 from aim_jax.data import captions as texts
 from aim_jax.data.text import BYTES, MOST_MERGES, TextTokenizer
@@ -26,20 +27,14 @@ AT_ONCE = 1024  # captions
 
 
 class Fit(NamedTuple):
-    """Fit of a text tokenizer to captions.
+    """Fit of a text tokenizer to captions that are not empty.
 
     Attributes:
-      captions: Number of captions that are not empty.
-      mean: Tokens per caption.
-      longest: Tokens of the longest caption.
-      cut: Share of captions with more than `max_caption` tokens.
+      lengths: Tokens of each caption, (n,).
       coverage: Share of tokens that are more than one byte.
     """
 
-    captions: int
-    mean: float
-    longest: int
-    cut: float
+    lengths: np.ndarray
     coverage: float
 
 
@@ -53,7 +48,10 @@ def define_flags() -> None:
         "vocab_size", 4096, "Most tokens, 256 of them bytes.", lower_bound=BYTES,
         upper_bound=BYTES + MOST_MERGES,
     )  # fmt: skip
-    flags.DEFINE_integer("max_caption", 64, "Tokens that the model reads.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_caption", None, "Tokens that the model reads of a caption. Default: so many that at "
+        "most 0.5 % of the captions are cut.", lower_bound=1,
+    )  # fmt: skip
     flags.mark_flags_as_required(["out"])
 
 
@@ -74,7 +72,7 @@ def main() -> None:
 
 
 def train_text_tokenizer(
-    captions: Sequence[str], out: Path, vocab_size: int = 4096, max_caption: int = 64
+    captions: Sequence[str], out: Path, vocab_size: int = 4096, max_caption: int | None = None
 ) -> TextTokenizer:
     """Train a text tokenizer, write it to a file, and print how it fits the captions.
 
@@ -82,7 +80,7 @@ def train_text_tokenizer(
       captions: The captions.
       out: File for the tokenizer.
       vocab_size: Most tokens.
-      max_caption: Tokens that the model reads of a caption.
+      max_caption: Tokens that the model reads of a caption; None takes `caption_length`.
 
     Raises:
       ValueError: All captions are empty, or a size is invalid.
@@ -91,31 +89,27 @@ def train_text_tokenizer(
         raise ValueError(f"all {len(captions)} captions are empty, so there is nothing to learn.")
     tokenizer = TextTokenizer.train(captions, vocab_size)
     tokenizer.save(out)
-    fit = measure(tokenizer, captions, max_caption)
+    fit = measure(tokenizer, captions)
+    most = max_caption or caption_length(fit.lengths)
     say(
-        f"{out}: {tokenizer.vocab_size:,} tokens, learned from {fit.captions:,} captions\n"
+        f"{out}: {tokenizer.vocab_size:,} tokens, learned from {len(fit.lengths):,} captions\n"
         f"coverage: {fit.coverage:.1%} of the tokens of the captions are more than one byte\n"
-        f"length: {fit.mean:.1f} tokens per caption, the longest {fit.longest}; "
-        f"max_caption={max_caption} cuts {fit.cut:.2%} of the captions"
+        f"length: {fit.lengths.mean():.1f} tokens per caption, the longest {fit.lengths.max()}; "
+        f"max_caption={most} cuts {(fit.lengths > most).mean():.2%} of the captions"
     )
     return tokenizer
 
 
-def measure(tokenizer: TextTokenizer, captions: Sequence[str], max_caption: int) -> Fit:
+def measure(tokenizer: TextTokenizer, captions: Sequence[str]) -> Fit:
     """Measure how a text tokenizer fits captions; empty ones are left out."""
     given = [caption for caption in captions if caption]
     lengths = np.zeros(len(given), int)
-    tokens_in_all = 0
     long_tokens = 0
     for start in range(0, len(given), AT_ONCE):
         some = given[start : start + AT_ONCE]
-        # A caption has at most a token per byte, and one for the space before it.
+        # At most a token per byte, and one for the space before. Lower case may take more bytes.
         most = 1 + 3 * max(len(caption.encode()) for caption in some)
         tokens = tokenizer.encode(some, most)
         lengths[start : start + len(some)] = (tokens >= 0).sum(1)
-        tokens_in_all += int((tokens >= 0).sum())
         long_tokens += int((tokens >= BYTES).sum())
-    return Fit(
-        len(given), float(lengths.mean()), int(lengths.max()),
-        float((lengths > max_caption).mean()), long_tokens / tokens_in_all,
-    )  # fmt: skip
+    return Fit(lengths, long_tokens / max(1, int(lengths.sum())))

@@ -142,6 +142,13 @@ def captions_of(source: ImageSource | TokenCache) -> Sequence[str]:
     return source.captions
 
 
+def example_captions(captions: Sequence[str], count: int) -> list[str]:
+    """Return up to `count` different captions, evenly spaced; empty ones do not count."""
+    different = list(dict.fromkeys(caption for caption in captions if caption))
+    chosen = np.linspace(0, len(different) - 1, min(count, len(different))).astype(int)
+    return [different[index] for index in chosen]
+
+
 class CodeData:
     """Training tokens from one or several token caches, and validation tokens from the first.
 

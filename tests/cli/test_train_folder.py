@@ -57,7 +57,7 @@ def test_signal_after_the_last_step_of_a_stage_ends_the_program(tmp_path, monkey
         return types.SimpleNamespace(step=config.steps)
 
     config = types.SimpleNamespace(stage="vq", steps=5)
-    monkeypatch.setattr(from_folder, "vq_config", lambda images: config)
+    monkeypatch.setattr(from_folder, "vq_config", lambda *_: config)
     monkeypatch.setattr(folder, "prepare", lambda *_: None)
     monkeypatch.setattr(tokenizer, "train", train)
     assert train_folder("images", tmp_path) == EXIT_STOPPED

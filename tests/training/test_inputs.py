@@ -21,11 +21,8 @@ def config(tmp_path):
     tokenizer = TextTokenizer.train(TRAIN, 260)
     tokenizer.save(tmp_path / "text_tokenizer.json")
     config = aim_defaults()
-    with config.unlocked():
-        config.text_tokenizer = str(tmp_path / "text_tokenizer.json")
-        config.model.condition = "text"
-        config.model.max_caption = 12
-        config.model.caption_vocab = tokenizer.vocab_size
+    config.text_tokenizer = str(tmp_path / "text_tokenizer.json")
+    config.model.update(condition="text", max_caption=12, caption_vocab=tokenizer.vocab_size)
     config.batch_size = 2
     config.data.update(image_size=4, channels=1)
     return config
@@ -151,3 +148,10 @@ def test_mixed_caches_keep_their_captions(config, tiny_model, tmp_path):
             words.append(word)
     batches.close()
     assert words.count("red") == 16 and words.count("blue") == 8
+
+
+def test_examples_of_captions_are_spread():
+    captions = ["a", "", "b", "a", "c", "d", "e"]
+    assert inputs.example_captions(captions, 3) == ["a", "c", "e"]
+    assert inputs.example_captions(captions, 9) == ["a", "b", "c", "d", "e"]
+    assert inputs.example_captions(["", ""], 3) == []
