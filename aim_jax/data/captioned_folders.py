@@ -24,7 +24,7 @@ import numpy as np
 from aim_jax.data import captions as texts
 from aim_jax.data.captions import CLASS_NAMES, Problems, caption_of, clean, decoded, looked_for
 from aim_jax.data.class_folders import VALIDATION_FRACTION, held_out_share, holds_images, split_of
-from aim_jax.data.sources import FolderImages, ImageSource, folders, is_image, walk
+from aim_jax.data.sources import FolderImages, ImageSource, folders, images_in, is_image, walk
 from aim_jax.data.webdataset import is_tar, open_shards
 from aim_jax.utils.json_files import MOST_LINE, anything, dict_of, opened, read_json_lines
 from aim_jax.utils.names import reason_of, short_list
@@ -104,6 +104,9 @@ def open_captioned(name: str, root: Path, split: str, field: str = "") -> ImageS
     if not paths:
         raise ValueError(f"{root} has too few captioned images to hold out a validation split")
     aside = [f"{count} {kind}" for kind, count in sorted(listing.others.items())]
+    outside = 0 if folder == root else _images_outside(root, splits)
+    if outside:
+        aside.append(f"{outside} images outside of the splits")
     summary = f"{split}: {len(paths)} captioned images in {where}" + (
         f"; left aside: {', '.join(aside)}" if aside else ""
     )
@@ -134,6 +137,13 @@ def _splits(root: Path) -> dict[str, Path]:
             "folder of one split"
         )
     return splits or {"train": root}
+
+
+def _images_outside(root: Path, splits: dict[str, Path]) -> int:
+    """Return the number of images in a folder that are in no folder of a split."""
+    others = [folder for folder in folders(root) if folder not in splits.values()]
+    loose = sum(is_image(name) for name in os.listdir(root))
+    return loose + sum(len(images_in(folder)) for folder in others)
 
 
 def _listed(folder: Path) -> Listing:

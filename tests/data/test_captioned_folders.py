@@ -170,12 +170,14 @@ def test_problems_of_text_files_are_counted(root):
     (folder / "d.txt").write_bytes(b"x" * (MOST_BYTES + 1))
     (folder / "notes.txt").write_text("mine")
     (folder / "data.bin").write_text("")
+    images(root, "loose.png")
+    images(root / "more", "a.png", "b.png")
     source = opened(root)
     assert by_name(source) == {"a.png": "Red Apple", "b.png": "grün"}
     for text in ("not UTF-8 text, ignored: c.jpg", "cannot be read, ignored: d.webp", "notes.txt"):
         assert count(source, text) == 1
     assert count(source, "without a caption") == 2
-    assert "left aside: 1 .bin files" in source.summary
+    assert "left aside: 1 .bin files, 3 images outside of the splits" in source.summary
 
 
 def test_a_pipe_and_a_broken_link_are_no_captions(root):
