@@ -12,6 +12,7 @@ from aim_jax.configs.from_folder import caption_length, describe, text_vocab_siz
 from aim_jax.data import open_images
 from aim_jax.data.text import TEXT_TOKENIZER_FILE
 from aim_jax.parallel.ownership import owned
+from aim_jax.training.checkpoint import has_checkpoint
 from aim_jax.training.inputs import captions_of, open_text_tokenizer
 from aim_jax.utils.logging import say
 from aim_jax.weights.tokenizer import open_tokenizer
@@ -70,7 +71,7 @@ def _follow_captions(config: ConfigDict, workdir: Path, given: Collection[str]) 
     file = workdir / TEXT_TOKENIZER_FILE
     if not config.text_tokenizer:
         config.text_tokenizer = str(file)
-        if not file.is_file():
+        if not (file.is_file() and has_checkpoint(workdir)):
             train_text_tokenizer(captions, file, text_vocab_size(len(captions)))
     tokenizer = open_text_tokenizer(config.text_tokenizer)
     settings = {

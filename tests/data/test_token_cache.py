@@ -13,7 +13,9 @@ import grain
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from aim_jax.cli.extract_codes import extract as extract_program
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data import (
     ArrayImages,
@@ -582,6 +584,26 @@ def ended(process, status=0):
     error = process.communicate(timeout=300)[1]
     assert process.returncode == status, error
     return error
+
+
+def test_captions_of_a_folder_are_extracted_and_resumed(tmp_path, tokenizer):
+    folder = tmp_path / "images"
+    for split, count in (("train", 3), ("validation", 1)):
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (4, 4), 80 * i).save(folder / split / f"{i}.png")
+            (folder / split / f"{i}.txt").write_text(f"{split} {i}")
+    given = {"data_name": "captions", "data_dir": str(folder), "shard_size": 2}
+    out = tmp_path / "codes"
+    for _ in range(2):  # the second finds nothing to do
+        extract_program(str(tokenizer), out, batch_size=1, **given)
+        caches = [TokenCache.open(out / split) for split in ("train", "validation")]
+        assert [len(cache.views) for cache in caches] == [2, 1]
+        assert caches[0].captions() == ["train 0", "train 1", "train 2"]
+        assert caches[1].captions() == ["validation 0"]
+    (folder / "train" / "0.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"another token cache .examples: "):
+        extract_program(str(tokenizer), out, **given)
 
 
 def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
