@@ -342,7 +342,7 @@ def _text_paths(features: Any) -> list[tuple[str, ...]]:
     import tensorflow_datasets as tfds
 
     paths: list[tuple[str, ...]] = []
-    for key, feature in features.items():
+    for key, feature in sorted(features.items()):  # their order changes when they are read
         inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
         if isinstance(inner, tfds.features.Text):
             paths.append((key,))
