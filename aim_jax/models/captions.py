@@ -98,6 +98,23 @@ class CaptionEmbedder(nn.Module):
         return CaptionInputs(x, mask, pooled, self.reader[None])
 
 
+def rows_of(condition: Condition) -> int:
+    """Return the number of rows of a condition."""
+    return jax.tree.leaves(condition)[0].shape[0]
+
+
+def padded(captions: Captions, length: int) -> Captions:
+    """Pad captions of at most `length` tokens or features on the left to that length."""
+
+    def pad(x: jax.Array, value: int) -> jax.Array:
+        more = [(0, 0), (length - x.shape[1], 0), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.pad(x, more, constant_values=value)
+
+    if isinstance(captions, CaptionFeatures):
+        return captions._replace(values=pad(captions.values, 0))
+    return pad(captions, -1)
+
+
 def condition_of(batch: dict) -> Condition:
     """Return the condition of a batch for training: its `captions` or its `labels`.
 
