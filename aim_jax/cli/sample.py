@@ -33,7 +33,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("captions_file", "", "File of more captions, one per line.")
     flags.DEFINE_bool(
-        "strict", False, "Refuse captions that are too long, instead of cutting them."
+        "strict", False, "Refuse captions that are too long, which are cut otherwise."
     )
     flags.DEFINE_integer("per_class", 8, "Images per class or caption.", lower_bound=1)
     flags.DEFINE_integer(

@@ -209,7 +209,7 @@ def _library_tokenizer(merges: Sequence[str], vocabulary: dict[str, int] | None 
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary or {}, merges=pairs))
     # A first word gets a space too, so that a word has one token wherever it stands.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

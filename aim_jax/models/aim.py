@@ -17,6 +17,7 @@ from flax import linen as nn
 from aim_jax import ops
 from aim_jax.models.captions import (
     CaptionEmbedder,
+    CaptionFeatures,
     Condition,
     condition_of,
     condition_shapes,
@@ -290,6 +291,7 @@ class AiM(nn.Module):
           the modulation.
         """
         if not self.config.is_text:
+            assert not isinstance(condition, CaptionFeatures)
             c = self.class_embedding(condition, train)
             return c[:, None], Modulation(self.adaln(c), self.final_adaln(c))
         x, mask, c, reader = self.caption_embedding(condition, train)

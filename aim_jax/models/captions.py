@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from aim_jax.models.config import AiMConfig
@@ -21,14 +22,14 @@ class CaptionFeatures(NamedTuple):
       lengths: int (b,), features of each caption; the null caption has none.
     """
 
-    values: jax.Array
-    lengths: jax.Array
+    values: jax.Array | np.ndarray
+    lengths: jax.Array | np.ndarray
 
 
 # int (b, l) tokens, with -1 on the left of shorter captions; the null caption is all -1.
-Captions = jax.Array | CaptionFeatures
+Captions = jax.Array | np.ndarray | CaptionFeatures
 # What a model generates for: int labels (b,), or captions.
-Condition = jax.Array | CaptionFeatures
+Condition = jax.Array | np.ndarray | CaptionFeatures
 
 
 class CaptionInputs(NamedTuple):

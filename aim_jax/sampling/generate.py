@@ -144,8 +144,9 @@ def generate_tokens(
       ValueError: if the model or the device does not support the engine, or a callback is given and
         the parameters are on several devices.
     """
-    is_array = not isinstance(labels, CaptionFeatures)
-    condition = jnp.asarray(labels, jnp.int32) if is_array else labels
+    condition: Condition = (
+        labels if isinstance(labels, CaptionFeatures) else jnp.asarray(labels, jnp.int32)
+    )
     if config.is_text:
         condition = padded(condition, config.max_caption)
     b = rows_of(condition)

@@ -292,15 +292,16 @@ def complete(
         raise ValueError(f"{model.name}: completing images requires an AiM and a tokenizer.")
     if len(pictures) != len(classes):
         raise ValueError(
-            f"{len(classes)} classes or captions for {len(pictures)} images; expected one per image."
+            f"{len(classes)} classes or captions for {len(pictures)} images; expected one per "
+            "image."
         )
     pixels = np.stack([fitted(model, image) for image in pictures])
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
     completions = generate_many(
-        model, [label for label in classes for _ in range(count)], seed, batch_size, prefix=np.repeat(prefix, count, axis=0),
-        **settings,
+        model, [label for label in classes for _ in range(count)], seed, batch_size,  # type: ignore[misc]
+        prefix=np.repeat(prefix, count, axis=0), **settings,
     )  # fmt: skip
     originals = np.asarray(to_uint8(jnp.asarray(pixels)))
     kept = originals.copy()
