@@ -292,7 +292,7 @@ class AiM(nn.Module):
         """
         if not self.config.is_text:
             assert not isinstance(condition, CaptionFeatures)
-            c = self.class_embedding(condition, train)
+            c = self.class_embedding(jnp.asarray(condition), train)
             return c[:, None], Modulation(self.adaln(c), self.final_adaln(c))
         x, mask, c, reader = self.caption_embedding(condition, train)
         reading = Reading(self.adaln(reader), self.final_adaln(reader), mask)

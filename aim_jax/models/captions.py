@@ -53,7 +53,7 @@ def caption_mask(captions: Captions) -> jax.Array:
     if isinstance(captions, CaptionFeatures):
         length = captions.values.shape[1]
         return jnp.arange(length)[None] >= length - captions.lengths[:, None]
-    return captions >= 0
+    return jnp.asarray(captions) >= 0
 
 
 class CaptionEmbedder(nn.Module):
@@ -107,7 +107,7 @@ def rows_of(condition: Condition) -> int:
 def padded(captions: Captions, length: int) -> Captions:
     """Pad captions of at most `length` tokens or features on the left to that length."""
 
-    def pad(x: jax.Array, value: int) -> jax.Array:
+    def pad(x: jax.Array | np.ndarray, value: int) -> jax.Array:
         more = [(0, 0), (length - x.shape[1], 0), *[(0, 0)] * (x.ndim - 2)]
         return jnp.pad(x, more, constant_values=value)
 

@@ -89,7 +89,7 @@ def test_engines_agree(model, engine):
 def test_generate_takes_text_and_reports_progress(model, capsys):
     seen = []
     samples = generate(model, WORDS, seed=1, callback=lambda s: seen.append(s.tokens.shape[1]))
-    assert seen == [4, 8, 12, 16][: len(seen)] and seen[-1] == model.aim_config.num_tokens
+    assert seen == [2, 4]
     assert "1 of 3 captions are empty: the null caption" in capsys.readouterr().err
     tokens = model.text.encode(WORDS, 7)
     np.testing.assert_array_equal(generate(model, tokens, seed=1).tokens, samples.tokens)

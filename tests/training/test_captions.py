@@ -1,5 +1,6 @@
 """Training of a text model: the loss, metrics, resuming, samples and the model directory."""
 
+import dataclasses
 import json
 
 import jax
@@ -93,9 +94,10 @@ def test_the_loss_is_that_of_the_tokens_plus_the_weighted_captions(config):
         "captions": np.array([[-1, 3, 4, 5], [-1, -1, -1, -1]], np.int32),
     }
     loss, (metrics, _) = aim.loss_fn(params, batch, jax.random.key(0), setup.model)
-    apply = lambda method: AiM(setup.model).apply(
-        {"params": params}, *batch.values(), method=method
-    )  # noqa: E731
+
+    def apply(method):
+        return AiM(setup.model).apply({"params": params}, *batch.values(), method=method)
+
     np.testing.assert_allclose(metrics["loss"], apply("cross_entropy").mean(), rtol=1e-6)
     expected = metrics["loss"] + 0.5 * metrics["caption_loss"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -112,8 +114,6 @@ def test_setup_describes_the_batches_of_a_text_model(config):
 
 
 def test_flops_count_the_caption():
-    import dataclasses
-
     base = dataclasses.replace(
         TINY_AIM, condition="text", num_classes=0, max_caption=4, caption_vocab=9
     )
