@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/
 
 from benchmarks import traffic
 from benchmarks.decode_cpu import SETTINGS, seconds, surroundings
-from tests import parity
+from tests.teacher_forced import MODULES, teacher_forced_decode
 
 ENGINES = {
     "recurrent": Engine("recurrent", "triton"),
@@ -170,18 +170,26 @@ def measure(args, bandwidth: float) -> list[dict]:
         models = Models(config, args.vq_config)
         for images in args.images:
             for engine_name in args.engines:
-                engine = args.known_engines[engine_name]
-                row = {"model": name, "images": images, "engine": engine_name}
-                row["floor"] = floor(config, images, engine, bandwidth)
-                try:
-                    row |= time_images(models, images, engine, args)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    row["skipped"] = "does not fit into the device's memory"
-                results.append(row | rates(row, config.num_tokens))
-                print(line(results[-1]), flush=True)
+                row = {"model": name}
+                row |= measure_case(models, images, engine_name, args, bandwidth)
+                results.append(row)
+                print(line(row), flush=True)
     return results
+
+
+def measure_case(models: Models, images: int, engine_name: str, args, bandwidth: float) -> dict:
+    """Measure one batch size and engine: seconds, rates and the memory limit."""
+    engine = args.known_engines[engine_name]
+    config = models.aim_config
+    row = {"images": images, "engine": engine_name}
+    row["floor"] = floor(config, images, engine, bandwidth)
+    try:
+        row |= time_images(models, images, engine, args)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        row["skipped"] = "does not fit into the device's memory"
+    return row | rates(row, config.num_tokens)
 
 
 def rates(row: dict, tokens: int) -> dict:
@@ -225,44 +233,66 @@ def plot(results: list[dict], args, title: str) -> None:
     traffic.plot(args.plot, title, measured, floors)
 
 
-teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config", "engine"))
+class Agreement:
+    """Comparison of engines with the modules in float32: logits along fixed tokens, and samples.
+
+    Args:
+      config: configuration of the model.
+    """
+
+    def __init__(self, config: AiMConfig):
+        self.config = config
+        self.exact = in_float32(config)
+        self.images = 2
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """Random parameters, made when they are first used."""
+        return random_params(self.exact)
+
+    def _logits(self, config: AiMConfig, engine: Engine) -> jax.Array:
+        shape = (self.images, config.num_tokens)
+        inputs = jax.random.randint(jax.random.key(3), shape, 0, config.vocab_size)
+        labels = jnp.arange(self.images) % config.num_classes
+        arguments = (self.params, inputs, labels, 1.5, 0)
+        return teacher_forced_decode(*arguments, config=config, engine=engine)["guided"]
+
+    @functools.cached_property
+    def expected(self) -> tuple[jax.Array, jax.Array]:
+        """Logits and sampled tokens of the modules in float32."""
+        tokens = draw(self.params, self.exact, self.images, MODULES)
+        return self._logits(self.exact, MODULES), tokens
+
+    def of(self, engine: Engine, compute_dtype: str) -> dict:
+        """Compare an engine in a compute dtype; in float32 it has to sample the same tokens."""
+        config = dataclasses.replace(self.config, compute_dtype=compute_dtype)
+        expected, tokens = self.expected
+        error = jnp.max(jnp.abs(self._logits(config, engine) - expected))
+        error = float(error / jnp.max(jnp.abs(expected)))
+        narrow = "bfloat16" in (compute_dtype, engine.cache_dtype)
+        allowed = TOLERANCE["bfloat16" if narrow else "float32"]
+        result = {"logits": error, "allowed": allowed, "passed": error <= allowed}
+        if not narrow:
+            same = jnp.mean(draw(self.params, self.exact, self.images, engine) == tokens)
+            result["same tokens"] = float(same)
+            result["passed"] &= float(same) == 1
+        return result
 
 
 def check(args) -> bool:
-    """Compare every engine with the modules: logits along fixed tokens, and sampled tokens."""
-    modules = Engine("recurrent", "xla")
+    """Compare every engine with the modules; print each result."""
     agree = True
     for name, config in args.configs.items():
-        exact = in_float32(config)
-        params = random_params(exact)
-        images = 2
-        inputs = jax.random.randint(
-            jax.random.key(3), (images, config.num_tokens), 0, config.vocab_size
-        )
-
-        def logits(config, engine):
-            labels = jnp.arange(images) % config.num_classes  # noqa: B023
-            arguments = (params, inputs, labels, 1.5, 0)  # noqa: B023
-            return teacher_forced(*arguments, config=config, engine=engine)["guided"]
-
-        expected = logits(exact, modules)
-        tokens = draw(params, exact, images, modules)
+        agreement = Agreement(config)
         for engine_name in args.engines:
-            engine = args.known_engines[engine_name]
-            for changed in (exact, config):
-                error = jnp.max(jnp.abs(logits(changed, engine) - expected))
-                error = float(error / jnp.max(jnp.abs(expected)))
-                narrow = "bfloat16" in (changed.compute_dtype, engine.cache_dtype)
-                allowed = TOLERANCE["bfloat16" if narrow else "float32"]
-                passed = error <= allowed
-                text = f"logits {error:.1e} (allowed {allowed:.0e})"
-                if not narrow:
-                    same = float(jnp.mean(draw(params, exact, images, engine) == tokens))
-                    passed = passed and same == 1
-                    text += f", {same:.1%} of tokens the same"
-                agree &= passed
-                label = f"{name:6}{engine_name:16}{changed.compute_dtype:10}"
-                print(label, text, "ok" if passed else "DIFFERENT", flush=True)
+            for dtype in ("float32", config.compute_dtype):
+                result = agreement.of(args.known_engines[engine_name], dtype)
+                agree &= result["passed"]
+                text = f"logits {result['logits']:.1e} (allowed {result['allowed']:.0e})"
+                if "same tokens" in result:
+                    text += f", {result['same tokens']:.1%} of tokens the same"
+                label = f"{name:6}{engine_name:16}{dtype:10}"
+                print(label, text, "ok" if result["passed"] else "DIFFERENT", flush=True)
     return agree
 
 

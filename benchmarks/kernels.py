@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from aim_jax.models.config import PRESETS, AiMConfig
 from aim_jax.ops import triton as kernels
+from aim_jax.ops.triton.ssd_chunks import Decays, Sizes, tile_size
 
 EPILOG = """\
 example:
@@ -103,14 +104,13 @@ def nbytes(*arrays) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
-def cases(model: str, images: int) -> Iterator[Case]:
-    """Yield every kernel at the shapes of a preset, with bfloat16 activations and input caches.
+def cases(config: AiMConfig, images: int) -> Iterator[Case]:
+    """Yield every kernel at the shapes of a model, with bfloat16 activations and input caches.
 
     Args:
-      model: name of a preset.
+      config: configuration of a Mamba-2 model.
       images: images per batch, with guidance.
     """
-    config = PRESETS[model]
     layers = config.n_layer
     b = 2 * images
     d = config.d_model
@@ -192,6 +192,8 @@ def cases(model: str, images: int) -> Iterator[Case]:
     moved = nbytes(*scan.values(), scan["x"], full(b, h, p, n))
     yield Case("ssd_prefill", kernels.ssd_prefill, scan, moved)
 
+    yield from training_cases(config, images)
+
     # Mamba-1 at the same widths; its published state size is 16.
     n = 16
     r = config.dt_rank
@@ -230,6 +232,54 @@ def cases(model: str, images: int) -> Iterator[Case]:
     }
     moved = nbytes(*scan.values(), scan["x"], full(b, e, n))
     yield Case("selective_scan_prefill", kernels.selective_scan_prefill, scan, moved)
+
+
+def training_cases(config: AiMConfig, images: int, dtype: str = "bfloat16") -> Iterator[Case]:
+    """Yield the kernels of a training step's scan, with one chunk per image, and convolution.
+
+    Args:
+      config: configuration of the model.
+      images: images of a micro-batch.
+      dtype: dtype of the activations.
+    """
+    b, l, h, p, g = images, config.num_tokens, config.n_heads, config.headdim, config.ngroups
+    T = tile_size(dtype)
+    u = -(-l // T)
+    q = u * T
+
+    def activations(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def full(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    sizes = Sizes(l, h, p, g, 1, u, T)
+    decays = Decays(*[full(b, h, 1, u, T)] * 4, full(b, h, 1, u, u))
+    scores = full(b, 1, g, q, q)
+    x = activations(b, l, h, p)
+    by_pair = full(b, h, 1, u, u, T)
+    shared = {"scores": scores, "decays": decays}
+    tiles = nbytes(x, x, scores, *decays)
+    for op, own, moved in (
+        (kernels.ssd_outputs, {"x": x, "D": full(h)}, tiles),
+        (kernels.ssd_inputs_gradient, {"dy": x, "D": full(h)}, tiles),
+        (
+            kernels.ssd_weights_gradient,
+            {"x": x, "dy": x},
+            tiles + nbytes(activations(*scores.shape), by_pair, by_pair),
+        ),
+    ):
+        bound = functools.partial(op, sizes=sizes, dtype=x.dtype)
+        yield Case(op.__name__, bound, shared | own, moved)
+
+    e, w = config.d_inner, config.d_conv
+    conv = {"x": activations(b, l, e), "weight": full(w, e), "bias": full(e)}
+    moved = 2 * nbytes(x)
+    yield Case("conv_outputs", functools.partial(kernels.conv_outputs, silu=True), conv, moved)
+    arguments = conv | {"dy": conv["x"]}
+    moved = 3 * nbytes(x)
+    op = functools.partial(kernels.conv_gradients, silu=True)
+    yield Case("conv_gradients", op, arguments, moved)
 
 
 def find_launch(op, arguments: dict) -> tuple:
@@ -312,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     spilled = False
     totals = []
     for images in args.images:
-        launches = {case.name: case for case in cases(args.model, images)}
+        launches = {case.name: case for case in cases(config, images)}
         for case in launches.values():
             for arch in args.arch:
                 kernel = compile_case(case, arch)

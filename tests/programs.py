@@ -6,6 +6,7 @@ import io
 import sys
 from unittest import mock
 
+import grain  # noqa: F401  (defines its flags once; `run` removes those of a program)
 from absl import app, flags
 
 from aim_jax.cli import main

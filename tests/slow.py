@@ -7,6 +7,8 @@ and runs of several processes carry the mark in their files.
 SLOW = (
     "tests/benchmarks/test_benchmarks.py::test_decode_gpu_times_and_compares",
     "tests/benchmarks/test_benchmarks.py::test_peer_transformer_is_causal_and_decodes_from_its_cache",
+    "tests/benchmarks/test_gpu_day.py::test_a_training_resumes_exactly",
+    "tests/benchmarks/test_gpu_day.py::test_the_rehearsal_runs_every_stage",
     "tests/cli/test_page.py::test_a_drawing_is_completed",
     "tests/cli/test_page.py::test_uploads_are_completed_or_refused",
     "tests/cli/test_programs.py::test_completions_are_made_in_batches_with_progress",
@@ -17,6 +19,9 @@ SLOW = (
     "tests/evaluation/test_evaluate.py::test_report_and_pictures",
     "tests/models/test_models.py::test_grouped_adaln_rewritten_per_layer_is_the_same_model",
     "tests/models/test_models.py::test_ways_to_execute_give_the_same_values_and_gradients",
+    "tests/ops/test_ssd_training.py::test_a_model_trains_with_the_kernels",
+    "tests/ops/test_ssd_training.py::test_kernels_compile_without_spills",
+    "tests/ops/test_ssd_training.py::test_the_train_step_of_gpus_has_the_kernels",
     "tests/ops/test_triton.py::test_kernels_compile_without_spills",
     "tests/ops/test_triton.py::test_kernels_draw_the_tokens_that_the_modules_draw",
     "tests/ops/test_triton.py::test_logits_and_states_of_the_kernels",

@@ -10,6 +10,7 @@ anything it fails to write shows.
 
 import contextlib
 import functools
+import threading
 from unittest import mock
 
 import jax
@@ -20,6 +21,8 @@ from jax.interpreters import mlir
 from jax_triton.triton_lib import get_triton_type, normalize_grid, triton_kernel_call_p
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+ONE_AT_A_TIME = threading.Lock()  # devices run kernels in threads, and the interpreter is global
 
 
 class Pointer:
@@ -58,6 +61,21 @@ def convert_float(values, input_dtype, output_dtype, rounding_mode):
     return output.view(np.uint16 if output.itemsize == 2 else np.uint32)
 
 
+def create_dot(builder, a, b, *args):
+    """Multiplies values of bfloat16; Triton 3.7 interprets products of the bits that hold them."""
+    return CREATE_DOT(builder, *map(as_float32, (a, b)), *args)
+
+
+CREATE_DOT = interpreter.InterpreterBuilder.create_dot
+
+
+def as_float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    values = handle.data.view(ml_dtypes.bfloat16).astype(np.float32)
+    return interpreter.TensorHandle(values, tl.float32)
+
+
 @contextlib.contextmanager
 def interpreter_in_use():
     """Inside, kernels may call other `triton.jit` functions, Triton's own included.
@@ -72,6 +90,7 @@ def interpreter_in_use():
         contextlib.ExitStack() as stack,
         mock.patch.object(JITFunction, "__call__", call),
         mock.patch.object(interpreter, "_convert_float", convert_float),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot),
         np.errstate(all="ignore"),  # exp(-inf), 1 / inf
     ):
         stack.callback(scope.restore)
@@ -90,7 +109,7 @@ def run(*arrays, fn, scalar_args, out_shapes, grid, input_output_aliases, consta
     outputs = [poisoned(out.shape, out.dtype) for out in out_shapes]
     for source, target in input_output_aliases:
         outputs[target] = inputs[source]
-    with interpreter_in_use():
+    with ONE_AT_A_TIME, interpreter_in_use():
         executor = Executor(interpreted(fn.fn), fn.arg_names, normalize_grid(grid, constants))
         executor(*[Pointer(array) for array in inputs + outputs], **constants)
     return tuple(outputs)

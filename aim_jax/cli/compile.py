@@ -27,6 +27,7 @@ from aim_jax.cli.common import define_config
 from aim_jax.models.aim import init_params
 from aim_jax.models.captions import condition_of, condition_shapes
 from aim_jax.models.config import AiMConfig
+from aim_jax.ops.implementation import compiling_kernels_for
 from aim_jax.parallel.sharding import batch_share
 from aim_jax.perf.accelerators import peak_flops, topology
 from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
@@ -71,9 +72,10 @@ def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
     setup = Setup(config, devices)
     for process in {device.process_index for device in devices}:
         batch_share(setup.mesh, process)
-    lowered = setup.train_step.lower(*setup.abstract_arguments())
     flops = executed_flops(setup.model) * config.batch_size / len(devices)
-    return footprint(lowered, flops, devices[0])
+    with compiling_kernels_for(devices[0]):
+        lowered = setup.train_step.lower(*setup.abstract_arguments())
+        return footprint(lowered, flops, devices[0])
 
 
 def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Footprint:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from aim_jax.data.captions import MOST_CAPTION
@@ -404,6 +403,8 @@ def _encode(
     workers: int,
 ) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
     """Yield shard, tokens (n, views, t) and labels (n,) of every piece, one encoded ahead."""
+    import grain
+
     side = views.square.image_size
     channels = views.square.channels
 

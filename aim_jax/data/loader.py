@@ -3,6 +3,8 @@
 Grain supplies the indices and one random generator per batch. A single function then gathers the
 batch, so the cost in Python is per batch rather than per example. Batch k is a pure function of
 (seed, k): the complete state of an iterator is the number of batches it has returned.
+
+Grain is imported where batches are made, so that models load and sample without it.
 """
 
 import contextlib
@@ -15,9 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -33,6 +34,9 @@ from aim_jax.data.sources import (
 )
 from aim_jax.utils.checks import shown
 from aim_jax.utils.logging import Progress
+
+if TYPE_CHECKING:
+    import grain
 
 # Name of the order that `EpochOrder` gives to examples; a state of another order cannot be resumed.
 ORDER = "philox"
@@ -142,7 +146,7 @@ class Prefetched(Iterator):
     """
 
     def __init__(
-        self, dataset: grain.MapDataset, threads: int, workers: int = 0, order: str | None = None
+        self, dataset: "grain.MapDataset", threads: int, workers: int = 0, order: str | None = None
     ):
         """Start at the first element.
 
@@ -189,7 +193,9 @@ class Prefetched(Iterator):
             self._elements.close()
         self._elements = None
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> "grain.DatasetIterator":
+        import grain
+
         ahead = self._dataset[self._next :].to_iter_dataset(
             grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._threads + 1)
         )
@@ -370,6 +376,8 @@ def index_batches(
     Raises:
       ValueError: There are no examples, or the sizes do not fit together.
     """
+    import grain
+
     if not sizes or min(sizes) < 1:
         raise ValueError("there are no examples to make batches of")
     if weights is not None and (len(weights) != len(sizes) or min(weights) <= 0):

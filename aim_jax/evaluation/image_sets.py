@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-import grain
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -115,6 +114,8 @@ class SourceImages(ImageSet):
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield every `step`-th batch from batch `first` on; see `ImageSet.batches`."""
+        import grain
+
         starts = grain.MapDataset.range(first * size, len(self), step * size)
         batches = starts.map(lambda start: self.take(range(start, min(start + size, len(self)))))
         return Prefetched(batches, threads=min(8, os.cpu_count() or 1))

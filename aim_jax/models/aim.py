@@ -24,6 +24,7 @@ from aim_jax.models.captions import (
 )
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import (
+    PROJECTION,
     AdaLN,
     FinalLayer,
     GatedMLP,
@@ -40,6 +41,7 @@ from aim_jax.models.mamba2 import (
     init_mamba2_cache,
     init_mamba2_dual_cache,
 )
+from aim_jax.ops.products import product
 from aim_jax.parallel.sharding import constrain
 from aim_jax.utils.checks import check_arguments
 
@@ -49,10 +51,9 @@ MODULES: dict[str, tuple] = {
 }
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
 }
 Cache = Mamba1Cache | Mamba2Cache
-Carry = tuple[jax.Array, jax.Array]  # (hidden, residual), each (b, l, d)
 
 
 class Segment(enum.IntEnum):
@@ -104,8 +105,7 @@ class Block(nn.Module):
 
     The mixer's part is
 
-        residual <- hidden + residual
-        hidden   <- gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
+        residual <- residual + gate * mixer(RMSNorm(residual) * (1 + scale) + shift)
     """
 
     config: AiMConfig
@@ -113,26 +113,25 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: Carry,
+        residual: jax.Array,
         modulation: jax.Array,
         cache: Cache | None,
         reading: jax.Array | None = None,
         segments: jax.Array | None = None,
-    ) -> tuple[Carry, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Apply the block.
 
         Args:
-          carry: (hidden, residual), each (b, l, d).
+          residual: residual stream (b, l, d).
           modulation: (b, parts, d), see `Modulation.layers`.
           cache: mixer state before these inputs, or None to start from zero.
           reading: (1, parts, d), replaces the modulation where a caption is read.
           segments: int8 (b, l), see `Segment`; None if no caption is among the inputs.
 
         Returns:
-          The new (hidden, residual), and the cache after these inputs (None without a cache).
+          The new residual stream, and the cache after these inputs (None without a cache).
         """
         cfg = self.config
-        hidden, residual = carry
         parts = jnp.split(modulation, cfg.modulation_parts, axis=1)
         mask = None
         if reading is not None and segments is not None:
@@ -147,7 +146,6 @@ class Block(nn.Module):
             shift, scale, gate = parts
         mixer = MODULES[cfg.mixer][0](cfg, name="mixer")
 
-        residual = hidden + residual
         x = modulate(RMSNorm(eps=cfg.norm_eps, name="norm")(residual), shift, scale)
         x, cache = mixer(x, cache, mask)
         hidden = gate * x
@@ -160,7 +158,7 @@ class Block(nn.Module):
         hidden, residual = (constrain(t, "batch", "length", None) for t in (hidden, residual))
         self.sow("intermediates", "hidden", hidden)
         self.sow("intermediates", "residual", residual)
-        return (hidden, residual), cache
+        return constrain(hidden + residual, "batch", "length", None), cache
 
 
 class AiM(nn.Module):
@@ -244,14 +242,13 @@ class AiM(nn.Module):
         Returns:
           Nats (b, t), and nats per token of each caption (b,); 0 for one of fewer than two tokens.
         """
-        carry, modulation = self._stacked(codes, captions, train)
-        nats = self._nats(self._image_features(carry, modulation), codes, self.output_table())
+        stream, modulation = self._stacked(codes, captions, train)
+        nats = self._nats(self._image_features(stream, modulation), codes, self.output_table())
         reading = modulation.reading
         assert reading is not None
         # Predictions from the real tokens but the last.
         last = reading.mask.shape[1] - 1
-        hidden, residual = (x[:, :last] for x in carry)
-        x = self.final(hidden, residual, reading.final)
+        x = self.final(stream[:, :last], reading.final)
         targets = jnp.maximum(captions[:, 1:], 0)
         caption_nats = self._nats(
             x, targets, self._tied(self.caption_embedding.table, "caption_vocab")
@@ -266,18 +263,17 @@ class AiM(nn.Module):
 
     def _stacked(
         self, codes: jax.Array, condition: Condition, train: bool
-    ) -> tuple[Carry, Modulation]:
+    ) -> tuple[jax.Array, Modulation]:
         """Apply all blocks to a condition and the tokens but the last."""
         start, modulation = self.condition(condition, train)
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1, dtype=jnp.int32))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
-        carry, _ = self.stack(x, modulation)
-        return carry, modulation
+        x, _ = self.stack(x, modulation)
+        return x, modulation
 
-    def _image_features(self, carry: Carry, modulation: Modulation) -> jax.Array:
+    def _image_features(self, x: jax.Array, modulation: Modulation) -> jax.Array:
         first = 0 if modulation.reading is None else modulation.reading.mask.shape[1]
-        hidden, residual = (x[:, first:] for x in carry)
-        return self.final(hidden, residual, modulation.final)
+        return self.final(x[:, first:], modulation.final)
 
     def _nats(self, x: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array:
         chunk = self.config.logits_chunk
@@ -321,15 +317,13 @@ class AiM(nn.Module):
         Returns:
           Logits (b, l, v) float32, and the cache after x.
         """
-        carry, cache = self.stack(x, modulation, cache)
-        hidden, residual = carry
-        return self.logits(hidden, residual, modulation.final), cache
+        x, cache = self.stack(x, modulation, cache)
+        return self.logits(x, modulation.final), cache
 
     def stack(
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
-    ) -> tuple[Carry, Cache | None]:
-        """Apply all blocks to inputs (b, l, d); return ((hidden, residual), cache)."""
-        x = constrain(x, "batch", "length", None)
+    ) -> tuple[jax.Array, Cache | None]:
+        """Apply all blocks to inputs (b, l, d); return the residual stream (b, l, d) and cache."""
         reading = None
         segments = None
         if modulation.reading is not None:
@@ -338,23 +332,24 @@ class AiM(nn.Module):
             segments = jnp.where(mask, Segment.CAPTION, Segment.PADDING).astype(jnp.int8)
             after = [(0, 0), (0, x.shape[1] - mask.shape[1])]
             segments = jnp.pad(segments, after, constant_values=Segment.IMAGE)
-        return self.layers((x, jnp.zeros_like(x)), modulation.layers, cache, reading, segments)
+        x = constrain(x, "batch", "length", None)
+        return self.layers(x, modulation.layers, cache, reading, segments)
 
-    def logits(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """Compute logits (b, l, v) from the outputs (b, l, d) of the last block; see `final`."""
-        return self.head(self.final(hidden, residual, final))
+    def logits(self, x: jax.Array, final: jax.Array) -> jax.Array:
+        """Compute logits (b, l, v) from the residual stream (b, l, d); see `final`."""
+        return self.head(self.final(x, final))
 
-    def final(self, hidden: jax.Array, residual: jax.Array, final: jax.Array) -> jax.Array:
-        """Apply the last norms to the outputs of the last block.
+    def final(self, x: jax.Array, final: jax.Array) -> jax.Array:
+        """Apply the last norms to the residual stream.
 
         Args:
-          hidden, residual: (b, l, d) each.
+          x: residual stream after the last block (b, l, d).
           final: `Modulation.final`.
 
         Returns:
           Features (b, l, d) for `head`.
         """
-        x = self.norm_f(hidden + residual)
+        x = self.norm_f(x)
         self.sow("intermediates", "norm_f_out", x)
         x = self.final_layer(x, final[0, :, 0], final[0, :, 1])
         self.sow("intermediates", "final_out", x)
@@ -363,9 +358,7 @@ class AiM(nn.Module):
     def head(self, x: jax.Array) -> jax.Array:
         """Project features (b, l, d) to float32 logits (b, l, v)."""
         table = self.output_table()
-        return jnp.einsum(
-            "bld,vd->blv", x.astype(table.dtype), table, preferred_element_type=jnp.float32
-        )
+        return product("bld,vd->blv", x.astype(table.dtype), table)
 
     def output_table(self) -> jax.Array:
         """Return the token embeddings (v, d), the tied output matrix, in the compute dtype."""

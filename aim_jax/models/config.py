@@ -49,8 +49,9 @@ class AiMConfig:
       ngroups: groups of heads that share B and C (Mamba-2 only).
       chunk_size: tokens per chunk of the training scan; changes speed, not results.
       scan_implementation: implementation of the scan over whole sequences, see
-        `aim_jax.ops.implementation`: None (default), "xla", or "triton" (kernels for NVIDIA GPUs,
-        not differentiable); changes speed, not results.
+        `aim_jax.ops.implementation`: None (default), "xla", or "triton" (kernels for NVIDIA GPUs;
+        those of Mamba-2 are differentiable, and None trains with them); changes speed and rounding.
+        With "xla" the convolution before the scan is "xla" too; see `conv_implementation`.
       d_intermediate: width of a gated MLP after each mixer, rounded up to a multiple of 128; 0
         means no MLP.
       adaln: "layer" (one map per layer) or "group" (`num_groups` shared maps and a table per layer;
@@ -185,6 +186,11 @@ class AiMConfig:
     def is_text(self) -> bool:
         """Whether captions condition the model."""
         return self.condition == "text"
+
+    @property
+    def conv_implementation(self) -> str | None:
+        """Implementation of the convolution over whole sequences; None chooses by the device."""
+        return "xla" if self.scan_implementation == "xla" else None
 
     @property
     def d_inner(self) -> int:

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from aim_jax import ops
+from aim_jax.ops.products import precision_of, product
 from aim_jax.ops.reference import with_rank
 from aim_jax.parallel.sharding import constrain
+
+PROJECTION = "projection"  # name of the outputs of `Dense` for rematerialization
 
 
 def at_least_fp32(x: jax.Array) -> jax.Array:
@@ -118,11 +122,13 @@ class CausalConv1D(nn.Module):
       width: number of taps w; the last one weighs the current input.
       axis: logical axis of the channels.
       dtype: dtype of the computation and of the state.
+      implementation: of `ops.causal_conv1d`.
     """
 
     width: int
     axis: str
     dtype: str
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +146,10 @@ class CausalConv1D(nn.Module):
         bias_init = nn.with_logical_partitioning(init, (self.axis,))
         kernel = self.param("kernel", kernel_init, (self.width, x.shape[-1]))
         bias = self.param("bias", bias_init, (x.shape[-1],))
-        y, state = ops.causal_conv1d(x.astype(self.dtype), kernel, bias, initial_state=state)
+        y, state = ops.causal_conv1d(
+            x.astype(self.dtype), kernel, bias, initial_state=state,
+            implementation=self.implementation,
+        )  # fmt: skip
         return y, state.astype(self.dtype)
 
 
@@ -176,11 +185,14 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         kernel = gathered(kernel.astype(self.dtype), self.axes)
+        precision = precision_of(self.dtype)
         if x.shape[1] > 1:
             # All positions in one axis: on CPU, XLA is slow at gradients that sum over two axes.
-            return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])
+            y = jnp.matmul(rows, kernel, precision=precision).reshape(*x.shape[:-1], -1)
+            return checkpoint_name(y, PROJECTION)
         # On CPU, a product with few rows is faster with the kernel on the left.
-        return (kernel.T @ x[:, 0].T).T[:, None]
+        return jnp.matmul(kernel.T, x[:, 0].T, precision=precision).T[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -278,7 +290,7 @@ class AdaLN(nn.Module):
             table_shape = (self.n_layer, self.parts, d)
             offset = offset + self.param("table", init, table_shape, jnp.float32)
         kernel = gathered(kernel, axes)
-        shared = jnp.einsum("bd,gdpe->gbpe", nn.silu(c), kernel)
+        shared = product("bd,gdpe->gbpe", nn.silu(c), kernel)
         return shared[group] + offset[:, None]
 
 

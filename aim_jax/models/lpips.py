@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from aim_jax.ops.conv2d import conv_general_dilated
+from aim_jax.ops.products import product
 from aim_jax.ops.reference import with_rank
 
 # Widths of the convolutions between poolings (arXiv 1409.1556, configuration D).
@@ -60,7 +61,8 @@ class LPIPS(nn.Module):
                 number += 1
             head = self.param(f"head_{i}", nn.initializers.ones, (widths[-1],), jnp.float32)
             ours, theirs = jnp.split(_unit(x), 2)
-            distance += jnp.mean(jnp.square(ours - theirs) @ head, axis=(1, 2))
+            squares = jnp.square(ours - theirs)
+            distance += jnp.mean(product("nhwc,c->nhw", squares, head), axis=(1, 2))
         return distance
 
 

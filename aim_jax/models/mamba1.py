@@ -65,7 +65,8 @@ class Mamba1(nn.Module):
         z = Dense(e, ("embed", "inner"), dtype, name="z_proj")(x)
         start = cache or Mamba1Cache(None, None)  # type: ignore[arg-type]
         xs = masked(xs, mask)
-        xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
+        conv = CausalConv1D(cfg.d_conv, "inner", dtype, cfg.conv_implementation, name="conv_x")
+        xs, conv_x = conv(xs, start.conv_x)
 
         dt = Dense(r, ("inner", "dt_rank"), dtype, name="dt_in_proj")(xs)
         B = Dense(n, ("inner", "state"), dtype, name="B_proj")(xs)

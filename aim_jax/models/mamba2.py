@@ -87,9 +87,13 @@ class Mamba2(nn.Module):
         dt = masked(dt, mask, -jnp.inf)  # softplus(-inf) = 0: no decay and no input
 
         start = cache or Mamba2Cache(None, None, None, None)  # type: ignore[arg-type]
-        xs, conv_x = CausalConv1D(cfg.d_conv, "inner", dtype, name="conv_x")(xs, start.conv_x)
-        B, conv_B = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_B")(B, start.conv_B)
-        C, conv_C = CausalConv1D(cfg.d_conv, "state", dtype, name="conv_C")(C, start.conv_C)
+
+        def conv(name: str, axis: str) -> CausalConv1D:
+            return CausalConv1D(cfg.d_conv, axis, dtype, cfg.conv_implementation, name=name)
+
+        xs, conv_x = conv("conv_x", "inner")(xs, start.conv_x)
+        B, conv_B = conv("conv_B", "state")(B, start.conv_B)
+        C, conv_C = conv("conv_C", "state")(C, start.conv_C)
 
         heads = ("heads",)
         dt_bias = self.param(

@@ -19,6 +19,7 @@ from aim_jax.models.codebook import Quantized, VectorQuantizer, init_codebook
 from aim_jax.models.config import NORM_GROUPS, VQConfig
 from aim_jax.ops.conv2d import convolution, doubling_conv
 from aim_jax.ops.group_norm import group_norm
+from aim_jax.ops.products import precision_of
 
 # Standard deviation of a normal variable that is truncated at two standard deviations.
 TRUNCATED_STD = 0.87962566103423978
@@ -40,6 +41,11 @@ def conv3x3(
         features, (3, 3), dtype=dtype, name=name,
         conv_general_dilated=convolution(implementation), **({"padding": 1} | options),
     )  # fmt: skip
+
+
+def dense(features: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
+    """Return a linear layer over the channels: a 1x1 convolution."""
+    return nn.Dense(features, dtype=dtype, precision=precision_of(dtype), name=name)
 
 
 class GroupNorm(nn.Module):
@@ -80,7 +86,7 @@ class ResnetBlock(nn.Module):
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.features, self.dtype, "conv2", self.implementation)(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, name="nin_shortcut")(x)
+            x = dense(self.features, self.dtype, "nin_shortcut")(x)
         return x + h
 
 
@@ -96,11 +102,12 @@ class AttnBlock(nn.Module):
         b, height, width, c = x.shape
         h = GroupNorm(self.dtype, self.implementation, swish=False, name="norm")(x)
         h = h.reshape(b, height * width, c)
-        q, k, v = (nn.Dense(c, dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
-        scores = jnp.einsum("bqc,bkc->bqk", q, k) / math.sqrt(c)
+        q, k, v = (dense(c, self.dtype, name)(h) for name in ("q", "k", "v"))
+        precision = precision_of(self.dtype)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision=precision) / math.sqrt(c)
         weights = nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
-        h = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
-        h = nn.Dense(c, dtype=self.dtype, name="proj_out")(h)
+        h = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v, precision=precision)
+        h = dense(c, self.dtype, "proj_out")(h)
         return x + h.reshape(x.shape)
 
 
@@ -220,9 +227,9 @@ class VQModel(nn.Module):
         """Create the submodules."""
         cfg = self.config
         self.encoder = Encoder(cfg, self.implementation)
-        self.quant_conv = nn.Dense(cfg.embed_dim)
+        self.quant_conv = dense(cfg.embed_dim, "float32")
         self.quantize = VectorQuantizer(cfg)
-        self.post_quant_conv = nn.Dense(cfg.z_channels)
+        self.post_quant_conv = dense(cfg.z_channels, "float32")
         self.decoder = Decoder(cfg, self.implementation)
 
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, Quantized]:

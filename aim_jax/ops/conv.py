@@ -1,9 +1,12 @@
 """Causal depthwise convolution that precedes the scans."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from aim_jax.ops.implementation import implementation_of
+from aim_jax.ops.implementation import implementation_of, kernels_of, training_default
+from aim_jax.ops.products import round_cotangent
 from aim_jax.ops.reference import bind_axes, compute_dtype, require_floats, with_rank
 from aim_jax.utils.checks import check_arguments
 
@@ -30,7 +33,9 @@ def causal_conv1d(
       bias: optional bias (c,).
       initial_state: the w - 1 inputs before x (b, w - 1, c); zeros when None.
       activation: "silu" or None.
-      implementation: None or "xla".
+      implementation: "xla", or "triton" (kernels for NVIDIA GPUs, differentiable in reverse mode).
+        None is "triton" in the steps of a training on NVIDIA GPUs where the kernels are available,
+        "xla" otherwise; see `aim_jax.ops.implementation`.
 
     Returns:
       y like x, and the last w - 1 inputs (b, w - 1, c) in at least float32: the initial state of
@@ -39,7 +44,8 @@ def causal_conv1d(
     Raises:
       ValueError: the shapes do not match, or the activation is unknown.
     """
-    implementation_of("causal_conv1d", implementation, ("xla",))
+    implementation = implementation or training_default()
+    chosen = implementation_of("causal_conv1d", implementation, ("xla", "triton"))
     if activation not in ("silu", None):
         raise ValueError(f'causal_conv1d: activation is {activation!r}, expected "silu" or None')
     sizes = bind_axes("causal_conv1d", x=(x, "blc"), weight=(weight, "wc"), bias=(bias, "c"))
@@ -52,18 +58,25 @@ def causal_conv1d(
         )
 
     dtype = compute_dtype(x)
+    fresh = initial_state is None
     if initial_state is None:
         initial_state = jnp.zeros((b, w - 1, c), x.dtype)
     wider = jnp.promote_types(x.dtype, initial_state.dtype)
     inputs = jnp.concatenate([initial_state.astype(wider), x.astype(wider)], axis=1)
+    state = inputs[:, l:].astype(dtype)
+    if chosen != "xla":
+        convolve = functools.partial(kernels_of(chosen).causal_conv1d, silu=activation == "silu")
+        y = convolve(x, weight, bias) if fresh else convolve(inputs, weight, bias)[:, w - 1 :]
+        return y.astype(x.dtype), state
     weight = weight.astype(dtype)
     taps = [weight[k, None, None] * inputs[:, k : k + l].astype(dtype) for k in range(w)]
     y = sum(taps[1:], taps[0])
     if bias is not None:
         y = y + with_rank(bias.astype(dtype), y.ndim)
+    y = round_cotangent(y, x.dtype)
     if activation == "silu":
         y = jax.nn.silu(y)
-    return y.astype(x.dtype), inputs[:, l:].astype(dtype)
+    return y.astype(x.dtype), state
 
 
 @check_arguments

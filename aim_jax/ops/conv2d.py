@@ -1,7 +1,8 @@
 """Two-dimensional convolutions that are also fast on CPUs: of small maps, doubling, gradients.
 
-With implementation="native", kernel gradients are computed by a C++ kernel in float32, because
-XLA's CPU backend takes two to three times as long for them as for the convolution.
+With implementation="native", convolutions and their gradients are computed by C++ kernels in
+float32, because XLA's CPU backend reaches about half of the speed of matrix products in them, and a
+sixth in kernel gradients.
 """
 
 import functools
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.products import precision_of
 
 IMPLEMENTATIONS = ("xla", "native")
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def convolution(implementation: str | None = None) -> Callable[..., jax.Array]:
-    """Return `conv_general_dilated` with the kernel gradient of an implementation."""
+    """Return `conv_general_dilated` of an implementation."""
     chosen = implementation_of("convolution", implementation, IMPLEMENTATIONS)
     return _conv_native if chosen == "native" else conv_general_dilated
 
@@ -37,6 +39,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
     Returns:
       (b, H', W', d).
     """
+    options["precision"] = options.get("precision") or precision_of(x.dtype)
     if (
         not _is_plain(options)
         or isinstance(padding, str)
@@ -53,7 +56,7 @@ def conv_general_dilated(x, kernel, strides, padding, **options):
         for j in range(w)
     ]
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options.get("precision"))
+    return jnp.matmul(jnp.concatenate(windows, -1), kernel, precision=options["precision"])
 
 
 def _is_plain(options: dict) -> bool:
@@ -78,7 +81,7 @@ def _is_small(
 
 
 def _conv_native(x, kernel, strides, padding, **options):
-    """Convolve like `conv_general_dilated`, with the native kernel gradient for plain float32."""
+    """Convolve like `conv_general_dilated`, for plain float32."""
     if not _is_plain(options) or isinstance(padding, str):
         raise ValueError(
             "convolution: implementation='native' supports no dilation, groups or named padding."
@@ -89,7 +92,7 @@ def _conv_native(x, kernel, strides, padding, **options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _plain_native(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding)
+    return kernels_of("native").conv2d(x, kernel, strides, padding)
 
 
 def _plain(x, kernel, strides, padding):
@@ -97,19 +100,27 @@ def _plain(x, kernel, strides, padding):
 
 
 def _plain_native_forward(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding), (x, kernel)
+    return kernels_of("native").conv2d(x, kernel, strides, padding), (x, kernel)
 
 
 def _plain_native_backward(strides, padding, saved, g):
     x, kernel = saved
-    forward = lambda x: conv_general_dilated(  # noqa: E731
-        x, kernel, strides, padding, dimension_numbers=NHWC
-    )
-    (dx,) = jax.vjp(forward, x)[1](g)
+    native = kernels_of("native")
     above_left = tuple(before for before, _ in padding)
-    return dx, kernels_of("native").conv2d_kernel_gradient(
-        x, g, kernel.shape[:2], strides, above_left
+    kernel_gradient = native.conv2d_kernel_gradient(x, g, kernel.shape[:2], strides, above_left)
+    return _input_gradient(x, kernel, strides, padding, g), kernel_gradient
+
+
+def _input_gradient(x, kernel, strides, padding, g):
+    """Return the gradient of `_plain` with respect to x: of stride 1, it is a convolution too."""
+    opposite = tuple(
+        (k - 1 - before, k - 1 - after)
+        for k, (before, after) in zip(kernel.shape, padding, strict=False)
     )
+    if strides == (1, 1) and min(min(pair) for pair in opposite) >= 0:
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        return kernels_of("native").conv2d(g, turned, strides, opposite)
+    return jax.vjp(lambda x: _plain(x, kernel, strides, padding), x)[1](g)[0]
 
 
 _plain_native.defvjp(_plain_native_forward, _plain_native_backward)
@@ -130,26 +141,35 @@ def doubling_conv(x: jax.Array, kernel: jax.Array, implementation: str = "xla") 
     Args:
       x: inputs (b, h, w, c).
       kernel: filters (3, 3, c, d). Its sums are rounded to the dtype of x.
-      implementation: of the kernel's gradient.
+      implementation: "xla" or "native".
 
     Returns:
       (b, 2 h, 2 w, d).
     """
-    return _doubled(x, kernel)
+    return _doubled(x, kernel, implementation)
 
 
-def _doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _doubled(x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
     b, h, w, c = x.shape
     d = kernel.shape[-1]
     kernels = _both_axes(_halves, kernel)  # (row parity 2, row 2, column parity 2, column 2, c, d)
     kernels = kernels.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * d)
-    y = jax.lax.conv_general_dilated(
-        x, kernels.astype(x.dtype), (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC
-    ).reshape(b, h + 1, w + 1, 2, 2, d)
+    y = _convolved(x, kernels.astype(x.dtype), (1, 1), implementation)
+    y = y.reshape(b, h + 1, w + 1, 2, 2, d)
     # The windows of even outputs start one pixel before those of odd ones.
     kinds = [[y[:, i : h + i, j : w + j, i, j] for j in (0, 1)] for i in (0, 1)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in kinds], axis=2)
     return y.reshape(b, 2 * h, 2 * w, d)
+
+
+def _convolved(x, kernel, strides, implementation):
+    """Convolve with one pixel of padding."""
+    padding = ((1, 1), (1, 1))
+    if implementation == "native":
+        return kernels_of("native").conv2d(x, kernel, strides, padding)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=NHWC, precision=precision_of(x.dtype)
+    )
 
 
 def _both_axes(sums: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
@@ -171,15 +191,13 @@ def _reached(k: jax.Array) -> jax.Array:
 
 
 def _doubling_forward(x, kernel, implementation):
-    return _doubled(x, kernel), (x, kernel)
+    return _doubled(x, kernel, implementation), (x, kernel)
 
 
 def _doubling_backward(implementation, saved, g):
     x, kernel = saved
     reached, spread = jax.vjp(functools.partial(_both_axes, _reached), kernel)
-    dx = jax.lax.conv_general_dilated(
-        g, reached.swapaxes(2, 3).astype(g.dtype), (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC
-    )
+    dx = _convolved(g, reached.swapaxes(2, 3).astype(g.dtype), (2, 2), implementation)
     if implementation == "native":
         gradient = kernels_of("native").conv2d_kernel_gradient(g, x, (4, 4), (2, 2), (1, 1))
         gradient = gradient.swapaxes(2, 3)
@@ -202,7 +220,8 @@ def _reached_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     g = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h + 1, 2, w + 1, 2, d)
     g = g.swapaxes(2, 3)
     parts = [[g[:, i : i + h, j : j + w] for j in (0, 1)] for i in (0, 1)]
-    products = [[jnp.einsum("bhwc,bhwpqd->pqcd", x, part) for part in row] for row in parts]
+    product = functools.partial(jnp.einsum, "bhwc,bhwpqd->pqcd", x, precision=precision_of(x.dtype))
+    products = [[product(part) for part in row] for row in parts]
     gradient = jnp.stack([jnp.stack(row) for row in products])  # (2, 2, 2, 2, c, d)
     return gradient.swapaxes(1, 2).reshape(4, 4, c, d)
 

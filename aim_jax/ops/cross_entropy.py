@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
+from aim_jax.ops.products import product
 from aim_jax.ops.reference import split_length, with_rank
 from aim_jax.utils.checks import check_arguments
 
@@ -59,10 +60,10 @@ def linear_cross_entropy(
     implementation_of("linear_cross_entropy", implementation, ("xla",))
 
     def nats(x, labels):
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
         rows = x.reshape(-1, x.shape[-1])  # one axis of positions, as in `models.layers.Dense`
-        logits = jnp.einsum("md,vd->mv", rows, table, preferred_element_type=dtype)
-        return cross_entropy(logits, labels.reshape(-1)).reshape(labels.shape)
+        return cross_entropy(product("md,vd->mv", rows, table), labels.reshape(-1)).reshape(
+            labels.shape
+        )
 
     b, l, d = x.shape
     if not 0 < chunk_size < l:

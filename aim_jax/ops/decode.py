@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from aim_jax.ops.dual import DualCache, ssd_dual_step
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.products import precision_of
 from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
 from aim_jax.ops.selective_scan import selective_scan_step
 from aim_jax.ops.ssd import ssd_step
@@ -57,7 +58,9 @@ def linear(
         return kernels_of(chosen).linear(x, weight)
     bind_axes("linear", x=(x, "bk"), weight=(weight, "mk"))
     contract = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, preferred_element_type=dtype)
+    return jax.lax.dot_general(
+        x, weight, contract, precision=precision_of(x.dtype), preferred_element_type=dtype
+    )
 
 
 @check_arguments

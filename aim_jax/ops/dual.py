@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of
+from aim_jax.ops.products import product
 from aim_jax.ops.reference import (
     bind_axes,
     compute_dtype,
@@ -170,7 +171,7 @@ def ssd_dual_step(
     dtype = compute_dtype(x)
     # Unused positions hold zeros in B and the inputs, which two products multiply, so neither needs
     # a mask. The whole buffer is read, because a slice of it would be copied.
-    scores = jnp.einsum("btgn,bgn->btg", cache.B.astype(dtype), C.astype(dtype))
+    scores = product("btgn,bgn->btg", cache.B.astype(dtype), C.astype(dtype))
     weights = jnp.repeat(scores, h // g, axis=-1) * jnp.exp(cache.log_decay)
     y = jnp.sum(weights[..., None] * cache.inputs.astype(dtype), axis=1)
     D = None if D is None else D[:, None]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.products import product
 from aim_jax.ops.reference import (
     bind_axes,
     compose,
@@ -133,7 +134,7 @@ def selective_scan(
         decay = jnp.exp(dt[..., None] * with_rank(A, 4))
         updates = (dt * x)[..., None] * B[:, :, None]
         states = linear_scan(decay, updates.at[0].add(decay[0] * state))
-        return states[-1], jnp.einsum("qben,qbn->qbe", states, C)
+        return states[-1], product("qben,qbn->qbe", states, C)
 
     inputs = (chunked(x), chunked(dt), chunked(B), chunked(C))
     state, y = jax.lax.scan(jax.checkpoint(scan_chunk), state, inputs)
@@ -196,5 +197,5 @@ def selective_scan_step(
     decay = jnp.exp(dt[..., None] * with_rank(A.astype(dtype), 3))
     update = (dt * x.astype(dtype))[..., None] * B.astype(dtype)[:, None]
     state = decay * state.astype(dtype) + update
-    y = jnp.einsum("ben,bn->be", state, C.astype(dtype))
+    y = product("ben,bn->be", state, C.astype(dtype))
     return skip_and_gate(y, x, D, z), state

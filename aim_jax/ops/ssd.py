@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.implementation import implementation_of, kernels_of, training_default
+from aim_jax.ops.products import precision_of, product, round_cotangent
 from aim_jax.ops.reference import (
     bind_axes,
     bind_ssd,
@@ -74,21 +75,25 @@ def ssd_scan(
       dt_softplus: apply softplus to dt.
       initial_state: optional state before the first position (b, h, p, n); zeros when None.
       chunk_size: largest chunk length. Chunks have equal lengths, to keep the padding small.
-        "triton" uses chunks of at most 32.
-      implementation: None, "xla", or "triton" (one kernel for NVIDIA GPUs, not differentiable).
+        "triton" uses chunks of at least 256 where gradients are taken, of at most 32 elsewhere.
+      implementation: "xla", or "triton" (kernels for NVIDIA GPUs, differentiable in reverse mode).
+        None is "triton" in the steps of a training on NVIDIA GPUs where the kernels are available,
+        "xla" otherwise; see `aim_jax.ops.implementation`.
 
     Returns:
-      y like x, and the state after the last position (b, h, p, n). Everything is computed in
-      float32, or in float64 for float64 x.
+      y like x, and the state after the last position (b, h, p, n). The operands of
+      products have the dtypes of x, B and C; sums, decays and states are float32, or float64 for
+      float64 x.
 
     Raises:
       ValueError: the shapes do not match, or chunk_size is not positive.
     """
+    implementation = implementation or training_default()
     chosen = implementation_of("ssd_scan", implementation, ("xla", "triton"))
     if chosen != "xla":
-        return kernels_of(chosen).ssd_prefill(
+        return kernels_of(chosen).ssd_scan(
             x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-            initial_state=initial_state, chunk_size=min(chunk_size, 32),
+            initial_state=initial_state, chunk_size=chunk_size,
         )  # fmt: skip
     sizes = bind_ssd("ssd_scan", x, dt, A, B, C, D, z, dt_bias, initial_state)
     require_floats("ssd_scan", x=x)
@@ -97,7 +102,7 @@ def ssd_scan(
     u, k = split_length(q, BLOCK)
     q = u * k
     r = h // g
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x)  # of step sizes, decays, sums and states
     dt = step_sizes(dt, dt_bias, dt_softplus, dtype)
 
     # Batch, chunk and group are folded into one axis m, so that everything below is a plain batched
@@ -106,10 +111,14 @@ def ssd_scan(
     m = b * c * g
 
     def fold(t):
-        t = pad_length(t.astype(dtype), c * q).reshape(b, c, q, g, -1)
+        t = pad_length(t, c * q).reshape(b, c, q, g, -1)
         return t.swapaxes(2, 3).reshape(m, q, -1)
 
-    B, C = fold(B), fold(C)
+    # Operands of products have the dtype of x: bfloat16 where the model computes in it.
+    def operand(t):
+        return t.astype(x.dtype)
+
+    B, C = fold(operand(B)), fold(operand(C))
     inputs = fold(dt[..., None] * x.astype(dtype)).reshape(m, q, r, p).swapaxes(1, 2)
     log_decay = fold(dt * with_rank(A.astype(dtype), 3)).swapaxes(1, 2).reshape(m, r, u, k)
     within = jnp.exp(segment_sums(log_decay))  # positions of a block (m, r, u, k + 1, k + 1)
@@ -121,21 +130,22 @@ def ssd_scan(
         return factors.reshape(m, r, q, 1) * t
 
     # Pairs of positions in one block, then in different blocks.
-    scores = jnp.einsum("mutn,musn->muts", C.reshape(m, u, k, n), B.reshape(m, u, k, n))
-    weights = scores[:, None] * within[..., 1:, 1:]
-    y = jnp.einsum("mruts,mrusp->mrutp", weights, inputs.reshape(m, r, u, k, p))
-    y = y.reshape(m, r, q, p)
+    scores = product("mutn,musn->muts", C.reshape(m, u, k, n), B.reshape(m, u, k, n))
+    weights = operand(scores[:, None] * within[..., 1:, 1:])
+    y = product("mruts,mrusp->mrutp", weights, operand(inputs).reshape(m, r, u, k, p))
+    y = operand(y).reshape(m, r, q, p)
     if u > 1:
-        scores = jnp.einsum("mtn,msn->mts", C, B).reshape(m, u, k, u, k)
-        weights = jnp.einsum("mitjs,mrij->mritjs", scores, between[:, :, :-1, 1:])
-        earlier = scaled(to_end, inputs)
-        y = y + scaled(
-            from_start, jnp.einsum("mrts,mrsp->mrtp", weights.reshape(m, r, q, q), earlier)
+        scores = product("mtn,msn->mts", C, B).reshape(m, u, k, u, k)
+        weights = jnp.einsum(
+            "mitjs,mrij->mritjs", scores, between[:, :, :-1, 1:], precision=precision_of(dtype)
         )
+        weights = operand(weights).reshape(m, r, q, q)
+        earlier = operand(scaled(to_end, inputs))
+        y = y + scaled(from_start, operand(product("mrts,mrsp->mrtp", weights, earlier)))
 
-    outgoing = scaled(to_end * between[:, :, -1, 1:, None], inputs)
+    outgoing = operand(scaled(to_end * between[:, :, -1, 1:, None], inputs))
     outgoing = outgoing.swapaxes(1, 2).reshape(m, q, r * p)
-    states = jnp.einsum("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
+    states = product("msk,msn->mkn", outgoing, B).reshape(b, c, h, p * n)
 
     if c > 1 or initial_state is not None:
         if initial_state is None:
@@ -145,13 +155,14 @@ def ssd_scan(
         decays = jnp.concatenate([jnp.ones((b, 1, h, 1), dtype), decays], axis=1)
         states = jnp.concatenate([initial_state, states], axis=1)
         _, states = jax.lax.associative_scan(compose, (decays, states), axis=1)
-        incoming = states[:, :-1].reshape(m, r * p, n)
-        carried = jnp.einsum("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
+        incoming = operand(states[:, :-1]).reshape(m, r * p, n)
+        carried = product("mqn,mkn->mqk", C, incoming).reshape(m, q, r, p).swapaxes(1, 2)
         y = y + scaled(from_start * between[:, :, :-1, :1], carried)
 
     y = y.reshape(b, c, g, r, q, p).transpose(0, 1, 4, 2, 3, 5).reshape(b, c * q, h, p)[:, :l]
     D = None if D is None else D[:, None]
-    return skip_and_gate(y, x, D, z), states[:, -1].reshape(b, h, p, n)
+    y = round_cotangent(skip_and_gate(y, x, D, z), x.dtype)
+    return y, states[:, -1].reshape(b, h, p, n)
 
 
 def segment_sums(terms: jax.Array) -> jax.Array:
@@ -168,7 +179,10 @@ def segment_sums(terms: jax.Array) -> jax.Array:
     term = jnp.arange(size)[:, None, None]
     included = (start[None] <= term) & (term < end[None])
     sums = jnp.tensordot(terms, included.astype(terms.dtype), 1, precision="highest")
-    return jnp.where(with_rank(start <= end, sums.ndim), sums, -jnp.inf)
+    # Added, not selected: the gradient of a selection keeps its mask, in the shape of the sums and
+    # for all layers of a model.
+    excluded = jnp.where(start <= end, 0, -jnp.inf).astype(sums.dtype)
+    return sums + with_rank(excluded, sums.ndim)
 
 
 @check_arguments
@@ -230,6 +244,6 @@ def ssd_step(
     inputs = (dt[..., None] * x.astype(dtype)).reshape(m, r, p, 1)
     B, C = B.astype(dtype).reshape(m, 1, 1, n), C.astype(dtype).reshape(m, n)
     state = decay * state.astype(dtype).reshape(m, r, p, n) + inputs * B
-    y = jnp.einsum("mkn,mn->mk", state.reshape(m, r * p, n), C).reshape(b, h, p)
+    y = product("mkn,mn->mk", state.reshape(m, r * p, n), C).reshape(b, h, p)
     D = None if D is None else D[:, None]
     return skip_and_gate(y, x, D, z), state.reshape(b, h, p, n)

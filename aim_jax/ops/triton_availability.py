@@ -7,6 +7,8 @@ import functools
 import importlib
 from importlib import metadata
 
+import jax
+
 INSTALL = "pip install 'aim_jax[cuda]'"
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
@@ -45,6 +47,12 @@ def cause_of(error: Exception) -> str:
         f"importing jax-triton fails with {type(error).__name__}: {message} ({versions}). "
         f"Versions that work together: {INSTALL}"
     )
+
+
+def newer_than_assembler() -> bool:
+    """Return whether the first GPU has compute capability 10 or higher."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability is not None and float(capability) >= 10
 
 
 def version_of(package: str) -> str | None:

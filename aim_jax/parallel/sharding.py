@@ -9,6 +9,7 @@ The sequence is not split.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import RulesFallback
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes
+Axes = tuple[str | None, ...]  # logical axes of an array
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data"),
     "length": (),
@@ -144,6 +146,40 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
       ValueError: an axis has no rule.
     """
     return nn.with_logical_constraint(x, axes, fallback=RulesFallback.RAISE_ERROR)
+
+
+def active_mesh() -> AbstractMesh | None:
+    """Return the mesh that a `sharded_jit` function is traced for; None outside of one."""
+    return jax.sharding.get_abstract_mesh() if nn.get_logical_axis_rules() else None
+
+
+def mesh_parts(axis: str) -> int:
+    """Return the number of parts that a logical axis is split into; 1 outside `sharded_jit`."""
+    mesh = active_mesh()
+    if mesh is None:
+        return 1
+    (entry,) = nn.logical_to_mesh_axes((axis,))
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def per_device(fn: Callable, arguments: Mapping[str, Axes], results: Sequence[Axes]) -> Callable:
+    """Make every device call `fn` with its own parts; return `fn` itself outside `sharded_jit`.
+
+    The compiler cannot partition custom kernels. `fn` must treat the entries along split axes
+    independently of each other.
+
+    Args:
+      fn: function of a dictionary of arrays, some of which may be None; it returns a tuple.
+      arguments: logical axes of the arrays, by name.
+      results: logical axes of the results. All axes of the mesh must occur in each of them.
+    """
+    mesh = active_mesh()
+    if mesh is None or mesh.size == 1:
+        return fn
+    specs = {name: nn.logical_to_mesh_axes(axes) for name, axes in arguments.items()}
+    out_specs = tuple(map(nn.logical_to_mesh_axes, results))
+    return jax.shard_map(fn, in_specs=(specs,), out_specs=out_specs, check_vma=False)
 
 
 class ShardedFunction:

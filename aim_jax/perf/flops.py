@@ -56,7 +56,7 @@ def executed_flops(config: AiMConfig) -> float:
     recomputed = 2.0 * t * config.d_model * config.vocab_size if in_chunks else 0.0
     if config.remat == "full":
         recomputed += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
-    elif config.remat == "dots":  # the policy does not save products over a batch axis
+    elif config.remat == "dots":  # saves projections only
         recomputed += scan_flops(config, config.max_caption + t)
     return training_flops(config) + recomputed
 

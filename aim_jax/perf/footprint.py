@@ -30,6 +30,7 @@ class Footprint:
       compute: seconds for the operations at peak rate.
       memory: seconds to read the inputs and write the outputs of every fusion at peak bandwidth.
       links: seconds to send the data of the collectives at peak bandwidth.
+      moved: bytes of `memory`.
     """
 
     arguments: int
@@ -40,6 +41,7 @@ class Footprint:
     compute: float
     memory: float
     links: float
+    moved: int = 0
 
     @property
     def needed(self) -> int:
@@ -101,6 +103,7 @@ def read(compiled: jax.stages.Compiled, flops: float, chip: Accelerator, gpu: bo
         raise ValueError("the compiler does not report the program's HLO text or memory use.")
     program = Program(text)
     collectives = program.collectives()
+    moved = program.memory_traffic()
     return Footprint(
         arguments=stats.argument_size_in_bytes,
         temporaries=stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
@@ -108,8 +111,9 @@ def read(compiled: jax.stages.Compiled, flops: float, chip: Accelerator, gpu: bo
         capacity=round(chip.memory * (GPU_SHARE if gpu else 1)),
         collectives=collectives,
         compute=flops / chip.flops,
-        memory=program.memory_traffic() / chip.bandwidth,
+        memory=moved / chip.bandwidth,
         links=sum(sent for _, sent in collectives.values()) / chip.link,
+        moved=moved,
     )
 
 
@@ -125,7 +129,7 @@ def describe(found: Footprint) -> str:
         f"{gib(found.arguments)}, temporaries {gib(found.temporaries)}"
         + ("" if found.fits else "  DOES NOT FIT"),
         f"time        {1e3 * found.seconds:.1f} ms modelled; at peak rates compute "
-        f"{1e3 * found.compute:.1f}, memory {1e3 * found.memory:.1f}, "
+        f"{1e3 * found.compute:.1f}, memory {1e3 * found.memory:.1f} ({found.moved / 1e9:.1f} GB), "
         f"links {1e3 * found.links:.1f}",
     ]
     for kind, (runs, sent) in sorted(found.collectives.items()):

@@ -16,6 +16,14 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
 }  # fmt: skip
+# Operations that read a part of their first operand, as large as the result.
+SLICES = {"dynamic-slice", "slice", "gather"}
+# Operations that change a part of their first operand, and the position of the new part.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# Operations of which every element of the result may need all elements of the operands.
+WHOLE = {
+    "call", "convolution", "custom-call", "dot", "fusion", "reduce", "reduce-window", "sort",
+}  # fmt: skip
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "token": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*?\) -> .*?\{\n(.*?)^\}", re.M | re.S)
@@ -71,6 +79,17 @@ def size(shape: str, *, memory: bool = False) -> int:
       memory: exclude arrays that the compiler keeps on the chip, marked by S(1) in TPU layouts.
     """
     return sum(_sizes(shape, memory))
+
+
+def _dimensions(shape: str) -> tuple[int, ...]:
+    """Return the dimensions of the first array of a shape; () if there is none."""
+    match = _SHAPE.search(shape)
+    return tuple(map(int, filter(None, match[2].split(",")))) if match else ()
+
+
+def _elements(shape: str) -> int:
+    """Return the number of elements of all arrays of a shape."""
+    return sum(math.prod(_dimensions(match[0])) for match in _SHAPE.finditer(shape))
 
 
 def _sizes(shape: str, memory: bool) -> list[int]:
@@ -206,7 +225,11 @@ class Program:
     def memory_traffic(self) -> int:
         """Count the bytes read from and written to device memory: inputs and outputs of fusions.
 
-        A fusion that reads or updates a part of an array in place counts only that part.
+        Arrays that an instruction reads or updates in part count with that part:
+
+        - slices, also behind elementwise operations inside a fusion;
+        - updates of slices and scatters in place, at the root of a fusion;
+        - stacked arrays that a custom call updates in place, with one of their layers.
         """
         total = 0
         for name, times in self.runs.items():
@@ -219,54 +242,93 @@ class Program:
 
     def _bytes_moved(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
         operands = [computation.get(name) for name in instruction.operands]
-        sizes = [size(x.shape, memory=True) if x else 0 for x in operands]
+        shapes = [x.shape if x else "" for x in operands]
+        sizes = [size(shape, memory=True) for shape in shapes]
         result_bytes = size(instruction.shape, memory=True)
         # The result of a started copy, slice or collective includes the operands.
         if instruction.op.endswith("-start"):
-            return size(instruction.shape) - sum(size(x.shape) for x in operands if x)
-        if instruction.op in ("dynamic-slice", "slice", "gather"):
+            return size(instruction.shape) - sum(map(size, shapes))
+        if instruction.op in SLICES:
             return 2 * result_bytes
-        if instruction.op == "dynamic-update-slice":
-            return 2 * sizes[1]
+        if instruction.op in UPDATES:
+            # A scatter also reads what it adds to.
+            return (3 if instruction.op == "scatter" else 2) * sizes[UPDATES[instruction.op]]
+        if instruction.op == "custom-call":
+            return _custom_call_bytes(instruction, shapes)
         inner = self.computations.get(instruction.attribute("calls") or "")
-        if instruction.op != "fusion" or not inner:
-            return result_bytes + sum(sizes)
-        uses: dict[str, list[Instruction]] = {}
-        for x in inner.values():
-            for operand in x.operands:
-                uses.setdefault(operand, []).append(x)
-        for x in inner.values():
-            readers = self._readers(x, uses) if x.op == "parameter" else []
-            number = int(x.rest.split(")")[0]) if readers else 0
-            if readers and number < len(sizes):
-                parts = sum(self._part_read(x, reader, inner) for reader in readers)
-                sizes[number] = min(sizes[number], parts)
-        (root,) = (x for x in inner.values() if x.root)
-        written = _sizes(instruction.shape, memory=True)
-        results = [inner.get(name) for name in root.operands] if root.op == "tuple" else [root]
-        if len(written) == len(results):
-            for i, result in enumerate(results):
-                while result is not None and result.op == "bitcast":
-                    result = inner.get(result.operands[0])
-                if result is not None and result.op == "dynamic-update-slice":
-                    written[i] = min(written[i], size(inner[result.operands[1]].shape))
-        return sum(written) + sum(sizes)
+        if instruction.op == "fusion" and inner:
+            return _fusion_bytes(instruction, sizes, inner)
+        return result_bytes + sum(sizes)
 
-    def _part_read(self, x: Instruction, reader: Instruction, inner: dict[str, Instruction]) -> int:
-        """Return the bytes of x that an instruction of the same fusion reads."""
-        if reader.op in ("dynamic-slice", "slice", "gather"):
-            return size(reader.shape)
-        target = inner.get(reader.operands[0]) if reader.op == "dynamic-update-slice" else None
-        while target is not None and target.op == "bitcast":
-            target = inner.get(target.operands[0])
-        return 0 if target is x else size(x.shape)
 
-    def _readers(self, x: Instruction, uses: dict[str, list[Instruction]]) -> list[Instruction]:
-        """Return the instructions that use a value, directly or through bitcasts."""
-        readers = []
-        for user in uses.get(x.name, []):
-            readers += self._readers(user, uses) if user.op == "bitcast" else [user]
-        return readers
+def _custom_call_bytes(instruction: Instruction, shapes: list[str]) -> int:
+    """Count the bytes that a custom call moves: its operands and results.
+
+    A call that updates arrays in place and takes an integer scalar is taken for a kernel of
+    `aim_jax.ops.decode`. It works on one layer of the arrays that it updates, and of others with
+    the same leading axis.
+
+    Args:
+      instruction: the custom call.
+      shapes: shapes of its operands.
+    """
+    aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.rest)
+    updated = re.findall(r"\((\d+),", aliases[1]) if aliases else []
+    has_index = any(re.match(r"[su]\d+\[\]", shape) for shape in shapes)
+    layers = {_dimensions(shapes[int(number)])[:1] for number in updated if has_index}
+    total = 0
+    for shape in (*shapes, *(match[0] for match in _SHAPE.finditer(instruction.shape))):
+        dimensions = _dimensions(shape)
+        is_stacked = len(dimensions) > 1 and dimensions[:1] in layers
+        total += size(shape, memory=True) // (dimensions[0] if is_stacked else 1)
+    return total
+
+
+def _fusion_bytes(instruction: Instruction, sizes: list[int], inner: dict[str, Instruction]) -> int:
+    """Count the bytes that a fusion moves: the elements that its results need, and the results.
+
+    Args:
+      instruction: the fusion.
+      sizes: bytes of its operands; 0 for those that the compiler keeps on the chip.
+      inner: its computation.
+    """
+    (root,) = (x for x in inner.values() if x.root)
+    results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
+    written = _sizes(instruction.shape, memory=True)
+    in_place = set()
+    for i, result in enumerate(results):
+        update = _behind_bitcasts(result, inner)
+        if update.op in UPDATES and len(written) == len(results):
+            part = size(inner[update.operands[UPDATES[update.op]]].shape)
+            target = _behind_bitcasts(inner[update.operands[0]], inner)
+            if target.op == "parameter" and part < size(update.shape):
+                in_place.add(update.name)
+                written[i] = min(written[i], part)
+    needed = dict.fromkeys(inner, 0)  # elements
+    needed |= {result.name: _elements(result.shape) for result in results}
+    for x in reversed(inner.values()):  # an instruction comes after its operands
+        for position, name in enumerate(x.operands if x.op != "tuple" and needed[x.name] else ()):
+            everything = _elements(inner[name].shape)
+            elements = everything if x.op in WHOLE else needed[x.name]
+            if x.op in SLICES and position > 0:
+                elements = everything  # indices
+            if x.name in in_place and position == 0:  # a scatter adds to what is there
+                update = inner[x.operands[UPDATES[x.op]]]
+                elements = _elements(update.shape) if x.op == "scatter" else 0
+            needed[name] = min(everything, needed[name] + elements)
+    read = 0
+    for x in inner.values():
+        if x.op == "parameter" and needed[x.name]:
+            number = int(x.rest.split(")")[0])
+            read += sizes[number] * needed[x.name] // _elements(x.shape)
+    return sum(written) + read
+
+
+def _behind_bitcasts(x: Instruction, inner: dict[str, Instruction]) -> Instruction:
+    """Return the instruction whose result x is, possibly in another shape."""
+    while x.op == "bitcast":
+        x = inner[x.operands[0]]
+    return x
 
 
 def _group_size(text: str) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -134,16 +133,15 @@ class ModuleDecoder:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         del position  # the caches hold it
         block = Block(self.config)
-        carry = (x, jnp.zeros_like(x))
         updated = []
         for layer, parts, cache in zip(self.layers, self.modulation.layers, caches, strict=True):
             # XLA fuses these transposes into the matrix products.
             weights = {path: w.T if _is_matrix(path) else w for path, w in layer.items()}
-            carry, cache = block.apply({"params": unflatten_dict(weights)}, carry, parts, cache)
+            x, cache = block.apply({"params": unflatten_dict(weights)}, x, parts, cache)
             updated.append(cache)
         model = AiM(self.config)
         variables = {"params": self.params}
-        logits = model.apply(variables, *carry, self.modulation.final, method="logits")
+        logits = model.apply(variables, x, self.modulation.final, method="logits")
         return logits[:, 0], updated
 
     def sample(

@@ -10,15 +10,14 @@ one of each, or lets `resolve` choose.
 import dataclasses
 import functools
 
-import jax
 from absl import logging
 
 from aim_jax.models.config import AiMConfig
-from aim_jax.ops.triton_availability import triton_unavailable_because
+from aim_jax.ops.implementation import TRITON_PLATFORMS
+from aim_jax.ops.triton_availability import newer_than_assembler, triton_unavailable_because
 
 FORMS = ("recurrent", "dual")
 DECODERS = ("xla", "native", "triton")  # implementations of the token loop
-TRITON_PLATFORMS = ("gpu", "cuda")  # JAX's platform names of NVIDIA GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +117,6 @@ def choose_implementation(config: AiMConfig, platform: str) -> str:
     if platform == "cpu" and config.mixer == "mamba2":
         return "native" if native_kernels() else "xla"
     return "xla"
-
-
-def newer_than_assembler() -> bool:
-    """Return whether the first GPU has compute capability 10 or higher."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return capability is not None and float(capability) >= 10
 
 
 @functools.cache

@@ -59,8 +59,6 @@ from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
-from aim_jax.weights.convert.inception import load_inception
-from aim_jax.weights.convert.lpips import EXPECTED, load_lpips
 from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
 
 
@@ -327,7 +325,7 @@ def _train(
         check_images(source, spec)
     lpips_params = open_lpips(config.lpips, recipe.losses, config.data.image_size)
     lpips_params = replicate(lpips_params, mesh)
-    extract = FeatureExtractor(load_inception(config.inception)) if config.inception else None
+    extract = open_inception(config.inception)
     fresh = config.init and not has_checkpoint(workdir)
     start = None
     if fresh:
@@ -386,6 +384,15 @@ def _train(
         return loop.run(config, workdir, mesh, state, stage, claim)
 
 
+def open_inception(path: str) -> FeatureExtractor | None:
+    """Return the extractor with the Inception network of a file, or None if no file is named."""
+    if not path:
+        return None
+    from aim_jax.weights.convert.inception import load_inception
+
+    return FeatureExtractor(load_inception(path))
+
+
 def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
     """Load the weights of LPIPS from `path`, or else from the file that AIM_JAX_LPIPS names.
 
@@ -397,6 +404,8 @@ def open_lpips(path: str, losses: LossConfig, image_size: int) -> dict | None:
       FileNotFoundError, ValueError: The losses need LPIPS and no file is named, or the file is
         missing or not LPIPS.
     """
+    from aim_jax.weights.convert.lpips import EXPECTED, load_lpips
+
     path = path or os.environ.get("AIM_JAX_LPIPS", "")
     if path and image_size >= MIN_SIDE:
         return load_lpips(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,8 @@ def test_what_does_not_fit_is_skipped(monkeypatch, capsys):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(decode_gpu, "time_images", out_of_memory)
-    monkeypatch.setattr(decode_gpu, "Models", lambda *args: None)
+    models = lambda config, vq: types.SimpleNamespace(aim_config=config)  # noqa: E731
+    monkeypatch.setattr(decode_gpu, "Models", models)
     args = decode_gpu.parse(["--models", "B", "--images", "64", "--engines", "xla"])
     (row,) = decode_gpu.measure(args, 2e12)
     assert "images/s" not in row

@@ -321,8 +321,10 @@ def test_bfloat16_inputs_keep_a_float32_state(scan):
     y, state = jit(functools.partial(scan, chunk_size=8))(**inputs)
     y_exact, state_exact = jit(functools.partial(scan, chunk_size=8))(**exact)
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
-    assert_close(state, state_exact, 1e-6)
-    assert_close(y, y_exact, 2**-8)
+    # Mamba-2 rounds the operands of its products, as the official kernels do.
+    products = scan is ssd_scan
+    assert_close(state, state_exact, 2**-8 if products else 1e-6)
+    assert_close(y, y_exact, 2**-7 if products else 2**-8)
 
     now = {k: inputs[k][:, 0] if k in ("x", "dt", "B", "C", "z") else inputs[k] for k in inputs}
     y, state = jit(STEP[scan])(now.pop("initial_state").astype(np.float32), **now)
@@ -423,6 +425,18 @@ def test_ssd_scan_rounds_like_a_plain_recurrence(steps):
         for name, error in by_name.items():
             bound = max(np.median(allowed[name]), roundoff)
             assert np.median(error) <= bound, (method, name, np.median(error), bound)
+
+
+@pytest.mark.parametrize("steps", ssd_accuracy.STEPS)
+def test_ssd_scan_of_bfloat16_rounds_operands_only(steps):
+    """Four units of roundoff at the worst element, of values and all gradients: decays, sums and
+    states are float32.
+    """
+    sequences = ssd_accuracy.sequences(3, ssd_accuracy.STEPS[steps], b=1, l=256, h=2, p=4, n=8)
+    errors = ssd_accuracy.bfloat16_scan_errors(sequences, (64, 256))
+    for method in ("chunk 64", "chunk 256"):
+        for name, error in errors[method].items():
+            assert np.median(error) <= 4 * 2**-9, (method, name, np.median(error))
 
 
 def test_dual_decoding_after_strong_decays_rounds_like_the_recurrence():

@@ -24,10 +24,11 @@ if reason := triton_unavailable_because():
     pytest.skip(f"{reason}; `make test` brings it all", allow_module_level=True)
 
 from aim_jax.models.aim import AiM, init_params
-from aim_jax.models.config import AiMConfig
+from aim_jax.models.config import PRESETS, AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
 from aim_jax.ops.triton import launch, mamba2
+from aim_jax.ops.triton.ssd_chunks import Decays, Sizes
 from aim_jax.perf.accelerators import topology
 from aim_jax.sampling import logits as filters
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
@@ -41,11 +42,9 @@ from aim_jax.sampling.generate import (
 )
 from aim_jax.utils.random import random_key
 from benchmarks import kernels as kernel_benchmark
-from tests import (
-    parity,
-    triton_on_cpu,  # noqa: F401  (lets the kernels run here)
-)
+from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
 from tests.ops.test_ops import assert_close
+from tests.teacher_forced import teacher_forced_decode
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -266,7 +265,7 @@ def one_step(step, **changed):
     parameters, projected = mamba2_layers(*SMALL, layers=3)
     rng = np.random.default_rng(2)
     caches = {"conv_cache": normal(rng, 3, b, w, h * p + 2 * g * n)}
-    if step is kernels.mamba2_step:
+    if getattr(step, "func", step) is kernels.mamba2_step:
         caches["state"] = normal(rng, 3, b, h, p, n)
     else:
         caches |= {"inputs": normal(rng, 3, b, 8, h, p), "B_cache": normal(rng, 3, b, 8, g, n)}
@@ -294,6 +293,25 @@ def test_a_step_touches_its_own_layer_only(step):
         expected = rows <= 3 if name == "log_decay" else rows == 3
         expected = np.ones(1) if name == "state" else expected
         np.testing.assert_array_equal(np.any(changed) if name == "state" else changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [
+        (kernels.mamba2_step, {"channels_per_program": 2, "num_warps": 2}),
+        (kernels.dual_step, {"heads_per_program": 2, "tokens_per_block": 2, "num_warps": 8}),
+    ],
+)
+def test_launch_shapes_change_no_result(step, shape):
+    _, expected = one_step(step)
+    _, actual = one_step(functools.partial(step, **shape))
+    for one, other in zip((actual[0], *actual[2:]), (expected[0], *expected[2:]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert_close(actual[1].sum(axis=1), expected[1].sum(axis=1), 1e-6)
+    for name in shape:
+        if name != "num_warps":
+            with pytest.raises(ValueError, match=f"{name} = 3, expected a power of two"):
+                one_step(functools.partial(step, **{name: 3}))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -743,7 +761,7 @@ def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, pr
 
 MAMBA1 = {"mixer": "mamba1"}
 CODES, LABELS = jnp.array([[5, 11, 3, 20]]), jnp.array([1])
-teacher_forced = jax.jit(parity.teacher_forced_decode, static_argnames=("config", "engine"))
+teacher_forced = jax.jit(teacher_forced_decode, static_argnames=("config", "engine"))
 
 
 @pytest.mark.parametrize(
@@ -883,6 +901,11 @@ def lowering_cases():
     conv = {name: step[name] for name in ("projected", "layer", "position")}
     conv |= {"conv_weight": step["conv_weight"], "conv_bias": step["conv_bias"]}
     seam_arguments = seam() | {"layer": 0}
+    zeros = functools.partial(np.zeros, dtype=np.float32)
+    x = zeros((1, 21, 4, 3))
+    decays = Decays(*[zeros((1, 4, 1, 2, 16))] * 4, zeros((1, 4, 1, 2, 2)))
+    chunk = {"scores": zeros((1, 1, 2, 32, 32)), "decays": decays}
+    window = {"x": zeros((2, 9, 5)), "weight": zeros((4, 5)), "bias": zeros(5)}
     return {
         "mamba2_step": (step | {"conv_cache": ring, "state": state}, ("conv_cache", "state")),
         "dual_step": (step | {"conv_cache": ring} | tokens, ("conv_cache", *tokens)),
@@ -892,9 +915,23 @@ def lowering_cases():
         "sample": (sampler_inputs(), ()),
         "ssd_prefill": (scan_inputs(ops.ssd_scan), ("initial_state",)),
         "selective_scan_prefill": (scan_inputs(ops.selective_scan), ()),
+        "ssd_outputs": (chunk | {"x": x, "D": zeros(4)}, ()),
+        "ssd_inputs_gradient": (chunk | {"dy": x, "D": zeros(4)}, ()),
+        "ssd_weights_gradient": (chunk | {"x": x, "dy": x}, ()),
+        "conv_outputs": (window, ()),
+        "conv_gradients": (window | {"dy": zeros((2, 9, 5))}, ()),
     }
 
 
+CHUNKS = {"sizes": Sizes(l=21, h=4, p=3, g=2, c=1, u=2, T=16), "dtype": np.float32}
+STATIC = {
+    "add_norm_modulate": {"inner": 7},
+    "ssd_outputs": CHUNKS,
+    "ssd_inputs_gradient": CHUNKS,
+    "ssd_weights_gradient": CHUNKS,
+    "conv_outputs": {"silu": True},
+    "conv_gradients": {"silu": False},
+}
 TARGETS = {80: "sm_80", 90: "sm_90a"}
 
 
@@ -928,13 +965,14 @@ def cuda_calls(lowered):
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_kernels_lower_for_cuda_with_their_caches_aliased(name, capability):
     arguments, carried = lowering_cases()[name]
-    static = {"inner": 7} if name == "add_norm_modulate" else {}
-    op = functools.partial(getattr(kernels, name), **static, compute_capability=capability)
+    op = functools.partial(
+        getattr(kernels, name), **STATIC.get(name, {}), compute_capability=capability
+    )
 
     def loop(arguments):
         def body(caches, _):
             outputs = op(**arguments | caches)
-            if name == "sample":
+            if not carried:
                 return caches, outputs
             split = len(outputs) - len(carried)
             return dict(zip(carried, outputs[split:], strict=True)), outputs[:split]
@@ -952,7 +990,7 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_benchmark.knobs.cache, "dir", str(tmp_path))
     found = {
         case.name: kernel_benchmark.compile_case(case, arch)
-        for case in kernel_benchmark.cases("XL", images=64)
+        for case in kernel_benchmark.cases(PRESETS["XL"], images=64)
     }
     assert {name.split()[0] for name in found} == set(kernels.__all__)
     assert {name: kernel.spill for name, kernel in found.items()} == dict.fromkeys(found, 0)

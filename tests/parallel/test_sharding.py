@@ -206,7 +206,7 @@ def gradients(config, devices, params):
     def fn(params, batch):
         loss = lambda p, part, key: train.loss_fn(p, part, key, setup.model)  # noqa: E731
         grads, metrics, _ = accumulated_grads(
-            loss, params, batch, jax.random.key(0), config.accumulate
+            jax.grad(loss, has_aux=True), params, batch, jax.random.key(0), config.accumulate
         )
         return metrics["loss"], grads
 

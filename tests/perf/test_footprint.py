@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from aim_jax.cli import compile as aot
 from aim_jax.models import PRESETS, AiM, AiMConfig
 from aim_jax.models.aim import init_params
+from aim_jax.ops import ssd_scan
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.perf import accelerators as hardware
 from aim_jax.perf.accelerators import accelerator, peak_flops, topology
@@ -252,6 +253,28 @@ def test_report_for_gpus_that_are_not_here(capsys):
     output = capsys.readouterr().err
     assert "2 x NVIDIA A100-SXM4-80GB" in output
     check_report(found, config, output)
+
+
+@pytest.mark.slow  # XLA's GPU compiler takes seconds for each
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("l, h, p, n, chunk", [(256, 24, 64, 128, 256), (77, 3, 32, 20, 64)])
+def test_gradients_of_the_scan_compile_for_gpus(l, h, p, n, chunk, dtype):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="`make test` brings XLA's GPU compiler")
+    sharding = jax.sharding.SingleDeviceSharding(topology("1xH100")[0])
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def loss(x, dt, A, B, C):
+        return jnp.sum(ssd_scan(x, dt, A, B, C, chunk_size=chunk)[0].astype(jnp.float32))
+
+    arguments = (array(2, l, h, p), array(2, l, h, dtype="float32"), array(h, dtype="float32"),
+                 array(2, l, 1, n), array(2, l, 1, n))  # fmt: skip
+    program = compiled(jax.grad(loss, range(5)), *arguments)
+    # The squares of scores and decays, stored once per head, have the dtype of x.
+    stored = " ".join(x.shape for name in program.runs for x in program.computations[name].values())
+    squares = set(re.findall(rf"(\w+)\[{2 * h},{l},{l}\]", stored))
+    assert l > chunk or squares == {"f32" if dtype == "float32" else "bf16"}
 
 
 @pytest.mark.slow  # a program through XLA's TPU compiler takes a minute on two cores

@@ -19,6 +19,7 @@ from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.generate import Method, Request, generate_on_device, generate_tokens
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
 from tests import parity
+from tests.teacher_forced import teacher_forced_decode
 from tests.test_golden import GOLDEN
 
 native_only = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def test_bfloat16_stays_close(engine):
     rounded = dataclasses.replace(config, compute_dtype="bfloat16")
     kept = dataclasses.replace(engine, cache_dtype="float32" if engine == MODULES else "bfloat16")
     codes = jnp.array([[5, 11, 3, 30, 7, 8]])
-    run = functools.partial(parity.teacher_forced_decode, params, codes, jnp.array([1]), 2.0, 0)
+    run = functools.partial(teacher_forced_decode, params, codes, jnp.array([1]), 2.0, 0)
     exact, near = run(config, engine)["cond"], run(rounded, kept)["cond"]
     error = float(jnp.max(jnp.abs(exact - near)) / jnp.max(jnp.abs(exact)))
     assert 1e-5 < error < 0.05

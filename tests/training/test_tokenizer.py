@@ -515,7 +515,7 @@ def test_lpips_and_rfid_of_held_out_pictures(config, lpips_params, tmp_path, mon
 
     monkeypatch.setattr(train_vq, "FeatureExtractor", extractor)
     monkeypatch.setattr(vq_held_out, "NUM_FEATURES", 4)
-    monkeypatch.setattr(train_vq, "load_inception", lambda path: {})
+    monkeypatch.setattr("aim_jax.weights.convert.inception.load_inception", lambda path: {})
     monkeypatch.setattr(train_vq, "open_lpips", lambda path, losses, size: lpips_params)
     l1 = lambda params, a, b: jnp.abs(a - b).sum(axis=(1, 2, 3))  # noqa: E731
     monkeypatch.setattr(vq_held_out, "lpips", l1)

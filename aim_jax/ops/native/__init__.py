@@ -25,6 +25,7 @@ from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
 __all__ = [
     "BuildError",
     "add_norm_modulate",
+    "conv2d",
     "conv2d_kernel_gradient",
     "dual_step",
     "group_norm",
@@ -253,6 +254,34 @@ def sample(logits, uniform, cfg_scale, temperature, top_k, top_p, min_p):
     return token
 
 
+def conv2d(x, kernel, strides, padding):
+    """Convolve NHWC maps.
+
+    Args:
+      x: inputs (b, H, W, c), float32.
+      kernel: filters (h, w, c, d), float32.
+      strides: vertical and horizontal stride.
+      padding: zeros (above, below) and (left, right), 0 or more each.
+
+    Returns:
+      (b, H', W', d) float32.
+    """
+    _check_float32("conv2d", x=x, kernel=kernel)
+    sizes = bind_axes("conv2d", x=(x, "bHWc"), kernel=(kernel, "hwcd"))
+    out = [
+        (sizes[outer] + sum(pad) - sizes[inner]) // stride + 1
+        for outer, inner, pad, stride in zip("HW", "hw", padding, strides, strict=True)
+    ]
+    require(
+        min(out) >= 1,
+        f"conv2d: maps of {x.shape[1:3]} with padding {padding} are smaller than the kernel",
+    )
+    before = tuple(pad[0] for pad in padding)
+    attributes = _window("conv2d", strides, before)
+    outputs = _float32(sizes["b"], *out, sizes["d"])
+    return _call("aim_conv2d", outputs, (x, kernel), **attributes)
+
+
 def conv2d_kernel_gradient(x, g, size, strides, padding):
     """Compute the gradient of a convolution of NHWC maps with respect to its kernel.
 
@@ -269,16 +298,17 @@ def conv2d_kernel_gradient(x, g, size, strides, padding):
     """
     _check_float32("conv2d_kernel_gradient", x=x, g=g)
     sizes = bind_axes("conv2d_kernel_gradient", x=(x, "bHWc"), g=(g, "bhwd"))
+    attributes = _window("conv2d_kernel_gradient", strides, padding)
+    outputs = _float32(*size, sizes["c"], sizes["d"])
+    return _call("aim_conv2d_kernel_gradient", outputs, (x, g), **attributes)
+
+
+def _window(name, strides, padding):
+    """Return strides and padding as attributes."""
     numbers = (*strides, *padding)
-    require(
-        min(numbers) >= 0,
-        f"conv2d_kernel_gradient: padding is {padding}, expected no negative number",
-    )
+    require(min(numbers) >= 0, f"{name}: padding is {padding}, expected no negative number")
     names = ("stride_y", "stride_x", "pad_y", "pad_x")
-    return _call(
-        "aim_conv2d_kernel_gradient", _float32(*size, sizes["c"], sizes["d"]), (x, g),
-        **{name: np.int32(number) for name, number in zip(names, numbers, strict=True)},
-    )  # fmt: skip
+    return {name: np.int32(number) for name, number in zip(names, numbers, strict=True)}
 
 
 def group_norm(x, scale, bias, groups, eps, swish):

@@ -30,7 +30,7 @@ TARGETS = tuple(
     f"aim_{name}"
     for name in (
         "linear", "mamba2_step", "dual_step", "add_norm_modulate", "sample",
-        "conv2d_kernel_gradient", "group_norm", "group_norm_gradient",
+        "conv2d", "conv2d_kernel_gradient", "group_norm", "group_norm_gradient",
     )
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread")

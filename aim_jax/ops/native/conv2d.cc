@@ -1,8 +1,9 @@
-// Gradient of a two-dimensional convolution of NHWC maps with respect to its kernel.
+// Two-dimensional convolution of NHWC maps, and its gradient with respect to the kernel.
 //
-// The pixels under a row of the kernel are contiguous in an NHWC map: a "run" of w c values. The
-// gradient is a sum over pixels of outer products of runs and output gradients, with a tile of
-// kRows x kBlock sums in registers.
+// The pixels under a row of the kernel are contiguous in an NHWC map: a "run" of w c values. An
+// output pixel is a sum over runs of products of their values and rows of the kernel. The gradient
+// is a sum over pixels of outer products of runs and output gradients. Both keep a tile of kRows x
+// kBlock sums in registers.
 #include <vector>
 
 #include "parallel.h"
@@ -31,7 +32,7 @@ inline void store_half(float* p, Half v) { std::memcpy(p, &v, sizeof v); }
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Memory of a thread that later tasks reuse.
-enum Buffer { kInputs, kGradients, kSums, kBuffers };
+enum Buffer { kInputs, kGradients, kSums, kWeights, kBuffers };
 inline float* scratch(Buffer buffer, int64_t size) {
   thread_local std::vector<float> memory[kBuffers];
   if (int64_t(memory[buffer].size()) < size) memory[buffer].resize(size);
@@ -49,10 +50,9 @@ struct Shape {
   // Values of a padded row; tiles may read up to kRows past the last window.
   int64_t padded_row() const { return (columns - 1) * step() + run() + kRows; }
 
-  // Copies the padded row under row `i` of the kernel for output row `index` of all images.
-  // Returns false, and leaves zeros, if that row lies outside the image.
-  bool copy_row(const float* x, int64_t index, int64_t i, float* out) const {
-    const int64_t y = index % rows * stride_y + i - pad_y;
+  // Copies row `y` of an image with its padding. Returns false, and leaves zeros, if the row lies
+  // outside the image.
+  bool copy_row(const float* x, int64_t image, int64_t y, float* out) const {
     const int64_t size = padded_row();
     if (y < 0 || y >= H) {
       std::memset(out, 0, 4 * size);
@@ -61,7 +61,7 @@ struct Shape {
     const int64_t left = std::min(pad_x * c, size);
     const int64_t count = std::max<int64_t>(0, std::min(W * c, size - left));
     std::memset(out, 0, 4 * left);
-    std::memcpy(out + left, x + (index / rows * H + y) * W * c, 4 * count);
+    std::memcpy(out + left, x + (image * H + y) * W * c, 4 * count);
     std::memset(out + left + count, 0, 4 * (size - left - count));
     return true;
   }
@@ -74,6 +74,76 @@ inline void pack_block(const float* rows, int64_t count, int64_t d, int64_t firs
     std::memcpy(out + i * kBlock, rows + i * d + first, 4 * width);
     if (width < kBlock) std::memset(out + i * kBlock + width, 0, 4 * (kBlock - width));
   }
+}
+
+// Runs f(image, first, count) for bands of rows of all images, on all threads.
+//
+// A band's padded inputs fit in the L2 cache, and there are enough bands for all threads.
+template <typename F>
+void for_bands(ffi::ThreadPool& pool, const Shape& s, const F& f) {
+  constexpr int64_t kFloats = 1 << 16, kBands = 16;
+  const int64_t fitting = (kFloats / s.padded_row() - s.h) / s.stride_y + 1;
+  const int64_t shared = s.b * s.rows / kBands;
+  const int64_t band = std::clamp<int64_t>(std::min(fitting, shared), 1, s.rows);
+  const int64_t bands = blocks_of(s.rows, band);
+  parallel_for(pool, s.b * bands, [&](int64_t task) {
+    const int64_t first = task % bands * band;
+    f(task / bands, first, std::min(band, s.rows - first));
+  });
+}
+
+// Adds up kRows outputs of kBlock channels; `windows` are their first inputs.
+inline void convolve_tile(const Shape& s, const float* const* windows, const float* weights,
+                          Half sums[kRows][2]) {
+  const float* window[kRows];
+  for (int r = 0; r < kRows; ++r) window[r] = windows[r];
+  const int64_t run = s.run(), row = s.padded_row();
+  Half total[kRows][2] = {};
+  for (int64_t i = 0; i < s.h; ++i) {
+    for (int64_t j = 0; j < run; ++j, weights += kBlock) {
+      const Half low = load_half(weights), high = load_half(weights + kWidth);
+      for (int r = 0; r < kRows; ++r) {
+        total[r][0] += window[r][j] * low;
+        total[r][1] += window[r][j] * high;
+      }
+    }
+    for (int r = 0; r < kRows; ++r) window[r] += row;
+  }
+  std::memcpy(sums, total, sizeof total);
+}
+
+void convolve(ffi::ThreadPool& pool, const Shape& s, const float* x, const float* kernel,
+              float* out) {
+  const int64_t terms = s.h * s.run(), row = s.padded_row(), blocks = blocks_of(s.d, kBlock);
+  float* weights = scratch(kWeights, blocks * terms * kBlock);
+  for (int64_t block = 0; block < blocks; ++block) {
+    pack_block(kernel, terms, s.d, block * kBlock, weights + block * terms * kBlock);
+  }
+  for_bands(pool, s, [&](int64_t image, int64_t first, int64_t count) {
+    const int64_t taken = (count - 1) * s.stride_y + s.h;
+    float* inputs = scratch(kInputs, taken * row);
+    for (int64_t i = 0; i < taken; ++i) {
+      s.copy_row(x, image, first * s.stride_y + i - s.pad_y, inputs + i * row);
+    }
+    const int64_t pixels = count * s.columns;
+    float* target = out + (image * s.rows + first) * s.columns * s.d;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t width = std::min<int64_t>(kBlock, s.d - block * kBlock);
+      for (int64_t p = 0; p < pixels; p += kRows) {
+        const int64_t size = std::min<int64_t>(kRows, pixels - p);
+        const float* windows[kRows];
+        for (int64_t r = 0; r < kRows; ++r) {
+          const int64_t pixel = std::min(p + r, pixels - 1);
+          windows[r] = inputs + pixel / s.columns * s.stride_y * row + pixel % s.columns * s.step();
+        }
+        Half sums[kRows][2];
+        convolve_tile(s, windows, weights + block * terms * kBlock, sums);
+        for (int64_t r = 0; r < size; ++r) {
+          std::memcpy(target + (p + r) * s.d + block * kBlock, sums[r], 4 * width);
+        }
+      }
+    }
+  });
 }
 
 void kernel_gradient(ffi::ThreadPool& pool, const Shape& s, const float* x, const float* g,
@@ -93,7 +163,8 @@ void kernel_gradient(ffi::ThreadPool& pool, const Shape& s, const float* x, cons
     for (int64_t index = 0; index < all;) {
       int64_t count = 0;
       for (; count < taken && index < all; ++index) {
-        if (!s.copy_row(x, index, i, inputs + count * row)) continue;
+        const int64_t y = index % s.rows * s.stride_y + i - s.pad_y;
+        if (!s.copy_row(x, index / s.rows, y, inputs + count * row)) continue;
         pack_block(g + index * s.columns * s.d, s.columns, s.d, block * kBlock,
                    gradients + count++ * s.columns * kBlock);
       }
@@ -125,6 +196,16 @@ void kernel_gradient(ffi::ThreadPool& pool, const Shape& s, const float* x, cons
   });
 }
 
+ffi::Error conv2d_impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                       ffi::Buffer<ffi::F32> kernel, ffi::ResultBuffer<ffi::F32> y,
+                       int32_t stride_y, int32_t stride_x, int32_t pad_y, int32_t pad_x) {
+  const auto in = x.dimensions(), size = kernel.dimensions(), out = y->dimensions();
+  const Shape s{in[0],   in[1],  in[2],  in[3],    size[0],  size[1], size[3],
+                out[1], out[2], stride_y, stride_x, pad_y,    pad_x};
+  convolve(pool, s, x.typed_data(), kernel.typed_data(), y->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error kernel_gradient_impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                                 ffi::Buffer<ffi::F32> g, ffi::ResultBuffer<ffi::F32> kernel,
                                 int32_t stride_y, int32_t stride_x, int32_t pad_y,
@@ -137,6 +218,17 @@ ffi::Error kernel_gradient_impl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(aim_conv2d, conv2d_impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // kernel
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // y
+                                  .Attr<int32_t>("stride_y")
+                                  .Attr<int32_t>("stride_x")
+                                  .Attr<int32_t>("pad_y")
+                                  .Attr<int32_t>("pad_x"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(aim_conv2d_kernel_gradient, kernel_gradient_impl,
                               ffi::Ffi::Bind()

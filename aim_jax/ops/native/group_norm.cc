@@ -13,22 +13,37 @@ struct Shape {
   int64_t b, n, c, groups;  // images, pixels, channels
 };
 
-// Sums f(offset, count) over the pixels of an image; f returns 16 channels from an offset.
+// A number of channels: all 16 of a vector, known to the compiler, or fewer.
+using Full = std::integral_constant<int64_t, kLanes>;
+
+// Runs f(first, count) for every block of 16 channels; the last one may be smaller.
+template <typename F>
+void for_blocks(int64_t c, const F& f) {
+  int64_t first = 0;
+  for (; first + kLanes <= c; first += kLanes) f(first, Full());
+  if (first < c) f(first, c - first);
+}
+
+// Sums f(channel, offset, count) over the pixels of an image; f returns 16 channels from an offset.
 //
 // Sums of 64 pixels are added in double precision, because an image can have many pixels.
 template <typename F>
 void sum_pixels(const Shape& s, std::vector<double>& sums, const F& f) {
   sums.assign(s.c, 0.0);
-  for (int64_t first = 0; first < s.c; first += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, s.c - first);
+  for_blocks(s.c, [&](int64_t first, auto count) {
     for (int64_t start = 0; start < s.n; start += 64) {
-      V part{};
-      for (int64_t p = start; p < std::min(s.n, start + 64); ++p) {
-        part += f(first, p * s.c + first, count);
+      const int64_t end = std::min(s.n, start + 64);
+      V even{}, odd{};
+      int64_t p = start;
+      for (; p + 1 < end; p += 2) {
+        even += f(first, p * s.c + first, count);
+        odd += f(first, (p + 1) * s.c + first, count);
       }
-      for (int64_t i = 0; i < count; ++i) sums[first + i] += part[i];
+      if (p < end) even += f(first, p * s.c + first, count);
+      even += odd;
+      for (int64_t i = 0; i < count; ++i) sums[first + i] += even[i];
     }
-  }
+  });
 }
 
 // Replaces sums of channels by means of their groups, one for each channel and padded to 16.
@@ -49,13 +64,13 @@ struct Statistics {
 
 Statistics statistics(const Shape& s, const float* x, float eps) {
   std::vector<double> sums;
-  sum_pixels(s, sums, [&](int64_t, int64_t offset, int64_t count) {
+  sum_pixels(s, sums, [&](int64_t, int64_t offset, auto count) {
     return load(x + offset, count);
   });
   Statistics result;
   result.mean = group_means(s, sums);
   const float* mean = result.mean.data();
-  sum_pixels(s, sums, [&](int64_t channel, int64_t offset, int64_t count) {
+  sum_pixels(s, sums, [&](int64_t channel, int64_t offset, auto count) {
     const V centered = load(x + offset, count) - load(mean + channel);
     return centered * centered;
   });
@@ -67,11 +82,9 @@ Statistics statistics(const Shape& s, const float* x, float eps) {
 // Runs f(channel, offset, count) for every pixel and every block of 16 channels.
 template <typename F>
 void for_pixels(const Shape& s, const F& f) {
-  for (int64_t p = 0; p < s.n; ++p) {
-    for (int64_t first = 0; first < s.c; first += kLanes) {
-      f(first, p * s.c + first, std::min<int64_t>(kLanes, s.c - first));
-    }
-  }
+  for_blocks(s.c, [&](int64_t first, auto count) {
+    for (int64_t p = 0; p < s.n; ++p) f(first, p * s.c + first, count);
+  });
 }
 
 void forward(ffi::ThreadPool& pool, const Shape& s, const float* all_x, const float* scale,
@@ -85,7 +98,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const float* all_x, const fl
       factor[i] = stats.inverse[i] * scale[i];
       shift[i] = bias[i];
     }
-    for_pixels(s, [&](int64_t channel, int64_t offset, int64_t count) {
+    for_pixels(s, [&](int64_t channel, int64_t offset, auto count) {
       const V centered = load(x + offset, count) - load(stats.mean.data() + channel);
       const V z = centered * load(factor.data() + channel) + load(shift.data() + channel);
       store(y + offset, swish ? silu(z) : z, count);
@@ -105,12 +118,12 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* all_x, const f
     std::vector<float> weight(s.c + kLanes), shift(s.c + kLanes);
     std::copy(scale, scale + s.c, weight.begin());
     std::copy(bias, bias + s.c, shift.begin());
-    auto normalized = [&](int64_t channel, int64_t offset, int64_t count) {
+    auto normalized = [&](int64_t channel, int64_t offset, auto count) {
       return (load(x + offset, count) - load(mean + channel)) * load(inverse + channel);
     };
     // The gradient before swish is kept in dx.
     std::vector<double> sums, products;
-    sum_pixels(s, sums, [&](int64_t channel, int64_t offset, int64_t count) {
+    sum_pixels(s, sums, [&](int64_t channel, int64_t offset, auto count) {
       V d = load(g + offset, count);
       if (swish) {
         const V n = normalized(channel, offset, count);
@@ -121,7 +134,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* all_x, const f
       store(dx + offset, d, count);
       return d;
     });
-    sum_pixels(s, products, [&](int64_t channel, int64_t offset, int64_t count) {
+    sum_pixels(s, products, [&](int64_t channel, int64_t offset, auto count) {
       return load(dx + offset, count) * normalized(channel, offset, count);
     });
     for (int64_t i = 0; i < s.c; ++i) {
@@ -131,7 +144,7 @@ void backward(ffi::ThreadPool& pool, const Shape& s, const float* all_x, const f
       products[i] *= scale[i];
     }
     const std::vector<float> along_one = group_means(s, sums), along_x = group_means(s, products);
-    for_pixels(s, [&](int64_t channel, int64_t offset, int64_t count) {
+    for_pixels(s, [&](int64_t channel, int64_t offset, auto count) {
       const V d = load(dx + offset, count) * load(weight.data() + channel);
       const V n = normalized(channel, offset, count);
       const V centered = d - load(along_one.data() + channel) - n * load(along_x.data() + channel);

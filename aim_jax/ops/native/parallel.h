@@ -136,17 +136,19 @@ inline float sum(V v) {
 }
 
 // exp(x) to 2 ulps: 2^k times a polynomial in the remainder r, |r| <= log(2) / 2.
-inline V exp(V x) {
-  constexpr float kHigh = 88.3762626f, kLow = -87.3365402f;
-  x = x > kHigh ? splat(kHigh) : x;
-  V tiny = x < kLow ? splat(0.f) : splat(1.f);
-  x = x < kLow ? splat(kLow) : x;
+template <typename F, typename N>
+inline F exp_of(F x) {
+  const F high = F{} + 88.3762626f, low = F{} - 87.3365402f;
+  x = x > high ? high : x;
+  const F tiny = x < low ? F{} : F{} + 1.f;
+  x = x < low ? low : x;
   // Adding 1.5 * 2^23 rounds to an integer, held in the low bits of the sum.
-  V shifted = x * 1.44269504f + 12582912.f;
-  I k = (I)shifted - (I)splat(12582912.f);
-  V integer = shifted - 12582912.f;
-  V r = (x - integer * 0.693359375f) + integer * 2.12194440e-4f;
-  V q = splat(1.f / 5040);
+  const F magic = F{} + 12582912.f;
+  const F shifted = x * 1.44269504f + magic;
+  const N k = (N)shifted - (N)magic;
+  const F integer = shifted - magic;
+  const F r = (x - integer * 0.693359375f) + integer * 2.12194440e-4f;
+  F q = F{} + 1.f / 5040;
   q = q * r + 1.f / 720;
   q = q * r + 1.f / 120;
   q = q * r + 1.f / 24;
@@ -154,10 +156,36 @@ inline V exp(V x) {
   q = q * r + 0.5f;
   q = q * r + 1.f;
   q = q * r + 1.f;
-  return q * (V)((k + 127) << 23) * tiny;
+  return q * (F)((k + 127) << 23) * tiny;
 }
 
-inline V silu(V x) { return x / (1.f + exp(-x)); }
+// Applies f to the halves of v: GCC turns comparisons of vectors wider than the machine's into
+// scalar ones.
+template <typename F>
+inline V by_halves(V v, const F& f) {
+#ifdef __AVX512F__
+  return f(v, I{});
+#else
+  typedef float Half __attribute__((vector_size(32)));
+  typedef int32_t Int __attribute__((vector_size(32)));
+  Half half[2];
+  std::memcpy(half, &v, sizeof v);
+  half[0] = f(half[0], Int{});
+  half[1] = f(half[1], Int{});
+  std::memcpy(&v, half, sizeof v);
+  return v;
+#endif
+}
+
+inline V exp(V x) {
+  return by_halves(x, [](auto half, auto i) { return exp_of<decltype(half), decltype(i)>(half); });
+}
+
+inline V silu(V x) {
+  return by_halves(x, [](auto half, auto i) {
+    return half / (1.f + exp_of<decltype(half), decltype(i)>(-half));
+  });
+}
 
 inline int32_t sum(I v) {
   int32_t total = 0;

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from aim_jax.ops.reference import bind_mamba2_step, require
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch
+from aim_jax.ops.triton.launch import launch, require_power_of_2
 
 
 @triton.jit
@@ -113,6 +113,8 @@ def dual_step(
     D,
     norm_scale,
     heads_per_program=None,
+    tokens_per_block=32,
+    num_warps=4,
     compute_capability=None,
 ):
     """Run `aim_jax.ops.dual_step` as one kernel, which updates caches in place.
@@ -122,6 +124,8 @@ def dual_step(
     Args:
       heads_per_program: power of two that divides h / g. Heads in one program share the products
         C . B; fewer of them give more programs. None chooses by the number of rows.
+      tokens_per_block: power of two, past tokens that a program reads at a time.
+      num_warps: warps per program.
       compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_mamba2_step(
@@ -148,6 +152,7 @@ def dual_step(
         (h // g) % heads == 0 and heads == triton.next_power_of_2(heads),
         f"dual_step: heads_per_program = {heads}, expected a power of two that divides {h // g}",
     )
+    require_power_of_2("dual_step", tokens_per_block=tokens_per_block)
     return launch(
         dual_step_kernel,
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_scale, layer, position,
@@ -162,8 +167,8 @@ def dual_step(
         ],
         aliases=((9, 2), (10, 3), (11, 4), (12, 5)),
         grid=(h // heads, b),
-        num_warps=4,
+        num_warps=num_warps,
         compute_capability=compute_capability,
         h=h, p=p, n=n, g=g, w=w, T=T, HEADS=heads, BLOCK_P=triton.next_power_of_2(p),
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_T=32,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_T=tokens_per_block,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Launching of Triton kernels from JAX, and choice of their block sizes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import jax_triton
@@ -12,10 +14,11 @@ from jax_triton.triton_lib import (
     triton_kernel_call_p,
 )
 
+from aim_jax.ops.reference import require
 from aim_jax.utils.cache import default_or_cached
 
 # Compute capability of kernels whose caller does not pass one; None is the current device's. Set it
-# to lower or compile, ahead of time, functions that call kernels indirectly.
+# to lower or compile, ahead of time, functions that call kernels indirectly; see `compiling_for`.
 default_compute_capability = None
 
 TARGET = "triton_kernel_call_ffi"
@@ -54,6 +57,22 @@ def launch(kernel, *arrays, outputs, grid, aliases=(), compute_capability=None, 
     )
 
 
+@contextlib.contextmanager
+def compiling_for(device):
+    """Trace, lower and compile kernels for a GPU that is not attached.
+
+    Args:
+      device: one of `aim_jax.perf.accelerators.topology`.
+    """
+    global default_compute_capability
+    previous = default_compute_capability
+    default_compute_capability = round(10 * float(device.compute_capability))
+    try:
+        yield
+    finally:
+        default_compute_capability = previous
+
+
 def lower(context, *arrays, **params):
     """Lower `triton_call` to XLA's typed custom-call interface; keep other callers' calls.
 
@@ -71,6 +90,15 @@ def lower(context, *arrays, **params):
 
 
 mlir.register_lowering(triton_kernel_call_p, lower, platform="cuda")
+
+
+def require_kernel_dtype(op, x):
+    """Raise ValueError unless the kernels, which compute in float32, keep the digits of x."""
+    require(
+        x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
+        f"{op}: x is {x.dtype}, but implementation='triton' expects bfloat16, float16 or float32; "
+        "use implementation='xla'.",
+    )
 
 
 def split_channels(channels, programs, *, smallest=8, enough=512):
@@ -94,3 +122,11 @@ def split_channels(channels, programs, *, smallest=8, enough=512):
 def warps_for(elements, *, per_warp=1024):
     """Return the number of warps, a power of two up to 16, for `elements` values in registers."""
     return min(max(triton.next_power_of_2(triton.cdiv(elements, per_warp)), 1), 16)
+
+
+def require_power_of_2(op, **sizes):
+    """Raise ValueError if a size of a block, by the name of its argument, is no power of two."""
+    for name, size in sizes.items():
+        require(
+            size == triton.next_power_of_2(size), f"{op}: {name} = {size}, expected a power of two"
+        )

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from aim_jax.ops.reference import bind_mamba2_step
 from aim_jax.ops.triton.device import convolve, silu, softplus
-from aim_jax.ops.triton.launch import launch, split_channels, warps_for
+from aim_jax.ops.triton.launch import launch, require_power_of_2, split_channels, warps_for
 
 
 @triton.jit
@@ -86,6 +86,8 @@ def mamba2_step(
     A,
     D,
     norm_scale,
+    channels_per_program=None,
+    num_warps=None,
     compute_capability=None,
 ):
     """Run `aim_jax.ops.mamba2_step` as one kernel, which updates caches in place.
@@ -93,6 +95,9 @@ def mamba2_step(
     See there for the other arguments, results and errors.
 
     Args:
+      channels_per_program: power of two, channels of a head in one program. None chooses by the
+        number of rows and heads.
+      num_warps: warps per program. None chooses by the size of a program's part of the state.
       compute_capability: see `aim_jax.ops.triton`.
     """
     sizes = bind_mamba2_step(
@@ -108,7 +113,8 @@ def mamba2_step(
         norm_scale=norm_scale,
     )
     b, h, p, n, e = (sizes[axis] for axis in "bhpne")
-    block = min(split_channels(p, b * h), 32)
+    block = channels_per_program or min(split_channels(p, b * h), 32)
+    require_power_of_2("mamba2_step", channels_per_program=block)
     block_n = triton.next_power_of_2(n)
     parts = triton.cdiv(p, block)
     return launch(
@@ -123,7 +129,7 @@ def mamba2_step(
         ],
         aliases=((9, 2), (10, 3)),
         grid=(parts, h, b),
-        num_warps=warps_for(block * block_n, per_warp=512),
+        num_warps=num_warps or warps_for(block * block_n, per_warp=512),
         compute_capability=compute_capability,
         h=h, p=p, n=n, g=sizes["g"], w=sizes["w"], BLOCK_P=block, BLOCK_N=block_n,
     )  # fmt: skip
