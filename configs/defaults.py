@@ -70,6 +70,8 @@ def aim_defaults() -> ConfigDict:
     # Directory with train/ and validation/ token caches, or several to mix: "codes/a,codes/b:0.5"
     # samples images of b half as often as those of a. "": encode images on the fly.
     config.codes = ""
+    # File of the text tokenizer of a model with condition="text"; see aim-jax train_text_tokenizer.
+    config.text_tokenizer = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.model.scan_implementation = placeholder(str)  # None chooses by the devices
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
@@ -103,6 +105,27 @@ def imagenet_recipe(size: str, epochs: int) -> ConfigDict:
     config.model.compute_dtype = "bfloat16"
     config.model.chunk_size = 256
     config.model.remat = "dots"
+    return config
+
+
+def text_recipe(size: str, steps: int) -> ConfigDict:
+    """Return a recipe for text to image at 256 pixels, with the optimization of `imagenet_recipe`.
+
+    Captions have up to 64 of 16,384 tokens.
+
+    Args:
+      size: "B", "L", "XL" or "1B".
+      steps: Steps of 1024 images.
+    """
+    config = imagenet_recipe(size, epochs=1)
+    config.codes = "codes/captioned"
+    config.text_tokenizer = "runs/text_tokenizer.json"
+    config.batch_size = 1024
+    config.steps = steps
+    config.optimizer.lr = 1e-4 * config.batch_size / 256
+    config.optimizer.warmup_steps = 5000
+    config.ema_decay = 0.9999
+    config.model.update(condition="text", num_classes=0, max_caption=64, caption_vocab=16384)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer for your images, in a folder of class folders that is named after a colon.
+"""Tokenizer for your images, in a folder that is named after a colon.
 
 Image size, channels, codebook size and steps are chosen from the content of the folder, and
 printed. Every field can be overridden, as in other recipes.
@@ -12,5 +12,5 @@ from aim_jax.configs.from_folder import vq_config
 
 
 def get_config(directory: str = "") -> ConfigDict:
-    """Return the configuration for a folder of class folders."""
+    """Return the configuration for a folder of class folders or captioned images."""
     return vq_config(directory)

@@ -1,7 +1,8 @@
-"""Configurations for a folder of class folders, chosen from the images in it."""
+"""Configurations for a folder of class folders or captioned images, chosen from its images."""
 
 import math
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from ml_collections.config_dict import placeholder
 
 from aim_jax.configs.defaults import aim_defaults, vq_defaults
 from aim_jax.data import FolderImages, open_images
+from aim_jax.data.captioned_folders import is_captioned
+from aim_jax.data.captions import NAME as CAPTIONED
 from aim_jax.data.sources import is_grey
 
 LOOKED_AT = 64  # number of images whose size is inspected
@@ -20,6 +23,8 @@ TOKENIZERS = ((32, 1, 2), (64, 1, 2), (64, 2, 4), (128, 2, 4))
 TOKENIZER_LR = {32: 1e-3, 64: 3e-4, 128: 1e-4}
 AIMS = ((128, 6), (192, 8), (256, 12), (512, 16), (768, 24))
 AIM_LR = {128: 3e-3, 192: 2e-3, 256: 1e-3, 512: 5e-4, 768: 2e-4}
+MAX_CAPTION = 128  # most tokens of a caption that a model of a folder reads
+CAPTIONS_WHOLE = 0.995  # share of the captions that are not cut
 WITHOUT_LPIPS = (
     "without LPIPS; for sharper images set AIM_JAX_LPIPS=FILE, or --config.lpips=FILE "
     "--config.loss.perceptual=1 (documentation page Training a tokenizer)"
@@ -30,11 +35,13 @@ class Survey(NamedTuple):
     """Summary of a folder of images.
 
     Attributes:
-      directory: Folder of the class folders, or of train/ and validation/ with class folders.
+      directory: Folder of the class folders or captioned images, or of train/ and validation/ with
+        them.
       images: Number of training images.
       classes: Number of classes.
       channels: 1 if all images are grey, else 3.
       side: Median of the shorter sides of the inspected images, in pixels.
+      dataset: Name of the dataset in `open_images`.
     """
 
     directory: str
@@ -42,6 +49,12 @@ class Survey(NamedTuple):
     classes: int
     channels: int
     side: int
+    dataset: str = "folder"
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the images have captions instead of classes."""
+        return self.dataset.partition(":")[0] == CAPTIONED
 
     @property
     def image_size(self) -> int:
@@ -60,19 +73,25 @@ class Survey(NamedTuple):
         return next((codes for limit, codes in limits.items() if self.images < limit), 16384)
 
 
-def survey(directory: str) -> Survey:
+def survey(directory: str, field: str = "") -> Survey:
     """Count the classes and images of a folder, and inspect its images.
 
+    Args:
+      directory: The folder.
+      field: Field of the metadata that holds the captions; "" takes the usual ones.
+
     Raises:
-      ValueError, FileNotFoundError: There is no such folder, or it has no class folders; see
-        `open_images`.
+      ValueError, FileNotFoundError: There is no such folder, or it has neither class folders nor
+        captions; see `open_images`.
     """
     if not directory:
         raise ValueError(
-            "this recipe needs the folder of your class folders after a colon: "
+            "this recipe needs the folder of your class folders or captioned images after a colon: "
             "--config folder_vq:DIR, or --config folder:DIR"
         )
-    source = open_images("folder", "train", directory)
+    captioned = field or (Path(directory).is_dir() and is_captioned(Path(directory)))
+    dataset = ":".join([CAPTIONED, field] if field else [CAPTIONED]) if captioned else "folder"
+    source = open_images(dataset, "train", directory)
     some = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)
     shapes = [source[int(i)]["image"].shape for i in some]
     # All images decide: one image in colour among thousands of grey ones would lose it.
@@ -80,7 +99,7 @@ def survey(directory: str) -> Survey:
     grey = all(shape[2] == 1 for shape in shapes) and all(map(is_grey, paths))
     return Survey(
         directory, len(source), len(source.class_names), 1 if grey else 3,
-        int(np.median([min(shape[:2]) for shape in shapes])),
+        int(np.median([min(shape[:2]) for shape in shapes])), dataset,
     )  # fmt: skip
 
 
@@ -90,7 +109,7 @@ _surveyed: dict[str, Survey] = {}
 
 def _common(config: ConfigDict, folder: Survey) -> None:
     _surveyed[folder.directory] = folder
-    config.data.name = "folder"
+    config.data.name = folder.dataset
     config.data.dir = folder.directory
     config.data.image_size = folder.image_size
     config.data.channels = folder.channels
@@ -140,9 +159,9 @@ def aim_settings(size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def vq_config(directory: str) -> ConfigDict:
-    """Return a recipe for training a tokenizer on the images in a folder; see `describe`."""
-    folder = survey(directory)
+def vq_config(directory: str, field: str = "") -> ConfigDict:
+    """Return a recipe for training a tokenizer on the images in a folder; see `survey`."""
+    folder = survey(directory, field)
     config = vq_defaults()
     _common(config, folder)
     config.batch_size = 32
@@ -166,13 +185,14 @@ def tokenizer_size(image_size: int) -> tuple[int, int, int]:
     return TOKENIZERS[0 if image_size <= 32 else 2 if image_size == 64 else 3]
 
 
-def aim_config(directory: str) -> ConfigDict:
-    """Return a recipe for training AiM on the images in a folder; see `describe`.
+def aim_config(directory: str, field: str = "") -> ConfigDict:
+    """Return a recipe for training AiM on the images in a folder; see `survey`.
 
     The sizes of vocabulary and images are those of the tokenizer that `vq_config` chooses; the
-    program takes them from the tokenizer that it is given.
+    program takes them from the tokenizer that it is given. On captioned images the model generates
+    from text; the program takes the sizes of captions from the text tokenizer.
     """
-    folder = survey(directory)
+    folder = survey(directory, field)
     config = aim_defaults()
     _common(config, folder)
     config.tokenizer = "runs/vq"
@@ -182,12 +202,36 @@ def aim_config(directory: str) -> ConfigDict:
         num_tokens=(folder.image_size // folder.downsampling) ** 2, headdim=64, adaln="group",
         class_dropout=0.1,
     )  # fmt: skip
+    if folder.captioned:
+        config.model.update(
+            condition="text", num_classes=0, max_caption=MAX_CAPTION,
+            caption_vocab=text_vocab_size(folder.images),
+        )  # fmt: skip
     steps = int(np.clip(40 * folder.images // config.batch_size, 600, 300_000))
     config.update_from_flattened_dict(
         length_settings("aim", steps) | aim_settings(aim_size(folder.images))
     )
-    config.sample.classes = min(10, folder.classes)
+    config.sample.classes = 10 if folder.captioned else min(10, folder.classes)
     return config
+
+
+def text_vocab_size(images: int) -> int:
+    """Return the most tokens of a text tokenizer of the captions of this number of images."""
+    limits = {10_000: 2048, 100_000: 4096, 1_000_000: 8192}
+    return next((size for limit, size in limits.items() if images < limit), 16384)
+
+
+def caption_length(lengths: np.ndarray) -> int:
+    """Return the tokens of captions that a model reads: enough for 99.5 % of them.
+
+    Args:
+      lengths: Tokens of each caption, (n,).
+
+    Returns:
+      A multiple of 8, at most `MAX_CAPTION`.
+    """
+    most = float(np.quantile(lengths, CAPTIONS_WHOLE)) if len(lengths) else 1.0
+    return min(MAX_CAPTION, 8 * max(1, math.ceil(most / 8)))
 
 
 def aim_size(images: int) -> tuple[int, int]:
@@ -214,9 +258,10 @@ def describe(config: ConfigDict) -> str:
     fitted = str(config.data.image_size)
     if config.data.channels != folder.channels:
         fitted += " in grey" if config.data.channels == 1 else " in colour"
+    content = "with captions" if folder.captioned else f"of {folder.classes} classes"
     images = (
-        f"{directory}: {folder.images} {kind} images of {folder.classes} classes, about "
-        f"{folder.side} pixels -> {fitted}"
+        f"{directory}: {folder.images} {kind} images {content}, about {folder.side} pixels -> "
+        f"{fitted}"
     )
     run = f"{config.steps} steps of {config.batch_size} images"
     model = config.model
@@ -227,7 +272,8 @@ def describe(config: ConfigDict) -> str:
             f"{images}; tokenizer f{downsampling} with {model.n_embed} codebook entries, {run}, "
             f"{lpips}"
         )
+    read = f"after up to {model.max_caption} of text, " if folder.captioned else ""
     return (
         f"{images}; AiM with {model.n_layer} layers of width {model.d_model} on "
-        f"{model.num_tokens} tokens, {run}; tokenizer of {config.tokenizer}"
+        f"{model.num_tokens} tokens, {read}{run}; tokenizer of {config.tokenizer}"
     )

@@ -279,6 +279,17 @@ def test_train_folder(installation):
     )
 
 
+def test_text_tokenizer_of_captioned_images(installation):
+    folder = installation.work / "captioned"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("L", (16, 16), 80 * i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"grey number {i}")
+    given = ["--data", "captioned", "--out", "runs/text_tokenizer.json"]
+    installation.succeed("train_text_tokenizer", *given)
+    assert (installation.work / "runs" / "text_tokenizer.json").is_file()
+
+
 def test_train_a_shipped_recipe(installation):
     data = ["--config.data.name=folder", "--config.data.dir=images", "--config.codes="]
     given = ["--config", "fashion_mnist", "--workdir", "runs/fashion_mnist", *SHORT]

@@ -30,6 +30,7 @@ PROGRAMS = (
     "describe",
     "train",
     "train_vq",
+    "train_text_tokenizer",
     "train_folder",
     "extract_codes",
     "evaluate",

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from aim_jax.cli.common import define_config
 from aim_jax.models.aim import init_params
+from aim_jax.models.captions import condition_of, condition_shapes
 from aim_jax.models.config import AiMConfig
 from aim_jax.ops.implementation import compiling_kernels_for
 from aim_jax.parallel.sharding import batch_share
@@ -97,7 +98,9 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
 
     ints = per_image(jnp.int32)
     settings = {name: per_image(setting.dtype) for name, setting in SETTINGS.items()}
-    request = Request(ints, ints, settings, per_image(jnp.int32, 0))
+    shapes = condition_shapes(model, count)
+    condition = condition_of({k: x.update(sharding=split) for k, x in shapes.items()})
+    request = Request(condition, ints, settings, per_image(jnp.int32, 0))
     # Plain XLA, because the Triton kernels query the local GPU.
     engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
     method = Method(model, True, "constant", engine)

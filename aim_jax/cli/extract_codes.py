@@ -34,7 +34,9 @@ def define_flags() -> None:
     """Define the flags of the program."""
     flags.DEFINE_string("tokenizer", None, "Model directory, training workdir or bundled model.")
     flags.DEFINE_string("out", None, "Directory for the token caches.")
-    flags.DEFINE_string("data_name", "", "Dataset; see aim_jax.data.open_images.")
+    flags.DEFINE_string(
+        "data_name", "", "Dataset; see aim_jax.data.open_images. captions: with their captions."
+    )
     flags.DEFINE_string("data", "", "Directory with the images.")
     flags.DEFINE_list("split", ["train", "validation"], "Splits to encode.")
     flags.DEFINE_enum(
@@ -145,6 +147,7 @@ def extract(
                 pictures=stored[split].pictures,
                 examples=source.fingerprint(),
                 shard_size=shard_size,
+                captioned=source.captions is not None,
             )
             for split, source in sources.items()
         }

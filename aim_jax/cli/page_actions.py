@@ -55,7 +55,10 @@ def other_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def class_names(model: Pretrained) -> list[str]:
     """Return a name for every class: its id as text if the model has no names."""
-    return [grids.class_name(model, i) for i in range(model.aim()[0].num_classes)]
+    config, _ = model.aim()
+    if config.is_text:
+        raise ValueError(f"{model.name} generates from captions; the page takes class models.")
+    return [grids.class_name(model, i) for i in range(config.num_classes)]
 
 
 def most_rows(model: Pretrained) -> int:

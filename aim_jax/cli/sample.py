@@ -4,24 +4,38 @@ Examples:
   aim-jax sample --checkpoint fashion_mnist --out samples
   aim-jax sample --checkpoint cifar10 --classes cat,ship,3 --per_class 16 --cfg_scale 3
   aim-jax sample --checkpoint cifar10 --progressive  # watch samples/grid.png
+  aim-jax sample --checkpoint runs/t2i --captions "a red apple,a blue heart"
 
 --checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from aim_jax.cli.common import define_sampling_flags, given_settings
 from aim_jax.sampling.config import SCHEDULES
 
+if TYPE_CHECKING:
+    from aim_jax.weights.pretrained import Pretrained
+
 
 def define_flags() -> None:
     """Define the flags of the program."""
     flags.DEFINE_string("checkpoint", "fashion_mnist", "Bundled model, model directory or workdir.")
     flags.DEFINE_list("classes", [], "Class names or ids. Default: all classes, at most 20.")
-    flags.DEFINE_integer("per_class", 8, "Images per class.", lower_bound=1)
+    flags.DEFINE_list(
+        "captions",
+        [],
+        "Captions, for a model of captions; one with a comma in quotes: '\"a cat, asleep\",a dog'.",
+    )
+    flags.DEFINE_string("captions_file", "", "File of more captions, one per line.")
+    flags.DEFINE_bool(
+        "strict", False, "Refuse captions that are too long, which are cut otherwise."
+    )
+    flags.DEFINE_integer("per_class", 8, "Images per class or caption.", lower_bound=1)
     flags.DEFINE_integer(
         "seed",
         0,
@@ -74,13 +88,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Images sampled at once.", lower_bound=1)
     flags.DEFINE_string("out", "samples", "Directory for the results.")
     flags.DEFINE_bool("pngs", False, "Also write one PNG per image.")
-    flags.DEFINE_bool("npz", False, "Also write samples.npz: arr_0 uint8 NHWC, labels int32.")
+    flags.DEFINE_bool(
+        "npz", False, "Also write samples.npz: arr_0 uint8 NHWC, and labels int32 or captions."
+    )
 
 
 def main() -> None:
     """Write the samples and print the paths."""
     from aim_jax.sampling.grids import sample_to_directory
-    from aim_jax.weights.pretrained import class_ids, load_pretrained
+    from aim_jax.weights.pretrained import load_pretrained
 
     f = flags.FLAGS
     settings = given_settings(f) | {
@@ -92,13 +108,57 @@ def main() -> None:
         model = model.with_position_offset(int(f.position_offset))
     if f.compute_dtype:
         model = model.with_compute_dtype(f.compute_dtype)
-    classes = class_ids(model, f.classes)
+    classes = chosen(model, f.classes, f.captions, f.captions_file, f.strict)
     for path in sample_to_directory(
         model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
         pngs=f.pngs, npz=f.npz, progressive=f.progressive,
         implementation=f.implementation, form=f.form, cache_dtype=f.cache_dtype, **settings,
     ):  # fmt: skip
         print(path)
+
+
+def chosen(
+    model: "Pretrained",
+    classes: Sequence[str],
+    captions: Sequence[str],
+    captions_file: str,
+    strict: bool = False,
+) -> list[int] | list[str]:
+    """Return class ids, or the captions of a model of captions.
+
+    Args:
+      classes: names or ids; without any, all classes, at most 20.
+      captions: captions.
+      captions_file: file of more captions, one per line; "" is none.
+      strict: refuse captions that are too long.
+
+    Raises:
+      ValueError: the model takes the other kind, no caption is given, or one is too long.
+    """
+    from aim_jax.utils.names import read_names
+    from aim_jax.weights.pretrained import class_ids
+
+    if captions_file:
+        captions = [*captions, *read_names(captions_file)]
+    config, _ = model.aim()
+    if not config.is_text:
+        if captions:
+            raise ValueError(f"{model.name} takes no captions; choose its --classes.")
+        return class_ids(model, classes)
+    if model.text is None:
+        raise ValueError(
+            f"{model.name} takes features of captions, from another encoder; generate its images "
+            "with aim_jax.generate."
+        )
+    if classes:
+        raise ValueError(f"{model.name} has no classes; write --captions.")
+    if not captions:
+        raise ValueError(
+            f"{model.name} generates from captions; write --captions or --captions_file."
+        )
+    if strict:
+        model.text.encode(captions, config.max_caption, strict=True)
+    return list(captions)
 
 
 def _interval(texts: Sequence[str] | None) -> tuple[float, ...] | None:

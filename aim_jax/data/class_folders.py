@@ -192,7 +192,7 @@ def open_folder(name: str, root: Path, split: str) -> FolderImages:
     files = [images_in(class_folder, aside) for class_folder in class_folders]
     held_out = split != "test" and "validation" not in layout.splits
     if held_out:
-        files = [_folder_share(paths, folder, split) for paths in files]
+        files = [held_out_share(paths, folder, split) for paths in files]
     paths = [path for group in files for path in group]
     labels = [label for label, group in enumerate(files) for _ in group]
     if not paths:
@@ -242,8 +242,8 @@ def _match_classes(folder: Path, layout: Layout) -> list[Path]:
     return [own[name] for name in wanted]
 
 
-def _folder_share(paths: list[str], root: Path, split: str) -> list[str]:
-    """Return the files of one class that belong to `split`, chosen by the hash of their names."""
+def held_out_share(paths: list[str], root: Path, split: str) -> list[str]:
+    """Return the files of one group that belong to `split`, chosen by the hash of their names."""
 
     def digest(path: str) -> bytes:
         relative = os.path.relpath(path, root).replace(os.sep, "/")

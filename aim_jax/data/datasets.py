@@ -6,17 +6,21 @@ import math
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from aim_jax.data import captions as texts
 from aim_jax.data import class_folders, imagenet
+from aim_jax.data.captioned_folders import open_captioned
 from aim_jax.data.sources import ArrayImages, ImageSource, TfdsImages, check_labels, folders
 from aim_jax.utils.cache import default_or_cached
 from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.logging import Progress
+from aim_jax.utils.names import short_list
 
 SPLITS = ("train", "validation", "test")
 KNOWN = ("fashion_mnist", "cifar10", imagenet.NAME)
@@ -69,14 +73,20 @@ def open_images(
       `name/version`;
     * ImageNet's tar files or folders (name "imagenet2012"; see `imagenet.open_imagenet`);
     * class folders: `train/CLASS/*`, `validation/CLASS/*` (or `val/`), `test/CLASS/*` in their
-      common spellings, or just `CLASS/*` (any name; see `class_folders.recognise`).
+      common spellings, or just `CLASS/*` (any name; see `class_folders.recognise`);
+    * captioned images: metadata files, text files beside the images, or tar files of WebDataset
+      (name "captions"; see `captioned_folders.open_captioned`).
+
+    A colon and the name of a field behind a name choose the captions: "captions:prompt". A tfds
+    dataset has captions if a field is chosen ("coco_captions/2014:captions/text"), or if it has
+    text instead of labels.
 
     A dataset without a validation split gets one taken from "train", the same on every run: the
     last 2 % of its examples, or 5 % of each class for class folders (chosen by file name). The
     official "test" split is never used for this.
 
     Args:
-      name: "fashion_mnist", "cifar10", "imagenet2012", another tfds name, or "folder".
+      name: "fashion_mnist", "cifar10", "imagenet2012", another tfds name, "folder" or "captions".
       split: "train", "validation" or "test".
       data_dir: Directory of the images, in one of the layouts above.
 
@@ -84,26 +94,37 @@ def open_images(
       An `ImageSource`.
 
     Raises:
-      ValueError: The split or dataset is unknown, or class folders are missing or empty.
+      ValueError: The split or dataset is unknown, or class folders or captions are missing.
       FileNotFoundError: `data_dir` or a file of its layout is missing.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    full_name = name
+    name, field = _split_name(name)
     if data_dir is None:
         if name == "folder":
             raise ValueError(
                 "dataset 'folder' needs its directory, with one folder per class (--data DIR)"
             )
-        return _open_tfds(name, split, _tfds_builder(name, None))
+        if name == texts.NAME:
+            raise ValueError("dataset 'captions' needs its directory (--data DIR)")
+        return _open_tfds(full_name, split, _tfds_builder(name, None), field)
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"the data directory {root} does not exist")
+    if name == texts.NAME:
+        return open_captioned(full_name, root, split, field)
     if name == "fashion_mnist" and list(root.glob("*-ubyte.gz")):
         return _open_fashion_mnist(root, split)
     if name == "cifar10" and list(root.glob("*_batch*.bin")):
         return _open_cifar10(root, split)
     if (root / "dataset_info.json").is_file() or list(root.glob(f"{name}/**/dataset_info.json")):
-        return _open_tfds(name, split, _tfds_builder(name, root))
+        return _open_tfds(full_name, split, _tfds_builder(name, root), field)
+    if field:
+        raise ValueError(
+            f"{full_name!r} chooses captions, which {root} has none of: expected a prepared "
+            f"array_record dataset of TensorFlow Datasets, or the name {texts.NAME}:{field}"
+        )
     if name == imagenet.NAME:
         return imagenet.open_imagenet(root, split)
     if name == "folder" or _is_class_root(root):
@@ -113,6 +134,13 @@ def open_images(
         "CIFAR-10's binary batches, a prepared array_record dataset of TensorFlow Datasets, or "
         "one folder of images per class"
     )
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split "captions:prompt" into name and field; the version "cifar10:3.0.2" is no field."""
+    before, _, field = name.rpartition(":")
+    is_field = before and field and not (field[0].isdigit() or field[0] == "*")
+    return (before, field) if is_field else (name, "")
 
 
 def _open_fashion_mnist(root: Path, split: str) -> ImageSource:
@@ -273,13 +301,14 @@ def _cifar10_examples(builder: Any, dl_manager: Any) -> dict[str, Iterator]:
     }
 
 
-def _open_tfds(name: str, split: str, builder: Any) -> ImageSource:
+def _open_tfds(name: str, split: str, builder: Any, field: str = "") -> ImageSource:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
     splits = builder.info.splits
-    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-        raise ValueError(f"dataset {name!r} has no 'image' and class 'label' features")
+    has_classes = "label" in features and hasattr(features["label"], "names")
+    if "image" not in features or not (has_classes or field or _text_paths(features)):
+        raise ValueError(f"dataset {name!r} has no 'image' and class 'label' or text features")
     tfds_split = split
     if split != "test" and "validation" not in splits:
         cut = _tail_start(splits["train"].num_examples)
@@ -289,8 +318,74 @@ def _open_tfds(name: str, split: str, builder: Any) -> ImageSource:
     # Images are decoded by this package, so that all sources decode the same file identically.
     undecoded = {"image": tfds.decode.SkipDecoding()}
     data_source = builder.as_data_source(split=tfds_split, decoders=undecoded)
-    class_names = tuple(features["label"].names)
+    class_names = tuple(features["label"].names) if has_classes else texts.CLASS_NAMES
     shape = features["image"].shape
     if class_names == imagenet.wordnet_ids():
         class_names = imagenet.imagenet_classes()
-    return TfdsImages(name, split, class_names, data_source, shape, str(builder.version))
+    version = str(builder.version)
+    if has_classes and not field:
+        return TfdsImages(name, split, class_names, data_source, shape, version)
+    path = _choose_text(name, _text_paths(features), field)
+    problems = texts.Problems()
+    captions = _tfds_captions(data_source, path, name, problems)
+    if not captions:
+        raise ValueError(f"dataset {name!r} has no captions: {'; '.join(problems.lines())}")
+    summary = f"{split}: {len(captions)} images of {name} with captions in {'/'.join(path)}"
+    return TfdsImages(
+        name, split, class_names, data_source, shape, version, list(captions.values()),
+        list(captions), texts.summary_of(summary, problems),
+    )  # fmt: skip
+
+
+def _text_paths(features: Any) -> list[tuple[str, ...]]:
+    """Return the paths of the text features of a tfds dataset, also of lists of them."""
+    import tensorflow_datasets as tfds
+
+    paths: list[tuple[str, ...]] = []
+    for key, feature in sorted(features.items()):  # their order changes when they are read
+        inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+        if isinstance(inner, tfds.features.Text):
+            paths.append((key,))
+        elif isinstance(inner, tfds.features.FeaturesDict):
+            paths += [(key, *path) for path in _text_paths(inner)]
+    return paths
+
+
+def _choose_text(name: str, paths: list[tuple[str, ...]], field: str) -> tuple[str, ...]:
+    """Return the path of the feature that holds the captions."""
+    chosen = [path for path in paths if "/".join(path) == field or not field]
+    preferred = [path for path in chosen if path[-1] in texts.FIELDS]
+    for candidates in (preferred, chosen):
+        if len(candidates) == 1:
+            return candidates[0]
+    listed = short_list(["/".join(path) for path in paths]) or "none"
+    raise ValueError(
+        f"dataset {name!r}: choose one of its text features with NAME:FEATURE; it has {listed}"
+    )
+
+
+def _tfds_captions(
+    data_source: Sequence[Any], path: tuple[str, ...], name: str, problems: texts.Problems
+) -> dict[int, str]:
+    """Return the captions of a tfds data source by the number of the record."""
+    captions = {}
+    progress = Progress(f"reading the captions of {name}")
+    for index in range(len(data_source)):
+        value: Any = data_source[index]
+        for key in path:
+            value = value[key]
+        several = [value] if isinstance(value, bytes | str) else list(value)
+        shown = f"number {index}"
+        for _ in several[1:]:
+            problems.add(texts.SEVERAL, shown)
+        written = several[0] if several else None
+        if isinstance(written, bytes):
+            written = texts.decoded(written, shown, problems)
+        caption = None if written is None else texts.clean(written, shown, problems)
+        if caption is None:
+            problems.add(texts.MISSING, shown)
+        else:
+            captions[index] = caption
+        if len(data_source) > 10_000:
+            progress(index + 1, len(data_source))
+    return captions

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aim_jax.data.captions import MOST_CAPTION
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.preprocessing import ImageSpec, preprocess
 from aim_jax.data.sources import ImageSource, check_labels
@@ -23,7 +24,10 @@ from aim_jax.data.token_cache import (
     FORMAT,
     MANIFEST,
     VERSION,
+    captions_bytes,
+    captions_name,
     check_shards,
+    find_captions,
     find_shards,
     read_manifest,
     row_type,
@@ -33,6 +37,7 @@ from aim_jax.data.token_cache import (
 from aim_jax.parallel.ownership import NO_CLAIM, Claim
 from aim_jax.utils.endings import closing_all
 from aim_jax.utils.files import replacing
+from aim_jax.utils.names import check_text
 
 VIEWS = ("centre", "centre_flip", "ten_crop")
 
@@ -151,6 +156,7 @@ class CacheWriter:
       examples: Fingerprint of the images, recorded and compared likewise.
       tokenizer_name: A readable name of the tokenizer, for error messages.
       shard_size: Examples per shard.
+      captioned: The examples have captions.
 
     Raises:
       ValueError: There are no examples, or `out_dir` has other files or a part of another cache.
@@ -172,6 +178,7 @@ class CacheWriter:
         examples: str = "",
         tokenizer_name: str = "",
         shard_size: int = 16384,
+        captioned: bool = False,
     ):
         if num_examples < 1:
             raise ValueError(f"there are no examples to write into the token cache {out_dir}")
@@ -193,34 +200,48 @@ class CacheWriter:
             "vocab_size": vocab_size,
             "dtype": "uint16" if vocab_size <= 2**16 else "uint32",
             "class_names": list(class_names),
-        }
+        } | ({"captioned": True} if captioned else {})
+        self.captioned = captioned
         self.ranges = shard_ranges(self.manifest)
         self._claim()
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are not written yet."""
-        return sorted(set(range(len(self.ranges))) - find_shards(self.path).keys())
+        written = set(find_shards(self.path))
+        if self.captioned:
+            written &= find_captions(self.path).keys()
+        return sorted(set(range(len(self.ranges))) - written)
 
-    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:
-        """Write one shard atomically.
+    def write(
+        self,
+        shard: int,
+        codes: np.ndarray,
+        labels: np.ndarray,
+        captions: Sequence[str] | None = None,
+    ) -> None:
+        """Write one shard; each of its files is written atomically.
 
         Args:
           shard: Number of the shard.
           codes: Tokens, integers (n, views, t), where n is the length of `ranges[shard]`.
           labels: Integers (n,).
+          captions: n captions, if the cache is captioned.
 
         Raises:
-          ValueError: A shape, token or label does not agree with the manifest.
+          ValueError: A shape, token, label or the captions do not agree with the manifest.
         """
         rows = np.empty(len(self.ranges[shard]), row_type(self.manifest))
         self._check(codes, labels, rows["codes"].shape, self.ranges[shard].start)
+        self._check_captions(captions, len(rows))
         rows["codes"] = codes
         rows["label"] = labels
         buffer = io.BytesIO()
         np.save(buffer, rows)
+        if captions is not None:
+            lines = captions_bytes(captions)
+            self._put(captions_name(shard, hashlib.sha256(lines).hexdigest()), lines)
         data = buffer.getbuffer()
-        name = shard_name(shard, hashlib.sha256(data).hexdigest())
-        self._put(name, data)
+        self._put(shard_name(shard, hashlib.sha256(data).hexdigest()), data)
 
     def finish(self) -> list[int]:
         """Complete the cache if every shard is present and intact; return the missing shards.
@@ -230,12 +251,17 @@ class CacheWriter:
         """
         missing = self.missing()
         if not missing:
-            names = [name for _, name in sorted(find_shards(self.path).items())]
+            lists = {"shards": [name for _, name in sorted(find_shards(self.path).items())]}
+            if self.captioned:
+                found = sorted(find_captions(self.path).items())
+                lists["captions"] = [name for _, name in found]
+            names = [name for listed in lists.values() for name in listed]
             check_shards([self.path / name for name in names])
             self._claim()
-            self._put(MANIFEST, _json(self.manifest | {"shards": names}))
+            self._put(MANIFEST, _json(self.manifest | lists))
             # Partial files of killed processes, and shards that two processes made.
-            for file in (*self.path.glob(".shard-*.partial"), *self.path.glob("shard-*.npy")):
+            made = ("shard-*.npy", ".shard-*.partial", "captions-*.jsonl", ".captions-*.partial")
+            for file in (file for pattern in made for file in self.path.glob(pattern)):
                 if file.name not in names:
                     file.unlink(missing_ok=True)
         return missing
@@ -253,11 +279,12 @@ class CacheWriter:
             self.path.mkdir(parents=True, exist_ok=True)
             self._put(MANIFEST, _json(self.manifest))
             return
-        stored = read_manifest(self.path)
+        plain = {"captioned": False}
+        stored = plain | read_manifest(self.path)
         # The same tokenizer may be named by another path.
         differences = [
             f"{field}: {_short(stored.get(field))} on disk, {_short(value)} requested"
-            for field, value in self.manifest.items()
+            for field, value in (plain | self.manifest).items()
             if field != "tokenizer_name" and stored.get(field) != value
         ]
         if differences and find_shards(self.path):
@@ -282,6 +309,18 @@ class CacheWriter:
                 f"tokens range from {codes.min()} to {codes.max()}, expected 0 to {vocab_size - 1}"
             )
         check_labels(labels, len(self.manifest["class_names"]), f"examples from {start} onwards")
+
+    def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:
+        if (
+            self.captioned != (captions is not None)
+            or len(captions or ()) != count * self.captioned
+        ):
+            raise ValueError(
+                f"expected {count if self.captioned else 'no'} captions, got "
+                f"{'none' if captions is None else len(captions)}"
+            )
+        for caption in captions or ():
+            check_text("a caption", caption, MOST_CAPTION)
 
     def _put(self, name: str, data: bytes | memoryview) -> None:
         with replacing(self.path / name) as partial:
@@ -351,7 +390,8 @@ def extract_codes(
                 if progress is not None:
                     progress(done, total)
             claim.check()
-            writer.write(shard, np.concatenate(codes), np.concatenate(labels))
+            captions = source.captions and [source.captions[i] for i in writer.ranges[shard]]
+            writer.write(shard, np.concatenate(codes), np.concatenate(labels), captions)
 
 
 def _encode(

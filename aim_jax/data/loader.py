@@ -289,6 +289,7 @@ def image_batches(
     shard_index: int = 0,
     shard_count: int = 1,
     workers: int = 0,
+    captions: np.ndarray | None = None,
 ) -> Prefetched:
     """Return an iterator over batches of images.
 
@@ -307,10 +308,12 @@ def image_batches(
         training, a part of the last batch may be empty.
       shard_count: Number of parts.
       workers: Processes that decode and augment; 0 uses threads of this process.
+      captions: Tokens of the captions, int (len, l), to add to the batches.
 
     Returns:
       An iterator of `{"images": float32 (b, S, S, C), "labels": int32 (b,)}`, where b is
-      `batch_size / shard_count`, with `get_state` and `set_state` for an exact resume.
+      `batch_size / shard_count`, with `get_state` and `set_state` for an exact resume. With
+      `captions`, also "captions": int32 (b, l).
 
     Raises:
       ValueError: The sizes are invalid, or the first image does not suit `spec`.
@@ -326,7 +329,10 @@ def image_batches(
             rng = None if seeds is None else np.random.default_rng(int(seeds[row]))
             images[row] = preprocess(example["image"], spec, rng)
             labels[row] = example["label"]
-        return {"images": images, "labels": labels}
+        batch = {"images": images, "labels": labels}
+        return (
+            batch if captions is None else batch | {"captions": captions[indices].astype(np.int32)}
+        )
 
     in_memory = isinstance(source, ArrayImages)
     return index_batches(

@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import io
+import itertools
 import math
 import os
 import struct
@@ -14,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from aim_jax.data.captions import digested
 from aim_jax.utils.names import check_text, short_list
 
 # Endings of image files; a build of Pillow may lack AVIF and JPEG 2000.
@@ -39,16 +41,20 @@ class ImageSource(abc.ABC):
     """Random access to labelled images.
 
     `len(source)` is the number of images and `source[i]` is
-    `{"image": uint8 (H, W, C), "label": int}` with C 1 or 3.
+    `{"image": uint8 (H, W, C), "label": int}` with C 1 or 3, and "caption", str, if there are
+    captions.
 
     Attributes:
       name: Dataset name, as passed to `open_images`.
       split: "train", "validation" or "test".
       class_names: One name per label, in label order.
+      captions: One text per image, or None. An empty one means "no text".
 
     Raises:
       ValueError: A class name is refused by `check_text`.
     """
+
+    captions: Sequence[str] | None = None
 
     def __init__(self, name: str, split: str, class_names: tuple[str, ...]):
         self.name = name
@@ -74,7 +80,7 @@ class ImageSource(abc.ABC):
     def fingerprint(self) -> str:
         """Return a digest of the examples: the same data in the same order have the same one."""
         digest = hashlib.sha256(repr((self.name, self.split, len(self))).encode())
-        for part in self._content():
+        for part in itertools.chain(self._content(), digested(self.captions or ())):
             digest.update(part)
         return digest.hexdigest()
 
@@ -132,7 +138,7 @@ class ArrayImages(ImageSource):
 
 
 class FolderImages(ImageSource):
-    """Image files labelled by their class folders, decoded on access.
+    """Image files labelled by their class folders, or captioned, decoded on access.
 
     `as_stored` is passed to `decode_image`. `root` is the folder that names of files are relative
     to in the fingerprint.
@@ -148,9 +154,11 @@ class FolderImages(ImageSource):
         as_stored: bool = False,
         root: str | os.PathLike = "/",
         summary: str = "",
+        captions: Sequence[str] | None = None,
     ):
         super().__init__(name, split, class_names)
         self.paths = paths
+        self.captions = captions
         self._as_stored = as_stored
         self._root = root
         self._summary = summary
@@ -173,11 +181,15 @@ class FolderImages(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         image = decode_image(path, path, self._as_stored)
-        return {"image": image, "label": int(self.labels[index])}
+        example = {"image": image, "label": int(self.labels[index])}
+        return example if self.captions is None else example | {"caption": self.captions[index]}
 
 
 class TfdsImages(ImageSource):
     """A random-access tfds data source of undecoded `image` and `label` features.
+
+    `captions` belong to the records with the numbers `chosen`; without captions all records count.
+    A record without `label` has the label 0.
 
     If all images have one size (`shape`) and are small enough in total, they stay in memory once
     decoded: decoding them again would cost more than keeping them.
@@ -191,28 +203,43 @@ class TfdsImages(ImageSource):
         data_source: Sequence[Mapping[str, Any]],
         shape: tuple[int | None, ...],
         version: str = "",
+        captions: Sequence[str] | None = None,
+        chosen: Sequence[int] = (),
+        summary: str = "",
     ):
         super().__init__(name, split, class_names)
+        self.captions = captions
         self._data_source = data_source
         self._version = version
-        self._labels = np.full(len(data_source), -1, np.int32)
+        self._chosen = range(len(data_source)) if captions is None else chosen
+        self._summary = summary
+        self._labels = np.full(len(self._chosen), -1, np.int32)
         self._images: np.ndarray | None = None
         sizes = [size for size in shape if size is not None]
-        if len(sizes) == len(shape) and len(data_source) * math.prod(sizes) <= KEEP_BYTES:
-            self._images = np.empty((len(data_source), *sizes), np.uint8)
+        if len(sizes) == len(shape) and len(self) * math.prod(sizes) <= KEEP_BYTES:
+            self._images = np.empty((len(self), *sizes), np.uint8)
 
     def __len__(self) -> int:
-        return len(self._data_source)
+        return len(self._chosen)
+
+    @property
+    def summary(self) -> str:
+        """Lines about the split as understood."""
+        return self._summary or super().summary
 
     def _content(self) -> Iterable[Any]:
         return (self._version.encode(),)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._labelled(index)
+        return example if self.captions is None else example | {"caption": self.captions[index]}
+
+    def _labelled(self, index: int) -> dict[str, Any]:
         if self._images is not None and self._labels[index] >= 0:
             return {"image": self._images[index], "label": int(self._labels[index])}
-        record = self._data_source[index]
+        record = self._data_source[self._chosen[index]]
         image = decode_image(io.BytesIO(record["image"]), f"{index} of {self.name}", as_stored=True)
-        label = int(record["label"])
+        label = int(record.get("label", 0))
         if self._images is not None:
             # The label marks the image as present, so it is written second.
             self._images[index] = image

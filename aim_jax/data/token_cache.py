@@ -3,8 +3,9 @@
 A cache is a directory with `manifest.json` and one `.npy` file per shard. A row of a shard is one
 example: its label, and its tokens (views, t), where a view is one crop of an image. Shards are
 mapped into memory, so a batch costs only the pages it touches, and processes of one machine share
-them. The name of a shard holds the SHA-256 of its content. The manifest is written first, and lists
-the shards once all of them exist.
+them. A cache of captioned images has a file of captions beside every shard, one JSON string per
+line. The name of a file holds the SHA-256 of its content. The manifest is written first, and lists
+the files once all of them exist.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from aim_jax.data.captions import MOST_CAPTION
 from aim_jax.data.loader import Prefetched, index_batches
 from aim_jax.utils.checks import shown
 from aim_jax.utils.json_files import (
@@ -29,9 +31,11 @@ from aim_jax.utils.json_files import (
     anything,
     choice,
     dict_of,
+    flag,
     integer,
     list_of,
     read_json,
+    read_json_lines,
     record,
     string,
     text,
@@ -43,6 +47,7 @@ FORMAT = "aim_jax token cache"
 VERSION = 2
 MANIFEST = "manifest.json"
 SHARD = re.compile(r"shard-(\d{5,9})-[0-9a-f]{64}\.npy")
+CAPTIONS = re.compile(r"captions-(\d{5,9})-[0-9a-f]{64}\.jsonl")
 MOST_HEADER = 2**16  # bytes of a shard before its rows
 MOST_MANIFEST = 2**27  # bytes; a name of a shard takes about 90
 # Entries of the manifest. Further ones are ignored.
@@ -60,6 +65,8 @@ REQUIRED: dict[str, Check] = {
 }
 OPTIONAL: dict[str, Check] = {
     "shards": list_of(text()),
+    "captioned": flag,
+    "captions": list_of(text()),
     "dataset": string,
     "split": string,
     "pictures": dict_of(anything),
@@ -156,15 +163,39 @@ class TokenCache:
 
     @property
     def summary(self) -> str:
-        """One line about the cache: images, classes, views."""
+        """One line about the cache: images, classes or captions, views."""
+        classes = f"{len(self.class_names)} classes ({short_list(self.class_names)})"
         return (
             f"{self.path}: tokens of {len(self)} images ({', '.join(self.views)}); "
-            f"{len(self.class_names)} classes ({short_list(self.class_names)})"
+            f"{'with captions' if self.captioned else classes}"
         )
 
     def fingerprint(self) -> str:
-        """Return a digest of the tokens and labels, from the names of the shards."""
-        return hashlib.sha256("\n".join(self.manifest["shards"]).encode()).hexdigest()
+        """Return a digest of tokens, labels and captions, from the names of their files."""
+        names = [*self.manifest["shards"], *self.manifest.get("captions", ())]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the examples have captions."""
+        return self.manifest.get("captioned", False)
+
+    def captions(self) -> list[str]:
+        """Read the captions of all examples; an empty one means "no text".
+
+        Raises:
+          ValueError: The cache has no captions, or a file of them is damaged.
+        """
+        if not self.captioned:
+            raise ValueError(
+                f"the token cache {self.path} has no captions: make it again from captioned images "
+                "(aim-jax extract_codes --data_name captions --data DIR)"
+            )
+        captions: list[str] = []
+        ranges = shard_ranges(self.manifest)
+        for name, examples in zip(self.manifest["captions"], ranges, strict=True):
+            captions += _read_captions(self.path / name, len(examples))
+        return captions
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -223,7 +254,7 @@ class TokenCache:
             )
         files = [path / name for name in manifest["shards"]]
         _check_sizes(files, manifest)
-        check_shards(files)
+        check_shards([*files, *(path / name for name in manifest.get("captions", ()))])
         shards = [_mapped(file) for file in files]
         for file, shard, examples in zip(files, shards, shard_ranges(manifest), strict=True):
             if (shard.dtype, shard.shape) != (row_type(manifest), (len(examples),)):
@@ -271,18 +302,28 @@ def _check_manifest(name: str, content: Any) -> None:
         raise ValueError(
             f"vocab_size: {content['vocab_size']} tokens do not fit into {content['dtype']}."
         )
-    if "shards" not in content:
+    if ("captions" in content) != (content.get("captioned", False) and "shards" in content):
+        raise ValueError("captions: expected a list in a finished cache with captions, else none.")
+    _check_names("shards", content, SHARD, shard_name)
+    _check_names("captions", content, CAPTIONS, captions_name)
+
+
+def _check_names(
+    entry: str, manifest: Mapping[str, Any], pattern: re.Pattern, name_of: Callable[[int, str], str]
+) -> None:
+    """Check the number and form of the names of files that a manifest lists, if it does."""
+    if entry not in manifest:
         return
-    shards = content["shards"]
-    expected = shard_count(content)
-    if len(shards) != expected:
-        raise ValueError(f"it lists {len(shards)} shards, expected {expected}.")
-    for number, shard in enumerate(shards):
-        match = SHARD.fullmatch(shard)
+    names = manifest[entry]
+    expected = shard_count(manifest)
+    if len(names) != expected:
+        raise ValueError(f"it lists {len(names)} {entry}, expected {expected}.")
+    for number, name in enumerate(names):
+        match = pattern.fullmatch(name)
         if match is None or int(match[1]) != number:
             raise ValueError(
-                f"shards[{number}]: expected a name like {shard_name(number, 'SHA-256')}, got "
-                f"{shown(shard)}."
+                f"{entry}[{number}]: expected a name like {name_of(number, 'SHA-256')}, got "
+                f"{shown(name)}."
             )
 
 
@@ -312,19 +353,49 @@ def _mapped(file: Path) -> np.ndarray:
         raise ValueError(f"{file} is no array of tokens ({reason_of(error)})") from None
 
 
+def captions_bytes(captions: Sequence[str]) -> bytes:
+    """Return the content of a file of captions, at most `MOST_CAPTION` characters each."""
+    return b"".join(json.dumps(c, ensure_ascii=False).encode() + b"\n" for c in captions)
+
+
+def _read_captions(file: Path, count: int) -> list[str]:
+    captions = []
+    for line in read_json_lines(file, text(MOST_CAPTION)):
+        if line.problem:
+            raise ValueError(f"{line.name} is no caption: {line.problem}")
+        captions.append(line.content)
+    if len(captions) != count:
+        raise ValueError(f"{file} has {len(captions)} captions, expected {count}")
+    return captions
+
+
 def shard_name(number: int, sha256: str) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:05d}-{sha256}.npy"
 
 
+def captions_name(number: int, sha256: str) -> str:
+    """Return the file name of the captions of a shard."""
+    return f"captions-{number:05d}-{sha256}.jsonl"
+
+
 def find_shards(path: Path) -> dict[int, str]:
     """Return the file names of the shards in a directory, by number."""
-    names = (file.name for file in sorted(path.glob("shard-*.npy")))
-    return {int(match[1]): name for name in names if (match := SHARD.fullmatch(name))}
+    return _find(path, "shard-*.npy", SHARD)
+
+
+def find_captions(path: Path) -> dict[int, str]:
+    """Return the file names of the captions in a directory, by the number of their shard."""
+    return _find(path, "captions-*.jsonl", CAPTIONS)
+
+
+def _find(path: Path, names: str, pattern: re.Pattern) -> dict[int, str]:
+    found = (file.name for file in sorted(path.glob(names)))
+    return {int(match[1]): name for name in found if (match := pattern.fullmatch(name))}
 
 
 def check_shards(files: Sequence[Path]) -> None:
-    """Verify the content of shards against the SHA-256 in their names.
+    """Verify the content of shards and captions against the SHA-256 in their names.
 
     Raises:
       FileNotFoundError: A shard is missing.
@@ -376,6 +447,7 @@ def token_batches(
     batch_size: int,
     *,
     weights: Sequence[float] | None = None,
+    captions: Sequence[np.ndarray] | None = None,
     seed: int = 0,
     train: bool,
     shard_index: int = 0,
@@ -391,28 +463,36 @@ def token_batches(
       caches: The caches, which must agree as `check_alike` demands.
       batch_size: Examples per batch of all parts; a multiple of `shard_count`.
       weights: Relative frequency of an example of each cache; equal by default.
+      captions: Tokens of the captions of each cache, int (len, l), to add to the batches.
       seed: Seed of order and views, in [0, 2**32).
       train: Shuffled and endless, or one pass in order.
       shard_index, shard_count: The part of every batch to return; see `image_batches`.
 
     Returns:
       A resumable iterator of `{"codes": int32 (b, t), "labels": int32 (b,)}`, where b is
-      `batch_size / shard_count`.
+      `batch_size / shard_count`; with `captions`, also "captions": int32 (b, l).
     """
     check_alike(caches)
     sizes = [len(cache) for cache in caches]
     starts = np.cumsum([0, *sizes[:-1]])
 
     def gather(indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, np.ndarray]:
-        codes = np.empty((len(indices), caches[0].num_tokens), np.int32)
-        labels = np.empty(len(indices), np.int32)
+        batch = {
+            "codes": np.empty((len(indices), caches[0].num_tokens), np.int32),
+            "labels": np.empty(len(indices), np.int32),
+        }
+        if captions is not None:
+            batch["captions"] = np.empty((len(indices), captions[0].shape[1]), np.int32)
         owners = np.searchsorted(starts, indices, side="right") - 1
         for owner in np.unique(owners):
             here = np.flatnonzero(owners == owner)
             cache = caches[owner]
+            rows = indices[here] - starts[owner]
             views = np.zeros(len(here), int) if seeds is None else seeds[here] % len(cache.views)
-            codes[here], labels[here] = cache.take(indices[here] - starts[owner], views)
-        return {"codes": codes, "labels": labels}
+            batch["codes"][here], batch["labels"][here] = cache.take(rows, views)
+            if captions is not None:
+                batch["captions"][here] = captions[owner][rows]
+        return batch
 
     return index_batches(
         sizes,

@@ -118,7 +118,10 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path, claim: Claim = 
     """
     settings = sampling_settings(model, config)
     size = config.batch_size
-    labels = balanced_labels(config.num_samples, model.aim()[0].num_classes)
+    aim_config, _ = model.aim()
+    if aim_config.is_text:
+        raise ValueError(f"{model.name} generates from captions; evaluation takes class models.")
+    labels = balanced_labels(config.num_samples, aim_config.num_classes)
     identity = settings | {
         "model": identity_of(model),
         "num_samples": config.num_samples,

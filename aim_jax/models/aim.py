@@ -1,11 +1,13 @@
-"""AiM: class-conditional autoregressive image generation with Mamba (arXiv 2408.12245).
+"""AiM: autoregressive image generation with Mamba from a class (arXiv 2408.12245) or a caption.
 
-A class embedding and t - 1 token embeddings enter a stack of Mamba blocks modulated by adaLN.
-Output i predicts token i.
+A start token, the embedding of the condition, and t - 1 token embeddings enter a stack of Mamba
+blocks modulated by adaLN. Output i predicts token i. The tokens of a caption come before the start
+token, so the state has read them.
 
-Axes: b batch, l length, t tokens of an image, d model, v vocabulary.
+Axes: b batch, l length, t tokens of an image, s tokens of a caption, d model, v vocabulary.
 """
 
+import enum
 from typing import NamedTuple
 
 import jax
@@ -13,6 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from aim_jax import ops
+from aim_jax.models.captions import (
+    CaptionEmbedder,
+    CaptionFeatures,
+    Condition,
+    condition_of,
+    condition_shapes,
+)
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import (
     PROJECTION,
@@ -47,17 +56,48 @@ POLICIES = {
 Cache = Mamba1Cache | Mamba2Cache
 
 
+class Segment(enum.IntEnum):
+    """Kind of an input of the stack."""
+
+    PADDING = 0  # of a caption
+    CAPTION = 1
+    IMAGE = 2  # start token and tokens
+
+
+class Reading(NamedTuple):
+    """Contribution of captions to the positions where they are read, the first s inputs.
+
+    It depends on no caption but for the mask, so that the model predicts the words of a caption
+    from those before them.
+
+    Attributes:
+      layers: (n_layer, 1, parts, d), see `Modulation.layers`.
+      final: (1, 1, 2, d), see `Modulation.final`.
+      mask: bool (b, s), False at the padding.
+    """
+
+    layers: jax.Array
+    final: jax.Array
+    mask: jax.Array
+
+
 class Modulation(NamedTuple):
-    """Contribution of the class to a forward pass, constant over the tokens of an image.
+    """Contribution of the condition to a forward pass, constant over the tokens of an image.
 
     Attributes:
       layers: (n_layer, b, parts, d): shift, scale and gate of every layer. With an MLP the parts
         are shift_mixer, shift_mlp, scale_mixer, scale_mlp, gate_mixer and gate_mlp.
       final: (1, b, 2, d): shift and scale of the final layer.
+      reading: for inputs that begin with a caption; None otherwise.
     """
 
     layers: jax.Array
     final: jax.Array
+    reading: Reading | None = None
+
+    def after_caption(self) -> "Modulation":
+        """Return the modulation of inputs after the caption."""
+        return self._replace(reading=None)
 
 
 class Block(nn.Module):
@@ -72,7 +112,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, residual: jax.Array, modulation: jax.Array, cache: Cache | None
+        self,
+        residual: jax.Array,
+        modulation: jax.Array,
+        cache: Cache | None,
+        reading: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Apply the block.
 
@@ -80,13 +125,21 @@ class Block(nn.Module):
           residual: residual stream (b, l, d).
           modulation: (b, parts, d), see `Modulation.layers`.
           cache: mixer state before these inputs, or None to start from zero.
+          reading: (1, parts, d), replaces the modulation where a caption is read.
+          segments: int8 (b, l), see `Segment`; None if no caption is among the inputs.
 
         Returns:
           The new residual stream, and the cache after these inputs (None without a cache).
         """
         cfg = self.config
         parts = jnp.split(modulation, cfg.modulation_parts, axis=1)
-        parts = [part[:, 0] for part in parts]
+        mask = None
+        if reading is not None and segments is not None:
+            mask = segments != Segment.PADDING
+            is_image = (segments == Segment.IMAGE)[..., None]
+            where_read = jnp.split(reading, cfg.modulation_parts, axis=1)
+            pairs = zip(parts, where_read, strict=True)
+            parts = [jnp.where(is_image, part, read) for part, read in pairs]
         if cfg.d_intermediate:
             shift, shift_mlp, scale, scale_mlp, gate, gate_mlp = parts
         else:
@@ -94,14 +147,14 @@ class Block(nn.Module):
         mixer = MODULES[cfg.mixer][0](cfg, name="mixer")
 
         x = modulate(RMSNorm(eps=cfg.norm_eps, name="norm")(residual), shift, scale)
-        x, cache = mixer(x, cache)
-        hidden = gate[:, None] * x
+        x, cache = mixer(x, cache, mask)
+        hidden = gate * x
         if cfg.d_intermediate:
             residual = hidden + residual
             x = RMSNorm(eps=cfg.norm_eps, name="norm2")(residual)
             x = modulate(x, shift_mlp, scale_mlp).astype(cfg.compute_dtype)
             mlp = GatedMLP(cfg.mlp_hidden, cfg.compute_dtype, cfg.residual_scale, name="mlp")
-            hidden = gate_mlp[:, None] * mlp(x)
+            hidden = gate_mlp * mlp(x)
         hidden, residual = (constrain(t, "batch", "length", None) for t in (hidden, residual))
         self.sow("intermediates", "hidden", hidden)
         self.sow("intermediates", "residual", residual)
@@ -109,7 +162,7 @@ class Block(nn.Module):
 
 
 class AiM(nn.Module):
-    """Class-conditional autoregressive image model.
+    """Autoregressive image model, conditional on a class or a caption.
 
     Call it to compute training logits. Sampling uses `condition`, `embed_codes` and `forward`.
     Parameters of the layers are stacked along a leading axis for every value of `scan_unroll`.
@@ -123,7 +176,10 @@ class AiM(nn.Module):
         self.token_embedding = embedding(cfg.vocab_size, cfg.d_model, "vocab")
         if cfg.positions:
             self.position_embedding = embedding(cfg.num_tokens + 1, cfg.d_model, "position")
-        self.class_embedding = LabelEmbedder(cfg.num_classes, cfg.d_model, cfg.class_dropout)
+        if cfg.is_text:
+            self.caption_embedding = CaptionEmbedder(cfg)
+        else:
+            self.class_embedding = LabelEmbedder(cfg.num_classes, cfg.d_model, cfg.class_dropout)
         groups = cfg.num_groups if cfg.adaln == "group" else cfg.n_layer
         table = cfg.adaln == "group"
         self.adaln = AdaLN(cfg.n_layer, groups, cfg.modulation_parts, table)
@@ -135,7 +191,7 @@ class AiM(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0),
+            in_axes=(0, 0, 0, nn.broadcast),
             length=cfg.n_layer,
             unroll=cfg.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -144,50 +200,100 @@ class AiM(nn.Module):
         self.final_layer = FinalLayer(cfg.norm_eps)
         self.dropout = nn.Dropout(cfg.token_dropout)
 
-    def __call__(self, codes: jax.Array, labels: jax.Array, *, train: bool = False) -> jax.Array:
-        """Compute the logits of every token, given the class and the tokens before it.
+    def __call__(self, codes: jax.Array, condition: Condition, *, train: bool = False) -> jax.Array:
+        """Compute the logits of every token, given the condition and the tokens before it.
 
         Args:
           codes: int (b, t) tokens in raster order, t <= num_tokens.
-          labels: int (b,); `num_classes` is the null class.
-          train: apply class and token dropout (needs the "dropout" rng).
+          condition: int (b,) labels, where `num_classes` is the null class; or captions, see
+            `aim_jax.models.captions`.
+          train: apply dropout of conditions and tokens (needs the "dropout" rng).
 
         Returns:
           float32 (b, t, v); row i predicts codes[:, i].
         """
-        return self.head(self.features(codes, labels, train))
+        return self.head(self.features(codes, condition, train))
 
     def cross_entropy(
-        self, codes: jax.Array, labels: jax.Array, *, train: bool = False
+        self, codes: jax.Array, condition: Condition, *, train: bool = False
     ) -> jax.Array:
         """Compute the cross entropy of every token under the logits of `__call__`.
 
         With `config.logits_chunk`, only so many positions have their logits in memory at once.
 
         Args:
-          codes, labels, train: see `__call__`.
+          codes, condition, train: see `__call__`.
 
         Returns:
           Nats (b, t).
         """
-        x = self.features(codes, labels, train)
-        table = self.output_table()
-        return ops.linear_cross_entropy(
-            x.astype(table.dtype), table, codes, self.config.logits_chunk
-        )
+        return self._nats(self.features(codes, condition, train), codes, self.output_table())
 
-    def features(self, codes: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
+    def cross_entropies(
+        self, codes: jax.Array, captions: jax.Array, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute the cross entropy of every token, and the mean one of every caption.
+
+        The first token of a caption is not predicted, because there is nothing before it.
+
+        Args:
+          codes, captions, train: see `__call__`.
+
+        Returns:
+          Nats (b, t), and nats per token of each caption (b,); 0 for one of fewer than two tokens.
+        """
+        stream, modulation = self._stacked(codes, captions, train)
+        nats = self._nats(self._image_features(stream, modulation), codes, self.output_table())
+        reading = modulation.reading
+        assert reading is not None
+        # Predictions from the real tokens but the last.
+        last = reading.mask.shape[1] - 1
+        x = self.final(stream[:, :last], reading.final)
+        targets = jnp.maximum(captions[:, 1:], 0)
+        caption_nats = self._nats(
+            x, targets, self._tied(self.caption_embedding.table, "caption_vocab")
+        )
+        predicts = reading.mask[:, :last]
+        total = jnp.sum(jnp.where(predicts, caption_nats, 0), axis=1)
+        return nats, total / jnp.maximum(jnp.sum(predicts, axis=1), 1)
+
+    def features(self, codes: jax.Array, condition: Condition, train: bool = False) -> jax.Array:
         """Compute the features (b, t, d) that the output matrix is applied to; see `__call__`."""
-        start, modulation = self.condition(labels, train)
+        return self._image_features(*self._stacked(codes, condition, train))
+
+    def _stacked(
+        self, codes: jax.Array, condition: Condition, train: bool
+    ) -> tuple[jax.Array, Modulation]:
+        """Apply all blocks to a condition and the tokens but the last."""
+        start, modulation = self.condition(condition, train)
         x = self.embed_codes(codes[:, :-1], jnp.arange(codes.shape[1] - 1, dtype=jnp.int32))
         x = self.dropout(jnp.concatenate([start, x], axis=1), deterministic=not train)
         x, _ = self.stack(x, modulation)
-        return self.final(x, modulation.final)
+        return x, modulation
 
-    def condition(self, labels: jax.Array, train: bool = False) -> tuple[jax.Array, Modulation]:
-        """Embed labels (b,) as the first input (b, 1, d) and the modulation of every layer."""
-        c = self.class_embedding(labels, train)
-        return c[:, None], Modulation(self.adaln(c), self.final_adaln(c))
+    def _image_features(self, x: jax.Array, modulation: Modulation) -> jax.Array:
+        first = 0 if modulation.reading is None else modulation.reading.mask.shape[1]
+        return self.final(x[:, first:], modulation.final)
+
+    def _nats(self, x: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array:
+        chunk = self.config.logits_chunk
+        return ops.linear_cross_entropy(x.astype(table.dtype), table, labels, chunk)
+
+    def condition(self, condition: Condition, train: bool = False) -> tuple[jax.Array, Modulation]:
+        """Embed a condition of b rows as the first inputs and the modulation of every layer.
+
+        Returns:
+          The start token (b, 1, d), with the s tokens of the caption before it (b, s + 1, d); and
+          the modulation.
+        """
+        if not self.config.is_text:
+            assert not isinstance(condition, CaptionFeatures)
+            c = self.class_embedding(jnp.asarray(condition), train)
+            return c[:, None], Modulation(self.adaln(c), self.final_adaln(c))
+        x, mask, c, reader = self.caption_embedding(condition, train)
+        reading = Reading(self.adaln(reader), self.final_adaln(reader), mask)
+        x = jnp.concatenate([x, c[:, None]], axis=1)
+        return x, Modulation(self.adaln(c), self.final_adaln(c), reading)
 
     def embed_codes(self, codes: jax.Array, index: jax.Array) -> jax.Array:
         """Embed tokens (b, l) at raster indices (l,) as inputs (b, l, d)."""
@@ -203,7 +309,8 @@ class AiM(nn.Module):
 
         Args:
           x: inputs (b, l, d): a whole sequence, a part of one, or a single step (l = 1).
-          modulation: from `condition`, for the same b rows.
+          modulation: from `condition`, for the same b rows. Inputs of a text model begin with the
+            caption, or follow it, with `Modulation.after_caption`.
           cache: state before x, with a leading layer axis, from `init_cache` or an earlier call.
             None starts from zero and returns no cache.
 
@@ -217,7 +324,16 @@ class AiM(nn.Module):
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Apply all blocks to inputs (b, l, d); return the residual stream (b, l, d) and cache."""
-        return self.layers(constrain(x, "batch", "length", None), modulation.layers, cache)
+        reading = None
+        segments = None
+        if modulation.reading is not None:
+            reading = modulation.reading.layers
+            mask = modulation.reading.mask
+            segments = jnp.where(mask, Segment.CAPTION, Segment.PADDING).astype(jnp.int8)
+            after = [(0, 0), (0, x.shape[1] - mask.shape[1])]
+            segments = jnp.pad(segments, after, constant_values=Segment.IMAGE)
+        x = constrain(x, "batch", "length", None)
+        return self.layers(x, modulation.layers, cache, reading, segments)
 
     def logits(self, x: jax.Array, final: jax.Array) -> jax.Array:
         """Compute logits (b, l, v) from the residual stream (b, l, d); see `final`."""
@@ -246,8 +362,11 @@ class AiM(nn.Module):
 
     def output_table(self) -> jax.Array:
         """Return the token embeddings (v, d), the tied output matrix, in the compute dtype."""
-        table = self.token_embedding.embedding.astype(self.config.compute_dtype)
-        return gathered(table, ("vocab", "embed"))
+        return self._tied(self.token_embedding, "vocab")
+
+    def _tied(self, embedding: nn.Embed, axis: str) -> jax.Array:
+        table = embedding.embedding.astype(self.config.compute_dtype)
+        return gathered(table, (axis, "embed"))
 
 
 @check_arguments
@@ -272,4 +391,6 @@ def init_cache(
 def init_params(config: AiMConfig, key: jax.Array) -> dict:
     """Initialize float32 parameters, boxed with their logical axes; see `flax.linen.unbox`."""
     codes = jnp.zeros((1, 2), jnp.int32)
-    return AiM(config).init(key, codes, jnp.zeros((1,), jnp.int32))["params"]
+    shapes = condition_shapes(config, 1)
+    condition = condition_of({k: jnp.zeros(x.shape, x.dtype) for k, x in shapes.items()})
+    return AiM(config).init(key, codes, condition)["params"]

@@ -17,6 +17,10 @@ from aim_jax.utils.checks import (
 MIXERS = ("mamba1", "mamba2")
 REMAT = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+CONDITIONS = ("class", "text")
+MOST_CAPTION = 4096  # tokens of a caption
+# Fields of AiMConfig that only condition="text" has.
+TEXT_FIELDS = ("max_caption", "caption_vocab", "caption_features", "text_loss_weight")
 # Fields that change speed and memory; results change by rounding only.
 HOW_COMPUTED = ("chunk_size", "scan_implementation", "remat", "logits_chunk", "scan_unroll")
 
@@ -27,7 +31,13 @@ class AiMConfig:
 
     Attributes:
       vocab_size: number of token values (entries of the tokenizer's codebook).
-      num_classes: number of classes; a null class is added.
+      condition: "class", or "text" for captions.
+      num_classes: number of classes; a null class is added. 0 with condition="text".
+      max_caption: most tokens of a caption (condition="text" only, as the next three).
+      caption_vocab: number of token values of captions; 0 with `caption_features`.
+      caption_features: width of the features of an external encoder that replace the tokens of
+        captions; 0 means tokens.
+      text_loss_weight: weight of the cross entropy of the caption's own tokens in the loss.
       num_tokens: tokens per image.
       d_model: width.
       n_layer: depth.
@@ -50,7 +60,8 @@ class AiMConfig:
       positions: add position embeddings to the tokens (the paper's ablation omits them).
       position_offset: token j uses row j + position_offset of the position embeddings. 0 matches
         the paper's training, 1 its published sampler.
-      class_dropout: probability that training replaces a label by the null class.
+      class_dropout: probability that training replaces a label by the null class, or a caption by
+        the null caption.
       token_dropout: dropout rate of the stack's inputs while training.
       norm_eps: constant added to mean squares.
       compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
@@ -61,7 +72,12 @@ class AiMConfig:
     """
 
     vocab_size: int = 16384
+    condition: str = "class"
     num_classes: int = 1000
+    max_caption: int = 0
+    caption_vocab: int = 0
+    caption_features: int = 0
+    text_loss_weight: float = 0.0
     num_tokens: int = 256
     d_model: int = 768
     n_layer: int = 24
@@ -92,7 +108,10 @@ class AiMConfig:
                 raise ValueError(f"AiMConfig: {message}")
 
         check_fields(self)
-        choices = (("mixer", MIXERS), ("remat", REMAT), ("compute_dtype", COMPUTE_DTYPES))
+        choices = (
+            ("mixer", MIXERS), ("remat", REMAT), ("compute_dtype", COMPUTE_DTYPES),
+            ("condition", CONDITIONS),
+        )  # fmt: skip
         for name, known in choices:
             value = getattr(self, name)
             require(value in known, f"{name}={shown(value)}; expected one of {', '.join(known)}.")
@@ -107,8 +126,9 @@ class AiMConfig:
         )
         require(self.position_offset in (0, 1), "position_offset must be 0 or 1.")
         sizes = (
-            "vocab_size", "num_classes", "num_tokens", "d_model", "n_layer", "d_state", "d_conv",
-            "expand", "headdim", "ngroups", "chunk_size", "num_groups", "scan_unroll",
+            "vocab_size", "num_tokens", "d_model", "n_layer", "d_state", "d_conv", "expand",
+            "headdim", "ngroups", "chunk_size", "num_groups", "scan_unroll",
+            *(["num_classes"] if self.condition == "class" else []),
         )  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
@@ -130,6 +150,42 @@ class AiMConfig:
                 self.n_heads % self.ngroups == 0,
                 f"{self.n_heads} heads cannot be shared among ngroups={self.ngroups}.",
             )
+        self._check_condition()
+
+    def _check_condition(self) -> None:
+        if self.condition == "class":
+            given = [f"{name}={getattr(self, name)}" for name in TEXT_FIELDS if getattr(self, name)]
+            if given:
+                raise ValueError(
+                    f"AiMConfig: {', '.join(given)}; expected 0 with condition='class'."
+                )
+            return
+        check_number("AiMConfig: text_loss_weight", self.text_loss_weight, NOT_NEGATIVE)
+        # The loss of a caption's tokens needs a token before them.
+        least = 2 if self.text_loss_weight else 1
+        check_integer("AiMConfig: max_caption", self.max_caption, least, MOST_CAPTION)
+        check_integer("AiMConfig: caption_vocab", self.caption_vocab)
+        check_integer("AiMConfig: caption_features", self.caption_features)
+        if self.num_classes != 0:
+            raise ValueError(
+                f"AiMConfig: num_classes={self.num_classes}; expected 0 with condition='text'."
+            )
+        if bool(self.caption_vocab) == bool(self.caption_features):
+            raise ValueError(
+                f"AiMConfig: caption_vocab={self.caption_vocab} and caption_features="
+                f"{self.caption_features}; expected one of them with condition='text', for tokens "
+                "or for features."
+            )
+        if self.text_loss_weight and self.caption_features:
+            raise ValueError(
+                f"AiMConfig: text_loss_weight={self.text_loss_weight}; expected 0 with "
+                "caption_features, which are no tokens to predict."
+            )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether captions condition the model."""
+        return self.condition == "text"
 
     @property
     def conv_implementation(self) -> str | None:
@@ -165,6 +221,15 @@ class AiMConfig:
     def residual_scale(self) -> float:
         """Factor 1 / sqrt(branches) on the initial output maps of residual branches."""
         return (self.n_layer * (2 if self.d_intermediate else 1)) ** -0.5
+
+    def fields(self) -> dict:
+        """Return the fields for a file. Those of text are left out of a class-conditional model.
+
+        Older versions refuse unknown fields, and can read such a model.
+        """
+        fields = dataclasses.asdict(self)
+        absent = () if self.is_text else ("condition", *TEXT_FIELDS)
+        return {name: value for name, value in fields.items() if name not in absent}
 
 
 PRESETS = {

@@ -64,9 +64,18 @@ def gated_rms_norm(
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Compute x * (1 + scale) + shift, for x (b, l, d), and shift and scale (b, d)."""
-    chex.assert_rank([x, shift, scale], [3, 2, 2])
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Compute x * (1 + scale) + shift for x (b, l, d).
+
+    Shift and scale are (b, d), or (b, l, d) where they differ between positions.
+    """
+    chex.assert_rank([x, shift, scale], [3, {2, 3}, {2, 3}])
+    shift, scale = (part if part.ndim == 3 else part[:, None] for part in (shift, scale))
+    return x * (1 + scale) + shift
+
+
+def masked(x: jax.Array, mask: jax.Array | None, value: float = 0.0) -> jax.Array:
+    """Replace x (b, l, ...) by `value` where `mask` (b, l) is False; None keeps everything."""
+    return x if mask is None else jnp.where(mask[..., None], x, jnp.asarray(value, x.dtype))
 
 
 class RMSNorm(nn.Module):

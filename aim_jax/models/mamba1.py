@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from aim_jax import ops
 from aim_jax.models.config import AiMConfig
-from aim_jax.models.layers import CausalConv1D, Dense
+from aim_jax.models.layers import CausalConv1D, Dense, masked
 from aim_jax.models.mamba2 import inverse_softplus_of_log_uniform
 
 
@@ -43,13 +43,14 @@ class Mamba1(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Mamba1Cache | None = None
+        self, x: jax.Array, cache: Mamba1Cache | None = None, mask: jax.Array | None = None
     ) -> tuple[jax.Array, Mamba1Cache | None]:
         """Mix x along the sequence.
 
         Args:
           x: inputs (b, l, d).
           cache: state after the inputs before x; None starts from zero and returns no cache.
+          mask: bool (b, l); inputs where it is False change neither the state nor later outputs.
 
         Returns:
           y (b, l, d), and the cache after x.
@@ -63,6 +64,7 @@ class Mamba1(nn.Module):
         xs = Dense(e, ("embed", "inner"), dtype, name="x_proj")(x)
         z = Dense(e, ("embed", "inner"), dtype, name="z_proj")(x)
         start = cache or Mamba1Cache(None, None)  # type: ignore[arg-type]
+        xs = masked(xs, mask)
         conv = CausalConv1D(cfg.d_conv, "inner", dtype, cfg.conv_implementation, name="conv_x")
         xs, conv_x = conv(xs, start.conv_x)
 
@@ -70,6 +72,7 @@ class Mamba1(nn.Module):
         B = Dense(n, ("inner", "state"), dtype, name="B_proj")(xs)
         C = Dense(n, ("inner", "state"), dtype, name="C_proj")(xs)
         dt = Dense(e, ("dt_rank", "inner"), dtype, name="dt_proj")(dt)
+        dt = masked(dt, mask, -jnp.inf)  # softplus(-inf) = 0: no decay and no input
 
         inner = ("inner",)
         dt_bias = self.param(

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from aim_jax import ops
 from aim_jax.models.config import AiMConfig
-from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm
+from aim_jax.models.layers import CausalConv1D, Dense, GatedRMSNorm, masked
 from aim_jax.parallel.sharding import constrain
 
 
@@ -58,13 +58,14 @@ class Mamba2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Mamba2Cache | None = None
+        self, x: jax.Array, cache: Mamba2Cache | None = None, mask: jax.Array | None = None
     ) -> tuple[jax.Array, Mamba2Cache | None]:
         """Mix x along the sequence.
 
         Args:
           x: inputs (b, l, d). With a dual-form cache l > 1 requires the cache to be empty.
           cache: state after the inputs before x; None starts from zero and returns no cache.
+          mask: bool (b, l); inputs where it is False change neither the state nor later outputs.
 
         Returns:
           y (b, l, d), and the cache after x.
@@ -82,6 +83,8 @@ class Mamba2(nn.Module):
         dt = Dense(h, ("embed", "heads"), dtype, name="dt_proj")(x)
 
         z, xs = (constrain(t, "batch", "length", "inner") for t in (z, xs))
+        xs, B, C = (masked(t, mask) for t in (xs, B, C))
+        dt = masked(dt, mask, -jnp.inf)  # softplus(-inf) = 0: no decay and no input
 
         start = cache or Mamba2Cache(None, None, None, None)  # type: ignore[arg-type]
 

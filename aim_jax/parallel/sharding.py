@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "dt_rank": (),
     "position": (),
     "class": (),
+    "caption_vocab": (),
+    "caption_feature": (),
     "adaln_group": (),
     "adaln_part": (),
     "modulation": (),

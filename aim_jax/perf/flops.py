@@ -10,10 +10,12 @@ from aim_jax.ops.reference import split_length
 def forward_flops(config: AiMConfig) -> float:
     """Count the operations of the forward pass over one sequence, with the training scan.
 
+    The sequence of a text model begins with a caption of `max_caption` tokens, with its padding.
     Embedding lookups, norms, convolutions, gates and softmax are excluded: they are memory-bound
     and less than 1 % of the operations.
     """
     t, d, e, n = config.num_tokens, config.d_model, config.d_inner, config.d_state
+    s = config.max_caption
     if config.mixer == "mamba2":
         projections = d * (2 * e + 2 * config.ngroups * n + config.n_heads) + e * d
     else:
@@ -22,8 +24,11 @@ def forward_flops(config: AiMConfig) -> float:
     mlp = 3 * d * config.mlp_hidden
     groups = config.num_groups if config.adaln == "group" else config.n_layer
     modulation = groups * config.modulation_parts * d * d + 2 * d * d
-    products = config.n_layer * (projections + mlp) + d * config.vocab_size
-    return 2.0 * (t * products + modulation) + scan_flops(config, t)
+    products = (s + t) * config.n_layer * (projections + mlp) + t * d * config.vocab_size
+    if config.is_text:
+        products += modulation + d * d + s * d * config.caption_features  # the caption's own
+        products += s * d * config.caption_vocab if config.text_loss_weight else 0
+    return 2.0 * (products + modulation) + scan_flops(config, s + t)
 
 
 def scan_flops(config: AiMConfig, tokens: int) -> float:
@@ -52,7 +57,7 @@ def executed_flops(config: AiMConfig) -> float:
     if config.remat == "full":
         recomputed += forward_flops(config) - 2.0 * t * config.d_model * config.vocab_size
     elif config.remat == "dots":  # saves projections only
-        recomputed += scan_flops(config, t)
+        recomputed += scan_flops(config, config.max_caption + t)
     return training_flops(config) + recomputed
 
 

@@ -29,6 +29,9 @@ class Decoder(Protocol):
 
     Each decoder defines the structure of its caches, which are pytrees of arrays.
 
+    Positions and numbers of tokens are those of the image. The caption of a text model, of
+    `max_caption` positions with its padding, comes before them in the caches.
+
     Attributes:
       params: AiM parameters without those of the layers; they embed the tokens.
     """
@@ -39,10 +42,13 @@ class Decoder(Protocol):
         """Return the ends of the loop's segments after `first`; caches grow between segments."""
 
     def start(self, params: dict, x: jax.Array, tokens: int) -> Any:
-        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens.
+
+        The inputs begin with the caption of a text model.
+        """
 
     def grow(self, caches: Any, tokens: int) -> Any:
-        """Return the caches with room for `tokens` positions."""
+        """Return the caches with room for `tokens` tokens."""
 
     def step(self, x: jax.Array, caches: Any, position: jax.Array) -> tuple[jax.Array, Any]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
@@ -102,8 +108,8 @@ class ModuleDecoder:
         return sorted({max(first + 1, last * i // cuts) for i in range(1, cuts + 1)})
 
     def start(self, params: dict, x: jax.Array, tokens: int) -> list[Cache]:
-        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` positions."""
-        dual = tokens if self.engine.form == "dual" else None
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens."""
+        dual = self.config.max_caption + tokens if self.engine.form == "dual" else None
         cache = init_cache(self.config, x.shape[0], dual=dual, dtype=self.engine.cache_dtype)
         if x.shape[1]:
             cache = prefill(params, x, self.modulation, self.config, cache)
@@ -111,12 +117,13 @@ class ModuleDecoder:
         return [jax.tree.map(lambda c: c[i], cache) for i in range(self.config.n_layer)]  # noqa: B023
 
     def grow(self, caches: list[Cache], tokens: int) -> list[Cache]:
-        """Return the caches with room for `tokens` positions."""
+        """Return the caches with room for `tokens` tokens."""
         if self.engine.form != "dual":
             return caches
         grown = []
         for cache in caches:
-            state = ops.grow_dual_cache(cache.ssm_state, tokens)  # type: ignore[arg-type]
+            room = self.config.max_caption + tokens
+            state = ops.grow_dual_cache(cache.ssm_state, room)  # type: ignore[arg-type]
             grown.append(cache._replace(ssm_state=state))  # type: ignore[arg-type]
         return grown
 

@@ -140,9 +140,9 @@ def choose_form(config: AiMConfig, rows: int, implementation: str, platform: str
     """Return the form that takes less time per step, on average over an image.
 
     Per row and layer, the recurrent form reads and writes a state of e n values. The dual form
-    reads e + g n + h values for every token so far, half of them on average, and writes one row. So
-    images of few tokens favour the dual form. By bytes alone it would win for every AiM size up to
-    460 tokens, but bytes are not the only cost:
+    reads e + g n + h values for every token so far, all of the caption and half of the image on
+    average, and writes one row. So images of few tokens favour the dual form. By bytes alone it
+    would win for every AiM size up to 460 tokens, but bytes are not the only cost:
 
     - "native": the state streams at 1.4 times the rate of the token rows (measured).
     - "triton": each program of the dual kernel iterates over the tokens, and fewer than 512
@@ -159,5 +159,5 @@ def choose_form(config: AiMConfig, rows: int, implementation: str, platform: str
     if implementation == "triton" and rows * h < 512:
         return "recurrent"
     recurrent = 2 * e * n
-    dual = config.num_tokens / 2 * (e + g * n + h)
+    dual = (config.max_caption + config.num_tokens / 2) * (e + g * n + h)
     return "dual" if dual * (1.4 if implementation == "native" else 1) < recurrent else "recurrent"

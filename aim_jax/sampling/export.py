@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from aim_jax.data.text import TEXT_TOKENIZER_FILE
 from aim_jax.models.aim import AiM
+from aim_jax.models.captions import condition_shapes
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
@@ -46,6 +49,15 @@ def _unflatten(weights: dict) -> dict:
     return unflatten_dict({k: v.astype(jnp.float32) for k, v in weights.items()}, sep=".")
 
 
+def _condition_shape(model: Pretrained, rows: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of labels (rows,) or tokens of captions (rows, max_caption), both int32."""
+    config, _ = model.aim()
+    if config.caption_features:
+        raise ValueError(f"{model.name} takes features of captions, and export takes tokens.")
+    (shape,) = condition_shapes(config, rows).values()
+    return shape
+
+
 def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -61,6 +73,7 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
     Returns:
       `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
       settings, interval (2,) float32) -> (tokens (b, t) int32, images (b, H, W, c) uint8).
+      A model of captions takes their tokens (b, max_caption) int32 in place of labels.
       `settings` holds the numeric fields of `SamplingConfig` by name, (b,) float32 or int32, and
       `interval` its `cfg_interval`; they are not validated. The `cfg_schedule` is compiled in: that
       of the model.
@@ -69,10 +82,10 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
     schedule = SamplingConfig(**model.sampling).cfg_schedule
     method = Method(model.aim_config, guided=True, schedule=schedule, engine=ENGINE)
 
-    def sample(weights, labels, seed, index, settings, interval):
+    def sample(weights, condition, seed, index, settings, interval):
         params = _unflatten(weights)
-        no_prefix = jnp.zeros((labels.shape[0], 0), jnp.int32)
-        request = Request(labels, index, settings, no_prefix)
+        no_prefix = jnp.zeros((index.shape[0], 0), jnp.int32)
+        request = Request(condition, index, settings, no_prefix)
         random = jax.random.key_data(random_key(seed))
         tokens = generate_on_device(params["aim"], random, request, interval, method=method)
         return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
@@ -82,7 +95,7 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     settings = {k: jax.ShapeDtypeStruct((b,), v.dtype) for k, v in SETTINGS.items()}
     interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    arguments = (ints, seed, ints, settings, interval)
+    arguments = (_condition_shape(model, b), seed, ints, settings, interval)
     weights = _shapes(flat_weights(model, dtype))
     return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(weights, *arguments)
 
@@ -100,9 +113,10 @@ def export_decode_step(
       platforms: platforms that the programs run on.
 
     Returns:
-      `jax.export.Exported` by name. "begin": (weights, labels (rows,) int32) -> (x (rows, 1, d),
-      modulation, caches). "step": (weights, x, modulation, caches) -> (logits (rows, v) float32,
-      caches). "embed": (weights, tokens (rows,) int32, position () int32) -> x of the next step.
+      `jax.export.Exported` by name. "begin": (weights, labels (rows,) int32, or tokens of captions
+      (rows, max_caption) int32) -> (x (rows, 1, d), modulation, caches). "step": (weights, x,
+      modulation, caches) -> (logits (rows, v) float32, caches). "embed": (weights, tokens (rows,)
+      int32, position () int32) -> x of the next step.
       Modulation and caches are lists of arrays.
     """
     config = model.aim_config
@@ -112,13 +126,15 @@ def export_decode_step(
     def apply(weights, method, *args):
         return AiM(config).apply({"params": _unflatten(weights)["aim"]}, *args, method=method)
 
-    def begin(weights, labels):
-        x, modulation = apply(weights, "condition", labels)
-        decoder = ModuleDecoder.of(_unflatten(weights)["aim"], modulation, config, ENGINE)
-        caches = decoder.start(decoder.params, x[:, :0], config.num_tokens)
-        return x, modulation, caches
+    def begin(weights, condition):
+        x, modulation = apply(weights, "condition", condition)
+        params = _unflatten(weights)["aim"]
+        decoder = ModuleDecoder.of(params, modulation, config, ENGINE)
+        caches = decoder.start(params, x[:, :-1], config.num_tokens)
+        return x[:, -1:], modulation.after_caption(), caches
 
-    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    labels = _condition_shape(model, rows)
     x, modulation, caches = jax.eval_shape(begin, weights, labels)
     leaves = [jax.tree.leaves(tree) for tree in (modulation, caches)]
     trees = [jax.tree.structure(tree) for tree in (modulation, caches)]
@@ -141,7 +157,7 @@ def export_decode_step(
     return {
         "begin": export(begin_flat, weights, labels),
         "step": export(step, weights, x, *leaves),
-        "embed": export(embed, weights, labels, position),
+        "embed": export(embed, weights, tokens, position),
     }
 
 
@@ -223,6 +239,7 @@ def save_exported(
         raise FileExistsError(f"{out} is not empty; choose another directory.")
     sampling = SamplingConfig(**model.sampling).updated({"cfg_schedule": cfg_schedule})
     num_classes = model.aim_config.num_classes
+    max_caption = model.aim_config.max_caption
     model = dataclasses.replace(model, sampling=dataclasses.asdict(sampling))
     progress = Progress("exporting", "programs")
     total = 2 * len(STEP) + 1
@@ -244,6 +261,7 @@ def save_exported(
         dtypes = {name: np.dtype(setting.dtype).name for name, setting in SETTINGS.items()}
         content = {
             "num_classes": num_classes,
+            "max_caption": max_caption,
             "class_names": list(model.class_names),
             "settings": sampling.numbers(),
             "cfg_schedule": sampling.cfg_schedule,
@@ -251,5 +269,7 @@ def save_exported(
             "dtypes": dtypes,
         }
         write_json(partial / "settings.json", content)
+        if model.text is not None:
+            model.text.save(partial / TEXT_TOKENIZER_FILE)
         shutil.copyfile(RUNNER, partial / "sample.py")
     return out

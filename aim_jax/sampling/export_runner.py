@@ -1,8 +1,11 @@
 """Generate images with an exported sampler; requires jax, flatbuffers, safetensors and pillow.
 
+A model of captions also requires tokenizers.
+
 Examples:
   python sample.py --classes cat,ship,3 --per_class 4 --seed 1 --out images.png
   python sample.py --classes cat --cfg_scale 3 --top_k 100 --cfg_interval 0.1,0.8
+  python sample.py --captions "a red apple" "a blue heart" --per_class 4    # a model of captions
 
 --help lists the settings. The grid has one row per class, with its name.
 """
@@ -46,7 +49,8 @@ def read_settings():
         count = stored["num_classes"]
         numbers = stored["settings"]
         complete = (
-            type(count) is int and count > 0
+            type(count) is int and type(stored["max_caption"]) is int
+            and (count > 0) != (stored["max_caption"] > 0)
             and isinstance(names, list) and len(names) in (0, count)
             and all(isinstance(name, str) for name in names)
             and numbers.keys() <= RANGES.keys()
@@ -98,6 +102,34 @@ def class_id(name, stored):
     )
 
 
+def caption_tokens(captions, stored):
+    """Return the tokens of captions int32 (n, max_caption), with -1 on the left of shorter ones.
+
+    Raises:
+      ValueError: if a caption is no text, or text_tokenizer.json is damaged.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    file = HERE / "text_tokenizer.json"
+    try:
+        merges = json.loads(file.read_text(encoding="utf-8"))["merges"]
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        parts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs)]
+        vocabulary = {token: number for number, token in enumerate(dict.fromkeys(parts))}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # the library raises its own kinds
+        raise ValueError(f"{file} is damaged ({error!r:.200}); export the model again") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    rows = np.full((len(captions), stored["max_caption"]), -1, np.int32)
+    for row, caption in zip(rows, captions, strict=True):
+        if not isinstance(caption, str):
+            raise ValueError(f"captions: expected texts, got {caption!r:.80}")
+        text = " ".join(unicodedata.normalize("NFC", caption.lower()).split())
+        tokens = tokenizer.encode(text).ids[: len(row)]
+        row[len(row) - len(tokens) :] = tokens
+    return rows
+
+
 def checked_settings(settings, stored, count):
     """Return the settings of `count` images as arrays by name.
 
@@ -142,10 +174,10 @@ def checked_interval(interval, stored):
 
 
 def sample(labels, seed=0, *, cfg_interval=None, cfg_schedule=None, **settings):
-    """Generate one image per label.
+    """Generate one image per label or caption.
 
     Args:
-      labels: class ids or class names (b,).
+      labels: class ids or class names (b,), or captions for a model of captions.
       seed: integer that determines the randomness, together with the index of each image.
       cfg_interval: start and end of guidance, as fractions of the tokens.
       cfg_schedule: growth of guidance over an image; only the exported one is accepted.
@@ -160,12 +192,7 @@ def sample(labels, seed=0, *, cfg_interval=None, cfg_schedule=None, **settings):
       TypeError: if a setting is unknown or not a number.
     """
     stored = read_settings()
-    labels = [class_id(label, stored) for label in labels]
-    classes = stored["num_classes"]
-    if not labels or not all(0 <= label <= classes for label in labels):
-        raise ValueError(
-            f"labels: expected class ids 0..{classes - 1}, or {classes} for the null class"
-        )
+    condition = checked_labels(labels, stored)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: expected an integer from 0 to 2**32 - 1")
     if cfg_schedule not in (None, stored["cfg_schedule"]):
@@ -173,18 +200,37 @@ def sample(labels, seed=0, *, cfg_interval=None, cfg_schedule=None, **settings):
             f"cfg_schedule={cfg_schedule!r}: this sampler was exported with "
             f"{stored['cfg_schedule']!r}; export the model again with --cfg_schedule {cfg_schedule}"
         )
-    per_image = checked_settings(settings, stored, len(labels))
+    per_image = checked_settings(settings, stored, len(condition))
     interval = checked_interval(cfg_interval, stored)
     program = export.deserialize((HERE / "sampler.jax").read_bytes())
     weights = load_file(HERE / "weights.safetensors")
-    index = np.arange(len(labels), dtype=np.int32)
-    return program.call(
-        weights, np.asarray(labels, np.int32), np.uint32(seed), index, per_image, interval
-    )
+    index = np.arange(len(condition), dtype=np.int32)
+    return program.call(weights, condition, np.uint32(seed), index, per_image, interval)
+
+
+def checked_labels(labels, stored):
+    """Return class ids int32 (b,), or the tokens of captions int32 (b, max_caption).
+
+    Raises:
+      ValueError: if there are none, or one is out of range or unknown.
+    """
+    if stored["max_caption"]:
+        if not len(labels):
+            raise ValueError("expected captions")
+        return caption_tokens(list(labels), stored)
+    ids = [class_id(label, stored) for label in labels]
+    classes = stored["num_classes"]
+    if not ids or not all(0 <= label <= classes for label in ids):
+        raise ValueError(
+            f"labels: expected class ids 0..{classes - 1}, or {classes} for the null class"
+        )
+    return np.asarray(ids, np.int32)
 
 
 def caption(label, stored):
-    """Return the name of a class, or its number where the font cannot show the name."""
+    """Return a caption, or the name of a class; its number where the font cannot show the name."""
+    if isinstance(label, str):
+        return label[:48]
     names = stored["class_names"]
     name = names[label] if label < len(names) else ""
     shown = name and name.isprintable() and max(name) <= LAST_LETTER
@@ -233,7 +279,10 @@ def main():
     parser.add_argument(
         "--classes", "--labels", help="class names or ids; by default all classes, at most 20"
     )
-    parser.add_argument("--per_class", type=int, default=1, help="images per class (default: 1)")
+    parser.add_argument("--captions", nargs="+", help="captions, for a model of captions")
+    parser.add_argument(
+        "--per_class", type=int, default=1, help="images per class or caption (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     try:
         stored = read_settings()
@@ -257,8 +306,11 @@ def main():
     try:
         if args.per_class < 1:
             raise ValueError(f"--per_class {args.per_class}: expected 1 or more")
-        classes = [class_id(name, stored) for name in names]
-        labels = np.repeat(classes, args.per_class)
+        if bool(stored["max_caption"]) != bool(args.captions):
+            kind = "--captions" if stored["max_caption"] else "--classes"
+            raise ValueError(f"this sampler takes {kind}")
+        classes = args.captions or [class_id(name, stored) for name in names]
+        labels = [label for label in classes for _ in range(args.per_class)]
         _, images = sample(labels, args.seed, cfg_schedule=args.cfg_schedule, **settings)
         captions = [caption(label, stored) for label in classes]
         save_png(labelled_grid(images, args.per_class, captions), args.out)

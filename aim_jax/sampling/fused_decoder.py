@@ -122,7 +122,7 @@ class FusedDecoder:
         cfg = self.config
         position = x.shape[1]
         # Prefill in float32 and round once at the end.
-        dual = cfg.num_tokens if self.engine.form == "dual" else None
+        dual = cfg.max_caption + cfg.num_tokens if self.engine.form == "dual" else None
         cache = init_cache(cfg, len(x), dual=dual)
         if position:
             scan = "triton" if self.implementation == "triton" else cfg.scan_implementation
@@ -148,6 +148,7 @@ class FusedDecoder:
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         cfg = self.config
+        position = cfg.max_caption + position  # in the caches
         parts = self.modulation.layers
         mixer_parts, mlp_parts = PARTS[parts.shape[2]]
         layers = self.params["layers"]

@@ -1,4 +1,4 @@
-"""Class-conditional image generation with a jitted token loop.
+"""Image generation from classes or captions, with a jitted token loop.
 
 Shapes: b images, t tokens per image, v vocabulary entries.
 """
@@ -17,18 +17,26 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from aim_jax.models.aim import AiM, Modulation
+from aim_jax.models.captions import (
+    CaptionFeatures,
+    Condition,
+    null_condition,
+    padded,
+    rows_of,
+)
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel import sharding
+from aim_jax.sampling.conditions import as_array, as_condition
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.decoder import Decoder, ModuleDecoder
 from aim_jax.sampling.engine import Engine, resolve
 from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.logits import guidance_at
-from aim_jax.utils.checks import ArgumentError, check_type
+from aim_jax.utils.checks import check_type
 from aim_jax.utils.images import to_uint8
 from aim_jax.utils.random import GENERATOR, is_key, random_key
-from aim_jax.weights.pretrained import Pretrained, class_ids
+from aim_jax.weights.pretrained import Pretrained
 
 
 class Samples(NamedTuple):
@@ -47,13 +55,13 @@ class Request(NamedTuple):
     """Specification of the images to generate, one entry per image.
 
     Attributes:
-      labels: int (b,), class of each image.
+      condition: class or caption of each image, see `aim_jax.sampling.conditions.as_condition`.
       index: int (b,), index of each image in its series.
       settings: (b,) arrays by name; see `SamplingConfig.arrays`.
       prefix: int (b, l), the first tokens of the images; l may be 0.
     """
 
-    labels: jax.Array
+    condition: Condition
     index: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
     settings: dict[str, jax.Array]
     prefix: jax.Array
@@ -64,7 +72,7 @@ class Method(NamedTuple):
 
     Attributes:
       config: configuration of the model.
-      guided: whether each image has a second row, of the null class.
+      guided: whether each image has a second row, of the null class or the null caption.
       schedule: guidance schedule; see `guidance_at`.
       engine: a resolved engine.
     """
@@ -95,7 +103,7 @@ class Loop(NamedTuple):
 
 def generate_tokens(
     params: dict,
-    labels: ArrayLike,
+    labels: ArrayLike | CaptionFeatures,
     seed: int | jax.Array,
     index: ArrayLike,
     sampling: SamplingConfig,
@@ -109,19 +117,19 @@ def generate_tokens(
 ) -> jax.Array:
     """Sample the tokens of a batch of images autoregressively in one compiled loop.
 
-    With guidance, each image has two rows, conditional and null class; one token is sampled per
+    With guidance, each image has two rows, conditional and null; one token is sampled per
     image and fed to both. Randomness is a function of (seed, index, position) alone, so an image
     does not depend on its batch or on the devices. With parameters on several devices, each device
     generates its share of the images independently, with all parameters.
 
     Args:
       params: AiM parameters.
-      labels: int (b,), class of each image.
+      labels: class of each image int (b,), or captions as arrays; see `as_condition`.
       seed: int or a JAX key.
       index: int (b,), index of each image in its series.
       sampling: guidance, temperature and filters.
       config: configuration of the model.
-      guided: False omits the null-class rows, which is cfg_scale = 1 at half the cost. None omits
+      guided: False omits the null rows, which is cfg_scale = 1 at half the cost. None omits
         them if no image uses guidance.
       prefix: int (b, l), the first tokens of every image, 0 < l < num_tokens.
       engine: recurrence form and implementation of the loop.
@@ -136,12 +144,16 @@ def generate_tokens(
       ValueError: if the model or the device does not support the engine, or a callback is given and
         the parameters are on several devices.
     """
-    b = np.shape(labels)[0]
+    condition: Condition = (
+        labels if isinstance(labels, CaptionFeatures) else jnp.asarray(labels, jnp.int32)
+    )
+    if config.is_text:
+        condition = padded(condition, config.max_caption)
+    b = rows_of(condition)
     prefix = jnp.zeros((b, 0), jnp.int32) if prefix is None else prefix
     settings = {name: jnp.asarray(x) for name, x in sampling.arrays(b).items()}
-    labels = jnp.asarray(labels, jnp.int32)
     index = jnp.asarray(index, jnp.int32)
-    request = Request(labels, index, settings, prefix)
+    request = Request(condition, index, settings, prefix)
     guided = sampling.guided if guided is None else guided
     devices = sharding.devices_of(params)
     rows = -(-b // len(devices)) * (2 if guided else 1)
@@ -203,11 +215,12 @@ def _begin(
     def apply(name: str, *args: Any) -> Any:
         return AiM(config).apply({"params": params}, *args, method=name)
 
-    labels = request.labels
+    condition = request.condition
     first = request.prefix.shape[1]
     if method.guided:
-        labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
-    start, modulation = apply("condition", labels)
+        null = null_condition(config, condition)
+        condition = jax.tree.map(lambda *rows: jnp.concatenate(rows), condition, null)
+    start, modulation = apply("condition", condition)
     prefix = method.rows(apply("embed_codes", request.prefix, jnp.arange(first, dtype=jnp.int32)))
     x = jnp.concatenate([start, prefix], axis=1)
     decoder = make_decoder(params, modulation, config, method.engine)
@@ -264,7 +277,7 @@ def _generate_on(
 ) -> jax.Array:
     """Generate the tokens (b, t) of a request; each device generates its share."""
     mesh = device_mesh(devices)
-    b = len(request.labels)
+    b = len(request.index)
     # Pad with copies of the first image to the same number of images per device.
     order = np.arange(-(-b // len(devices)) * len(devices))
     order = np.where(order < b, order, 0)
@@ -363,37 +376,6 @@ def whole_number(name: str, value: Any) -> int:
     return number
 
 
-def as_array(name: str, value: Any) -> np.ndarray:
-    """Return an argument as a NumPy array.
-
-    Raises:
-      ArgumentError: its parts have different lengths, or it is no array; the message names it.
-    """
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{name}: expected an array or a list of numbers: {error}") from error
-
-
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Check that labels are a non-empty one-dimensional array of class ids.
-
-    Raises:
-      ValueError: if they are not; the null class `num_classes` is accepted.
-    """
-    if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels: expected a non-empty list of class ids, got {labels.dtype} of shape "
-            f"{labels.shape}."
-        )
-    out_of_range = sorted({int(i) for i in labels if not 0 <= i <= num_classes})
-    if out_of_range:
-        raise ValueError(
-            f"labels: {out_of_range} out of range; expected class ids 0..{num_classes - 1}, or "
-            f"{num_classes} for the null class."
-        )
-
-
 def check_prefix(prefix: np.ndarray, count: int, config: AiMConfig) -> jax.Array:
     """Validate the first tokens of `count` images and return them as int32.
 
@@ -441,7 +423,7 @@ def encode_rows(model: Pretrained, images: np.ndarray, rows: int) -> np.ndarray:
 
 def generate(
     model: Pretrained,
-    labels: ArrayLike | Sequence[int] | Sequence[str],
+    labels: ArrayLike | Sequence[int] | Sequence[str] | CaptionFeatures,
     seed: int | jax.Array = 0,
     config: SamplingConfig | None = None,
     *,
@@ -454,12 +436,13 @@ def generate(
     every: int | None = None,
     **settings: Any,
 ) -> Samples:
-    """Generate one image per label.
+    """Generate one image per label or caption.
 
     Args:
       model: a `Pretrained` with an AiM and a tokenizer, from `load_pretrained`.
       labels: class ids (b,), where `num_classes` is the null class; or class names from the
-        `class_names` of the model.
+        `class_names` of the model. For a text model captions, as text, tokens or features; see
+        `aim_jax.sampling.conditions.as_condition`.
       seed: an integer or a JAX key. Together with the index of an image it determines the image's
         randomness.
       config: guidance, temperature and filters; the model's defaults if None.
@@ -495,10 +478,8 @@ def generate(
     sampling = (config or SamplingConfig(**model.sampling)).updated(settings)
     engine = Engine(form, implementation, cache_dtype)
     check_type("callback", callback, Callable | None)
-    labels = as_array("labels", labels)
-    if labels.dtype.kind == "U" and labels.ndim == 1:
-        labels = np.asarray(class_ids(model, labels.tolist()))
-    check_labels(labels, model.aim_config.num_classes)
+    condition = as_condition(model, labels)
+    count = rows_of(condition)
     if not is_key(seed):
         seed = whole_number("seed", seed)
     first_index = whole_number("first_index", first_index)
@@ -506,12 +487,12 @@ def generate(
         raise ValueError("every=0: expected 1 or more tokens.")
     tokens = generate_tokens(
         model.aim_params,
-        labels,
+        condition,
         seed,
-        first_index + jnp.arange(labels.size, dtype=jnp.int32),
+        first_index + jnp.arange(count, dtype=jnp.int32),
         sampling,
         config=model.aim_config,
-        prefix=None if prefix is None else check_prefix(prefix, labels.size, model.aim_config),
+        prefix=None if prefix is None else check_prefix(prefix, count, model.aim_config),
         engine=engine,
         callback=callback and (lambda tokens: callback(unfinished(model, tokens))),
         every=every or math.isqrt(model.aim_config.num_tokens),

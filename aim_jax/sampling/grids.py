@@ -8,34 +8,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 from PIL import Image
 
 from aim_jax.data import preprocess
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.models.captions import CaptionFeatures, rows_of
+from aim_jax.sampling.conditions import as_condition
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.generate import encode_rows, generate
-from aim_jax.utils.checks import check_arguments
+from aim_jax.utils.checks import check_arguments, shortened
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import class_caption, make_grid, save_png, to_rgb, to_uint8
 from aim_jax.utils.logging import Progress, reminding
 from aim_jax.utils.names import file_name
 from aim_jax.weights.pretrained import Pretrained
 
+Label = int | str  # id of a class, or a caption
+MOST_LABEL = 48  # characters of a caption beside a row
 
-def class_name(model: Pretrained, label: int) -> str:
-    """Return the name of a class, or its id as text if the model has no names."""
+
+def class_name(model: Pretrained, label: Label) -> str:
+    """Return a caption, or the name of a class; its id as text if the model has no names."""
+    if isinstance(label, str):
+        return label
     return model.class_names[label] if model.class_names else str(label)
 
 
-def caption(model: Pretrained, label: int) -> str:
-    """Return the caption of a class in a grid."""
+def caption(model: Pretrained, label: Label) -> str:
+    """Return the label of a class or a caption in a grid."""
+    if isinstance(label, str):
+        return shortened(label, MOST_LABEL)
     return class_caption(model.class_names, label)
 
 
 def generate_many(
     model: Pretrained,
-    labels: np.ndarray,
+    labels: ArrayLike | Sequence[str] | CaptionFeatures,
     seed: int,
     batch_size: int,
     watch: Callable[[int, np.ndarray], None] | None = None,
@@ -47,7 +57,7 @@ def generate_many(
 
     Args:
       model: with an AiM and a tokenizer.
-      labels: class ids (n,).
+      labels: classes or captions of n images; see `generate`.
       seed: see `generate`.
       batch_size: images per batch.
       watch: called as watch(start, images) after every row of tokens, with the index of the first
@@ -58,12 +68,14 @@ def generate_many(
     Yields:
       uint8 (n, H, W, c), n <= batch_size, in the order of the labels.
     """
-    batch_size = min(batch_size, len(labels))
+    condition = as_condition(model, labels)
+    count = rows_of(condition)
+    batch_size = min(batch_size, count)
     progress = Progress("sampling")
-    for start in range(0, len(labels), batch_size):
+    for start in range(0, count, batch_size):
         # The last batch is padded with extra images, which are dropped.
-        part = np.resize(labels[start : start + batch_size], batch_size)
-        done = min(start + batch_size, len(labels))
+        part = jax.tree.map(lambda x: _rows_of_batch(x, start, batch_size), condition)  # noqa: B023
+        done = min(start + batch_size, count)
         if watch:
             settings["callback"] = lambda samples, start=start, done=done: watch(
                 start, np.asarray(samples.images)[: done - start]
@@ -72,11 +84,11 @@ def generate_many(
         if prefix is not None:
             per_image["prefix"] = prefix
         own = {k: _rows_of_batch(np.asarray(v), start, batch_size) for k, v in per_image.items()}
-        with reminding(f"sampling images {start + 1} to {done} of {len(labels)}"):
+        with reminding(f"sampling images {start + 1} to {done} of {count}"):
             samples = generate(model, part, seed, first_index=start, **settings | own)
             images = np.asarray(samples.images)
         yield images[: done - start]
-        progress(done, len(labels))
+        progress(done, count)
 
 
 def _rows_of_batch(rows: np.ndarray, start: int, size: int) -> np.ndarray:
@@ -105,7 +117,7 @@ class _GrowingGrid:
 @check_arguments
 def sample_to_directory(
     model: Pretrained,
-    classes: Sequence[int],
+    classes: Sequence[int] | Sequence[str],
     per_class: int,
     out: Path,
     *,
@@ -116,38 +128,43 @@ def sample_to_directory(
     progressive: bool = False,
     **settings: Any,
 ) -> list[Path]:
-    """Sample `per_class` images of every class and write a labelled grid.
+    """Sample `per_class` images of every class or caption and write a labelled grid.
 
     Args:
       model: with an AiM and a tokenizer.
-      classes: class ids.
-      per_class: images per class.
+      classes: class ids, or captions for a text model.
+      per_class: images per class or caption.
       out: directory, created if needed.
       seed: see `generate`.
       batch_size: images sampled at once.
       pngs: also write one PNG per image.
-      npz: also write `samples.npz` (arr_0 uint8 NHWC, labels int32).
+      npz: also write `samples.npz` (arr_0 uint8 NHWC, and labels int32 or captions).
       progressive: rewrite the grid after every row of tokens; missing parts are grey.
       **settings: cfg_scale, temperature, top_k, top_p, ...; see `generate`.
 
     Returns:
       The paths written, the grid first.
     """
-    labels = np.repeat(np.asarray(classes, np.int32), per_class)
+    condition = as_condition(model, classes)
+    condition = jax.tree.map(lambda x: np.repeat(x, per_class, axis=0), condition)
+    labels = [label for label in classes for _ in range(per_class)]
     names = [caption(model, label) for label in classes]
     out.mkdir(parents=True, exist_ok=True)
     watch = _GrowingGrid(len(labels), per_class, names, out / "grid.png") if progressive else None
-    batches = generate_many(model, labels, seed, batch_size, watch, **settings)
+    batches = generate_many(model, condition, seed, batch_size, watch, **settings)
     images = np.concatenate(list(batches))
     paths = [save_png(make_grid(images, per_class, names), out / "grid.png")]
     if pngs:
         for i, (image, label) in enumerate(zip(to_rgb(images), labels, strict=True)):
-            name = file_name(class_name(model, int(label)))
+            name = file_name(class_name(model, label))
             path = out / "images" / f"{i:05d}_{name}.png"
             paths.append(save_png(Image.fromarray(image), path))
     if npz:
         with replacing(out / "samples.npz") as partial, partial.open("wb") as file:
-            np.savez(file, arr_0=images, labels=labels)
+            if model.text is None:
+                np.savez(file, arr_0=images, labels=np.asarray(labels, np.int32))
+            else:
+                np.savez(file, arr_0=images, captions=np.asarray(labels))
         paths.append(out / "samples.npz")
     return paths
 
@@ -209,6 +226,8 @@ def with_mixed_classes(
     weights = jnp.asarray(shares, jnp.float32)[:, None]
 
     aim_config, aim_params = model.aim()
+    if aim_config.is_text:
+        raise ValueError(f"{model.name} generates from captions; it has no classes to mix.")
 
     def mix(table: jax.Array) -> jax.Array:
         rows = (1 - weights) * table[first][None] + weights * table[second][None]
@@ -243,7 +262,7 @@ def fitted(model: Pretrained, picture: np.ndarray) -> np.ndarray:
 def complete(
     model: Pretrained,
     pictures: Sequence[np.ndarray],
-    classes: Sequence[int],
+    classes: Sequence[int] | Sequence[str],
     count: int,
     *,
     rows: int | None = None,
@@ -257,7 +276,7 @@ def complete(
     Args:
       model: with an AiM and a tokenizer.
       pictures: images uint8 (H, W, C) of any size; see `fitted`.
-      classes: class id of each image.
+      classes: class id or caption of each image.
       count: completions per image.
       rows: rows of tokens to keep; half of them by default.
       seed: see `generate`.
@@ -273,15 +292,16 @@ def complete(
         raise ValueError(f"{model.name}: completing images requires an AiM and a tokenizer.")
     if len(pictures) != len(classes):
         raise ValueError(
-            f"{len(classes)} classes for {len(pictures)} images; expected one class per image."
+            f"{len(classes)} classes or captions for {len(pictures)} images; expected one per "
+            "image."
         )
     pixels = np.stack([fitted(model, image) for image in pictures])
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)
     completions = generate_many(
-        model, np.repeat(classes, count), seed, batch_size, prefix=np.repeat(prefix, count, axis=0),
-        **settings,
+        model, [label for label in classes for _ in range(count)], seed, batch_size,  # type: ignore[misc]
+        prefix=np.repeat(prefix, count, axis=0), **settings,
     )  # fmt: skip
     originals = np.asarray(to_uint8(jnp.asarray(pixels)))
     kept = originals.copy()

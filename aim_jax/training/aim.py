@@ -1,4 +1,4 @@
-"""Training of AiM: class-conditional next-token prediction (arXiv 2408.12245, section 3)."""
+"""Training of AiM: next-token prediction for a class or a caption (arXiv 2408.12245, section 3)."""
 
 import dataclasses
 import functools
@@ -15,7 +15,9 @@ from clu import parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from aim_jax.data.text import TextTokenizer
 from aim_jax.models.aim import AiM, init_params
+from aim_jax.models.captions import condition_of, condition_shapes
 from aim_jax.models.config import AiMConfig
 from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.parallel.sharding import (
@@ -32,17 +34,19 @@ from aim_jax.parallel.sharding import (
     to_host,
 )
 from aim_jax.perf.flops import training_flops
+from aim_jax.sampling.conditions import as_condition
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import generate
+from aim_jax.sampling.grids import caption
 from aim_jax.training import loop
 from aim_jax.training.checkpoint import claim_workdir, has_checkpoint
-from aim_jax.training.inputs import CodeData, EncodedImages, open_codes
+from aim_jax.training.inputs import CodeData, EncodedImages, example_captions, open_codes
 from aim_jax.training.loop import Every, Stage
 from aim_jax.training.optimizer import accumulated_grads, apply_gradients, make_optimizer
 from aim_jax.training.state import TrainState
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.endings import closing_all
-from aim_jax.utils.images import class_caption, make_grid, save_png
+from aim_jax.utils.images import make_grid, save_png
 from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
@@ -69,13 +73,21 @@ def create_train_state(
 def loss_fn(
     params: Any, batch: dict, rng: jax.Array, config: AiMConfig
 ) -> tuple[jax.Array, tuple[dict, None]]:
-    """Return the mean cross entropy in nats per token, with class and token dropout."""
-    nats = AiM(config).apply(
-        {"params": params}, batch["codes"], batch["labels"], train=True,
-        rngs={"dropout": rng}, method="cross_entropy",
+    """Return the mean cross entropy in nats per token, with dropout of conditions and tokens.
+
+    With `text_loss_weight`, the cross entropy of the captions is added: the mean over images of the
+    nats per token of their captions. The metric "loss" is that of the images' tokens alone.
+    """
+    apply = functools.partial(
+        AiM(config).apply, {"params": params}, batch["codes"], condition_of(batch), train=True,
+        rngs={"dropout": rng},
     )  # fmt: skip
-    loss = nats.mean()
-    return loss, ({"loss": loss}, None)
+    if not config.text_loss_weight:
+        loss = apply(method="cross_entropy").mean()
+        return loss, ({"loss": loss}, None)
+    loss, caption_loss = (nats.mean() for nats in apply(method="cross_entropies"))
+    total = loss + config.text_loss_weight * caption_loss
+    return total, ({"loss": loss, "caption_loss": caption_loss}, None)
 
 
 def train_step(
@@ -87,7 +99,10 @@ def train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict]:
-    """Run one optimizer step on a batch of `codes` (b, t) and `labels` (b,)."""
+    """Run one optimizer step on a batch of `codes` (b, t) and its condition.
+
+    The condition is `labels` (b,), or `captions` for a text model; see `condition_of`.
+    """
     rng = state.step_key()
     grad_fn = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
     grads, metrics, _ = accumulated_grads(grad_fn, state.params, batch, rng, accumulate)
@@ -108,8 +123,8 @@ def eval_step(
 
     def measure(part):
         codes = part["codes"]
-        labels = part["labels"]
-        nats = AiM(config).apply({"params": params}, codes, labels, method="cross_entropy")
+        condition = condition_of(part)
+        nats = AiM(config).apply({"params": params}, codes, condition, method="cross_entropy")
         return EvalMetrics.single_from_model_output(
             val_loss=nats.mean(axis=-1), mask=part["weights"]
         )
@@ -168,10 +183,9 @@ class Setup:
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             self._state, self._shardings,
         )  # fmt: skip
-        codes = self._batch
         sharding = batch_sharding(self.mesh)
-        labels = jax.ShapeDtypeStruct(codes.shape[:1], jnp.int32, sharding=sharding)
-        return state, {"codes": codes.update(sharding=sharding), "labels": labels}
+        batch = {"codes": self._batch, **condition_shapes(self.model, self._batch.shape[0])}
+        return state, {name: x.update(sharding=sharding) for name, x in batch.items()}
 
 
 @check_arguments
@@ -209,7 +223,8 @@ def _train(
         say(line)
     check_fit(model_config, tokenizer, data)
     fresh = config.init and not has_checkpoint(workdir)
-    start = open_start(config.init, model_config) if fresh else None
+    text = data.captions.tokenizer if data.captions else None
+    start = open_start(config.init, model_config, text) if fresh else None
     claim_workdir(workdir, config, data.identity)
 
     with reminding("creating the parameters, with compilation"):
@@ -239,14 +254,20 @@ def _train(
             vq_params=tokenizer.vq_params,
             class_names=data.class_names,
             sampling=settings.numbers(),
+            text=text,
             info={**tokenizer.info, "aim_steps": int(state.step), "seed": config.seed},
         )
 
     def sample(state, path):
-        classes = range(min(config.sample.classes, model_config.num_classes))
-        labels = np.repeat(list(classes), config.sample.per_class)
-        images = to_host(generate(as_model(state), labels, config.seed).images)
-        names = [class_caption(data.class_names, i) for i in classes]
+        model = as_model(state)
+        labels: list[int] | list[str]
+        if data.captions:
+            labels = example_captions(data.captions.validation_texts, config.sample.classes) or [""]
+        else:
+            labels = list(range(min(config.sample.classes, model_config.num_classes)))
+        condition = np.repeat(as_condition(model, labels), config.sample.per_class, axis=0)
+        images = to_host(generate(model, condition, config.seed).images)
+        names = [caption(model, label) for label in labels]
         if jax.process_index() == 0:
             save_png(make_grid(images, config.sample.per_class, names), path)
 
@@ -269,17 +290,27 @@ def _train(
         return loop.run(config, workdir, mesh, state, stage, claim)
 
 
-def open_start(name_or_path: str, config: AiMConfig) -> dict:
+def open_start(name_or_path: str, config: AiMConfig, text: TextTokenizer | None = None) -> dict:
     """Load the parameters of a trained AiM, adapt them to the model to train, and log the changes.
 
+    Args:
+      name_or_path: The trained model.
+      config: The model to train.
+      text: Its text tokenizer.
+
     Raises:
-      FileNotFoundError, ValueError: There is no such model, it holds no AiM, or an AiM of another
-        shape.
+      FileNotFoundError, ValueError: There is no such model, it holds no AiM, an AiM of another
+        shape, or one of another text tokenizer.
     """
     start = load_pretrained(name_or_path, as_stored=True)
     if start.aim_params is None or start.aim_config is None:
         raise ValueError(f"config.init={name_or_path!r} holds no AiM; name a model that has one.")
     params, changes = adapt_aim(start.aim_params, start.aim_config, config)
+    if start.text != text:
+        raise ValueError(
+            f"config.init={name_or_path!r} has another text tokenizer; set config.text_tokenizer "
+            "to its directory."
+        )
     say("\n  ".join([f"weights of {name_or_path}", *changes]))
     return params
 

@@ -56,7 +56,8 @@ UNREADABLE = [-1, -1]  # in place of size and CRC-32; differs from any list
 # it may change because a run may have to resume with less memory.
 RESUMABLE = (
     "steps", "budget_minutes", "log_every", "eval_every", "sample_every", "save_every",
-    "save_minutes", "export_every", "keep", "profile", "codes", "data.dir", "data.workers",
+    "save_minutes", "export_every", "keep", "profile", "codes", "text_tokenizer",
+    "data.dir", "data.workers",
     "inception", "lpips", "init", "export_dtype",
     "sample.images", "sample.per_class", "sample.classes",
     *(f"sample.{name}" for name in SETTINGS),

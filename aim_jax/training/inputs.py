@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,10 @@ from aim_jax.data import (
     open_images,
     token_batches,
 )
+from aim_jax.data.captions import NAME as CAPTIONED
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.preprocessing import image_spec
+from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
 from aim_jax.models.config import VQConfig
 from aim_jax.models.vq import VQModel
 from aim_jax.parallel.sharding import joined, micro_batches
@@ -51,12 +53,111 @@ def parse_codes(text: str) -> list[tuple[Path, float]]:
     return [parse(item) for item in text.split(",")]
 
 
+class Captions(NamedTuple):
+    """The text tokenizer of a run, and the captions of its data.
+
+    Attributes:
+      tokenizer: The text tokenizer.
+      train: Tokens of the training captions of each source, (n, max_caption), -1 on the left of
+        short ones; int16 if that suffices.
+      validation: Those of the validation captions.
+      validation_texts: The validation captions.
+    """
+
+    tokenizer: TextTokenizer
+    train: list[np.ndarray]
+    validation: np.ndarray
+    validation_texts: Sequence[str]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the tokens of captions depend on beside the data, for `claim_workdir`."""
+        return {"text_tokenizer": self.tokenizer.fingerprint}
+
+
+def open_captions(
+    config: ConfigDict,
+    train: Sequence[ImageSource | TokenCache],
+    validation: ImageSource | TokenCache,
+) -> Captions | None:
+    """Encode the captions of the data of a text model; None for other models.
+
+    Raises:
+      ValueError: There are no captions, or the text tokenizer is missing or of another size than
+        the model.
+      OSError: The text tokenizer cannot be read.
+    """
+    if config.model.condition != "text":
+        return None
+    if config.model.caption_features:
+        raise ValueError(
+            f"config.model.caption_features={config.model.caption_features}, but datasets and "
+            "token caches hold captions as text; set it to 0, and use config.text_tokenizer."
+        )
+    tokenizer = open_text_tokenizer(config.text_tokenizer)
+    if config.model.caption_vocab != tokenizer.vocab_size:
+        raise ValueError(
+            f"config.model.caption_vocab={config.model.caption_vocab}, but the text tokenizer has "
+            f"{tokenizer.vocab_size} tokens; set it to {tokenizer.vocab_size}."
+        )
+    kind = np.int16 if tokenizer.vocab_size <= 2**15 else np.int32
+
+    def encode(captions: Sequence[str]) -> np.ndarray:
+        return tokenizer.encode(captions, config.model.max_caption).astype(kind)
+
+    texts = captions_of(validation)
+    tables = [encode(captions_of(source)) for source in train]
+    return Captions(tokenizer, tables, encode(texts), texts)
+
+
+def open_text_tokenizer(path: str) -> TextTokenizer:
+    """Load the text tokenizer in a file, or in a model directory.
+
+    Raises:
+      ValueError: No path is given, or the file is damaged.
+      OSError: The file cannot be read.
+    """
+    if not path:
+        raise ValueError(
+            "config.text_tokenizer is empty: train one with aim-jax train_text_tokenizer, and name "
+            "its file."
+        )
+    file = Path(path)
+    return TextTokenizer.load(file / TEXT_TOKENIZER_FILE if file.is_dir() else file)
+
+
+def captions_of(source: ImageSource | TokenCache) -> Sequence[str]:
+    """Return the captions of a source of images or a token cache.
+
+    Raises:
+      ValueError: It has none.
+    """
+    if isinstance(source, TokenCache):
+        return source.captions()
+    if source.captions is None:
+        raise ValueError(
+            f"{source.name} has no captions: for a folder of captioned images, set "
+            f"config.data.name={CAPTIONED} (--data_name {CAPTIONED})"
+        )
+    return source.captions
+
+
+def example_captions(captions: Sequence[str], count: int) -> list[str]:
+    """Return up to `count` different captions, evenly spaced; empty ones do not count."""
+    different = list(dict.fromkeys(caption for caption in captions if caption))
+    chosen = np.linspace(0, len(different) - 1, min(count, len(different))).astype(int)
+    return [different[index] for index in chosen]
+
+
 class CodeData:
     """Training tokens from one or several token caches, and validation tokens from the first.
 
     Attributes:
       summary: Lines about the data as understood.
       identity: What the data are, for `claim_workdir`.
+      class_names: Names of the classes; empty for a text model.
+      captions: Those of a text model, or None. Batches have their tokens as "captions", int32
+        (b, max_caption).
       unigram_entropy: Nats per token of the marginal distribution of the first cache's tokens: the
         loss of a model that ignores class, position and context.
     """
@@ -67,10 +168,11 @@ class CodeData:
         self._train = [TokenCache.open(path / "train", expected) for path in paths]
         self._validation = TokenCache.open(paths[0] / "validation", expected)
         check_alike([*self._train, self._validation])
+        self.captions = open_captions(config, self._train, self._validation)
         self._config = config
         self._share = share
         first = self._train[0]
-        self.class_names = first.class_names
+        self.class_names = () if self.captions else first.class_names
         self.num_tokens = first.num_tokens
         self.vocab_size = first.vocab_size
         self.train_size = sum(len(cache) for cache in self._train)
@@ -80,7 +182,7 @@ class CodeData:
             "class_names": list(first.class_names),
             "train": [cache.fingerprint() for cache in self._train],
             "validation": self._validation.fingerprint(),
-        }
+        } | (self.captions.identity if self.captions else {})
         self.unigram_entropy = unigram_entropy(first)
 
     def encode(self, batch: dict, after: Any = None) -> dict:
@@ -89,18 +191,25 @@ class CodeData:
 
     def train_batches(self) -> Prefetched:
         """Return endless shuffled batches of this process."""
-        return self._batches(self._train, weights=self._weights, train=True)
+        captions = self.captions and self.captions.train
+        return self._batches(self._train, captions, weights=self._weights, train=True)
 
     def validation_batches(self) -> Prefetched:
         """Return one pass over this process's share of the validation tokens."""
-        return self._batches([self._validation], train=False)
+        captions = self.captions and [self.captions.validation]
+        return self._batches([self._validation], captions, train=False)
 
     def _batches(
-        self, caches: Sequence[TokenCache], train: bool, weights: Sequence[float] | None = None
+        self,
+        caches: Sequence[TokenCache],
+        captions: Sequence[np.ndarray] | None,
+        train: bool,
+        weights: Sequence[float] | None = None,
     ) -> Prefetched:
         return token_batches(
-            caches, self._config.batch_size, weights=weights, seed=self._config.seed, train=train,
-            shard_index=self._share[0], shard_count=self._share[1],
+            caches, self._config.batch_size, weights=weights, captions=captions,
+            seed=self._config.seed, train=train, shard_index=self._share[0],
+            shard_count=self._share[1],
         )  # fmt: skip
 
 
@@ -129,13 +238,15 @@ class EncodedImages:
         )
         for source in (self._train, self._validation):
             check_images(source, self._spec)
-        self.class_names = self._train.class_names
+        self.captions = open_captions(config, [self._train], self._validation)
+        self.class_names = () if self.captions else self._train.class_names
         self.num_tokens = (data.image_size // vq.downsampling) ** 2
         self.vocab_size = vq.n_embed
         self.train_size = len(self._train)
         self.validation_size = len(self._validation)
         self.summary = [self._train.summary, self._validation.summary]
         self.identity = identity_of([self._train, self._validation])
+        self.identity |= self.captions.identity if self.captions else {}
 
         def encode(params: dict, images: jax.Array) -> jax.Array:
             def encode_part(part: jax.Array) -> jax.Array:
@@ -165,17 +276,19 @@ class EncodedImages:
 
     def train_batches(self) -> Prefetched:
         """Return endless shuffled batches of this process."""
-        return self._batches(self._train, train=True)
+        captions = self.captions and self.captions.train[0]
+        return self._batches(self._train, captions, train=True)
 
     def validation_batches(self) -> Prefetched:
         """Return one pass over this process's share of the validation images."""
-        return self._batches(self._validation, train=False)
+        captions = self.captions and self.captions.validation
+        return self._batches(self._validation, captions, train=False)
 
-    def _batches(self, source: ImageSource, train: bool) -> Prefetched:
+    def _batches(self, source: ImageSource, captions: np.ndarray | None, train: bool) -> Prefetched:
         return image_batches(
             source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
             shard_index=self._share[0], shard_count=self._share[1],
-            workers=self._config.data.workers if train else 0,
+            workers=self._config.data.workers if train else 0, captions=captions,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from aim_jax.models.captions import condition_shapes
 from aim_jax.parallel.sharding import create_sharded, replicate, shard_batch
 from aim_jax.training import aim, tokenizer
 
@@ -40,10 +41,15 @@ def _aim(config: ConfigDict) -> tuple[aim.Setup, tuple[Any, ...]]:
     setup = aim.Setup(config)
     rng = np.random.default_rng(0)
     shape = (config.batch_size, setup.model.num_tokens)
-    batch = {
-        "codes": rng.integers(0, setup.model.vocab_size, shape, dtype=np.int32),
-        "labels": rng.integers(0, setup.model.num_classes, shape[:1], dtype=np.int32),
+    batch = {"codes": rng.integers(0, setup.model.vocab_size, shape, dtype=np.int32)}
+    # Captions of full length, or labels.
+    highest = {
+        "labels": setup.model.num_classes,
+        "captions": max(1, setup.model.caption_vocab),
+        "caption_lengths": setup.model.max_caption + 1,
     }
+    for name, x in condition_shapes(setup.model, config.batch_size).items():
+        batch[name] = rng.integers(0, highest[name], x.shape).astype(x.dtype)
     return setup, (shard_batch(batch, setup.mesh),)
 
 

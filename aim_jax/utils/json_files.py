@@ -67,7 +67,7 @@ def read_json(
       OSError: the file cannot be read.
       ValueError: it is not a regular file, is too large, not JSON in UTF-8, or refused by `check`.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         data = file.read(most_bytes + 1)
     try:
         if len(data) > most_bytes:
@@ -89,7 +89,7 @@ def read_json_lines(
       OSError: the file cannot be read.
       ValueError: it is not a regular file.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         number = 0
         while data := file.readline(MOST_LINE):
             number += 1
@@ -103,6 +103,18 @@ def read_json_lines(
                     yield Line(name, data, parse_json(data, check, allow_nan), "")
                 except ValueError as error:
                     yield Line(name, data, None, str(error))
+
+
+def opened(path: str | os.PathLike) -> IO[bytes]:
+    """Open a regular file; a pipe would block.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is not a regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path}: is not a regular file.")
+    return open(path, "rb")
 
 
 def parse_json(data: bytes, check: Check, allow_nan: bool = False) -> Any:
@@ -269,13 +281,6 @@ def _inside(name: str, key: str) -> str:
 def _check_object(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{_at(name)}expected a JSON object, got {shown(value)}.")
-
-
-def _opened(path: str | os.PathLike) -> IO[bytes]:
-    """Open a regular file; a pipe would block."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path}: is not a regular file.")
-    return open(path, "rb")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

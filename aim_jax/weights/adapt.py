@@ -7,11 +7,11 @@ import numpy as np
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.models.layers import group_to_layer, layer_to_group
 
-# Fields that two models must share for the weights of one to be meaningful in the other.
 # What two models must share for the weights of one to mean anything in the other.
 AIM_SHAPE = (
     "vocab_size", "num_tokens", "d_model", "n_layer", "mixer", "d_state", "d_conv", "expand",
-    "headdim", "ngroups", "mlp_hidden", "positions",
+    "headdim", "ngroups", "mlp_hidden", "positions", "condition", "caption_vocab",
+    "caption_features",
 )  # fmt: skip
 VQ_SHAPE = (
     "in_channels", "out_channels", "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim",

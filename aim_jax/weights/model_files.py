@@ -131,6 +131,7 @@ REQUIRED: dict[str, Check] = {
 OPTIONAL: dict[str, Check] = {
     "format": choice(FORMAT),
     "dtype": either(text(), list_of(text())),
+    "text": text(),  # fingerprint of the text tokenizer
     "files": dict_of(text()),
     "sha256": text(),
 }
@@ -141,7 +142,8 @@ def check_sizes(
 ) -> None:
     """Check the sizes of a configuration against the arrays beside it, before anything is built.
 
-    Every size is an axis of some array, so it is at most the number of all their elements.
+    Every size but the bounded length of captions is an axis of some array, so it is at most the
+    number of all their elements.
 
     Args:
       config: The configuration.
@@ -159,7 +161,8 @@ def check_sizes(
     kind = type(config).__name__
     for name, value in dataclasses.asdict(config).items():
         largest = max(value) if isinstance(value, tuple) else value
-        if type(largest) is int and name not in HOW_COMPUTED and largest > elements:
+        is_axis = name not in (*HOW_COMPUTED, "max_caption")
+        if type(largest) is int and is_axis and largest > elements:
             raise ValueError(
                 f"{kind}: {name}={largest} is larger than all of its arrays together, which have "
                 f"{elements:,} elements."

@@ -1,7 +1,8 @@
 """Trained models: self-describing directories on disk, and their contents in memory.
 
 A model directory holds `model.json` (configurations, class names, sampling defaults, provenance,
-checksums) and the parameters of one or both parts as `aim/` and `vq/`, written by Orbax.
+checksums), the parameters of one or both parts as `aim/` and `vq/`, written by Orbax, and the text
+tokenizer of captions, if captions condition the model, as `text_tokenizer.json`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
 from aim_jax.parallel.sharding import to_host
@@ -59,6 +61,7 @@ class Pretrained:
       aim_config, aim_params: The autoregressive model; float32 unless loaded as stored.
       vq_config, vq_params: The tokenizer; float32 unless loaded as stored.
       class_names: One name per class, or empty.
+      text: The text tokenizer of captions, if tokens of captions condition the AiM.
       sampling: The model's own values of fields of `aim_jax.sampling.SamplingConfig`.
       info: Further metadata of the directory (dataset, image size, provenance).
     """
@@ -71,8 +74,16 @@ class Pretrained:
     class_names: tuple[str, ...] = ()
     sampling: dict = dataclasses.field(default_factory=dict)
     info: dict = dataclasses.field(default_factory=dict)
+    text: TextTokenizer | None = None
 
     def __post_init__(self) -> None:
+        known = 0 if self.text is None else self.text.vocab_size
+        expected = 0 if self.aim_config is None else self.aim_config.caption_vocab
+        if known != expected:
+            raise ValueError(
+                f"{self.name}: the AiM has a vocabulary of captions of {expected}, but the text "
+                f"tokenizer has {known} (0: there is none); they do not belong together."
+            )
         if not (self.aim_config and self.vq_config):
             return
         if self.aim_config.vocab_size != self.vq_config.n_embed:
@@ -154,10 +165,12 @@ def class_ids(model: Pretrained, classes: Sequence[str]) -> list[int]:
 
     Raises:
       ValueError: A name is unknown or fits several classes, or a number is out of range; the
-        message lists the classes. Or the model holds no AiM.
+        message lists the classes. Or the model holds no AiM, or has no classes.
     """
     if model.aim_config is None:
         raise ValueError(f"{model.name} holds only a tokenizer; sampling needs an AiM.")
+    if model.aim_config.is_text:
+        raise ValueError(f"{model.name} generates from captions and has no classes; pass captions.")
     count = model.aim_config.num_classes
     if not classes:
         return list(range(min(count, MOST_CLASSES)))
@@ -216,7 +229,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
-        "aim": model.aim_config and dataclasses.asdict(model.aim_config),
+        "aim": model.aim_config and model.aim_config.fields(),
         "vq": model.vq_config and dataclasses.asdict(model.vq_config),
         "class_names": list(model.class_names),
         "sampling": model.sampling,
@@ -229,6 +242,9 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
                 _save_params(partial / part, params, dtype)
         for file in partial.rglob("commit_success.txt"):
             file.write_text("")  # Orbax writes the local path there, which should stay private
+        if model.text is not None:
+            content["text"] = model.text.fingerprint
+            files = {**files, TEXT_TOKENIZER_FILE: model.text.save}
         for name, write in files.items():
             write(partial / name)
         file = partial / MODEL_FILE
@@ -300,6 +316,7 @@ def load_pretrained(
     load = functools.partial(_load_params, as_stored=as_stored)
     aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
     vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
+    text = _load_text(path, content["text"]) if "text" in content else None
     return Pretrained(
         name=str(name_or_path),
         aim_config=aim_config,
@@ -309,7 +326,21 @@ def load_pretrained(
         class_names=tuple(content["class_names"]),
         sampling=content["sampling"],
         info=content["info"],
+        text=text,
     )
+
+
+def _load_text(path: Path, fingerprint: str) -> TextTokenizer:
+    """Load the text tokenizer of a model directory, and compare it with its fingerprint."""
+    file = path / TEXT_TOKENIZER_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; the model directory is incomplete.")
+    tokenizer = TextTokenizer.load(file)
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(
+            f"{file} is not the text tokenizer of the model's training; get the model again."
+        )
+    return tokenizer
 
 
 @check_arguments

@@ -109,7 +109,8 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         "```python", "import aim_jax", f'model = aim_jax.load_pretrained("{load}")',
     ]  # fmt: skip
     if model.aim_params is not None and model.vq_params is not None:
-        lines.append("images = aim_jax.generate(model, labels=[0, 1, 2], seed=0).images")
+        what = '["a red apple"]' if model.text else "[0, 1, 2]"
+        lines.append(f"images = aim_jax.generate(model, {what}, seed=0).images")
     lines += ["```", "", "| | |", "|---|---|"]
     lines += [f"| parameters, {name} | {count:,} |" for name, count in sizes.items()]
     if model.aim_config is not None:
@@ -121,6 +122,11 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
     if model.vq_config is not None:
         v = model.vq_config
         lines.append(f"| tokenizer | f{v.downsampling}, {v.n_embed} codebook entries |")
+    if model.text is not None and model.aim_config is not None:
+        lines.append(
+            f"| captions | at most {model.aim_config.max_caption} tokens, vocabulary of "
+            f"{model.text.vocab_size} |"
+        )
     if model.class_names:
         lines.append(f"| classes | {len(model.class_names)}: {short_list(model.class_names, 20)} |")
     lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")

@@ -276,7 +276,7 @@ def test_completions_keep_what_is_given(tiny_model, picture_folder):
     with pytest.raises(ValueError, match="does not record how its training images were"):
         complete(tiny_model, pictures, [0, 1], 3)
     model = dataclasses.replace(tiny_model, info=info)
-    with pytest.raises(ValueError, match="1 classes for 2 images"):
+    with pytest.raises(ValueError, match="1 classes or captions for 2 images"):
         complete(model, pictures, [0], 3)
     grid = np.asarray(complete(model, pictures, [0, 2], 3))[:, -(5 * 66 + 2) :]
     assert grid.shape == (2 * 66 + 2, 5 * 66 + 2, 3)

@@ -1,11 +1,20 @@
 """Configurations that are chosen from a folder of pictures."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from aim_jax.configs import from_folder as own_images
-from aim_jax.configs.from_folder import Survey, aim_config, describe, survey, vq_config
+from aim_jax.configs.from_folder import (
+    Survey,
+    aim_config,
+    caption_length,
+    describe,
+    survey,
+    vq_config,
+)
 from aim_jax.models import AiMConfig, VQConfig
 
 
@@ -53,7 +62,7 @@ def test_both_stages_fit_the_folder_and_each_other(folder, monkeypatch):
         assert config.data.image_size == 64 and config.data.channels == channels
         assert config.data.dir == str(path) and config.data.name == "folder"
     assert (aim.steps, aim.eval_every, aim.save_every) == (600, 200, 200)
-    monkeypatch.setattr(own_images, "survey", lambda path: found._replace(images=1_000_000))
+    monkeypatch.setattr(own_images, "survey", lambda *_: found._replace(images=1_000_000))
     assert vq_config(str(path)).eval_every == 200_000 // 50  # most of the time is for training
     monkeypatch.setenv("AIM_JAX_LPIPS", "lpips.safetensors")
     assert vq_config(str(path)).loss.perceptual == 1.0
@@ -85,3 +94,36 @@ def test_a_missing_folder_is_said():
         vq_config("")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         aim_config("/nowhere")
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Three captioned images, and the same captions in another field."""
+    lines = []
+    for i in range(3):
+        Image.new("RGB", (30, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"t {i}", "prompt": f"p {i}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "name"), [("", "captions"), ("prompt", "captions:prompt")])
+def test_captioned_images_get_a_model_of_text(captioned, field, name):
+    found = survey(captioned, field)
+    assert found == Survey(captioned, 2, 1, 3, 30, name) and found.captioned
+    tokenizer, aim = vq_config(captioned, field), aim_config(captioned, field)
+    assert tokenizer.data.name == aim.data.name == name
+    model = AiMConfig(**aim.model)
+    assert (model.condition, model.num_classes, model.caption_vocab) == ("text", 0, 2048)
+    aim.model.max_caption = 24
+    said = describe(aim)
+    assert "2 colour images with captions, about 30 pixels -> 32" in said
+    assert "on 64 tokens, after up to 24 of text, 600 steps of 64 images" in said
+    assert "2 colour images with captions" in describe(tokenizer)
+
+
+def test_lengths_of_captions_leave_few_cut():
+    lengths = np.repeat([3, 17, 90], [500, 497, 3])
+    assert caption_length(lengths) == 24
+    assert caption_length(np.array([200])) == 128
+    assert caption_length(np.array([])) == caption_length(np.array([8])) == 8

@@ -291,6 +291,54 @@ def test_tfds_array_record(tiny_tfds):
         open_images("cifar10", "train", folder)
 
 
+class TinyCaptions(TinyPictures):
+    """Pictures with captions in several features, and a name."""
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = {
+            "image": tfds.features.Image(shape=(4, 4, 3)),
+            "caption": text,
+            "captions": tfds.features.Sequence({"id": np.int64, "text": text}),
+            "image_name": text,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            several = [{"id": j, "text": f"{i} {j}"} for j in range(i % 3)]
+            caption = b"caf\xe9" if i == 1 else f"grey {i}"
+            image = Image.new("RGB", (4, 4), (i, i, i))
+            yield i, {"image": image, "caption": caption, "captions": several, "image_name": "x"}
+
+
+def test_tfds_features_that_hold_text(tmp_path):
+    builder = TinyCaptions(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    source = open_images("tiny_captions:caption", "train", tmp_path)
+    assert len(source) == 48 and source.class_names == ("image",)
+    lines = source.summary.splitlines()
+    assert lines[0] == "train: 48 images of tiny_captions:caption with captions in caption"
+    assert any("1 captions that are not UTF-8 text, ignored: number " in line for line in lines)
+    for _ in range(2):  # the second reading is served from memory
+        for example in source:
+            assert example["caption"] == f"grey {example['image'][0, 0, 0]}"
+            assert example["label"] == 0
+    several = open_images("tiny_captions/1.0.0:captions/text", "test", tmp_path)
+    assert sorted(several.captions) == ["1 0", "2 0", "4 0"]
+    assert "2 images without a caption" in several.summary
+    assert "1 further captions" in several.summary
+    with pytest.raises(ValueError, match="has caption, captions/text, image_name"):
+        open_images("tiny_captions:title", "train", tmp_path)
+    with pytest.raises(ValueError, match="choose one of its text features"):
+        open_images("tiny_captions", "train", tmp_path)
+
+
+def test_fields_of_class_folders_are_refused(picture_folder):
+    with pytest.raises(ValueError, match="the name captions:prompt"):
+        open_images("folder:prompt", "train", picture_folder)
+
+
 JPEG = io.BytesIO()
 Image.new("RGB", (5, 4), (9, 9, 9)).save(JPEG, "JPEG")
 

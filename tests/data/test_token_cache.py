@@ -1,6 +1,7 @@
 """Token caches, their making, tokenizer fingerprints and batches of codes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -12,7 +13,9 @@ import grain
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from aim_jax.cli.extract_codes import extract as extract_program
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data import (
     ArrayImages,
@@ -252,6 +255,101 @@ def test_evaluation_batches_take_the_first_view(path, made):
     assert len(batches[-1]["labels"]) == 2
 
 
+CAPTIONS = [f"a {i} 👩\u200d🚒" for i in range(9)] + [""]
+
+
+def write_captioned(path, made, captions=CAPTIONS):
+    writer = writer_of(path, captioned=True)
+    for shard in writer.missing():
+        rows = slice(writer.ranges[shard].start, writer.ranges[shard].stop)
+        writer.write(shard, made[0][rows], made[1][rows], captions[rows])
+    assert writer.finish() == []
+    return path
+
+
+def test_captions_lie_beside_the_shards(path, made, tmp_path):
+    cache = TokenCache.open(write_captioned(tmp_path / "captioned", made))
+    assert cache.captioned and cache.captions() == CAPTIONS
+    files = cache.manifest["shards"] + cache.manifest["captions"]
+    assert sorted(content(cache.path)) == sorted(["manifest.json", *files])
+    plain = TokenCache.open(path)  # the other files are those of a cache without captions
+    assert cache.manifest["shards"] == plain.manifest["shards"] and not plain.captioned
+    assert {"captioned", "captions"}.isdisjoint(plain.manifest)
+    other = write_captioned(tmp_path / "other", made, ["b", *CAPTIONS[1:]])
+    fingerprints = {c.fingerprint() for c in (cache, plain, TokenCache.open(other))}
+    assert len(fingerprints) == 3
+    assert "with captions" in cache.summary and "3 classes" in plain.summary
+    with pytest.raises(ValueError, match=f"{path} has no captions: make it again from captioned"):
+        plain.captions()
+
+
+def test_captions_are_resumed_and_checked(made, tmp_path):
+    path = write_captioned(tmp_path / "cache", made)
+    whole = content(path)
+    [file] = path.glob("captions-00001-*.jsonl")
+    file.write_text('"another"\n' * 4)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged"):
+        TokenCache.open(path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{file.name} is missing"):
+        TokenCache.open(path)
+    assert writer_of(path, captioned=True).missing() == [1]
+    (path / ".captions-00001.012.partial").write_bytes(b"half a file")
+    write_captioned(path, made)
+    assert content(path) == whole
+    with pytest.raises(ValueError, match=r"another token cache .captioned: true on disk, false"):
+        writer_of(path)
+
+
+@pytest.mark.parametrize(
+    ("captioned", "captions", "message"),
+    [
+        (True, None, "expected 4 captions, got none"),
+        (True, CAPTIONS[:3], "expected 4 captions, got 3"),
+        (False, CAPTIONS[:4], "expected no captions, got 4"),
+        (True, ["a\nb", *CAPTIONS[:3]], "a caption: .* holds the character U"),
+    ],
+)
+def test_captions_must_fit_the_cache(captioned, captions, message, made, tmp_path):
+    writer = writer_of(tmp_path / "cache", captioned=captioned)
+    with pytest.raises(ValueError, match=message):
+        writer.write(0, made[0][:4], made[1][:4], captions)
+    assert list(content(tmp_path / "cache")) == ["manifest.json"]
+
+
+def test_damaged_captions_are_named(made, tmp_path):
+    path = write_captioned(tmp_path / "cache", made)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for lines, message in (
+        ('"a"\n', "has 1 captions, expected 4"),
+        ('"a"\n' * 3 + "7\n", "line 4 is no caption: .*expected a string"),
+        ('"a"\n' * 3 + '"\\u001b"\n', r"line 4 is no caption: .*U\+001B"),
+    ):
+        name = f"captions-00000-{hashlib.sha256(lines.encode()).hexdigest()}.jsonl"
+        (path / name).write_text(lines)
+        names = [name, *manifest["captions"][1:]]
+        (path / "manifest.json").write_text(json.dumps(manifest | {"captions": names}))
+        with pytest.raises(ValueError, match=message):
+            TokenCache.open(path).captions()
+    for change, message in (
+        ({"captions": manifest["captions"][:2]}, "lists 2 captions, expected 3"),
+        ({"captions": manifest["shards"]}, r"captions\[0\]: expected a name like captions-00000-"),
+        ({"captioned": False}, "captions: expected a list in a finished cache with captions"),
+    ):
+        (path / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=message):
+            TokenCache.open(path)
+
+
+def test_batches_have_the_tokens_of_their_captions(pair):
+    tables = [np.arange(len(cache))[:, None] + [[1000 * i, 0]] for i, cache in enumerate(pair)]
+    iterator = token_batches(pair, 8, captions=tables, seed=1, train=True)
+    for batch in (next(iterator) for _ in range(5)):
+        assert batch["captions"].dtype == np.int32
+        expected = batch["codes"][:, :1] * [[1000, 0]] + batch["codes"][:, 1:2]
+        np.testing.assert_array_equal(batch["captions"], expected)
+
+
 @pytest.fixture
 def pair(tmp_path):
     """Caches of 10 and 20 examples whose first code tells the cache, the second the example."""
@@ -382,6 +480,17 @@ def test_extracted_codes(tmp_path, pets):
     )
 
 
+def test_extracted_captions(tmp_path, pets):
+    pets.captions = [f"pet {i}" for i in range(7)]
+    views = make_views("centre", ImageSpec(4, 1))
+    settings = {"grid": (2, 2), "class_names": pets.class_names, "views": views.names}
+    settings |= {"num_examples": 7, "vocab_size": 256, "shard_size": 3, "captioned": True}
+    writer = writer_of(tmp_path / "cache", **settings)
+    extract_codes(encode, pets, views, writer, 2)
+    assert writer.finish() == []
+    assert TokenCache.open(tmp_path / "cache").captions() == pets.captions
+
+
 def test_ten_crops(rng):
     spec = ImageSpec(4, 3, random_crop=True)
     views = make_views("ten_crop", spec, 1.8)
@@ -475,6 +584,26 @@ def ended(process, status=0):
     error = process.communicate(timeout=300)[1]
     assert process.returncode == status, error
     return error
+
+
+def test_captions_of_a_folder_are_extracted_and_resumed(tmp_path, tokenizer):
+    folder = tmp_path / "images"
+    for split, count in (("train", 3), ("validation", 1)):
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (4, 4), 80 * i).save(folder / split / f"{i}.png")
+            (folder / split / f"{i}.txt").write_text(f"{split} {i}")
+    given = {"data_name": "captions", "data_dir": str(folder), "shard_size": 2}
+    out = tmp_path / "codes"
+    for _ in range(2):  # the second finds nothing to do
+        extract_program(str(tokenizer), out, batch_size=1, **given)
+        caches = [TokenCache.open(out / split) for split in ("train", "validation")]
+        assert [len(cache.views) for cache in caches] == [2, 1]
+        assert caches[0].captions() == ["train 0", "train 1", "train 2"]
+        assert caches[1].captions() == ["validation 0"]
+    (folder / "train" / "0.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"another token cache .examples: "):
+        extract_program(str(tokenizer), out, **given)
 
 
 def test_extract_codes_program(tmp_path, tokenizer, picture_folder):

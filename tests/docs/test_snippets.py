@@ -91,6 +91,13 @@ def directory(tmp_path, monkeypatch, picture_folder, imagenet_model):
         for i in range(24):
             image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             image.save(folder / f"{i}.png")
+    for split in ("train", "validation"):
+        folder = tmp_path / "captioned" / split
+        folder.mkdir(parents=True)
+        for i in range(12):
+            image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            image.save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(f"image number {i}")
     for name in ("aim-base", "aim-large"):
         shutil.copytree(imagenet_model / "official", tmp_path / name)
     for name in ("aim_b", "fine_tuned"):

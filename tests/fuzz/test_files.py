@@ -1,10 +1,13 @@
 """Damaged and hostile files: accepted with a valid meaning, or refused in one line."""
 
 import contextlib
+import hashlib
+import io
 import json
 import math
 import signal
 import struct
+import tarfile
 import unicodedata
 from typing import NamedTuple
 
@@ -13,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from PIL import Image
 
 from aim_jax.configs.defaults import vq_defaults
-from aim_jax.data import TokenCache
+from aim_jax.data import TokenCache, open_images
+from aim_jax.data.captions import MOST_CAPTION
 from aim_jax.data.extraction import CacheWriter
 from aim_jax.data.loader import ORDER
 from aim_jax.data.preprocessing import image_spec
@@ -91,6 +96,43 @@ def read_cache(directory):
     assert codes.shape == (10, 2, 6) and labels.shape == (10,)
     for name in cache.class_names:
         check_text("name", name)
+
+
+def read_captioned(directory):
+    check_captions(open_images("captions", "test", directory.parent))
+
+
+def read_shards(directory):
+    source = open_images("captions", "train", directory)
+    check_captions(source)
+    for index in range(len(source)):
+        with contextlib.suppress(ValueError):  # a damaged image, which is named when it is read
+            assert source[index]["image"].dtype == np.uint8
+
+
+def check_captions(source):
+    assert len(source.captions) == len(source) > 0
+    for caption in source.captions:
+        check_text("caption", caption, MOST_CAPTION)
+        caption.encode()
+    assert len(source.summary) < 10 * MOST_MESSAGE
+    wrong = {unicodedata.category(c) for c in source.summary.replace("\n", "")}
+    assert not wrong & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    source.fingerprint()
+
+
+def read_captions(directory):
+    """The captions of a cache whose manifest names them by what they hold, as a stranger can."""
+    data = (directory / "captions.jsonl").read_bytes()
+    name = f"captions-00000-{hashlib.sha256(data).hexdigest()}.jsonl"
+    (directory / name).write_bytes(data)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps(manifest | {"captions": [name]}))
+    try:
+        captions = TokenCache.open(directory).captions()
+    finally:
+        (directory / name).unlink()
+    assert len(captions) == 3 and all(len(caption) <= MOST_CAPTION for caption in captions)
 
 
 def read_run(directory):
@@ -218,7 +260,38 @@ KINDS = {
     ),
     "settings of samples": Kind("settings.json", {"seed": 0, "top_p": 0.5}, read_parts),
     "images": Kind("images.npz", None, read_images),
+    "metadata": Kind(
+        "metadata.jsonl",
+        b"".join(
+            json.dumps({"file_name": f"{i}.png", "text": f"image {i}", "tags": ["a"]}).encode()
+            + b"\n"
+            for i in range(3)
+        ),
+        read_captioned,
+    ),
+    "metadata as csv": Kind(
+        "metadata.csv", b"file_name,text\n0.png,zero\n1.png,\"one, two\"\n2.png,\n", read_captioned
+    ),
+    "text of an image": Kind("0.txt", "ein Bär\n".encode(), read_captioned),
+    "shard": Kind("train-0.tar", None, read_shards),
+    "captions": Kind("captions.jsonl", b'"a"\n"b \xc3\xa9"\n""\n', read_captions),
 }  # fmt: skip
+
+
+def tar_of_images():
+    """A tar file of two images, with a caption as text and one as JSON, and a long name."""
+    image = io.BytesIO()
+    Image.new("L", (4, 4)).save(image, "PNG")
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in (
+            ("0.png", image.getvalue()), ("0.txt", b"zero"),
+            ("é/1.png", image.getvalue()), ("é/1.json", b'{"text": "one"}'),
+        ):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()[:8192]
 
 
 def safetensors(header):
@@ -250,6 +323,24 @@ def directories(tmp_path_factory):
             (directory / "model.safetensors").write_bytes(safetensors(HEADER))
         elif kind == "index of weights":
             (directory / "part.safetensors").write_bytes(safetensors(HEADER))
+        elif KINDS[kind].read is read_captioned:
+            directory = directory / "test"
+            directory.mkdir()
+            for number in range(3):
+                Image.new("L", (4, 4)).save(directory / f"{number}.png")
+            (directory.parent / "train").mkdir()
+            Image.new("L", (4, 4)).save(directory.parent / "train" / "0.png")
+        elif kind == "shard":
+            (directory / name).write_bytes(tar_of_images())
+            (directory / "val-0.tar").write_bytes(tar_of_images())
+            content = (directory / name).read_bytes()
+        elif kind == "captions":
+            writer = CacheWriter(
+                directory, tokenizer="a" * 64, vocab_size=50, grid=(1, 1), class_names=["image"],
+                views=["centre"], num_examples=3, captioned=True,
+            )  # fmt: skip
+            writer.write(0, np.ones((3, 1, 1), int), np.zeros(3, int), ["a", "b", ""])
+            writer.finish()
         elif kind == "images":
             np.savez(
                 directory / name, arr_0=np.full((5, 4, 4, 3), 200, np.uint8), labels=np.arange(5)

@@ -256,8 +256,10 @@ def official_aim_config(config: AiMConfig) -> dict:
 
     Raises:
       ValueError: The model has no position embeddings, which the official one always has, or
-        another epsilon in its norms.
+        another epsilon in its norms, or captions as its condition.
     """
+    if config.is_text:
+        raise ValueError("the official AiM is class-conditional; this model takes captions.")
     if not config.positions:
         raise ValueError("the official AiM always has position embeddings; this model has none.")
     if config.norm_eps != AiMConfig.norm_eps:
