@@ -155,6 +155,9 @@ def aim_settings(size: tuple[int, int]) -> dict[str, Any]:
         "model.n_layer": layers,
         "model.d_state": 32 if width < 512 else 128,
         "model.num_groups": 2 if layers < 12 else 4,
+        "model.scan_unroll": layers
+        if width < 256
+        else 1,  # faster, for more memory and compilation
         "optimizer.lr": AIM_LR[width],
     }
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aim_jax.utils.memory import restart_with_huge_pages
 from aim_jax.utils.signals import (
     EXIT_INTERRUPTED,
     ctrl_c_in_one_line,
@@ -42,7 +43,7 @@ PROGRAMS = (
     "compile",
 )
 
-# Programs that launchers stop by SIGTERM, and restart.
+# Long programs: launchers stop them by SIGTERM, and restart them.
 STOPPABLE = ("train", "train_vq", "train_folder", "extract_codes")
 
 
@@ -70,12 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _main(arguments)
+    stoppable = "".join(sys.argv[1:2]).replace("-", "_") in STOPPABLE
+    if stoppable:
+        restart_with_huge_pages()
     # Registered first, this runs last. Without it, Ctrl-C in the very end of the interpreter, which
     # takes its handlers back, would end a program that has done its work as a killed one.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     status: object = EXIT_INTERRUPTED
     try:
-        stoppable = "".join(sys.argv[1:2]).replace("-", "_") in STOPPABLE
         stopping = sigterm_in_one_line() if stoppable else contextlib.nullcontext()
         with ctrl_c_in_one_line(), stopping:
             status = _main(sys.argv[1:])

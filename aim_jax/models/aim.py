@@ -185,7 +185,7 @@ class AiM(nn.Module):
         self.adaln = AdaLN(cfg.n_layer, groups, cfg.modulation_parts, table)
         self.final_adaln = AdaLN(1, 1, 2, table=False)
         block = Block
-        if cfg.remat != "none":
+        if cfg.remat in POLICIES:
             block = nn.remat(Block, policy=POLICIES[cfg.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,

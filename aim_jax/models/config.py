@@ -15,7 +15,7 @@ from aim_jax.utils.checks import (
 )
 
 MIXERS = ("mamba1", "mamba2")
-REMAT = ("none", "full", "dots")
+REMAT = ("auto", "none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 CONDITIONS = ("class", "text")
 MOST_CAPTION = 4096  # tokens of a caption
@@ -66,7 +66,9 @@ class AiMConfig:
       norm_eps: constant added to mean squares.
       compute_dtype: dtype of projections and convolutions ("float32" or "bfloat16"); parameters,
         residual stream, norms, decays, states and logits are float32.
-      remat: rematerialization per block in the backward pass: "none", "dots" or "full".
+      remat: rematerialization per block in the backward pass: "none", "dots" (saves the outputs of
+        projections) or "full". "auto" is what `aim_jax.training.aim.Setup` chooses for the devices,
+        and "none" elsewhere.
       logits_chunk: positions per image whose logits the training loss holds at once; 0 means all.
       scan_unroll: layers per iteration of the loop over layers; n_layer unrolls it fully.
     """
@@ -98,7 +100,7 @@ class AiMConfig:
     token_dropout: float = 0.0
     norm_eps: float = 1e-5
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "auto"
     logits_chunk: int = 0
     scan_unroll: int = 1
 

@@ -132,6 +132,19 @@ def eval_step(
     return summed(measure, batch, accumulate)
 
 
+def with_remat(model: AiMConfig, platform: str) -> AiMConfig:
+    """Return the model with its rematerialization chosen, if that is "auto".
+
+    A CPU takes longer to store what a loop over layers saves, gigabytes whose pages the system
+    prepares in every step, than to compute it again: "dots". XLA on CPU joins the recomputation of
+    an unrolled loop with the forward pass, so nothing is gained there: "none", as on accelerators.
+    """
+    if model.remat != "auto":
+        return model
+    in_loop = model.scan_unroll < model.n_layer
+    return dataclasses.replace(model, remat="dots" if platform == "cpu" and in_loop else "none")
+
+
 class Setup:
     """The model, optimizer and jitted steps of a configuration on a mesh.
 
@@ -151,9 +164,9 @@ class Setup:
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
-        self.model = AiMConfig(**config.model)
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices, devices)
+        self.model = with_remat(AiMConfig(**config.model), self.mesh.devices.flat[0].platform)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.rules = axis_rules(self.mesh, config.mesh.fsdp)
         check_batch(config.batch_size, config.accumulate, self.mesh)
         self.new_state = lambda: create_train_state(

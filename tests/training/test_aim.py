@@ -123,6 +123,28 @@ def interrupt(monkeypatch, at, action):
     monkeypatch.setattr(loop, "shard_batch", shard_batch)
 
 
+@pytest.mark.parametrize(
+    ("remat", "unroll", "platform", "chosen"),
+    [
+        ("auto", 1, "cpu", "dots"),
+        ("auto", 2, "cpu", "none"),
+        ("auto", 1, "cuda", "none"),
+        ("auto", 1, "tpu", "none"),
+        ("none", 1, "cpu", "none"),
+        ("full", 2, "tpu", "full"),
+    ],
+)
+def test_rematerialization_follows_the_devices(remat, unroll, platform, chosen):
+    model = dataclasses.replace(TINY_AIM, n_layer=2, remat=remat, scan_unroll=unroll)
+    expected = dataclasses.replace(model, remat=chosen)
+    assert train.with_remat(model, platform) == expected
+
+
+def test_a_setup_chooses_the_rematerialization(aim_config):
+    assert aim_config.model.remat == "auto"
+    assert train.Setup(aim_config).model.remat == "dots"
+
+
 def test_killed_aim_run_resumes_exactly_from_the_last_save(
     aim_config, finished_run, tmp_path, monkeypatch
 ):
