@@ -29,6 +29,7 @@ from flax import linen as nn
 from aim_jax.cli.common import config_path, errors_in_one_line
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.image_sets import ImageParts
+from aim_jax.evaluation.prompts import balanced_labels
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh
@@ -188,7 +189,7 @@ def main():
         samplers[name] = draw
     sizes = [int(size) for size in args.sizes.split(",")]
     for size in sizes:
-        labels = evaluate.balanced_labels(size, model.num_classes)
+        labels = balanced_labels(size, model.num_classes)
         times = {name: [] for name in samplers}
         for turn in range(4):
             for name, draw in samplers.items():
@@ -201,7 +202,7 @@ def main():
     results["environment"] = evaluate.provenance() | {"steps": steps}
     write_json(args.work / "result.json", results)
     print(json.dumps(results, indent=1))
-    labels = evaluate.balanced_labels(args.samples, model.num_classes)
+    labels = balanced_labels(args.samples, model.num_classes)
     size = sizes[-1]
     for name, draw in samplers.items():
         settings = {"config": results[name]["config"], "steps": steps, "cfg_scale": args.cfg_scale}

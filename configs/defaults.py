@@ -158,6 +158,9 @@ def eval_defaults() -> ConfigDict:
     config.num_samples = 10_000
     config.batch_size = 64  # per process
     config.seed = 0
+    # Prompts of a model of captions: a text file of one caption per line, or NAME:SPLIT of a
+    # dataset. "": those of the reference.
+    config.captions = ""
     config.neighbour_images = 10_000  # per set, for precision, recall, KID and neighbours
     config.sample = ConfigDict()
     for name, setting in SETTINGS.items():

@@ -1,5 +1,6 @@
 """Eight host devices before JAX is imported; shared tiny models and data."""
 
+import dataclasses
 import os
 import sys
 
@@ -21,6 +22,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
+from aim_jax.data.text import TextTokenizer
 from aim_jax.models import AiMConfig, VQConfig
 from aim_jax.models.aim import init_params as init_aim
 from aim_jax.models.vq import init_params as init_vq
@@ -46,6 +48,7 @@ TINY_AIM = AiMConfig(
     vocab_size=16, num_classes=3, num_tokens=4, d_model=16, n_layer=2, d_state=8, headdim=8,
     adaln="group", num_groups=1, chunk_size=4,
 )  # fmt: skip
+WORDS = ["a red boat", "a blue house", ""]  # captions of `text_model`
 TINY_VQ = VQConfig(
     in_channels=1, out_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8,
     embed_dim=4, n_embed=16,
@@ -80,6 +83,21 @@ def tiny_model() -> Pretrained:
         class_names=("boat", "house", "old tree"),
         sampling={"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
     )
+
+
+@pytest.fixture(scope="session")
+def text_model(tiny_model) -> Pretrained:
+    """`tiny_model` for captions instead of classes, of up to 7 tokens."""
+    from tests.models.test_models import random_params
+
+    text = TextTokenizer.train(WORDS * 2, 270)
+    config = dataclasses.replace(
+        TINY_AIM, condition="text", num_classes=0, max_caption=7, caption_vocab=text.vocab_size
+    )
+    return dataclasses.replace(
+        tiny_model, name="words", aim_config=config, aim_params=random_params(config),
+        class_names=(), text=text,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

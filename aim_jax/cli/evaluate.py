@@ -6,12 +6,15 @@ Examples:
       --inception FILE
   aim-jax evaluate --checkpoint cifar10 --reconstruct --reference cifar10:test \
       --inception FILE   # the tokenizer: rFID, PSNR, SSIM, codebook usage
+  aim-jax evaluate --checkpoint runs/mine/aim --reference captioned:validation \
+      --inception FILE   # a model of captions, from those of the reference
 
-Samples are balanced over the classes, and an interrupted run resumes. The program writes to --out:
-samples.npz (arr_0, uint8, NHWC, for any evaluator), report.json, report.md, images.png, and
-neighbours.png with the nearest reference images. If --reference holds only the statistics mu and
-sigma, metrics that need its images are left out. --inception accepts the 2015 Inception network in
-any common format; see the page "Evaluation" of the documentation.
+Samples are balanced over the classes or captions, and an interrupted run resumes. The program
+writes to --out: samples.npz (arr_0, uint8, NHWC, for any evaluator; labels or captions),
+report.json, report.md, images.png, and neighbours.png with the nearest reference images. If
+--reference holds only the statistics mu and sigma, metrics that need its images are left out.
+--inception accepts the 2015 Inception network in any common format; see the page "Evaluation" of
+the documentation.
 """
 
 import os
@@ -38,6 +41,12 @@ def define_flags() -> None:
         "",
         "npz of images, ADM reference npz, npz of FID statistics alone (mu, sigma), folder, or "
         "NAME:SPLIT of a dataset.",
+    )
+    flags.DEFINE_string(
+        "captions",
+        "",
+        "Prompts of a model of captions: a text file of one caption per line, or NAME:SPLIT of a "
+        "dataset; short for --config.captions. Default: the captions of the reference.",
     )
     flags.DEFINE_string("data", "", "Directory of the dataset; short for --config.data.dir.")
     flags.DEFINE_string(
@@ -68,6 +77,7 @@ def main() -> None:
             "for where to get one."
         )
     f.config.data.dir = f.data or f.config.data.dir
+    f.config.captions = f.captions or f.config.captions
     model = load_pretrained(f.checkpoint) if f.checkpoint else None
     report = evaluate(
         model, f.samples, f.reference, load_inception(f.inception), f.config, Path(f.out),

@@ -17,6 +17,7 @@ from aim_jax.cli.page_actions import (
     most_rows,
     other_settings,
     sliders_of,
+    takes_text,
 )
 from aim_jax.cli.page_requests import PlainErrors, Readers, RefusedError, hide_errors
 from aim_jax.sampling.config import SamplingConfig
@@ -69,21 +70,21 @@ def _sample_tab(
 ) -> list[tuple]:
     with gr.Tab("Sample"), gr.Row():
         with gr.Column():
-            name = _class_choice(gr, model)
+            name = _condition(gr, actions, model)
             count = _image_count(gr)
             settings = _sliders(gr, model)
             inputs = [model_name, name, count, _seed_box(gr), *settings]
             button = gr.Button("Generate", variant="primary", elem_id="draw")
         output = _grid(gr, "images", "drawn")
     button.click(actions.draw, inputs, output, api_name="draw", concurrency_id="device")
-    return _followers(gr, name, settings)
+    return _followers(gr, actions, name, settings)
 
 
 def _compare_tab(
     gr: ModuleType, actions: Actions, model_name: Any, model: Pretrained
 ) -> list[tuple]:
     with gr.Tab("Compare"):
-        name = _class_choice(gr, model)
+        name = _condition(gr, actions, model)
         count = _image_count(gr)
         inputs = [model_name, name, count, _seed_box(gr)]
         with gr.Row():
@@ -98,7 +99,7 @@ def _compare_tab(
     inputs += [*left, *right]
     button.click(actions.compare, inputs, output, api_name="compare", concurrency_id="device")
     follow_right = ([*right], lambda model: _other_sliders(gr, model))
-    return [*_followers(gr, name, left), follow_right]
+    return [*_followers(gr, actions, name, left), follow_right]
 
 
 def _complete_tab(
@@ -118,7 +119,7 @@ def _complete_tab(
                 _reject_urls(component)
         with gr.Row():
             with gr.Column():
-                name = _class_choice(gr, model)
+                name = _condition(gr, actions, model)
                 rows = gr.Slider(1, step=1, label="rows of tokens to keep", **_rows(model))
                 count = gr.Slider(1, COLUMNS, 4, step=1, label="completions")
                 settings = _sliders(gr, model)
@@ -127,7 +128,10 @@ def _complete_tab(
             output = _grid(gr, "image, kept part, completions", "completed")
     inputs += settings
     button.click(actions.complete, inputs, output, api_name="complete", concurrency_id="device")
-    return [*_followers(gr, name, settings), ([rows], lambda model: [gr.Slider(**_rows(model))])]
+    return [
+        *_followers(gr, actions, name, settings),
+        ([rows], lambda model: [gr.Slider(**_rows(model))]),
+    ]
 
 
 def _grid(gr: ModuleType, caption: str, name: str) -> Any:
@@ -138,9 +142,18 @@ def _grid(gr: ModuleType, caption: str, name: str) -> Any:
         )
 
 
-def _class_choice(gr: ModuleType, model: Pretrained) -> Any:
-    names = class_names(model)
-    return gr.Dropdown(names, value=names[0], label="class", elem_id="class")
+def _condition(gr: ModuleType, actions: Actions, model: Pretrained) -> Any:
+    """Return the choice of a class, or the box for a caption: a choice without entries.
+
+    Gradio checks the values of a page just loaded with the component of the first model, so one
+    model of captions makes it accept any text. `Actions` checks what its model accepts.
+    """
+    is_text = takes_text(model)
+    names = [] if is_text else class_names(model)
+    return gr.Dropdown(
+        names, value="" if is_text else names[0], label="caption" if is_text else "class",
+        allow_custom_value=any(map(takes_text, actions.models.values())), elem_id="class",
+    )  # fmt: skip
 
 
 def _image_count(gr: ModuleType) -> Any:
@@ -171,10 +184,10 @@ def _rows(model: Pretrained) -> dict[str, int]:
     return {"maximum": max(maximum, 2), "value": maximum // 2 + 1}
 
 
-def _followers(gr: ModuleType, name: Any, *settings: list) -> list[tuple]:
+def _followers(gr: ModuleType, actions: Actions, name: Any, *settings: list) -> list[tuple]:
     """Return the components of a tab that depend on the model, with functions that update them."""
     return [
-        ([name], lambda model: [_class_choice(gr, model)]),
+        ([name], lambda model: [_condition(gr, actions, model)]),
         *((part, lambda model: _sliders(gr, model)) for part in settings),
     ]
 

@@ -3,7 +3,7 @@
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 
 from aim_jax.cli.page_requests import RefusedError
 from aim_jax.data import decode_image
+from aim_jax.data.captions import MOST_CAPTION
 from aim_jax.sampling import grids
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.generate import Samples, generate
@@ -53,11 +54,21 @@ def other_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "cfg_scale": 1.0 if settings["cfg_scale"] != 1 else 3.0}
 
 
+def takes_text(model: Pretrained) -> bool:
+    """Return whether a model generates from captions instead of classes.
+
+    Raises:
+      ValueError: if it takes features of another encoder, which the page has not.
+    """
+    config, _ = model.aim()
+    if config.caption_features:
+        raise ValueError(f"{model.name} takes features of captions; the page has text alone.")
+    return config.is_text
+
+
 def class_names(model: Pretrained) -> list[str]:
     """Return a name for every class: its id as text if the model has no names."""
     config, _ = model.aim()
-    if config.is_text:
-        raise ValueError(f"{model.name} generates from captions; the page takes class models.")
     return [grids.class_name(model, i) for i in range(config.num_classes)]
 
 
@@ -83,9 +94,9 @@ class Actions:
         self, name: str, chosen: str, count: Number, seed: Number, *values: Number
     ) -> Iterator[Image.Image]:
         """Yield the grid of partial images after every row of tokens, and the final grid."""
-        model, label, settings = self._validated(name, chosen, *values)
+        model, labels, settings = self._validated(name, chosen, *values)
         count = _integer(count, 1, MOST_IMAGES, "the number of images")
-        for images in drawn(model, np.full(count, label), _seed(seed), **settings):
+        for images in drawn(model, labels * count, _seed(seed), **settings):
             yield make_grid(images, min(count, COLUMNS), min_side=128)
 
     def compare(
@@ -100,8 +111,8 @@ class Actions:
         seed = _seed(seed)
         grids = []
         sides = [self._validated(name, chosen, *part) for part in (values[:half], values[half:])]
-        for model, label, settings in sides:
-            images = generate(model, np.full(count, label), seed, **settings).images
+        for model, labels, settings in sides:
+            images = generate(model, labels * count, seed, **settings).images
             grid = make_grid(np.asarray(images), min(count, COLUMNS), min_side=96)
             grids.append(framed(grid))
         return side_by_side(grids)
@@ -121,7 +132,7 @@ class Actions:
 
         Args:
           name: name of the model.
-          chosen: name of the class.
+          chosen: name of the class, or caption.
           uploaded: path of a file, decoded like the images of a dataset; or uint8 (H, W, 3); or
             None.
           sketched: value of Gradio's sketchpad, with the drawing as "composite"; or None.
@@ -130,7 +141,7 @@ class Actions:
           seed: random seed.
           *values: values of the sliders.
         """
-        model, label, settings = self._validated(name, chosen, *values)
+        model, labels, settings = self._validated(name, chosen, *values)
         drawing = None if sketched is None else sketched["composite"]
         if drawing is not None and np.ptp(drawing) == 0:  # the sketchpad is empty
             drawing = None
@@ -144,13 +155,19 @@ class Actions:
         if max(image.shape[:2]) > MOST_RATIO * min(image.shape[:2]):
             raise RefusedError(f"One side is over {MOST_RATIO} times the other; crop the image.")
         return grids.complete(
-            model, [image[..., :3]], [label], _integer(count, 1, COLUMNS, "the completions"),
+            model, [image[..., :3]], labels, _integer(count, 1, COLUMNS, "the completions"),
             rows=_integer(rows, 1, most_rows(model), "the rows to keep"), seed=_seed(seed),
             min_side=128, **settings,
         )  # fmt: skip
 
-    def _validated(self, name: str, chosen: str, *values: Number) -> tuple[Pretrained, int, dict]:
-        """Return the model, the class id and the settings, or raise RefusedError."""
+    def _validated(
+        self, name: str, chosen: str, *values: Number
+    ) -> tuple[Pretrained, list[int] | list[str], dict]:
+        """Return the model, a list of the class id or caption, and the settings.
+
+        Raises:
+          RefusedError: the page does not offer one of them.
+        """
         if name not in self.models:
             raise RefusedError(f"Unknown model; the models are {short_list([*self.models])}.")
         model = self.models[name]
@@ -159,14 +176,19 @@ class Actions:
             if value is None or not minimum <= value <= maximum:
                 raise RefusedError(f"{key} must be from {minimum} to {maximum}.")
             settings[key] = SETTINGS[key].kind(value)
+        if takes_text(model):
+            chosen = chosen or ""
+            if len(chosen) > MOST_CAPTION:
+                raise RefusedError(f"The caption has more than {MOST_CAPTION:,} characters.")
+            return model, [chosen], settings
         classes = class_names(model)
         if chosen not in classes:
             raise RefusedError(f"Unknown class; the classes of {name} are {short_list(classes)}.")
-        return model, classes.index(chosen), settings
+        return model, [classes.index(chosen)], settings
 
 
 def drawn(
-    model: Pretrained, labels: np.ndarray, seed: int, **settings: Any
+    model: Pretrained, labels: Sequence[int] | Sequence[str], seed: int, **settings: Any
 ) -> Iterator[np.ndarray]:
     """Yield partial images uint8 (b, H, W, c) after every row of tokens, then the final images.
 

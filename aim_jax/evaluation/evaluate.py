@@ -1,4 +1,4 @@
-"""Evaluation of class-balanced samples or reconstructions against a reference."""
+"""Evaluation of samples of all classes or captions, or reconstructions, against a reference."""
 
 import dataclasses
 import math
@@ -22,6 +22,7 @@ from aim_jax.evaluation.distribution import (
 from aim_jax.evaluation.feature_sets import FeatureSet
 from aim_jax.evaluation.features import FeatureExtractor, sum_over_processes
 from aim_jax.evaluation.image_sets import ImageParts, ImageSet, NpzImages
+from aim_jax.evaluation.prompts import Prompts, open_prompts
 from aim_jax.evaluation.reconstruction import WINDOW, codebook_use, psnr, ssim
 from aim_jax.evaluation.references import (
     check_alike,
@@ -61,15 +62,6 @@ def on_local_devices(model: Pretrained) -> Pretrained:
     return dataclasses.replace(model, **parts)
 
 
-def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-    """Return `count` labels that cycle through the classes, so that every part is balanced too.
-
-    The Inception Score is a mean over splits of the series; sorted labels would leave few classes
-    in each split.
-    """
-    return (np.arange(count) % num_classes).astype(np.int32)
-
-
 def sampling_settings(model: Pretrained, config: ConfigDict) -> dict:
     """Return the sampling settings of a configuration, with the model's defaults where unset.
 
@@ -95,19 +87,26 @@ def size_of_samples(model: Pretrained) -> tuple[int, int]:
 
 
 def identity_of(model: Pretrained) -> list[str]:
-    """Return fingerprints of AiM and tokenizer, which change with configurations and weights."""
-    return [fingerprint(*model.aim()), fingerprint(*model.vq())]
+    """Return fingerprints of AiM and its tokenizers, which change with settings and weights."""
+    text = [] if model.text is None else [model.text.fingerprint]
+    return [fingerprint(*model.aim()), fingerprint(*model.vq()), *text]
 
 
-def sample_npz(model: Pretrained, config: ConfigDict, out: Path, claim: Claim = NO_CLAIM) -> Path:
+def sample_npz(
+    model: Pretrained,
+    config: ConfigDict,
+    out: Path,
+    claim: Claim = NO_CLAIM,
+    prompts: Prompts | None = None,
+) -> Path:
     """Sample `config.num_samples` images into out/samples.npz.
 
-    The file holds arr_0 uint8 (n, H, W, 3) and labels int32 (n,). Grey images are stored as RGB,
-    because other evaluators accept nothing else.
+    The file holds arr_0 uint8 (n, H, W, 3), and labels int32 (n,) or captions as text (n,). Grey
+    images are stored as RGB, because other evaluators accept nothing else.
 
     All processes must call this; they share the directory and divide the batches. Batches of an
     interrupted run are kept in out/parts and are not sampled again. `claim` is the ownership of the
-    directory.
+    directory. Without `prompts`, those of `open_prompts` are used.
 
     Returns:
       The path of the file.
@@ -118,16 +117,18 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path, claim: Claim = 
     """
     settings = sampling_settings(model, config)
     size = config.batch_size
-    aim_config, _ = model.aim()
-    if aim_config.is_text:
-        raise ValueError(f"{model.name} generates from captions; evaluation takes class models.")
-    labels = balanced_labels(config.num_samples, aim_config.num_classes)
-    identity = settings | {
-        "model": identity_of(model),
-        "num_samples": config.num_samples,
-        "seed": config.seed,
-        "batch_size": size,
-    }
+    prompts = prompts or open_prompts(model, config)
+    labels = prompts.labels
+    identity = (
+        settings
+        | prompts.settings
+        | {
+            "model": identity_of(model),
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            "batch_size": size,
+        }
+    )
     file = out / "samples.npz"
     parts = ImageParts(out / "parts", file, identity)
     numbers = range(-(-len(labels) // size))
@@ -148,7 +149,7 @@ def sample_npz(model: Pretrained, config: ConfigDict, out: Path, claim: Claim = 
         wait_for_all("samples")
         if jax.process_index() == 0:
             claim.check()
-            parts.join(len(numbers), labels=labels)
+            parts.join(len(numbers), **{"captions" if prompts.name else "labels": labels})
         wait_for_all("the file of the samples")
     return file
 
@@ -334,6 +335,7 @@ def _images_to_score(
     out: Path,
     reconstructions: bool,
     claim: Claim,
+    prompts: Prompts | None,
 ) -> tuple[ImageSet, dict[str, float]]:
     """Return the images to score, and metrics that were computed while they were made."""
     if samples is not None:
@@ -343,7 +345,7 @@ def _images_to_score(
     if reconstructions and target is not None:
         file, measured = reconstruct(model, target, config, out, claim)
         return NpzImages(file), measured
-    return NpzImages(sample_npz(model, config, out, claim)), {}
+    return NpzImages(sample_npz(model, config, out, claim, prompts)), {}
 
 
 def _origin(model: Pretrained | None, given: bool, reconstructions: bool) -> dict[str, str]:
@@ -436,6 +438,9 @@ def _evaluate(
             f"{reference} holds statistics without images, so there is nothing to reconstruct; "
             "pass a reference with images."
         )
+    prompts = None
+    if model is not None and not (samples or reconstructions):
+        prompts = open_prompts(model, config, reference)
     source = model if sample_set is None else sample_set
     if source is None:
         raise ValueError(NOTHING_TO_SCORE)
@@ -452,7 +457,9 @@ def _evaluate(
             counts["the reference"] = len(target)
         check_enough(config, counts)
     out.mkdir(parents=True, exist_ok=True)
-    made, extra = _images_to_score(sample_set, model, target, config, out, reconstructions, claim)
+    made, extra = _images_to_score(
+        sample_set, model, target, config, out, reconstructions, claim, prompts
+    )
     if target is not None:
         check_alike(made.name, made.shape[1:3], target)
     # Reconstructions are compared with the reconstructed images, not with stored statistics.
@@ -492,6 +499,8 @@ def _evaluate(
         settings["model"] = model.name
         if not samples and not reconstructions:
             settings |= sampling_settings(model, config) | {"seed": config.seed}
+            if prompts and prompts.name:
+                settings["captions"] = prompts.name
     report = {
         "title": title, "metrics": metrics, "notes": notes + label_notes,
         "settings": settings, "environment": provenance(),

@@ -10,6 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aim_jax.data import ImageSource, ImageSpec, open_images
+from aim_jax.data.captioned_folders import is_captioned
+from aim_jax.data.captions import NAME as CAPTIONED
 from aim_jax.data.datasets import KNOWN
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.data.sources import FolderImages, images_in
@@ -71,12 +73,13 @@ def open_set(
     if name.endswith(".npz"):
         return NpzImages(name)
     name, _, split = name.partition(":")
-    sources = _open_sources(name, split, config.data.dir or None)
+    sources = open_sources(name, split, config.data.dir or None)
     shapes = stored_shapes(sources)
     return SourceImages(sources, _spec(name, shapes, model, config, like), shapes)
 
 
-def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSource]:
+def open_sources(name: str, split: str, directory: str | None) -> list[ImageSource]:
+    """Open the parts of a dataset or a folder; see `open_set`."""
     # A known dataset takes precedence over a local directory of the same name.
     if name not in KNOWN and Path(name).is_dir():
         if not split:
@@ -85,7 +88,7 @@ def _open_sources(name: str, split: str, directory: str | None) -> list[ImageSou
                 raise ValueError(f"{name}: this folder contains no images.")
             return [FolderImages(Path(name).name, "all", ("",), files, [0] * len(files))]
         directory = name
-        name = "folder"
+        name = CAPTIONED if is_captioned(Path(name)) else "folder"
     return [open_images(name, part, directory) for part in (split or "train").split("+")]
 
 

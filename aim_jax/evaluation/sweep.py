@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from aim_jax.evaluation import evaluate
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import NpzImages
+from aim_jax.evaluation.prompts import open_prompts
 from aim_jax.evaluation.references import (
     check_alike,
     open_reference,
@@ -139,6 +140,7 @@ def _sweep(
     for name, values in grid.items():  # fail before long computations
         for value in values:
             SamplingConfig(**{name: value})
+    prompts = open_prompts(model, config, reference)
     target = open_target(reference, model, config)
     if target is not None:
         check_alike(model.name, evaluate.size_of_samples(model), target)
@@ -174,7 +176,7 @@ def _sweep(
         say(f"setting {number} of {len(combinations)}: {settings}")
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         samples = out / f"samples_{key}"
-        images = NpzImages(evaluate.sample_npz(model, chosen, samples, claim))
+        images = NpzImages(evaluate.sample_npz(model, chosen, samples, claim, prompts))
         metrics, notes = evaluate.score(extract.of(images, config.neighbour_images), ref.features)
         rows.append({"settings": settings, "metrics": metrics, "notes": notes})
         claim.check()

@@ -41,9 +41,10 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def address(model):
+def address(model, text_model):
     sampling = model.sampling | {"cfg_scale": 5.0, "top_k": 12}
-    app = build({"tiny": model, "other": dataclasses.replace(model, sampling=sampling)})
+    other = dataclasses.replace(model, sampling=sampling)
+    app = build({"tiny": model, "other": other, "words": text_model})
     quietly = {"prevent_thread_lock": True, "quiet": True}
     _, address, _ = launch(app, server_name="127.0.0.1", server_port=None, **quietly)
     yield address
@@ -228,3 +229,30 @@ def test_settings_follow_the_model(browser_page):
     expect(setting("cfg_scale")).to_have_value("5")
     page.locator("#draw").click()
     assert shown(page, "drawn")
+
+
+def test_captions_are_typed_for_a_model_of_captions(browser_page, address, text_model):
+    page = browser_page
+    page.reload()
+    page.get_by_label("model").click()
+    page.get_by_role("option", name="words").click()
+    box = page.get_by_label("caption").first
+    box.fill("a red boat")
+    page.locator("#draw").click()
+    assert shown(page, "drawn")
+    settings = list(SamplingConfig(**text_model.sampling).numbers().values())
+    grids = []
+    for caption in ("a red boat", "a blue house", "a" * 2001):
+        given = json.dumps({"data": ["words", caption, 8, 0, *settings]}).encode()
+        _, text = ask(address, "call/draw", given)
+        grids.append(ask(address, f"call/draw/{json.loads(text)['event_id']}")[1])
+    assert "more than 2,000 characters" in grids.pop()
+    images = []
+    for grid in grids:
+        (result,) = json.loads(grid.partition("event: complete\ndata: ")[2].splitlines()[0])
+        with urllib.request.urlopen(result["url"], timeout=60) as answer:
+            images.append(answer.read())
+    source = page.locator("#drawn img").get_attribute("src")
+    with urllib.request.urlopen(source, timeout=60) as answer:
+        typed = answer.read()
+    assert images[0] == typed != images[1]

@@ -14,11 +14,13 @@ from aim_jax.cli.page_actions import (
     drawn,
     other_settings,
     sliders_of,
+    takes_text,
 )
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data import decode_image
 from aim_jax.sampling import SamplingConfig
 from aim_jax.sampling.generate import generate
+from aim_jax.utils.images import make_grid
 
 SEED = 3
 
@@ -164,3 +166,28 @@ def test_what_is_not_offered_is_refused(actions, values, model):
     for message, asked in refused.items():
         with pytest.raises(ValueError, match=message):
             draw(**asked)
+
+
+def test_captions_are_drawn(text_model, model, capsys):
+    text_model = dataclasses.replace(text_model, info=model.info)
+    actions = Actions({"words": text_model})
+    values = list(SamplingConfig(**text_model.sampling).numbers().values())
+    *_, grid = actions.draw("words", "a red boat", 2, SEED, *values)
+    images = generate(text_model, ["a red boat"] * 2, SEED, **text_model.sampling).images
+    np.testing.assert_array_equal(grid, make_grid(np.asarray(images), 2, min_side=128))
+    other = actions.compare("words", "a blue house", 2, SEED, *values, *values)
+    assert other.width > grid.width
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    assert actions.complete("words", "a red boat", image, None, 1, 2, SEED, *values).width > 100
+    capsys.readouterr()
+    next(actions.draw("words", "", 1, SEED, *values))
+    assert "the null caption" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"more than 2,000 characters"):
+        next(actions.draw("words", "a" * 2001, 1, SEED, *values))
+
+
+def test_features_of_captions_cannot_be_typed(text_model):
+    config = dataclasses.replace(text_model.aim_config, caption_vocab=0, caption_features=4)
+    encoded = dataclasses.replace(text_model, aim_config=config, text=None)
+    with pytest.raises(ValueError, match="words takes features of captions; the page has text"):
+        takes_text(encoded)

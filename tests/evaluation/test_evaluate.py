@@ -13,6 +13,7 @@ from aim_jax.evaluation import evaluate, references
 from aim_jax.evaluation.distribution import frechet_distance
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import ImageParts, NpzImages
+from aim_jax.evaluation.prompts import balanced_labels
 from aim_jax.models import inception
 from aim_jax.sampling.generate import generate
 from aim_jax.weights.convert.inception import load_inception
@@ -63,7 +64,7 @@ def config():
 
 
 def test_classes_come_in_turns():
-    labels = evaluate.balanced_labels(50, 10)
+    labels = balanced_labels(50, 10)
     assert all((np.bincount(part) == 1).all() for part in labels.reshape(5, 10))
 
 

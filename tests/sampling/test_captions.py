@@ -19,9 +19,9 @@ from aim_jax.sampling.export import export_decode_step, export_sampler, flat_wei
 from aim_jax.sampling.generate import generate_tokens
 from aim_jax.sampling.grids import interpolate, sample_to_directory
 from aim_jax.weights.pretrained import save_model
+from tests.conftest import WORDS
 from tests.models.test_models import random_params
 
-WORDS = ["a red boat", "a blue house", ""]
 native_only = pytest.mark.skipif(not native_kernels(), reason="needs a C++ compiler")
 ENGINES = [
     pytest.param(Engine("dual", "xla"), id="dual-xla"),
@@ -30,17 +30,9 @@ ENGINES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    text = TextTokenizer.train(WORDS * 2, 270)
-    config = dataclasses.replace(
-        tiny_model.aim_config, condition="text", num_classes=0, max_caption=7,
-        caption_vocab=text.vocab_size,
-    )  # fmt: skip
-    return dataclasses.replace(
-        tiny_model, name="words", aim_config=config, aim_params=random_params(config),
-        class_names=(), text=text,
-    )  # fmt: skip
+@pytest.fixture
+def model(text_model):
+    return text_model
 
 
 def greedy(model, condition, engine=Engine("recurrent", "xla"), **options):  # noqa: B008
