@@ -250,6 +250,7 @@ KINDS = {
         "settings.json",
         {
             "num_classes": 2,
+            "max_caption": 0,
             "class_names": ["a", "b"],
             "settings": NUMBERS,
             "cfg_schedule": "constant",
