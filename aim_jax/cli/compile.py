@@ -72,7 +72,7 @@ def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
     setup = Setup(config, devices)
     for process in {device.process_index for device in devices}:
         batch_share(setup.mesh, process)
-    flops = executed_flops(setup.model) * config.batch_size / len(devices)
+    flops = executed_flops(setup.trained) * config.batch_size / len(devices)
     with compiling_kernels_for(devices[0]):
         lowered = setup.train_step.lower(*setup.abstract_arguments())
         return footprint(lowered, flops, devices[0])

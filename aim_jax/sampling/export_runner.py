@@ -150,10 +150,14 @@ def checked_settings(settings, stored, count):
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             raise TypeError(f"{name}={value!r}: expected {expected}")
         dtype = np.dtype(stored["dtypes"][name])
-        with np.errstate(over="ignore"):
-            rounded = float(dtype.type(value)) if dtype.kind == "f" else value
-        if not math.isfinite(value) or not accepts(rounded):
-            raise ValueError(f"{name}={value}: expected {expected}")
+        try:
+            with np.errstate(over="ignore"):
+                rounded = float(dtype.type(value)) if dtype.kind == "f" else value
+            is_valid = math.isfinite(value) and accepts(rounded)
+        except OverflowError:  # an integer beyond all floats
+            is_valid = False
+        if not is_valid:
+            raise ValueError(f"{name}={value!s:.40}: expected {expected}")
         arrays[name] = np.full(count, value, dtype)
     return arrays
 

@@ -152,6 +152,7 @@ class Setup:
 
     Attributes:
       model: AiMConfig.
+      trained: The same model as `train_step` computes it, with its rematerialization chosen.
       optimizer: optax transformation.
       mesh: The devices.
       rules: The mesh axes that each logical axis is sharded over.
@@ -165,7 +166,8 @@ class Setup:
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
         self.mesh = make_mesh(config.mesh.data, config.mesh.model, config.mesh.slices, devices)
-        self.model = with_remat(AiMConfig(**config.model), self.mesh.devices.flat[0].platform)
+        self.model = AiMConfig(**config.model)
+        self.trained = with_remat(self.model, self.mesh.devices.flat[0].platform)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.rules = axis_rules(self.mesh, config.mesh.fsdp)
         check_batch(config.batch_size, config.accumulate, self.mesh)
@@ -178,7 +180,7 @@ class Setup:
         self._shardings = shardings(abstract, self.mesh, self.rules)
         self.train_step = sharded_jit(
             lambda state, batch: train_step(
-                state, batch, config=self.model, optimizer=self.optimizer,
+                state, batch, config=self.trained, optimizer=self.optimizer,
                 accumulate=config.accumulate, ema_decay=config.ema_decay,
             ),
             self.mesh, self.rules, donate_argnums=0, out_shardings=(self._shardings, None),

@@ -141,8 +141,14 @@ def test_rematerialization_follows_the_devices(remat, unroll, platform, chosen):
 
 
 def test_a_setup_chooses_the_rematerialization(aim_config):
-    assert aim_config.model.remat == "auto"
-    assert train.Setup(aim_config).model.remat == "dots"
+    setup = train.Setup(aim_config)
+    assert (setup.model.remat, setup.trained.remat) == ("auto", "dots")
+    aim_config.model.remat = "none"
+    flops = [
+        x.train_step.lower(*x.abstract_arguments()).compile().cost_analysis()["flops"]
+        for x in (setup, train.Setup(aim_config))
+    ]
+    assert flops[0] > 1.02 * flops[1]  # the scan is computed twice
 
 
 def test_killed_aim_run_resumes_exactly_from_the_last_save(
