@@ -84,7 +84,7 @@ def _failures_of(repository: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the hub, or of the HTTP library that it uses
-        raise OSError(f"hf://{repository}: {error} {advice}") from None
+        raise OSError(f"hf://{repository}: {str(error).rstrip('. ')}. {advice}") from None
 
 
 def import_hub() -> ModuleType:
