@@ -1,4 +1,4 @@
-r"""Whether images show their captions: retrieval by a judge that was trained on real pairs.
+r"""Alignment of images and captions: retrieval by a judge that was trained on real pairs.
 
 Example:
   python benchmarks/text_alignment.py noto=emoji/noto_emoji twemoji=emoji/twemoji \

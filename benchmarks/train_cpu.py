@@ -7,9 +7,10 @@ Example:
 Subjects: the tokenizer of CIFAR-10 with the squared error (tokenizer) and with LPIPS and
 discriminator (tokenizer_full), AiM of CIFAR-10 (aim_small) and AiM-B (aim_b). A step is forward,
 backward, clipping and AdamW on the same weights and batch. The contestants run in turns, each in a
-separate process with the defaults of its library; tables show medians over the rounds. First, every
-contestant takes two steps (AiM-B with two layers), and losses and gradient norms must agree. The
-last line has, for each subject, the time of the fastest PyTorch over ours.
+separate process with the defaults of its library and large pages of memory; tables show medians
+over the rounds. First, every contestant takes two steps (AiM-B with two layers), and losses and
+gradient norms must agree. The last line has, for each subject, the time of the fastest PyTorch over
+ours.
 """
 
 import argparse

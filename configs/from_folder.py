@@ -53,7 +53,7 @@ class Survey(NamedTuple):
 
     @property
     def captioned(self) -> bool:
-        """Whether the images have captions instead of classes."""
+        """True if the images have captions instead of classes."""
         return self.dataset.partition(":")[0] == CAPTIONED
 
     @property

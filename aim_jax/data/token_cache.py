@@ -177,7 +177,7 @@ class TokenCache:
 
     @property
     def captioned(self) -> bool:
-        """Whether the examples have captions."""
+        """True if the examples have captions."""
         return self.manifest.get("captioned", False)
 
     def captions(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the samples of an evaluation are generated for: classes in turn, or captions."""
+"""Prompts of the samples of an evaluation: classes in turn, or captions."""
 
 import hashlib
 from pathlib import Path
@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
 
     @property
     def settings(self) -> dict[str, str]:
-        """What identifies the captions, for the settings of a series; {} for classes."""
+        """Hash of the captions, for the settings of a series; {} for classes."""
         if not self.name:
             return {}
         text = "\n".join(self.labels.tolist())
@@ -68,7 +68,7 @@ def open_prompts(model: Pretrained, config: ConfigDict, reference: str = "") -> 
             f"{model.name} takes features of captions, from another encoder; evaluation takes text."
         )
     name = config.captions or reference
-    captions = _captions(name, bool(config.captions), config)
+    captions = _captions(name, config)
     count = config.num_samples
     turns = np.arange(count) % len(captions)
     spaced = np.linspace(0, len(captions) - 1, count).astype(int)
@@ -76,25 +76,22 @@ def open_prompts(model: Pretrained, config: ConfigDict, reference: str = "") -> 
     return Prompts(f"{name} ({len(captions)})", np.asarray(captions)[chosen])
 
 
-def _captions(name: str, chosen: bool, config: ConfigDict) -> list[str]:
-    """Return the captions that `name` stands for: a file, or a dataset."""
-    if chosen and (Path(name).is_file() or name.endswith(".txt")):
-        captions = list(read_names(name))
-    else:
-        dataset, _, split = name.partition(":")
-        if not split or name.endswith(".npz"):
-            raise ValueError(
-                f"{name} has no captions to generate from; set config.captions to a text file of "
-                "one caption per line, or to NAME:SPLIT of a dataset with captions."
-            )
-        sources = open_sources(dataset, split, config.data.dir or None)
-        if any(source.captions is None for source in sources):
-            raise ValueError(
-                f"{name} has no captions, and the model generates from captions; set "
-                "config.captions to a text file of one caption per line, or to NAME:SPLIT of a "
-                "dataset with captions."
-            )
-        captions = [caption for source in sources for caption in source.captions or ()]
-    if not captions:
-        raise ValueError(f"{name}: no captions.")
+def _captions(name: str, config: ConfigDict) -> list[str]:
+    """Return the captions that `name` stands for: a text file, or a dataset."""
+    missing = ValueError(
+        f"{name} has no captions to generate from; set config.captions to a text file of one "
+        "caption per line, or to NAME:SPLIT of a dataset with captions."
+    )
+    if name.endswith(".npz"):
+        raise missing
+    if Path(name).is_file() or name.endswith(".txt"):
+        return list(read_names(name))
+    dataset, _, split = name.partition(":")
+    if not split:
+        raise missing
+    captions: list[str] = []
+    for source in open_sources(dataset, split, config.data.dir or None):
+        if source.captions is None:
+            raise missing
+        captions += source.captions
     return captions

@@ -186,7 +186,7 @@ class AiMConfig:
 
     @property
     def is_text(self) -> bool:
-        """Whether captions condition the model."""
+        """True if captions condition the model."""
         return self.condition == "text"
 
     @property

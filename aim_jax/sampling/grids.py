@@ -261,7 +261,7 @@ def fitted(model: Pretrained, picture: np.ndarray) -> np.ndarray:
 @check_arguments
 def complete(
     model: Pretrained,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     classes: Sequence[int] | Sequence[str],
     count: int,
     *,
@@ -275,7 +275,7 @@ def complete(
 
     Args:
       model: with an AiM and a tokenizer.
-      pictures: images uint8 (H, W, C) of any size; see `fitted`.
+      images: images uint8 (H, W, C) of any size; see `fitted`.
       classes: class id or caption of each image.
       count: completions per image.
       rows: rows of tokens to keep; half of them by default.
@@ -290,12 +290,11 @@ def complete(
     """
     if model.aim_params is None or model.vq_params is None or model.vq_config is None:
         raise ValueError(f"{model.name}: completing images requires an AiM and a tokenizer.")
-    if len(pictures) != len(classes):
+    if len(images) != len(classes):
         raise ValueError(
-            f"{len(classes)} classes or captions for {len(pictures)} images; expected one per "
-            "image."
+            f"{len(classes)} classes or captions for {len(images)} images; expected one per image."
         )
-    pixels = np.stack([fitted(model, image) for image in pictures])
+    pixels = np.stack([fitted(model, image) for image in images])
     if rows is None:
         rows = pixels.shape[1] // model.vq_config.downsampling // 2
     prefix = encode_rows(model, pixels, rows)

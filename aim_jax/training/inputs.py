@@ -71,7 +71,7 @@ class Captions(NamedTuple):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the tokens of captions depend on beside the data, for `claim_workdir`."""
+        """Fingerprint of the text tokenizer, for `claim_workdir`."""
         return {"text_tokenizer": self.tokenizer.fingerprint}
 
 

@@ -15,10 +15,9 @@ from aim_jax.evaluation.prompts import open_prompts
 from aim_jax.models import inception
 from aim_jax.weights.convert.inception import load_inception
 from tests import scoring
+from tests.evaluation.test_evaluate import DATA
 from tests.inception_weights import save_seeded_inception
 
-DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
-        "random_crop": False, "random_flip": False}  # fmt: skip
 CAPTIONS = ["a red boat", "a blue house", "a boat, red", "houses", "blue", "red", "a boat"]
 
 

@@ -114,11 +114,14 @@ def test_logits_depend_on_the_caption_and_on_the_codes_before(variant):
     assert (difference[:2] > 1e-5).all() and (difference[2] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["recurrent", "dual"])
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [(name, "recurrent") for name in VARIANTS]
+    + [(name, "dual") for name, config in VARIANTS.items() if config.mixer == "mamba2"],
+    indirect=["variant"],
+)
 def test_cached_steps_equal_the_full_forward_at_every_position(variant, form):
     config, params = variant
-    if form == "dual" and config.mixer == "mamba1":
-        pytest.skip("Mamba-1 has no dual form")
     model = AiM(config)
 
     @jax.jit
