@@ -77,7 +77,7 @@ CALLS = [
     (lambda m, d: publish("cifar10", 5), "out"),
     (lambda m, d: publish("cifar10", d / "x", report="report.json"), "report"),
     (lambda m, d: publish("cifar10", d / "x", repository=None), "repository"),
-    (lambda m, d: complete(m, ONE[0, 0, 0, 0], [0], 1), "pictures"),
+    (lambda m, d: complete(m, ONE[0, 0, 0, 0], [0], 1), "images"),
     (lambda m, d: complete(m, list(ONE), "boat", 1), "classes"),
     (lambda m, d: complete(m, list(ONE), [0], "1"), "count"),
     (lambda m, d: complete("tiny", list(ONE), [0], 1), "model"),
