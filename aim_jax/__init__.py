@@ -17,6 +17,7 @@ __all__ = [
     "PRESETS",
     "AiM",
     "AiMConfig",
+    "PreparedModel",
     "Pretrained",
     "Samples",
     "SamplingConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "ops",
     "parallel",
     "perf",
+    "prepare",
     "sampling",
     "save_model",
     "training",
@@ -53,13 +55,14 @@ if TYPE_CHECKING:
     )
     from aim_jax.models import PRESETS, AiM, AiMConfig, VQConfig, VQModel, init_cache
     from aim_jax.sampling.config import SamplingConfig
-    from aim_jax.sampling.generate import Samples, generate
+    from aim_jax.sampling.generate import PreparedModel, generate, prepare
+    from aim_jax.sampling.images import Samples
     from aim_jax.weights import Pretrained, load_pretrained, save_model
 
 # Public names by the subpackage that exports them. All other names in `__all__` are subpackages.
 _EXPORTS = {
     "models": ("PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"),
-    "sampling": ("SamplingConfig", "Samples", "generate"),
+    "sampling": ("PreparedModel", "SamplingConfig", "Samples", "generate", "prepare"),
     "weights": ("Pretrained", "load_pretrained", "save_model"),
 }
 

@@ -12,6 +12,7 @@ models.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -34,7 +35,8 @@ from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.aim import init_params
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SamplingConfig
-from aim_jax.sampling.generate import decode_images, generate_tokens
+from aim_jax.sampling.generate import generate_tokens, prepare_decoder
+from aim_jax.sampling.images import decode_images
 from aim_jax.training import loop
 from aim_jax.training.aim import EvalMetrics
 from aim_jax.training.inputs import open_codes
@@ -50,19 +52,19 @@ from benchmarks import transformer
 
 
 def contestants(model: AiMConfig) -> dict:
-    """Return module, parameter initializer and token sampler of each model, by name."""
+    """Return module, initializer and maker of a token sampler of each model, by name."""
     count = parameters(nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0)))))
     peer = matching_transformer(model, count)
     return {
         "aim": (
             AiM(model),
             lambda key: nn.unbox(init_params(model, key)),
-            lambda params, *args: generate_tokens(params, *args, config=model),
+            lambda params: functools.partial(generate_tokens, prepare_decoder(params, model)),
         ),
         "transformer": (
             transformer.Transformer(peer),
             lambda key: transformer.init_params(peer, key),
-            lambda params, *args: transformer.generate_tokens(params, *args, config=peer),
+            lambda params: functools.partial(transformer.generate_tokens, params, config=peer),
         ),
     }
 
@@ -180,10 +182,11 @@ def main():
         params, loss, seconds = train(network, new_params, config, data, steps, name)
         results[name] = {"parameters": parameters(params), "val_loss": loss, "step": seconds}
         results[name]["config"] = str(network.config)
+        sample = sampler(params)
 
-        def draw(labels, index, params=params, sampler=sampler):
+        def draw(labels, index, sample=sample):
             sampling = SamplingConfig(args.cfg_scale)
-            tokens = sampler(params, jnp.asarray(labels), 0, jnp.asarray(index), sampling)
+            tokens = sample(jnp.asarray(labels), 0, jnp.asarray(index), sampling)
             return decode_images(tokenizer.vq_params, tokens, config=tokenizer.vq_config)
 
         samplers[name] = draw

@@ -36,6 +36,7 @@ image, and "tokenizer" compares with the faster memory layout in PyTorch. nan me
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -69,24 +70,22 @@ class Variant:
 
     Attributes:
       config: fields of AiMConfig that differ from AiM-B.
-      options: additional keyword arguments of `generate_tokens`.
+      engine: form, implementation and cache dtype of the loop.
       whole: time only whole images, for engines whose steps differ in cost.
     """
 
     config: dict = dataclasses.field(default_factory=dict)
-    options: dict = dataclasses.field(default_factory=dict)
+    engine: Engine = Engine()  # noqa: RUF009
     whole: bool = False
 
 
 OURS = {
     "default": Variant(whole=True),
-    "recurrent": Variant(options={"engine": Engine(form="recurrent")}),
-    "dual": Variant(options={"engine": Engine(form="dual")}, whole=True),
-    "xla": Variant(options={"engine": Engine(form="recurrent", implementation="xla")}),
-    "xla_dual": Variant(options={"engine": Engine(form="dual", implementation="xla")}, whole=True),
-    "bfloat16": Variant(
-        config={"compute_dtype": "bfloat16"}, options={"engine": Engine(cache_dtype="bfloat16")}
-    ),
+    "recurrent": Variant(engine=Engine(form="recurrent")),
+    "dual": Variant(engine=Engine(form="dual"), whole=True),
+    "xla": Variant(engine=Engine(form="recurrent", implementation="xla")),
+    "xla_dual": Variant(engine=Engine(form="dual", implementation="xla"), whole=True),
+    "bfloat16": Variant({"compute_dtype": "bfloat16"}, Engine(cache_dtype="bfloat16")),
 }
 PEERS = ("official", "tuned", "huggingface", "llamagen")
 TOKENIZERS = ("vq", "vq_torch", "vq_torch_nhwc")
@@ -155,7 +154,7 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     import jax.numpy as jnp
 
     from aim_jax.sampling.engine import resolve
-    from aim_jax.sampling.generate import generate_tokens
+    from aim_jax.sampling.generate import generate_tokens, prepare_decoder
     from aim_jax.weights import convert
     from benchmarks.conversion import random_weights
     from benchmarks.traffic import bytes_per_step
@@ -165,14 +164,17 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     params = jax.device_put(convert.convert_aim(random_weights(config), config))
     compiled = {}
 
-    def call(steps):
+    @functools.cache
+    def decoder(steps):
         shortened = dataclasses.replace(config, num_tokens=steps)
         table = params["position_embedding"]["embedding"][: steps + 1]
+        shortened_params = params | {"position_embedding": {"embedding": table}}
+        return prepare_decoder(shortened_params, shortened, variant.engine)
+
+    def call(steps):
         return generate_tokens(
-            params | {"position_embedding": {"embedding": table}},
-            jnp.arange(images), 0, jnp.arange(images),
+            decoder(steps), jnp.arange(images), 0, jnp.arange(images),
             SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
-            config=shortened, **variant.options,
         ).block_until_ready()  # fmt: skip
 
     def generate(steps):
@@ -183,7 +185,7 @@ def ours(name: str, images: int, whole: bool, args) -> dict:
     steps = args.tokens - START if variant.whole else args.steps
     result = timed_decoding(generate, steps, whole, args)
     compile_s = compiled[START] - result["start_s"] - START * result["ms"] / 1e3
-    engine = resolve(variant.options.get("engine", Engine()), config, 2 * images, "cpu")
+    engine = resolve(variant.engine, config, 2 * images, "cpu")
     moved = bytes_per_step(config, images, engine)
     return result | {"compile_s": compile_s, "bytes": moved, "engine": dataclasses.asdict(engine)}
 
@@ -224,7 +226,7 @@ def tokenizer(name: str) -> dict:
     if name == "vq":
         import jax
 
-        from aim_jax.sampling.generate import decode_images
+        from aim_jax.sampling.images import decode_images
         from aim_jax.weights import convert
 
         params = jax.device_put(convert.convert_vq(weights, config))

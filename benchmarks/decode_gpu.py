@@ -47,8 +47,10 @@ from aim_jax.models import PRESETS, AiMConfig, VQConfig
 from aim_jax.models.aim import init_params
 from aim_jax.models.vq import init_params as init_vq
 from aim_jax.sampling.config import SamplingConfig
+from aim_jax.sampling.decoder import Decoder
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import decode_images, generate_tokens
+from aim_jax.sampling.generate import generate_tokens, prepare_decoder
+from aim_jax.sampling.images import decode_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # find benchmarks/ from anywhere
 
@@ -113,26 +115,24 @@ def random_params(config: AiMConfig) -> dict:
     return params | {"adaln": params["adaln"] | {"bias": noise}}
 
 
-def draw(params: dict, config: AiMConfig, images: int, engine: Engine) -> jax.Array:
+def draw(decoder: Decoder, images: int) -> jax.Array:
     """Generate the tokens of `images` images."""
     index = jnp.arange(images)
-    labels = index % config.num_classes
+    labels = index % decoder.config.num_classes
     seed = 0
     return generate_tokens(
-        params, labels, seed, index,
+        decoder, labels, seed, index,
         SamplingConfig(SETTINGS["scale"], top_k=SETTINGS["top_k"], top_p=SETTINGS["top_p"]),
-        config=config, engine=engine,
     )  # fmt: skip
 
 
 def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
     """Measure the seconds of generating a batch to tokens, and to images in smaller batches."""
-    params = models.aim
-    config = models.aim_config
-    first = seconds(lambda: draw(params, config, images, engine).block_until_ready())
+    decoder = prepare_decoder(models.aim, models.aim_config, engine)
+    first = seconds(lambda: draw(decoder, images).block_until_ready())
 
     def generate_images():
-        tokens = draw(params, config, images, engine)
+        tokens = draw(decoder, images)
         for start in range(0, images, args.decode_batch):
             part = tokens[start : start + args.decode_batch]
             decoded = decode_images(models.vq, part, config=models.vq_config)
@@ -141,7 +141,7 @@ def time_images(models: "Models", images: int, engine: Engine, args) -> dict:
     def repeated(function):
         return [seconds(function) for _ in range(args.repeats)]
 
-    tokens_s = repeated(lambda: draw(params, config, images, engine).block_until_ready())
+    tokens_s = repeated(lambda: draw(decoder, images).block_until_ready())
     result = {"tokens_s": tokens_s, "compile_s": first - statistics.median(tokens_s)}
     if not args.tokens_only:
         generate_images()

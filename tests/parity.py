@@ -31,7 +31,7 @@ from aim_jax.models.codebook import HISTORY_LENGTH, codebook_usage, unit, update
 from aim_jax.models.layers import gated_rms_norm, rms_norm
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import DECODERS, FORMS, Engine
-from aim_jax.sampling.generate import generate_tokens
+from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.logits import filter_logits, filter_top_k
 from aim_jax.weights import convert
 
@@ -258,7 +258,8 @@ def greedy_tokens(
 ) -> jax.Array:
     """Generation with top_k = 1: the most likely code at every step."""
     sampling, index = SamplingConfig(float(cfg_scale), top_k=1), jnp.arange(labels.shape[0])
-    return generate_tokens(params, labels, 0, index, sampling, config=config, engine=engine)
+    decoder = prepare_decoder(params, config, engine)
+    return generate_tokens(decoder, labels, 0, index, sampling)
 
 
 def smallest_margin(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from aim_jax import ops
 from aim_jax.models import AiM, AiMConfig
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import make_decoder
 from aim_jax.sampling.logits import apply_cfg
+from aim_jax.sampling.token_loop import make_decoder
 
 MODULES = Engine(form="recurrent", implementation="xla")
 
@@ -32,15 +32,15 @@ def teacher_forced_decode(
     start, modulation = apply(jnp.concatenate([labels, null]), method="condition")
     rest = apply(jnp.tile(codes[:, :-1], (2, 1)), jnp.arange(t - 1) + shift, method="embed_codes")
     inputs = jnp.concatenate([start, rest], axis=1).swapaxes(0, 1)
-    decoder = make_decoder(params, modulation, config, engine)
+    decoder = make_decoder(params, config, engine)
 
     def step(caches, x_position):
         x, position = x_position
-        logits, new = decoder.step(x[:, None], caches[1], position)
+        logits, new = decoder.step(x[:, None], modulation, caches[1], position)
         cond, uncond = jnp.split(logits, 2)
         return (caches[1], new), (apply_cfg(cond, uncond, cfg_scale), cond, uncond)
 
-    caches = decoder.grow(decoder.start(params, start[:, :0], 1), t)
+    caches = decoder.grow(decoder.start(start[:, :0], modulation, 1), t)
     (before, after), logits = jax.lax.scan(step, (caches, caches), (inputs, jnp.arange(t)))
     guided, cond, uncond = (x.swapaxes(0, 1) for x in logits)
     states = (

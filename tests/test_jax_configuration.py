@@ -24,8 +24,10 @@ from aim_jax.models.patchgan import PatchGAN
 from aim_jax.models.vq import init_params as init_vq
 from aim_jax.sampling.config import SETTINGS as SAMPLING
 from aim_jax.sampling.engine import Engine, native_kernels
-from aim_jax.sampling.generate import Method, Request, decode_images, generate, generate_on_device
+from aim_jax.sampling.generate import generate
 from aim_jax.sampling.grids import with_mixed_classes
+from aim_jax.sampling.images import decode_padded
+from aim_jax.sampling.token_loop import Request, Series, generate_on_device, make_decoder
 from aim_jax.training import aim as train_aim
 from aim_jax.training import tokenizer as train_vq
 from aim_jax.training.held_out import eval_step as eval_vq
@@ -112,12 +114,14 @@ def test_the_loops_of_sampling_keep_their_types(config, form, implementation, co
     settings = {name: jax.ShapeDtypeStruct((4,), s.dtype) for name, s in SAMPLING.items()}
     prefix = jax.ShapeDtypeStruct((4, 3), jnp.int32)
     request = Request(INTS, INTS, settings, prefix)
-    random = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    method = Method(config, True, "cosine", Engine(form, implementation))
-    tokens = shapes(
-        generate_on_device.__wrapped__, aim_params(config), random, request, interval, method=method
-    )
+
+    def sampled(params, request):
+        decoder = make_decoder(params, config, Engine(form, implementation))
+        series = Series.of(random_key(0), "cosine", (0.0, 1.0))
+        return generate_on_device(decoder, request, series, guided=True)
+
+    tokens, finite = shapes(sampled, aim_params(config), request)
+    assert finite.dtype == jnp.bool_ and finite.shape == (4,)
     assert tokens.dtype == jnp.int32 and tokens.shape == (4, 8)
 
 
@@ -131,7 +135,7 @@ def test_the_tokenizer_and_its_training_keep_their_types(configured):
     apply = lambda params, x, **how: VQModel(VQ).apply({"params": params}, x, **how)  # noqa: E731
     tokens = shapes(apply, params, IMAGES, method="encode_to_tokens")
     assert tokens.dtype == jnp.int32
-    shapes(decode_images.__wrapped__, params, tokens, config=VQ)
+    shapes(decode_padded.__wrapped__, params, tokens, config=VQ)
     optimizer = make_optimizer(aim_defaults().optimizer, 100)
     losses = LossConfig(l1=1.0, perceptual=1.0, adversarial=0.5)
     recipe = train_vq.Recipe(

@@ -34,10 +34,17 @@ from aim_jax.perf.flops import executed_flops, forward_flops, training_flops
 from aim_jax.perf.footprint import DoesNotFitError, Footprint, describe, footprint
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.sampling.engine import Engine, resolve
-from aim_jax.sampling.generate import Method, Request, device_mesh, generate_sharded
+from aim_jax.sampling.token_loop import (
+    Request,
+    Series,
+    device_mesh,
+    generate_sharded,
+    make_decoder,
+)
 from aim_jax.training.aim import Setup
 from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
+from aim_jax.utils.random import random_key
 
 
 def define_flags() -> None:
@@ -90,7 +97,6 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
-    params = jax.tree.map(lambda x: x.update(sharding=replicated), params)
     count = images * len(devices)
 
     def per_image(dtype: DTypeLike, *shape: int) -> Any:  # stands for an array
@@ -103,10 +109,12 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     request = Request(condition, ints, settings, per_image(jnp.int32, 0))
     # Plain XLA, because the Triton kernels query the local GPU.
     engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
-    method = Method(model, True, "constant", engine)
-    random = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated)
-    interval = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=replicated)
-    lowered = generate_sharded.lower(params, random, request, interval, method=method, mesh=mesh)
+    decoder = jax.eval_shape(lambda params: make_decoder(params, model, engine), params)
+    series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
+    decoder, series = (
+        jax.tree.map(lambda x: x.update(sharding=replicated), tree) for tree in (decoder, series)
+    )
+    lowered = generate_sharded.lower(decoder, request, series, guided=True, mesh=mesh)
     return footprint(lowered, 2 * images * forward_flops(model), devices[0])
 
 

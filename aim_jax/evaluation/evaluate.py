@@ -37,7 +37,8 @@ from aim_jax.parallel.ownership import NO_CLAIM, Claim, owned
 from aim_jax.parallel.processes import wait_for_all
 from aim_jax.parallel.sharding import make_mesh
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
-from aim_jax.sampling.generate import decode_images, generate
+from aim_jax.sampling.generate import generate
+from aim_jax.sampling.images import decode_images
 from aim_jax.utils.checks import check_arguments, check_integer
 from aim_jax.utils.images import make_grid, save_png, to_rgb
 from aim_jax.utils.logging import Progress, reminding, say

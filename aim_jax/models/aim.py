@@ -99,6 +99,15 @@ class Modulation(NamedTuple):
         """Return the modulation of inputs after the caption."""
         return self._replace(reading=None)
 
+    def segments(self, length: int) -> jax.Array | None:
+        """Return the kinds of inputs that begin with a caption, int8 (b, length); else None."""
+        if self.reading is None:
+            return None
+        mask = self.reading.mask
+        kinds = jnp.where(mask, Segment.CAPTION, Segment.PADDING).astype(jnp.int8)
+        image = [(0, 0), (0, length - mask.shape[1])]
+        return jnp.pad(kinds, image, constant_values=Segment.IMAGE)
+
 
 class Block(nn.Module):
     """Residual block: add, norm, modulate, mix and gate, then the same for an optional MLP.
@@ -324,16 +333,9 @@ class AiM(nn.Module):
         self, x: jax.Array, modulation: Modulation, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Apply all blocks to inputs (b, l, d); return the residual stream (b, l, d) and cache."""
-        reading = None
-        segments = None
-        if modulation.reading is not None:
-            reading = modulation.reading.layers
-            mask = modulation.reading.mask
-            segments = jnp.where(mask, Segment.CAPTION, Segment.PADDING).astype(jnp.int8)
-            after = [(0, 0), (0, x.shape[1] - mask.shape[1])]
-            segments = jnp.pad(segments, after, constant_values=Segment.IMAGE)
+        reading = modulation.reading and modulation.reading.layers
         x = constrain(x, "batch", "length", None)
-        return self.layers(x, modulation.layers, cache, reading, segments)
+        return self.layers(x, modulation.layers, cache, reading, modulation.segments(x.shape[1]))
 
     def logits(self, x: jax.Array, final: jax.Array) -> jax.Array:
         """Compute logits (b, l, v) from the residual stream (b, l, d); see `final`."""
@@ -381,11 +383,17 @@ def init_cache(
       dual: capacity in tokens of a dual-form cache (Mamba-2 only); None makes a recurrent cache.
       dtype: dtype of the inputs and B in a dual-form cache.
     """
-    if dual is None:
-        cache = MODULES[config.mixer][1](config, batch)
-    else:
-        cache = init_mamba2_dual_cache(config, batch, dual, dtype)
+    cache = init_layer_cache(config, batch, dual=dual, dtype=dtype)
     return jax.tree.map(lambda x: jnp.zeros((config.n_layer, *x.shape), x.dtype), cache)
+
+
+def init_layer_cache(
+    config: AiMConfig, batch: int, *, dual: int | None = None, dtype: str = "float32"
+) -> Cache:
+    """Return the zero cache of one layer; see `init_cache`."""
+    if dual is None:
+        return MODULES[config.mixer][1](config, batch)
+    return init_mamba2_dual_cache(config, batch, dual, dtype)
 
 
 def init_params(config: AiMConfig, key: jax.Array) -> dict:

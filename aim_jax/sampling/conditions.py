@@ -56,7 +56,9 @@ def as_condition(model: Pretrained, labels: Any) -> np.ndarray | CaptionFeatures
     Raises:
       ValueError: if they are empty, out of range, or of another kind than the model takes.
     """
-    config, _ = model.aim()
+    config = model.aim_config
+    if config is None:
+        raise ValueError(f"{model.name} holds no AiM.")
     if config.caption_features:
         return _checked_features(model, labels)
     if isinstance(labels, CaptionFeatures):
@@ -90,7 +92,8 @@ def as_condition(model: Pretrained, labels: Any) -> np.ndarray | CaptionFeatures
 
 def _checked_features(model: Pretrained, captions: Any) -> CaptionFeatures:
     """Return the features of captions as arrays, after checking their shapes."""
-    config, _ = model.aim()
+    assert model.aim_config is not None
+    config = model.aim_config
     width = config.caption_features
     if isinstance(captions, CaptionFeatures):
         values = as_array("labels: values", captions.values)

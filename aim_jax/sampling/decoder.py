@@ -1,14 +1,16 @@
 """Decoder protocol of the token loop, and the decoder built from the Flax modules."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike
 
 from aim_jax import ops
-from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_cache
+from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_layer_cache
 from aim_jax.models.config import AiMConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
@@ -17,11 +19,67 @@ from aim_jax.sampling.logits import sample
 SEGMENTS = 4
 
 
+class Layer(NamedTuple):
+    """Weights of one layer in the layout of a decoder.
+
+    Attributes:
+      weights: pytree of arrays, of the same shapes for every layer.
+      index: () int, index of the layer.
+    """
+
+    weights: Any
+    index: ArrayLike  # type: ignore[assignment]  # tuples have a method of that name
+
+
 def prefill(
-    params: dict, x: jax.Array, modulation: Modulation, config: AiMConfig, cache: Cache
-) -> Cache:
-    """Return the cache after the inputs x (b, l, d), starting from `cache`; layers are stacked."""
-    return AiM(config).apply({"params": params}, x, modulation, cache, method="forward")[1]
+    layers: Sequence[Layer],
+    block_params: Callable[[Layer, AiMConfig], dict],
+    x: jax.Array,
+    modulation: Modulation,
+    config: AiMConfig,
+    *,
+    dual: int | None,
+    dtype: str,
+) -> list[Cache]:
+    """Return the cache of every layer after the inputs x (b, l, d), l >= 1.
+
+    All layers share one compiled program, so that no second copy of the weights is laid out, and a
+    new length of the inputs compiles one block.
+
+    Args:
+      layers: the layers of a decoder.
+      block_params: returns the parameters of `Block` for a layer.
+      x: the first inputs.
+      modulation: from `AiM.condition`.
+      config: configuration of the model.
+      dual, dtype: see `init_cache`.
+    """
+    caches = []
+    for layer in layers:
+        x, cache = _read(
+            layer, x, modulation, block_params=block_params, config=config, dual=dual, dtype=dtype
+        )
+        caches.append(cache)
+    return caches
+
+
+@functools.partial(jax.jit, static_argnames=("block_params", "config", "dual", "dtype"))
+def _read(
+    layer: Layer,
+    x: jax.Array,
+    modulation: Modulation,
+    *,
+    block_params: Callable[[Layer, AiMConfig], dict],
+    config: AiMConfig,
+    dual: int | None,
+    dtype: str,
+) -> tuple[jax.Array, Cache]:
+    """Return the residual stream and the cache of a layer after the inputs x (b, l, d)."""
+    empty = init_layer_cache(config, x.shape[0], dual=dual, dtype=dtype)
+    variables = {"params": block_params(layer, config)}
+    reading = modulation.reading and modulation.reading.layers[layer.index]
+    parts = modulation.layers[layer.index]
+    return Block(config).apply(variables, x, parts, empty, reading, modulation.segments(x.shape[1]))
 
 
 class Decoder(Protocol):
@@ -32,16 +90,26 @@ class Decoder(Protocol):
     Positions and numbers of tokens are those of the image. The caption of a text model, of
     `max_caption` positions with its padding, comes before them in the caches.
 
+    A decoder holds the weights of a model in the layout that its step reads, and is itself a pytree
+    of them. It depends on no request, so that it is made once and used for many.
+
     Attributes:
-      params: AiM parameters without those of the layers; they embed the tokens.
+      params: AiM parameters without those of the layers; they embed conditions and tokens.
+      config: configuration of the model.
+      engine: a resolved engine.
     """
 
     params: dict
+    config: AiMConfig
+    engine: Engine
+
+    def with_engine(self, engine: Engine) -> "Decoder":
+        """Return the decoder with another form or cache dtype; weights are shared."""
 
     def segments(self, first: int) -> list[int]:
         """Return the ends of the loop's segments after `first`; caches grow between segments."""
 
-    def start(self, params: dict, x: jax.Array, tokens: int) -> Any:
+    def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> Any:
         """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens.
 
         The inputs begin with the caption of a text model.
@@ -50,7 +118,9 @@ class Decoder(Protocol):
     def grow(self, caches: Any, tokens: int) -> Any:
         """Return the caches with room for `tokens` tokens."""
 
-    def step(self, x: jax.Array, caches: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+    def step(
+        self, x: jax.Array, modulation: Modulation, caches: Any, position: ArrayLike
+    ) -> tuple[jax.Array, Any]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
 
     def sample(
@@ -64,25 +134,21 @@ class ModuleDecoder:
     """Decoder that applies the Flax modules layer by layer.
 
     A loop over stacked parameters would copy and cast the slice of each layer in each step. Here
-    the matrices of every layer are extracted once, in the compute dtype and as (out, in). On CPU,
-    products of few rows are fastest when a matrix row holds the weights of one output.
+    every layer has matrices of its own, in the compute dtype and as (out, in). On CPU, products of
+    few rows are fastest when a matrix row holds the weights of one output.
     """
 
     params: dict
-    modulation: Modulation
     layers: list[dict]
     config: AiMConfig = struct.field(pytree_node=False)
     engine: Engine = struct.field(pytree_node=False)
 
     @classmethod
-    def of(
-        cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
-    ) -> "ModuleDecoder":
+    def of(cls, params: dict, config: AiMConfig, engine: Engine) -> "ModuleDecoder":
         """Create a decoder from the parameters of a model.
 
         Args:
           params: AiM parameters, layers stacked.
-          modulation: from `AiM.condition`.
           config: configuration of the model.
           engine: a resolved engine.
         """
@@ -96,7 +162,11 @@ class ModuleDecoder:
 
         other_params = {name: value for name, value in params.items() if name != "layers"}
         layers = [layer_params(i) for i in range(config.n_layer)]
-        return cls(other_params, modulation, layers, config, engine)  # type: ignore[call-arg]
+        return cls(other_params, layers, config, engine)  # type: ignore[call-arg]
+
+    def with_engine(self, engine: Engine) -> "ModuleDecoder":
+        """Return the decoder with another form or cache dtype; weights are shared."""
+        return self.replace(engine=engine)  # type: ignore[attr-defined]
 
     def segments(self, first: int) -> list[int]:
         """Return the ends of the loop's segments after `first`; caches grow between segments.
@@ -107,14 +177,18 @@ class ModuleDecoder:
         cuts = SEGMENTS if self.engine.form == "dual" else 1
         return sorted({max(first + 1, last * i // cuts) for i in range(1, cuts + 1)})
 
-    def start(self, params: dict, x: jax.Array, tokens: int) -> list[Cache]:
+    def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> list[Cache]:
         """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens."""
         dual = self.config.max_caption + tokens if self.engine.form == "dual" else None
-        cache = init_cache(self.config, x.shape[0], dual=dual, dtype=self.engine.cache_dtype)
-        if x.shape[1]:
-            cache = prefill(params, x, self.modulation, self.config, cache)
-        # Separate arrays per layer are updated in place.
-        return [jax.tree.map(lambda c: c[i], cache) for i in range(self.config.n_layer)]  # noqa: B023
+        dtype = self.engine.cache_dtype
+        if not x.shape[1]:
+            # Separate arrays per layer are updated in place.
+            return [
+                init_layer_cache(self.config, x.shape[0], dual=dual, dtype=dtype)
+                for _ in self.layers
+            ]
+        layers = [Layer(weights, i) for i, weights in enumerate(self.layers)]
+        return prefill(layers, _block_params, x, modulation, self.config, dual=dual, dtype=dtype)
 
     def grow(self, caches: list[Cache], tokens: int) -> list[Cache]:
         """Return the caches with room for `tokens` tokens."""
@@ -128,20 +202,18 @@ class ModuleDecoder:
         return grown
 
     def step(
-        self, x: jax.Array, caches: list[Cache], position: jax.Array
+        self, x: jax.Array, modulation: Modulation, caches: list[Cache], position: ArrayLike
     ) -> tuple[jax.Array, list[Cache]]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         del position  # the caches hold it
         block = Block(self.config)
         updated = []
-        for layer, parts, cache in zip(self.layers, self.modulation.layers, caches, strict=True):
-            # XLA fuses these transposes into the matrix products.
-            weights = {path: w.T if _is_matrix(path) else w for path, w in layer.items()}
-            x, cache = block.apply({"params": unflatten_dict(weights)}, x, parts, cache)
+        for i, (weights, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            variables = {"params": _block_params(Layer(weights, i), self.config)}
+            x, cache = block.apply(variables, x, modulation.layers[i], cache)
             updated.append(cache)
         model = AiM(self.config)
-        variables = {"params": self.params}
-        logits = model.apply(variables, x, self.modulation.final, method="logits")
+        logits = model.apply({"params": self.params}, x, modulation.final, method="logits")
         return logits[:, 0], updated
 
     def sample(
@@ -149,6 +221,14 @@ class ModuleDecoder:
     ) -> jax.Array:
         """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
         return sample(logits, uniform, **settings)  # type: ignore[arg-type]  # array names
+
+
+def _block_params(layer: Layer, config: AiMConfig) -> dict:
+    """Return the parameters of `Block` for a layer of `ModuleDecoder`."""
+    del config
+    # XLA fuses these transposes into the matrix products.
+    weights = {path: w.T if _is_matrix(path) else w for path, w in layer.weights.items()}
+    return unflatten_dict(weights)
 
 
 def _is_matrix(path: tuple[str, ...]) -> bool:

@@ -21,9 +21,9 @@ from aim_jax.data.text import TEXT_TOKENIZER_FILE
 from aim_jax.models.aim import AiM
 from aim_jax.models.captions import condition_shapes
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
-from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
-from aim_jax.sampling.generate import Method, Request, decode_images, generate_on_device
+from aim_jax.sampling.images import decode_padded
+from aim_jax.sampling.token_loop import Request, Series, generate_on_device, make_decoder
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.utils.logging import Progress, reminding
@@ -72,23 +72,26 @@ def export_sampler(model: Pretrained, dtype: str = "float32") -> jax.export.Expo
 
     Returns:
       `jax.export.Exported` of (weights, labels (b,) int32, seed () uint32, index (b,) int32,
-      settings, interval (2,) float32) -> (tokens (b, t) int32, images (b, H, W, c) uint8).
+      settings, interval (2,) float32) -> (tokens (b, t) int32, images (b, H, W, c) uint8,
+      finite (b,) bool). Images with logits that are not finite are not `finite`, and are nonsense.
       A model of captions takes their tokens (b, max_caption) int32 in place of labels.
       `settings` holds the numeric fields of `SamplingConfig` by name, (b,) float32 or int32, and
       `interval` its `cfg_interval`; they are not validated. The `cfg_schedule` is compiled in: that
       of the model.
     """
     assert model.aim_config is not None and model.vq_config is not None
+    config = model.aim_config
     schedule = SamplingConfig(**model.sampling).cfg_schedule
-    method = Method(model.aim_config, guided=True, schedule=schedule, engine=ENGINE)
 
     def sample(weights, condition, seed, index, settings, interval):
         params = _unflatten(weights)
         no_prefix = jnp.zeros((index.shape[0], 0), jnp.int32)
         request = Request(condition, index, settings, no_prefix)
-        random = jax.random.key_data(random_key(seed))
-        tokens = generate_on_device(params["aim"], random, request, interval, method=method)
-        return tokens, decode_images(params["vq"], tokens, config=model.vq_config)
+        decoder = make_decoder(params["aim"], config, ENGINE)
+        series = Series.of(random_key(seed), schedule, interval)
+        tokens, finite = generate_on_device(decoder, request, series, guided=True)
+        images = decode_padded(params["vq"], tokens, config=model.vq_config)
+        return tokens, images, finite
 
     (b,) = jax.export.symbolic_shape("b")
     ints = jax.ShapeDtypeStruct((b,), jnp.int32)
@@ -113,59 +116,70 @@ def export_decode_step(
       platforms: platforms that the programs run on.
 
     Returns:
-      `jax.export.Exported` by name. "begin": (weights, labels (rows,) int32, or tokens of captions
-      (rows, max_caption) int32) -> (x (rows, 1, d), modulation, caches). "step": (weights, x,
-      modulation, caches) -> (logits (rows, v) float32, caches). "embed": (weights, tokens (rows,)
-      int32, position () int32) -> x of the next step.
-      Modulation and caches are lists of arrays.
+      `jax.export.Exported` by name. "prepare": (weights) -> laid out, the weights as the other
+      programs read them, to be made once. "begin": (laid out, labels (rows,) int32, or tokens of
+      captions (rows, max_caption) int32) -> (x (rows, 1, d), modulation, caches). "step": (laid
+      out, x, modulation, caches) -> (logits (rows, v) float32, caches). "embed": (laid out, tokens
+      (rows,) int32, position () int32) -> x of the next step.
+      Laid out weights, modulation and caches are lists of arrays.
     """
     config = model.aim_config
     assert config is not None
     weights = _shapes({k: v for k, v in flat_weights(model, dtype).items() if k.startswith("aim.")})
 
-    def apply(weights, method, *args):
-        return AiM(config).apply({"params": _unflatten(weights)["aim"]}, *args, method=method)
+    def prepare(weights):
+        return make_decoder(_unflatten(weights)["aim"], config, ENGINE)
 
-    def begin(weights, condition):
-        x, modulation = apply(weights, "condition", condition)
-        params = _unflatten(weights)["aim"]
-        decoder = ModuleDecoder.of(params, modulation, config, ENGINE)
-        caches = decoder.start(params, x[:, :-1], config.num_tokens)
+    def apply(decoder, method, *args):
+        return AiM(config).apply({"params": decoder.params}, *args, method=method)
+
+    def begin(decoder, condition):
+        x, modulation = apply(decoder, "condition", condition)
+        caches = decoder.start(x[:, :-1], modulation, config.num_tokens)
         return x[:, -1:], modulation.after_caption(), caches
 
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
     labels = _condition_shape(model, rows)
-    x, modulation, caches = jax.eval_shape(begin, weights, labels)
-    leaves = [jax.tree.leaves(tree) for tree in (modulation, caches)]
-    trees = [jax.tree.structure(tree) for tree in (modulation, caches)]
+    decoder = jax.eval_shape(prepare, weights)
+    x, modulation, caches = jax.eval_shape(begin, decoder, labels)
+    values = (decoder, modulation, caches)
+    laid_out, *leaves = [jax.tree.leaves(tree) for tree in values]
+    decoder_tree, *trees = [jax.tree.structure(tree) for tree in values]
 
-    def begin_flat(weights, labels):
-        x, *state = begin(weights, labels)
+    def of(arrays):
+        return jax.tree.unflatten(decoder_tree, arrays)
+
+    def prepare_flat(weights):
+        return jax.tree.leaves(prepare(weights))
+
+    def begin_flat(arrays, labels):
+        x, *state = begin(of(arrays), labels)
         return x, *(jax.tree.leaves(tree) for tree in state)
 
-    def step(weights, x, modulation, caches):
+    def step(arrays, x, modulation, caches):
         modulation, caches = map(jax.tree.unflatten, trees, (modulation, caches))
-        decoder = ModuleDecoder.of(_unflatten(weights)["aim"], modulation, config, ENGINE)
-        logits, caches = decoder.step(x, caches, jnp.int32(0))
+        logits, caches = of(arrays).step(x, modulation, caches, jnp.int32(0))
         return logits, jax.tree.leaves(caches)
 
-    def embed(weights, tokens, position):
-        return apply(weights, "embed_codes", tokens[:, None], position[None])
+    def embed(arrays, tokens, position):
+        return apply(of(arrays), "embed_codes", tokens[:, None], position[None])
 
     export = lambda f, *args: jax.export.export(jax.jit(f), platforms=platforms)(*args)  # noqa: E731
     position = jax.ShapeDtypeStruct((), jnp.int32)
     return {
-        "begin": export(begin_flat, weights, labels),
-        "step": export(step, weights, x, *leaves),
-        "embed": export(embed, weights, tokens, position),
+        "prepare": export(prepare_flat, weights),
+        "begin": export(begin_flat, laid_out, labels),
+        "step": export(step, laid_out, x, *leaves),
+        "embed": export(embed, laid_out, tokens, position),
     }
 
 
 # Names of the arguments and the results of the programs of `export_decode_step`.
 STEP = {
-    "begin": (("weights", "labels"), ("x", "modulation", "caches")),
-    "step": (("weights", "x", "modulation", "caches"), ("logits", "caches")),
-    "embed": (("weights", "tokens", "position"), ("x",)),
+    "prepare": (("weights",), ("laid_out",)),
+    "begin": (("laid_out", "labels"), ("x", "modulation", "caches")),
+    "step": (("laid_out", "x", "modulation", "caches"), ("logits", "caches")),
+    "embed": (("laid_out", "tokens", "position"), ("x",)),
 }
 
 
@@ -211,7 +225,7 @@ def save_exported(
     """Write a directory that generates images without this library.
 
     It holds sampler.jax (`export_sampler`), weights.safetensors and sample.py, which runs them.
-    For programs that run their own loop, it also holds begin, step and embed
+    For programs that run their own loop, it also holds prepare, begin, step and embed
     (`export_decode_step`): as .jax, and as StableHLO in portable bytecode (.mlirbc) with a
     description of arguments and results (.json).
 

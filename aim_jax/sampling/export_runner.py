@@ -209,7 +209,11 @@ def sample(labels, seed=0, *, cfg_interval=None, cfg_schedule=None, **settings):
     program = export.deserialize((HERE / "sampler.jax").read_bytes())
     weights = load_file(HERE / "weights.safetensors")
     index = np.arange(len(condition), dtype=np.int32)
-    return program.call(weights, condition, np.uint32(seed), index, per_image, interval)
+    arguments = (weights, condition, np.uint32(seed), index, per_image, interval)
+    tokens, images, finite = program.call(*arguments)
+    if not np.all(finite):
+        raise ValueError("the model computed logits that are infinite or not a number")
+    return tokens, images
 
 
 def checked_labels(labels, stored):

@@ -8,19 +8,20 @@ engine.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from aim_jax import ops
-from aim_jax.models.aim import Modulation, init_cache
+from aim_jax.models.aim import Cache, Modulation, init_layer_cache
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
-from aim_jax.sampling.decoder import prefill
+from aim_jax.sampling.decoder import Layer, prefill
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
@@ -38,10 +39,9 @@ class FusedDecoder:
     index of the layer, and update the cache in place.
 
     Attributes:
-      params: AiM parameters, with only the norms of the layers.
-      modulation: from `AiM.condition`.
+      params: AiM parameters, with only the norms and A_log of the layers.
       matrices: one matrix (out, in) per layer, by the name of its projection.
-      head: (v, d), the matrix of the logits.
+      head: (v, d), the matrix of the logits; None if that is the table of the token embeddings.
       conv: parameters of the convolutions, by the names of the kernels, layers stacked.
       ssm: the other parameters of the mixers, by the names of the kernels, layers stacked.
       config: configuration of the model.
@@ -49,23 +49,19 @@ class FusedDecoder:
     """
 
     params: dict
-    modulation: Modulation
     matrices: dict[str, list]
-    head: jax.Array
+    head: jax.Array | None
     conv: dict
     ssm: dict
     config: AiMConfig = struct.field(pytree_node=False)
     engine: Engine = struct.field(pytree_node=False)
 
     @classmethod
-    def of(
-        cls, params: dict, modulation: Modulation, config: AiMConfig, engine: Engine
-    ) -> "FusedDecoder":
+    def of(cls, params: dict, config: AiMConfig, engine: Engine) -> "FusedDecoder":
         """Create a decoder from the parameters of a model.
 
         Args:
           params: AiM parameters, layers stacked.
-          modulation: from `AiM.condition`.
           config: configuration of the model.
           engine: a resolved engine.
         """
@@ -86,11 +82,17 @@ class FusedDecoder:
         ssm = {"dt_bias": mixer["dt_bias"], "A": -jnp.exp(mixer["A_log"]), "D": mixer["D"]}
         if config.mixer == "mamba2":
             ssm["norm_scale"] = mixer["norm"]["scale"]
-        head = transposed(params["token_embedding"]["embedding"].T)
-        norms = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
+        table = params["token_embedding"]["embedding"]
+        head = None if table.dtype == config.compute_dtype else table.astype(config.compute_dtype)
+        kept = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
+        kept["mixer"] = {"A_log": mixer["A_log"]}
         return cls(  # type: ignore[call-arg]
-            params | {"layers": norms}, modulation, matrices, head, conv, ssm, config, engine
+            params | {"layers": kept}, matrices, head, conv, ssm, config, engine
         )
+
+    def with_engine(self, engine: Engine) -> "FusedDecoder":
+        """Return the decoder with another form or cache dtype; weights are shared."""
+        return self.replace(engine=engine)  # type: ignore[attr-defined]
 
     @property
     def implementation(self) -> str:
@@ -116,27 +118,29 @@ class FusedDecoder:
         del first
         return [self.config.num_tokens]
 
-    def start(self, params: dict, x: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
+    def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> tuple[jax.Array, ...]:
         """Return caches after the inputs x (b, l, d), l >= 0, with room for all positions."""
         del tokens  # there is one segment
         cfg = self.config
         position = x.shape[1]
         # Prefill in float32 and round once at the end.
         dual = cfg.max_caption + cfg.num_tokens if self.engine.form == "dual" else None
-        cache = init_cache(cfg, len(x), dual=dual)
-        if position:
+        if not position:
+            caches = cfg.n_layer * [init_layer_cache(cfg, x.shape[0], dual=dual)]
+        else:
             scan = "triton" if self.implementation == "triton" else cfg.scan_implementation
             prefix_config = dataclasses.replace(cfg, scan_implementation=scan)
-            cache = prefill(params, x, self.modulation, prefix_config, cache)
-        windows = [getattr(cache, f"conv_{k}") for k in ("xBC" if cfg.mixer == "mamba2" else "x")]
-        # The native kernels compute the convolution in float32 and keep its inputs in float32.
-        ring_dtype = jnp.float32 if self.implementation == "native" else self.dtype
-        ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(ring_dtype), position)
-        rounded = functools.partial(jnp.asarray, dtype=self.engine.cache_dtype)
-        if isinstance(cache.ssm_state, ops.DualCache):
-            past = cache.ssm_state
-            return ring, rounded(past.inputs), rounded(past.B), past.log_decay
-        return ring, rounded(cache.ssm_state)
+            layers = [Layer(self._weights(i), i) for i in range(cfg.n_layer)]
+            caches = prefill(
+                layers, _block_params, x, modulation, prefix_config, dual=dual, dtype="float32"
+            )
+        return _kernel_caches(caches, config=cfg, engine=self.engine, position=position)
+
+    def _weights(self, layer: int) -> dict:
+        """Return the weights of a layer: matrices of its own, and those of all layers stacked."""
+        matrices = {name: per_layer[layer] for name, per_layer in self.matrices.items()}
+        stacked = {"conv": self.conv, "ssm": self.ssm, "kept": self.params["layers"]}
+        return {"matrices": matrices, "stacked": stacked}
 
     def grow(self, caches: tuple[jax.Array, ...], tokens: int) -> tuple[jax.Array, ...]:
         """Return the caches unchanged; they have room for all positions."""
@@ -144,12 +148,16 @@ class FusedDecoder:
         return caches
 
     def step(
-        self, x: jax.Array, caches: tuple[jax.Array, ...], position: jax.Array
+        self,
+        x: jax.Array,
+        modulation: Modulation,
+        caches: tuple[jax.Array, ...],
+        position: ArrayLike,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         cfg = self.config
         position = cfg.max_caption + position  # in the caches
-        parts = self.modulation.layers
+        parts = modulation.layers
         mixer_parts, mlp_parts = PARTS[parts.shape[2]]
         layers = self.params["layers"]
         hidden = x[:, 0]
@@ -159,13 +167,13 @@ class FusedDecoder:
         for layer in range(cfg.n_layer):
             # The input of the first layer has no pending division or gate.
             u, residual = self._seam(
-                hidden, residual, layers["norm"]["scale"], layer, mixer_parts[:2], last_gate, -1,
-                sum_squares if layer else None,
+                hidden, residual, layers["norm"]["scale"], parts, layer, mixer_parts[:2],
+                last_gate, -1, sum_squares if layer else None,
             )  # fmt: skip
             hidden, sum_squares, caches = self._mix(u, caches, layer, position)
             if mlp_parts:
                 u, residual = self._seam(
-                    hidden, residual, layers["norm2"]["scale"], layer, mlp_parts[:2],
+                    hidden, residual, layers["norm2"]["scale"], parts, layer, mlp_parts[:2],
                     mixer_parts[2], 0, sum_squares,
                 )  # fmt: skip
                 up, gate = jnp.split(self._linear(u, self.matrices["up"][layer]), 2, axis=-1)
@@ -175,10 +183,11 @@ class FusedDecoder:
         residual = residual + parts[-1, :, last_gate] * hidden
         x = rms_norm(residual, self.params["norm_f"]["scale"], cfg.norm_eps)
         x = rms_norm(x, self.params["final_layer"]["norm_final"]["scale"], cfg.norm_eps)
-        shift = self.modulation.final[0, :, 0]
-        scale = self.modulation.final[0, :, 1]
+        shift = modulation.final[0, :, 0]
+        scale = modulation.final[0, :, 1]
         x = modulate(x[:, None], shift, scale)[:, 0]
-        return self._linear(x, self.head, jnp.float32), caches
+        head = self.params["token_embedding"]["embedding"] if self.head is None else self.head
+        return self._linear(x, head, jnp.float32), caches
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
@@ -186,11 +195,13 @@ class FusedDecoder:
         """Sample one token per image with one kernel, int32 (b,); see `logits.sample`."""
         return sample(logits, uniform, **settings, implementation=self.implementation)
 
-    def _seam(self, hidden, residual, norm, layer, shift_scale, gate, gate_offset, sum_squares):
+    def _seam(
+        self, hidden, residual, norm, parts, layer, shift_scale, gate, gate_offset, sum_squares
+    ):
         """Add the output of the previous branch and prepare the input of the next one."""
         shift, scale = shift_scale
         return ops.add_norm_modulate(
-            hidden, residual, norm, self.modulation.layers, layer,
+            hidden, residual, norm, parts, layer,
             sum_squares=sum_squares, inner=self.config.d_inner, shift=shift, scale=scale,
             gate=gate, gate_offset=gate_offset, eps=self.config.norm_eps, mixer_eps=MIXER_EPS,
             dtype=self.dtype, implementation=self.implementation,
@@ -203,7 +214,7 @@ class FusedDecoder:
         return jax.lax.rsqrt(mean + MIXER_EPS)
 
     def _mix(
-        self, u: jax.Array, caches: tuple[jax.Array, ...], layer: int, position: jax.Array
+        self, u: jax.Array, caches: tuple[jax.Array, ...], layer: int, position: ArrayLike
     ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
         """Apply the mixer of a layer to u (b, d).
 
@@ -234,19 +245,81 @@ class FusedDecoder:
         return self._linear(y, matrices["out"]), sum_squares, tuple(caches)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "engine", "position"))
+def _kernel_caches(
+    caches: Sequence[Cache], *, config: AiMConfig, engine: Engine, position: int
+) -> tuple[jax.Array, ...]:
+    """Return the caches of the kernels from those of the layers after `position` inputs."""
+    cache = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+    windows = [getattr(cache, f"conv_{k}") for k in _convolved(config)]
+    # The native kernels compute the convolution in float32 and keep its inputs in float32.
+    ring_dtype = jnp.float32 if engine.implementation == "native" else config.compute_dtype
+    ring = ops.conv_ring(jnp.concatenate(windows, axis=-1).astype(ring_dtype), position)
+    rounded = functools.partial(jnp.asarray, dtype=engine.cache_dtype)
+    if isinstance(cache.ssm_state, ops.DualCache):
+        past = cache.ssm_state
+        return ring, rounded(past.inputs), rounded(past.B), past.log_decay
+    return ring, rounded(cache.ssm_state)
+
+
+def _convolved(config: AiMConfig) -> str:
+    """Return the names of the inputs of the convolutions, in the order of the kernels."""
+    return "xBC" if config.mixer == "mamba2" else "x"
+
+
+def _merged_projections(config: AiMConfig) -> dict[str, dict[str, int]]:
+    """Return the projections that share an input, and their numbers of outputs, by merged name."""
+    e = config.d_inner
+    n = config.d_state
+    gn = config.ngroups * n
+    if config.mixer == "mamba2":
+        return {"in": {"z": e, "x": e, "B": gn, "C": gn, "dt": config.n_heads}}
+    return {"in": {"x": e, "z": e}, "x": {"dt_in": config.dt_rank, "B": n, "C": n}, "dt": {"dt": e}}
+
+
 def _merged(layers: dict, config: AiMConfig) -> dict:
     """Return kernels (layers, in, out), concatenated where they share an input, by projection."""
     mixer = layers["mixer"]
 
-    def joined(*names):
+    def joined(names):
         return jnp.concatenate([mixer[f"{name}_proj"]["kernel"] for name in names], axis=-1)
 
-    if config.mixer == "mamba2":
-        merged = {"in": joined("z", "x", "B", "C", "dt")}
-    else:
-        merged = {"in": joined("x", "z"), "x": joined("dt_in", "B", "C"), "dt": joined("dt")}
-    merged["out"] = joined("out")
+    merged = {name: joined(parts) for name, parts in _merged_projections(config).items()}
+    merged["out"] = mixer["out_proj"]["kernel"]
     if config.d_intermediate:
         mlp = {name: layers["mlp"][name]["kernel"] for name in ("fc1", "gate", "fc2")}
         merged |= {"up": jnp.concatenate([mlp["fc1"], mlp["gate"]], axis=-1), "down": mlp["fc2"]}
     return merged
+
+
+def _block_params(layer: Layer, config: AiMConfig) -> dict:
+    """Return the parameters of `Block` for a layer of `FusedDecoder`."""
+
+    def parts(array: jax.Array, sizes: Iterable[int], axis: int) -> list[jax.Array]:
+        return jnp.split(array, np.cumsum(list(sizes))[:-1].tolist(), axis=axis)
+
+    matrices = layer.weights["matrices"]
+    own = jax.tree.map(lambda x: x[layer.index], layer.weights["stacked"])
+    conv = own["conv"]
+    ssm = own["ssm"]
+    mixer = {"out_proj": {"kernel": matrices["out"].T}}
+    for merged, sizes in _merged_projections(config).items():
+        for name, matrix in zip(sizes, parts(matrices[merged], sizes.values(), 0), strict=True):
+            mixer[f"{name}_proj"] = {"kernel": matrix.T}
+    gn = config.ngroups * config.d_state
+    widths = (config.d_inner, gn, gn)[: len(_convolved(config))]
+    kernels = parts(conv["conv_weight"], widths, -1)
+    biases = parts(conv["conv_bias"], widths, -1)
+    for name, kernel, bias in zip(_convolved(config), kernels, biases, strict=True):
+        mixer[f"conv_{name}"] = {"kernel": kernel, "bias": bias}
+    mixer |= own["kept"]["mixer"] | {"dt_bias": ssm["dt_bias"], "D": ssm["D"]}
+    if config.mixer == "mamba2":
+        mixer["norm"] = {"scale": ssm["norm_scale"]}
+    block = own["kept"] | {"mixer": mixer}
+    if config.d_intermediate:
+        fc1, gate = jnp.split(matrices["up"], 2)
+        block["mlp"] = {
+            "fc1": {"kernel": fc1.T}, "gate": {"kernel": gate.T},
+            "fc2": {"kernel": matrices["down"].T},
+        }  # fmt: skip
+    return block

@@ -17,7 +17,8 @@ from aim_jax.data.preprocessing import image_spec
 from aim_jax.models.captions import CaptionFeatures, rows_of
 from aim_jax.sampling.conditions import as_condition
 from aim_jax.sampling.config import SETTINGS
-from aim_jax.sampling.generate import encode_rows, generate
+from aim_jax.sampling.generate import generate
+from aim_jax.sampling.images import encode_rows
 from aim_jax.utils.checks import check_arguments, shortened
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import class_caption, make_grid, save_png, to_rgb, to_uint8

@@ -28,8 +28,8 @@ def guidance_at(
     position: jax.Array,
     num_tokens: int,
     scale: jax.Array,
-    schedule: str = "constant",
-    interval: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.0, 1.0),
+    schedule: str | jax.Array = "constant",
+    interval: tuple[float, float] | jax.Array = (0.0, 1.0),
 ) -> jax.Array:
     """Return the guidance scale for one token of an image.
 
@@ -40,10 +40,14 @@ def guidance_at(
       position: () int, index of the token.
       num_tokens: tokens per image.
       scale: () or (b,), the full guidance scale.
-      schedule: "constant", "linear" or "cosine".
+      schedule: "constant", "linear" or "cosine"; or () int32, its index in `SCHEDULES`.
       interval: guidance applies while the fraction position / num_tokens is in [start, end).
     """
-    ramp = RAMPS[schedule](jnp.asarray(position + 1, jnp.float32) / num_tokens)
+    progress = jnp.asarray(position + 1, jnp.float32) / num_tokens
+    if isinstance(schedule, str):
+        ramp = RAMPS[schedule](progress)
+    else:
+        ramp = jax.lax.select_n(schedule, *(ramp(progress) for ramp in RAMPS.values()))
     fraction = jnp.asarray(position, jnp.float32) / num_tokens
     inside = (fraction >= interval[0]) & (fraction < interval[1])
     return jnp.where(inside, 1 + (scale - 1) * ramp, 1.0)

@@ -64,6 +64,7 @@ class Pretrained:
       text: The text tokenizer of captions, if tokens of captions condition the AiM.
       sampling: The model's own values of fields of `aim_jax.sampling.SamplingConfig`.
       info: Further metadata of the directory (dataset, image size, provenance).
+      prepared: What `aim_jax.generate` keeps of the model, by implementation.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Pretrained:
     sampling: dict = dataclasses.field(default_factory=dict)
     info: dict = dataclasses.field(default_factory=dict)
     text: TextTokenizer | None = None
+    prepared: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         known = 0 if self.text is None else self.text.vocab_size

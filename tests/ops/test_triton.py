@@ -34,12 +34,10 @@ from aim_jax.sampling import logits as filters
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.generate import (
-    Method,
-    Request,
-    generate_on_device,
     generate_tokens,
-    make_decoder,
+    prepare_decoder,
 )
+from aim_jax.sampling.token_loop import Request, Series, generate_on_device, make_decoder
 from aim_jax.utils.random import random_key
 from benchmarks import kernels as kernel_benchmark
 from tests import triton_on_cpu  # noqa: F401  (lets the kernels run here)
@@ -743,10 +741,10 @@ def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, pr
     config, params = small_model(**changes)
 
     def generate(engine, prefix=None):
-        settings = dict(config=config, guided=guided, prefix=prefix, engine=engine)
+        settings = dict(guided=guided, prefix=prefix)
         return np.asarray(
             generate_tokens(
-                params,
+                prepare_decoder(params, config, engine),
                 jnp.array([1]),
                 3,
                 jnp.arange(1),
@@ -797,14 +795,14 @@ def test_a_prefix_leaves_what_its_steps_leave(form, changes):
     @jax.jit
     def both():
         _, modulation = AiM(config).apply({"params": params}, LABELS, method="condition")
-        decoder = make_decoder(params, modulation, config, Engine(form, "triton"))
+        decoder = make_decoder(params, config, Engine(form, "triton"))
 
         def step(caches, position):
             x = jax.lax.dynamic_slice_in_dim(inputs, position, 1, axis=1)
-            return decoder.step(x, caches, position)[1], None
+            return decoder.step(x, modulation, caches, position)[1], None
 
-        stepped, _ = jax.lax.scan(step, decoder.start(params, inputs[:, :0], 4), jnp.arange(3))
-        return stepped, decoder.start(params, inputs, 4)
+        stepped, _ = jax.lax.scan(step, decoder.start(inputs[:, :0], modulation, 4), jnp.arange(3))
+        return stepped, decoder.start(inputs, modulation, 4)
 
     for actual, expected in zip(*both(), strict=True):
         assert_close(actual, expected, 1e-5)
@@ -829,16 +827,16 @@ def test_a_bfloat16_model_keeps_its_stream_and_decays_in_float32(mixer):
 
     def decode(prefix):
         x, modulation = AiM(config).apply({"params": params}, LABELS, method="condition")
-        decoder = make_decoder(params, modulation, config, Engine("recurrent", "triton"))
-        return decoder.step(x, decoder.start(params, prefix, 4), 3)
+        decoder = make_decoder(params, config, Engine("recurrent", "triton"))
+        return decoder.step(x, modulation, decoder.start(prefix, modulation, 4), 3)
 
     jaxpr, (logits, caches) = jax.make_jaxpr(decode, return_shape=True)(jnp.zeros((1, 3, 8)))
     calls = list(kernel_calls(jaxpr.jaxpr))
-    scan, *step = {
+    read, *step = {
         "mamba2": ["ssd_prefill_kernel", "mamba2_step_kernel"],
         "mamba1": ["selective_scan_prefill_kernel", "conv_step_kernel", "mamba1_step_kernel"],
     }[mixer]
-    assert [name for name, _ in calls] == [scan] + 2 * ["add_norm_modulate_kernel", *step]
+    assert [name for name, _ in calls] == 2 * [read] + 2 * ["add_norm_modulate_kernel", *step]
     halved = {name for _, of in calls for name, dtype in of.items() if dtype == "bfloat16"}
     activations = {"hidden", "x", "B", "C", "z", "y", "projected", "conv_in", "conv"}
     # Of Mamba-1 dt is a projection too; and it has no sums, in whose place `hidden` is passed.
@@ -1012,15 +1010,14 @@ def trace_generation(config, engine, images=1, prefix=0, sharding=None):
     given = array(images, prefix, dtype=jnp.int32)
     settings = {name: array(images, dtype=setting.dtype) for name, setting in SETTINGS.items()}
     request = Request(ints, ints, settings, given)
-    method = Method(config, True, "constant", engine)
+    jax.clear_caches()  # no trace for another architecture is found
 
-    # A function of its own, so that no trace for another architecture is found.
-    def generate(params, request, interval):
-        return generate_on_device.__wrapped__(
-            params, jax.random.key_data(random_key(0)), request, interval, method=method
-        )
+    def generate(params, request):
+        decoder = make_decoder(params, config, engine)
+        series = Series.of(random_key(0), "constant", (0.0, 1.0))
+        return generate_on_device(decoder, request, series, guided=True)
 
-    return jax.jit(generate).trace(params, request, array(2))
+    return jax.jit(generate).trace(params, request)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -1033,7 +1030,8 @@ def test_generation_lowers_for_cuda(form, capability, monkeypatch):
     calls = cuda_calls(traced.lower(lowering_platforms=("cuda",)))
     step = {"recurrent": ("mamba2_step_kernel", 2), "dual": ("dual_step_kernel", 4)}[form]
     layer = [("add_norm_modulate_kernel", 1), step]
-    expected = [("ssd_prefill_kernel", 1), *layer, *layer, ("sample_kernel", 0)]
+    read = ("ssd_prefill_kernel", 1)
+    expected = [read, read, *layer, *layer, ("sample_kernel", 0)]
     assert [(name, len(aliased)) for name, _, aliased in calls] == expected
     assert {target for _, target, _ in calls} == {TARGETS[capability]}
 

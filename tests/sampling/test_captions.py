@@ -16,7 +16,7 @@ from aim_jax.models.captions import CaptionFeatures
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels
 from aim_jax.sampling.export import export_decode_step, export_sampler, flat_weights
-from aim_jax.sampling.generate import generate_tokens
+from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.grids import interpolate, sample_to_directory
 from aim_jax.weights.pretrained import save_model
 from tests.conftest import WORDS
@@ -39,9 +39,8 @@ def greedy(model, condition, engine=Engine("recurrent", "xla"), **options):  # n
     """Most likely tokens with guidance."""
     return np.asarray(
         generate_tokens(
-            model.aim_params, condition, 0, np.arange(len(condition)),
-            SamplingConfig(cfg_scale=2.0, top_k=1), config=model.aim_config, engine=engine,
-            **options,
+            prepare_decoder(model.aim_params, model.aim_config, engine), condition, 0,
+            np.arange(len(condition)), SamplingConfig(cfg_scale=2.0, top_k=1), **options,
         )
     )  # fmt: skip
 
@@ -125,21 +124,23 @@ def test_exported_programs_sample_the_same_tokens(model):
     settings = SamplingConfig(cfg_scale=2.0, top_k=1)
     expected = greedy(model, condition)
     per_image = {name: np.asarray(x) for name, x in settings.arrays(2).items()}
-    tokens, _ = export_sampler(model).call(
+    tokens, _, finite = export_sampler(model).call(
         weights, condition, np.uint32(0), np.arange(2, dtype=np.int32), per_image,
         np.array([0, 1], np.float32),
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, expected)
+    assert np.asarray(finite).tolist() == [True, True]
     programs = export_decode_step(model, 4)
     weights = {name: x for name, x in weights.items() if name.startswith("aim.")}
     rows = np.concatenate([condition, np.full_like(condition, -1)])
-    x, modulation, caches = programs["begin"].call(weights, rows)
+    laid_out = programs["prepare"].call(weights)
+    x, modulation, caches = programs["begin"].call(laid_out, rows)
     for position in range(3):
-        logits, caches = programs["step"].call(weights, x, modulation, caches)
+        logits, caches = programs["step"].call(laid_out, x, modulation, caches)
         guided = logits[2:] + 2 * (logits[:2] - logits[2:])
         token = np.argmax(guided, axis=-1).astype(np.int32)
         np.testing.assert_array_equal(token, expected[:, position])
-        x = programs["embed"].call(weights, np.tile(token, 2), np.int32(position))
+        x = programs["embed"].call(laid_out, np.tile(token, 2), np.int32(position))
 
 
 @pytest.mark.parametrize(

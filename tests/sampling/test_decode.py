@@ -16,8 +16,10 @@ from aim_jax.models.aim import init_params
 from aim_jax.sampling import decoder
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
-from aim_jax.sampling.generate import Method, Request, generate_on_device, generate_tokens
+from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
+from aim_jax.sampling.token_loop import Request, Series, generate_on_device, make_decoder
+from aim_jax.utils.random import random_key
 from tests import parity
 from tests.teacher_forced import teacher_forced_decode
 from tests.test_golden import GOLDEN
@@ -83,13 +85,11 @@ def tokens_of(config, params, engine, rows=3, first=0, scale=2.0, **options):
     index = first + jnp.arange(rows)
     return np.asarray(
         generate_tokens(
-            params,
+            prepare_decoder(params, config, engine),
             labels,
             3,
             index,
             SamplingConfig(scale, 0.9, 20, 0.95),
-            config=config,
-            engine=engine,
             **options,
         )
     )
@@ -297,10 +297,10 @@ def test_the_compiled_loop_copies_no_cache(engine):
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
     settings = {name: jax.ShapeDtypeStruct((2,), s.dtype) for name, s in SETTINGS.items()}
     request = Request(ints, ints, settings, jax.ShapeDtypeStruct((2, 0), jnp.int32))
-    random = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    method = Method(config, True, "constant", engine)
-    interval = jax.ShapeDtypeStruct((2,), jnp.float32)
-    compiled = generate_on_device.lower(params, random, request, interval, method=method).compile(
+    decoder = jax.eval_shape(lambda params: make_decoder(params, config, engine), params)
+    series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
+    generate = jax.jit(functools.partial(generate_on_device, guided=True))
+    compiled = generate.lower(decoder, request, series).compile(
         {"xla_backend_optimization_level": 3}
     )
     text = compiled.as_text()

@@ -161,25 +161,26 @@ def test_sampler_matches_class_names_exactly_first():
 def test_step_loops_to_the_greedy_tokens(tiny_model, exported):
     programs = {
         name: jax.export.deserialize((exported / f"{name}.jax").read_bytes())
-        for name in ("begin", "step", "embed")
+        for name in ("prepare", "begin", "step", "embed")
     }
     weights = load_file(exported / "weights.safetensors")
     weights = {name: w for name, w in weights.items() if name.startswith("aim.")}
     labels = jnp.array([2, 0, 3, 3], jnp.int32)  # two images, and their rows of the null class
-    x, modulation, caches = programs["begin"].call(weights, labels)
+    laid_out = programs["prepare"].call(weights)
+    x, modulation, caches = programs["begin"].call(laid_out, labels)
     drawn = []
     for position in range(tiny_model.aim_config.num_tokens):
-        logits, caches = programs["step"].call(weights, x, modulation, caches)
+        logits, caches = programs["step"].call(laid_out, x, modulation, caches)
         conditional, null = jnp.split(logits, 2)
         token = jnp.argmax(null + 2.0 * (conditional - null), axis=-1).astype(jnp.int32)
         drawn.append(token)
-        x = programs["embed"].call(weights, jnp.tile(token, 2), jnp.int32(position))
+        x = programs["embed"].call(laid_out, jnp.tile(token, 2), jnp.int32(position))
     expected = generate(tiny_model, [2, 0], cfg_scale=2.0, top_k=1)
     np.testing.assert_array_equal(np.stack(drawn, axis=1), expected.tokens)
 
 
 def test_stablehlo_has_the_arguments_that_are_described(exported):
-    for name in ("begin", "step", "embed"):
+    for name in ("prepare", "begin", "step", "embed"):
         described = json.loads((exported / f"{name}.json").read_text())
         bytecode = (exported / f"{name}.mlirbc").read_bytes()
         assert bytecode[:4] == b"ML\xefR"

@@ -1,5 +1,6 @@
 """Guidance, filters, the draw, and whole generated images."""
 
+import contextlib
 import dataclasses
 import json
 from unittest import mock
@@ -12,8 +13,10 @@ import pytest
 
 from aim_jax import generate
 from aim_jax.models import AiM
+from aim_jax.sampling import token_loop
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
-from aim_jax.sampling.generate import encode_rows, generate_on_device, generate_tokens
+from aim_jax.sampling.generate import NonFiniteError, generate_tokens, prepare, prepare_decoder
+from aim_jax.sampling.images import encode_rows
 from aim_jax.sampling.logits import (
     _invert,
     apply_cfg,
@@ -24,6 +27,7 @@ from aim_jax.sampling.logits import (
     filter_top_p,
     guidance_at,
 )
+from aim_jax.sampling.padding import pad_rows, padded_count
 from aim_jax.utils.images import to_uint8
 
 
@@ -164,7 +168,12 @@ def tokens_of(model, labels, first=0, cfg_scale=2.0, k=0, guided=True, seed=3):
     sampling = SamplingConfig(cfg_scale, top_k=k)
     return np.asarray(
         generate_tokens(
-            model.aim_params, labels, seed, index, sampling, config=model.aim_config, guided=guided
+            prepare_decoder(model.aim_params, model.aim_config),
+            labels,
+            seed,
+            index,
+            sampling,
+            guided=guided,
         )
     )
 
@@ -302,7 +311,7 @@ def test_classes_go_by_name_and_seeds_by_any_integer(tiny_model):
     for seed in (3, np.int64(3), jnp.asarray(3)):
         found = generate(tiny_model, ["house", "old tree"], seed=seed).tokens
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match=r"Pretrained from aim_jax\.load_pretrained, got str"):
+    with pytest.raises(ValueError, match=r"Pretrained from aim_jax\.load_pretrained, or .* got str"):
         generate("cifar10", [0])
 
 
@@ -359,12 +368,19 @@ def test_seeds_are_integers_or_keys_of_a_named_generator(tiny_model):
         generate(tiny_model, labels, jax.random.split(key, 2))
 
 
-def test_seeds_and_settings_retrace_nothing(tiny_model):
-    """One program serves all seeds, labels and numeric settings."""
-    traced = chex.assert_max_traces(generate_on_device.__wrapped__, n=1)
-    compiled = jax.jit(traced, static_argnames="method")
-    with mock.patch("aim_jax.sampling.generate.generate_on_device", compiled):
-        chex.clear_trace_counter()
+@contextlib.contextmanager
+def one_loop():
+    """Fail if the token loop is traced twice."""
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(token_loop._sample_tokens, n=1)
+    loop = jax.jit(traced, static_argnames="guided", donate_argnames="loop")
+    with mock.patch("aim_jax.sampling.token_loop._advance_traced", loop):
+        yield
+
+
+def test_one_program_serves_all_requests_of_a_size(tiny_model):
+    """Seeds, labels, settings, schedules, prefixes and callbacks, and 3 as well as 4 images."""
+    with one_loop():
         for seed, settings in enumerate(
             (
                 {},
@@ -372,9 +388,74 @@ def test_seeds_and_settings_retrace_nothing(tiny_model):
                 {"temperature": 0.5},
                 {"top_k": 3},
                 {"top_p": 0.5, "min_p": 0.1},
+                {"cfg_schedule": "cosine", "cfg_interval": (0.1, 0.9)},
             )
         ):
-            generate(tiny_model, [seed % 3, 1], seed, **settings)
+            expected = generate(tiny_model, [seed % 3, 1, 2], seed, **settings).tokens
+        labels = [5 % 3, 1, 2, 0]
+        np.testing.assert_array_equal(
+            generate(tiny_model, labels, 5, **settings).tokens[:3], expected
+        )
+        for length in (1, 3):
+            prefix = np.asarray(expected)[:, :length]
+            completed = generate(tiny_model, labels[:3], 5, prefix=prefix, **settings).tokens
+            np.testing.assert_array_equal(completed, expected)
+        seen = []
+        watched = generate(tiny_model, labels, 5, callback=seen.append, every=3, **settings).tokens
+        np.testing.assert_array_equal(watched[:3], expected)
+        assert [samples.tokens.shape for samples in seen] == [(4, 3), (4, 4)]
+
+
+def test_batches_are_padded_to_few_sizes():
+    sizes = sorted({padded_count(count) for count in range(1, 65)})
+    assert sizes == [1, 2, 4, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert all(0.8 * padded_count(count) <= count for count in range(8, 10_000))
+    rows = pad_rows({"a": np.arange(3), "b": np.ones((3, 2))}, 5)
+    np.testing.assert_array_equal(rows["a"], [0, 1, 2, 0, 0])
+    assert rows["b"].shape == (5, 2)
+
+
+def test_a_prepared_model_generates_the_same_without_the_parameters(tiny_model):
+    prepared = prepare(tiny_model, "xla")
+    assert prepared.model.aim_params is None
+    for options in ({}, {"form": "dual"}, {"cfg_scale": 1.0}):
+        expected = generate(tiny_model, ["boat", "house"], 3, implementation="xla", **options)
+        actual = prepared.generate(["boat", "house"], 3, **options)
+        np.testing.assert_array_equal(actual.tokens, expected.tokens)
+        np.testing.assert_array_equal(actual.images, expected.images)
+    with pytest.raises(ValueError, match=r"prepared for 'xla'; pass it to aim_jax\.prepare"):
+        prepared.generate([0], implementation="native")
+    with pytest.raises(ValueError, match="requires an AiM and a tokenizer"):
+        prepare(dataclasses.replace(tiny_model, vq_config=None, vq_params=None))
+
+
+def test_weights_are_laid_out_once_per_model(tiny_model):
+    """And again for other parameters, also if they replace those of the same model."""
+    model = dataclasses.replace(tiny_model, aim_params=dict(tiny_model.aim_params))
+    assert model.prepared == {}
+    first = generate(model, [0, 1], 3).tokens
+    ((_, prepared),) = model.prepared.values()
+    generate(model, [2], 4, form="recurrent")
+    assert [known for _, known in model.prepared.values()] == [prepared]
+    model.aim_params["token_embedding"] = {
+        "embedding": -model.aim_params["token_embedding"]["embedding"]
+    }
+    changed = generate(model, [0, 1], 3).tokens
+    assert (np.asarray(changed) != np.asarray(first)).any()
+    np.testing.assert_array_equal(
+        changed, generate(dataclasses.replace(model, name="copy"), [0, 1], 3).tokens
+    )
+
+
+@pytest.mark.parametrize("callback", [None, print])
+def test_logits_that_are_not_finite_are_refused(tiny_model, callback):
+    params = dict(tiny_model.aim_params)
+    scale = params["norm_f"]["scale"]
+    for value in (jnp.nan, jnp.inf):
+        params["norm_f"] = {"scale": scale.at[0].set(value)}
+        broken = dataclasses.replace(tiny_model, aim_params=params)
+        with pytest.raises(NonFiniteError, match="infinite or not a number, from which no token"):
+            generate(broken, [0, 1], callback=callback)
 
 
 def test_to_uint8_clips_and_rounds():

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from aim_jax.models import PRESETS, AiM, VQConfig
 from aim_jax.sampling.config import SamplingConfig
-from aim_jax.sampling.generate import generate, generate_tokens
+from aim_jax.sampling.generate import generate, generate_tokens, prepare_decoder
 from aim_jax.weights import convert
 from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
 from aim_jax.weights.convert import files
@@ -375,8 +375,9 @@ def test_converted_weights_sample_at_the_official_positions(tmp_path):
 
     def greedy(model):
         return generate_tokens(
-            model.aim_params, jnp.asarray(expected["decode_labels"]), 0, jnp.arange(2),
-            SamplingConfig(float(expected["cfg_scale"]), top_k=1), config=model.aim_config,
+            prepare_decoder(model.aim_params, model.aim_config),
+            jnp.asarray(expected["decode_labels"]), 0, jnp.arange(2),
+            SamplingConfig(float(expected["cfg_scale"]), top_k=1),
         )  # fmt: skip
 
     np.testing.assert_array_equal(greedy(model), expected["greedy_tokens_official"])
