@@ -359,8 +359,7 @@ class AiM(nn.Module):
 
     def head(self, x: jax.Array) -> jax.Array:
         """Project features (b, l, d) to float32 logits (b, l, v)."""
-        table = self.output_table()
-        return product("bld,vd->blv", x.astype(table.dtype), table)
+        return project(x, self.output_table())
 
     def output_table(self) -> jax.Array:
         """Return the token embeddings (v, d), the tied output matrix, in the compute dtype."""
@@ -369,6 +368,11 @@ class AiM(nn.Module):
     def _tied(self, embedding: nn.Embed, axis: str) -> jax.Array:
         table = embedding.embedding.astype(self.config.compute_dtype)
         return gathered(table, (axis, "embed"))
+
+
+def project(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Project features (b, l, d) to float32 logits (b, l, v) with a table (v, d)."""
+    return product("bld,vd->blv", x.astype(table.dtype), table)
 
 
 @check_arguments

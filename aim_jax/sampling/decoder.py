@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
 from aim_jax import ops
-from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_layer_cache
+from aim_jax.models.aim import AiM, Block, Cache, Modulation, init_layer_cache, project
 from aim_jax.models.config import AiMConfig
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
@@ -129,6 +129,17 @@ class Decoder(Protocol):
         """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
 
 
+def own_head(params: dict, config: AiMConfig) -> jax.Array | None:
+    """Return the matrix of the logits (v, d), or None if it is the table of the tokens as it is."""
+    table = params["token_embedding"]["embedding"]
+    return None if table.dtype == config.compute_dtype else table.astype(config.compute_dtype)
+
+
+def output_table(params: dict, head: jax.Array | None) -> jax.Array:
+    """Return the matrix of the logits (v, d) of a decoder; see `own_head`."""
+    return params["token_embedding"]["embedding"] if head is None else head
+
+
 @struct.dataclass
 class ModuleDecoder:
     """Decoder that applies the Flax modules layer by layer.
@@ -136,10 +147,18 @@ class ModuleDecoder:
     A loop over stacked parameters would copy and cast the slice of each layer in each step. Here
     every layer has matrices of its own, in the compute dtype and as (out, in). On CPU, products of
     few rows are fastest when a matrix row holds the weights of one output.
+
+    Attributes:
+      params: AiM parameters without those of the layers.
+      layers: the parameters of each layer by path.
+      head: see `own_head`.
+      config: configuration of the model.
+      engine: a resolved engine.
     """
 
     params: dict
     layers: list[dict]
+    head: jax.Array | None
     config: AiMConfig = struct.field(pytree_node=False)
     engine: Engine = struct.field(pytree_node=False)
 
@@ -162,7 +181,8 @@ class ModuleDecoder:
 
         other_params = {name: value for name, value in params.items() if name != "layers"}
         layers = [layer_params(i) for i in range(config.n_layer)]
-        return cls(other_params, layers, config, engine)  # type: ignore[call-arg]
+        head = own_head(params, config)
+        return cls(other_params, layers, head, config, engine)  # type: ignore[call-arg]
 
     def with_engine(self, engine: Engine) -> "ModuleDecoder":
         """Return the decoder with another form or cache dtype; weights are shared."""
@@ -213,8 +233,8 @@ class ModuleDecoder:
             x, cache = block.apply(variables, x, modulation.layers[i], cache)
             updated.append(cache)
         model = AiM(self.config)
-        logits = model.apply({"params": self.params}, x, modulation.final, method="logits")
-        return logits[:, 0], updated
+        x = model.apply({"params": self.params}, x, modulation.final, method="final")
+        return project(x, output_table(self.params, self.head))[:, 0], updated
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]

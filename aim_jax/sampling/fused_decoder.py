@@ -21,7 +21,7 @@ from aim_jax import ops
 from aim_jax.models.aim import Cache, Modulation, init_layer_cache
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
-from aim_jax.sampling.decoder import Layer, prefill
+from aim_jax.sampling.decoder import Layer, output_table, own_head, prefill
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
@@ -41,7 +41,7 @@ class FusedDecoder:
     Attributes:
       params: AiM parameters, with only the norms and A_log of the layers.
       matrices: one matrix (out, in) per layer, by the name of its projection.
-      head: (v, d), the matrix of the logits; None if that is the table of the token embeddings.
+      head: see `aim_jax.sampling.decoder.own_head`.
       conv: parameters of the convolutions, by the names of the kernels, layers stacked.
       ssm: the other parameters of the mixers, by the names of the kernels, layers stacked.
       config: configuration of the model.
@@ -82,8 +82,7 @@ class FusedDecoder:
         ssm = {"dt_bias": mixer["dt_bias"], "A": -jnp.exp(mixer["A_log"]), "D": mixer["D"]}
         if config.mixer == "mamba2":
             ssm["norm_scale"] = mixer["norm"]["scale"]
-        table = params["token_embedding"]["embedding"]
-        head = None if table.dtype == config.compute_dtype else table.astype(config.compute_dtype)
+        head = own_head(params, config)
         kept = {k: v for k, v in params["layers"].items() if k.startswith("norm")}
         kept["mixer"] = {"A_log": mixer["A_log"]}
         return cls(  # type: ignore[call-arg]
@@ -186,8 +185,7 @@ class FusedDecoder:
         shift = modulation.final[0, :, 0]
         scale = modulation.final[0, :, 1]
         x = modulate(x[:, None], shift, scale)[:, 0]
-        head = self.params["token_embedding"]["embedding"] if self.head is None else self.head
-        return self._linear(x, head, jnp.float32), caches
+        return self._linear(x, output_table(self.params, self.head), jnp.float32), caches
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]

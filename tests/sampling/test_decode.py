@@ -13,12 +13,12 @@ from flax import linen as nn
 from aim_jax import generate
 from aim_jax.models import PRESETS, AiMConfig
 from aim_jax.models.aim import init_params
-from aim_jax.sampling import decoder
+from aim_jax.sampling import decoder, token_loop
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
-from aim_jax.sampling.token_loop import Request, Series, generate_on_device, make_decoder
+from aim_jax.sampling.token_loop import Request, Series, make_decoder
 from aim_jax.utils.random import random_key
 from tests import parity
 from tests.teacher_forced import teacher_forced_decode
@@ -287,25 +287,36 @@ def test_without_a_compiler_the_modules_decode(monkeypatch, tmp_path, caplog):
 # The compiled loop
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_compiled_loop_copies_no_cache(engine):
-    """Inside the loop nothing but the kernels' outputs has the size of a state or cache."""
-    config = AiMConfig(
-        vocab_size=32, num_classes=2, num_tokens=64, d_model=64, n_layer=2, d_state=64, headdim=32,
-    )  # fmt: skip
+LOOP_CONFIG = AiMConfig(
+    vocab_size=32, num_classes=2, num_tokens=64, d_model=48, n_layer=2, d_state=64, headdim=32,
+)  # fmt: skip
+
+
+def compiled_generation(engine, compute_dtype):
+    """Computations of the compiled loop of two images, by name, and the laid out weights."""
+    config = dataclasses.replace(LOOP_CONFIG, compute_dtype=compute_dtype)
     params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
     settings = {name: jax.ShapeDtypeStruct((2,), s.dtype) for name, s in SETTINGS.items()}
     request = Request(ints, ints, settings, jax.ShapeDtypeStruct((2, 0), jnp.int32))
     decoder = jax.eval_shape(lambda params: make_decoder(params, config, engine), params)
     series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
-    generate = jax.jit(functools.partial(generate_on_device, guided=True))
-    compiled = generate.lower(decoder, request, series).compile(
-        {"xla_backend_optimization_level": 3}
+    begin = functools.partial(token_loop._begin, guided=True)
+    modulation, loop = jax.eval_shape(begin, decoder, request, series)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = token_loop._advance_traced.lower(
+        decoder, modulation, loop, settings, series, position, position, guided=True
     )
-    text = compiled.as_text()
+    return lowered.compile({"xla_backend_optimization_level": 3}).as_text(), decoder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_compiled_loop_copies_no_cache(engine):
+    """Inside the loop nothing but the kernels' outputs has the size of a state or cache."""
+    text, _ = compiled_generation(engine, "float32")
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     assert bodies
+    config = LOOP_CONFIG
     rows, h, p, n, t = 4, config.n_heads, config.headdim, config.d_state, config.num_tokens
     shapes = {"recurrent": [(rows, h, p, n)], "dual": [(rows, t, h, p), (rows, t, 1, n)]}
     shapes = [",".join(map(str, s)) for s in shapes[engine.form]]
@@ -316,3 +327,34 @@ def test_the_compiled_loop_copies_no_cache(engine):
     assert len(lines) > 20
     copies = [line.strip()[:120] for line in lines if size.search(line)]
     assert not copies, "\n".join(copies)
+
+
+@pytest.mark.parametrize(
+    ("engine", "compute_dtype"),
+    [
+        pytest.param(MODULES, "float32", id="xla"),
+        pytest.param(Engine("recurrent", "native"), "float32", id="native", marks=native_only),
+        pytest.param(Engine("dual", "native"), "bfloat16", id="bfloat16", marks=native_only),
+    ],
+)
+def test_the_compiled_loop_makes_no_weights(engine, compute_dtype):
+    """They are arguments: no instruction results in a matrix, in any dtype or orientation."""
+    text, decoder = compiled_generation(engine, compute_dtype)
+    matrices = {x.shape for x in jax.tree.leaves(decoder) if x.ndim == 2 and min(x.shape) > 8}
+    assert len(matrices) >= 4
+    shapes = {",".join(map(str, order)) for shape in matrices for order in (shape, shape[::-1])}
+    made = re.compile(r"= \w+\[({})\]\S* ([\w\-]+)\(".format("|".join(map(re.escape, shapes))))
+    # Views of a matrix are no work, nor are instructions inside of a fusion.
+    views = {"parameter", "get-tuple-element", "bitcast", "while", "transpose"}
+    fused = set(re.findall(r"calls=%?([\w.\-]+)", text))
+    computations = dict(
+        re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
+    )
+    found = [
+        line.strip()[:150]
+        for name, body in computations.items()
+        if name not in fused
+        for line in body.splitlines()
+        if (match := made.search(line)) and match.group(2) not in views
+    ]
+    assert not found, "\n".join(found)

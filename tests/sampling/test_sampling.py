@@ -311,7 +311,9 @@ def test_classes_go_by_name_and_seeds_by_any_integer(tiny_model):
     for seed in (3, np.int64(3), jnp.asarray(3)):
         found = generate(tiny_model, ["house", "old tree"], seed=seed).tokens
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match=r"Pretrained from aim_jax\.load_pretrained, or .* got str"):
+    with pytest.raises(
+        ValueError, match=r"Pretrained from aim_jax\.load_pretrained, or .* got str"
+    ):
         generate("cifar10", [0])
 
 
