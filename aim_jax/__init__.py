@@ -27,6 +27,7 @@ __all__ = [
     "evaluation",
     "generate",
     "init_cache",
+    "keep_compiled_programs",
     "load_pretrained",
     "models",
     "ops",
@@ -57,20 +58,22 @@ if TYPE_CHECKING:
     from aim_jax.sampling.config import SamplingConfig
     from aim_jax.sampling.generate import PreparedModel, generate, prepare
     from aim_jax.sampling.images import Samples
+    from aim_jax.utils.compiled import keep_compiled_programs
     from aim_jax.weights import Pretrained, load_pretrained, save_model
 
-# Public names by the subpackage that exports them. All other names in `__all__` are subpackages.
+# Public names by the module that exports them. All other names in `__all__` are subpackages.
 _EXPORTS = {
     "models": ("PRESETS", "AiM", "AiMConfig", "VQConfig", "VQModel", "init_cache"),
     "sampling": ("PreparedModel", "SamplingConfig", "Samples", "generate", "prepare"),
+    "utils.compiled": ("keep_compiled_programs",),
     "weights": ("Pretrained", "load_pretrained", "save_model"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    for subpackage, names in _EXPORTS.items():
+    for module, names in _EXPORTS.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{subpackage}"), name)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from aim_jax.ops.native.build import BuildError
 from aim_jax.parallel import processes
 from aim_jax.sampling.config import SETTINGS
 from aim_jax.training.monitor import BadStepsError
-from aim_jax.utils.cache import cache_directory
+from aim_jax.utils.compiled import keep_compiled_programs
 from aim_jax.utils.files import FULL, DiskFullError
 from aim_jax.utils.names import printable
 from aim_jax.utils.signals import (
@@ -378,18 +378,6 @@ def cores_as_devices() -> None:
     is_set = jax.config.jax_num_cpu_devices != -1  # type: ignore[attr-defined]
     if not is_set and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
-
-
-def keep_compiled_programs() -> None:
-    """Enable JAX's persistent compilation cache, so that a second run compiles little.
-
-    Programs that take over half a second to compile are stored in `cache_directory`, which only the
-    user can write, because they are code that runs. JAX_COMPILATION_CACHE_DIR sets another
-    directory, which is not checked, and JAX_ENABLE_COMPILATION_CACHE=0 disables the cache.
-    """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory("compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def numbers(name: str, texts: Sequence[str]) -> list[float]:

@@ -43,7 +43,7 @@ class SamplingConfig:
 
     Guidance, temperature and filters are applied in the order of the fields. Each numeric setting
     is one number for all images, or a sequence with one number per image. `cfg_schedule` and
-    `cfg_interval` hold for the whole batch; the schedule is compiled into the sampling loop.
+    `cfg_interval` hold for the whole batch.
 
     Attributes:
       cfg_scale: scale of classifier-free guidance; 1 disables it. See

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aim_jax import generate
+from aim_jax import generate, keep_compiled_programs
 from aim_jax.models import AiM
 from aim_jax.sampling import token_loop
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
@@ -447,6 +447,21 @@ def test_weights_are_laid_out_once_per_model(tiny_model):
     np.testing.assert_array_equal(
         changed, generate(dataclasses.replace(model, name="copy"), [0, 1], 3).tokens
     )
+
+
+def test_compiled_programs_are_kept_in_one_call(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        keep_compiled_programs()  # a directory that is set stays
+        assert jax.config.jax_compilation_cache_dir == before
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled_programs()
+        kept = tmp_path / "aim_jax" / "compiled"
+        assert jax.config.jax_compilation_cache_dir == str(kept) and kept.is_dir()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.mark.parametrize("callback", [None, print])
