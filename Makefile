@@ -2,8 +2,13 @@
 # PYTHON selects the interpreter of the environment and VENV its directory:  make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
-# Number of tests that run in parallel. Each takes up to 3 GB of memory.
-WORKERS ?= 2
+# Number of tests that run in parallel: one more than the processors, because some tests wait, but no
+# more than memory allows, because each may take 3 GB.
+WORKERS ?= $(shell \
+  cores=$$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1); \
+  memory=$$(awk '/^MemAvailable/ {print int($$2 / 3500000)}' /proc/meminfo 2> /dev/null); \
+  workers=$$((cores + 1)); limit=$${memory:-2}; \
+  echo $$((limit < 1 ? 1 : workers < limit ? workers : limit)))
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from aim_jax.models import PRESETS
-from aim_jax.models.aim import init_params
+from aim_jax.models.aim import param_shapes
 from aim_jax.utils.checksums import sha256
 from aim_jax.weights.pretrained import EXPORT_DTYPES, Pretrained, load_pretrained, save_model
 
@@ -28,7 +27,7 @@ def random_model(size: str) -> Pretrained:
     """Return an AiM of random float32 values, which cannot be compressed."""
     config = PRESETS[size]
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    shapes = param_shapes(config)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
     return Pretrained(f"AiM-{size}", aim_config=config, aim_params=params)
 

@@ -72,6 +72,9 @@ def aim_defaults() -> ConfigDict:
     config.codes = ""
     # File of the text tokenizer of a model with condition="text"; see aim-jax train_text_tokenizer.
     config.text_tokenizer = ""
+    # File of the captions' features, instead, of a model with caption_features; see
+    # docs/text_to_image.md.
+    config.caption_features = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.model.scan_implementation = placeholder(str)  # None chooses by the devices
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})

@@ -10,6 +10,7 @@ fit into memory.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from aim_jax.cli.common import define_config
-from aim_jax.models.aim import init_params
+from aim_jax.models.aim import param_shapes
 from aim_jax.models.captions import condition_of, condition_shapes
 from aim_jax.models.config import AiMConfig
 from aim_jax.ops.implementation import compiling_kernels_for
@@ -96,7 +96,6 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     mesh = device_mesh(tuple(devices))
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.eval_shape(lambda: nn.unbox(init_params(model, jax.random.key(0))))
     count = images * len(devices)
 
     def per_image(dtype: DTypeLike, *shape: int) -> Any:  # stands for an array
@@ -109,7 +108,8 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     request = Request(condition, ints, settings, per_image(jnp.int32, 0))
     # Plain XLA, because the Triton kernels query the local GPU.
     engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
-    decoder = jax.eval_shape(lambda params: make_decoder(params, model, engine), params)
+    make = functools.partial(make_decoder, config=model, engine=engine)
+    decoder = jax.eval_shape(make, param_shapes(model))
     series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
     decoder, series = (
         jax.tree.map(lambda x: x.update(sharding=replicated), tree) for tree in (decoder, series)

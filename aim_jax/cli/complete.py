@@ -9,7 +9,7 @@ Each row of the grid shows an image, its kept part, and its completions.
 from absl import flags
 
 from aim_jax.cli.common import define_sampling_flags, given_settings
-from aim_jax.cli.sample import chosen
+from aim_jax.cli.sample import chosen, define_caption_features, with_caption_features
 
 
 def define_flags() -> None:
@@ -20,6 +20,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("classes", [], "Class name or id of each image.")
     flags.DEFINE_list("captions", [], "Caption of each image, for a model of captions.")
+    define_caption_features()
     flags.DEFINE_integer("rows", 0, "Rows of tokens to keep. Default: half of them.", lower_bound=0)
     flags.DEFINE_integer("count", 8, "Completions per image.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0)
@@ -36,7 +37,7 @@ def main() -> None:
     from aim_jax.weights.pretrained import load_pretrained
 
     f = flags.FLAGS
-    model = load_pretrained(f.checkpoint)
+    model = with_caption_features(load_pretrained(f.checkpoint), f.caption_features)
     if not f.classes and not f.captions:
         raise ValueError("--classes or --captions: name the class or caption of each image.")
     classes = chosen(model, f.classes, f.captions, "")

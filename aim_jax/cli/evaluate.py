@@ -23,6 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from aim_jax.cli.common import cores_as_devices, define_config
+from aim_jax.cli.sample import define_caption_features, with_caption_features
 from aim_jax.parallel import processes
 from aim_jax.utils.cache import cache_directory
 
@@ -48,6 +49,7 @@ def define_flags() -> None:
         "Prompts of a model of captions: a text file of one caption per line, or NAME:SPLIT of a "
         "dataset; short for --config.captions. Default: the captions of the reference.",
     )
+    define_caption_features()
     flags.DEFINE_string("data", "", "Directory of the dataset; short for --config.data.dir.")
     flags.DEFINE_string(
         "inception",
@@ -78,7 +80,9 @@ def main() -> None:
         )
     f.config.data.dir = f.data or f.config.data.dir
     f.config.captions = f.captions or f.config.captions
-    model = load_pretrained(f.checkpoint) if f.checkpoint else None
+    model = None
+    if f.checkpoint:
+        model = with_caption_features(load_pretrained(f.checkpoint), f.caption_features)
     report = evaluate(
         model, f.samples, f.reference, load_inception(f.inception), f.config, Path(f.out),
         cache_directory("references"), reconstructions=f.reconstruct,

@@ -32,6 +32,7 @@ def define_flags() -> None:
         "Captions, for a model of captions; one with a comma in quotes: '\"a cat, asleep\",a dog'.",
     )
     flags.DEFINE_string("captions_file", "", "File of more captions, one per line.")
+    define_caption_features()
     flags.DEFINE_bool(
         "strict", False, "Refuse captions that are too long, which are cut otherwise."
     )
@@ -108,6 +109,7 @@ def main() -> None:
         model = model.with_position_offset(int(f.position_offset))
     if f.compute_dtype:
         model = model.with_compute_dtype(f.compute_dtype)
+    model = with_caption_features(model, f.caption_features)
     classes = chosen(model, f.classes, f.captions, f.captions_file, f.strict)
     for path in sample_to_directory(
         model, classes, f.per_class, Path(f.out), seed=f.seed, batch_size=f.batch_size,
@@ -115,6 +117,20 @@ def main() -> None:
         implementation=f.implementation, form=f.form, cache_dtype=f.cache_dtype, **settings,
     ):  # fmt: skip
         print(path)
+
+
+def define_caption_features() -> None:
+    """Define the flag of the file of features."""
+    flags.DEFINE_string(
+        "caption_features",
+        "",
+        "File of the features of captions, for a model that takes those of another encoder.",
+    )
+
+
+def with_caption_features(model: "Pretrained", path: str) -> "Pretrained":
+    """Return the model with the file that the flag names, if any."""
+    return model.with_caption_features(path) if path else model
 
 
 def chosen(
@@ -135,11 +151,11 @@ def chosen(
     Raises:
       ValueError: the model takes the other kind, no caption is given, or one is too long.
     """
-    from aim_jax.utils.names import read_names
+    from aim_jax.data.captions import read_captions
     from aim_jax.weights.pretrained import class_ids
 
     if captions_file:
-        captions = [*captions, *read_names(captions_file)]
+        captions = [*captions, *read_captions(captions_file)]
     config, _ = model.aim()
     if not config.is_text:
         if captions:
@@ -147,8 +163,8 @@ def chosen(
         return class_ids(model, classes)
     if model.text is None:
         raise ValueError(
-            f"{model.name} takes features of captions, from another encoder; generate its images "
-            "with aim_jax.generate."
+            f"{model.name} takes features of captions, from another encoder; name their file by "
+            "--caption_features."
         )
     if classes:
         raise ValueError(f"{model.name} has no classes; write --captions.")

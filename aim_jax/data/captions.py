@@ -1,10 +1,13 @@
 """Captions of images: cleaning, and counts of everything that is wrong with them."""
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from aim_jax.utils.logging import say
 from aim_jax.utils.names import JOINERS, REFUSED, short_list
 
 NAME = "captions"  # of the dataset in `open_images`
@@ -92,6 +95,35 @@ def decoded(data: bytes, name: str, problems: Problems) -> str | None:
     except UnicodeDecodeError:
         problems.add(NOT_TEXT, name)
         return None
+
+
+def read_captions(path: str | os.PathLike) -> list[str]:
+    """Read a file of one caption per line, to generate images from.
+
+    Captions are cleaned as those of datasets, and a line says what was changed. Blank lines at the
+    end do not count; another blank line is the empty caption.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: It is not UTF-8 or UTF-16 text, or holds no caption.
+    """
+    data = Path(path).read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = text.rstrip().splitlines()
+    if not lines:
+        raise ValueError(f"{path} holds no caption; expected one per line.")
+    problems = Problems()
+    captions = []
+    for number, line in enumerate(lines, 1):
+        caption = clean(line, f"line {number}", problems) if line.strip() else ""
+        captions.append(caption or "")
+    if problems.lines():
+        say(summary_of(str(path), problems))
+    return captions
 
 
 def caption_of(entry: Mapping[str, Any], field: str, name: str, problems: Problems) -> str | None:

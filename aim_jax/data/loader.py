@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from aim_jax.data.features import CaptionTable, caption_entries
 from aim_jax.data.preprocessing import ImageSpec, preprocess
 from aim_jax.data.sources import (
     UNREADABLE,
@@ -289,7 +290,7 @@ def image_batches(
     shard_index: int = 0,
     shard_count: int = 1,
     workers: int = 0,
-    captions: np.ndarray | None = None,
+    captions: CaptionTable | None = None,
 ) -> Prefetched:
     """Return an iterator over batches of images.
 
@@ -308,12 +309,12 @@ def image_batches(
         training, a part of the last batch may be empty.
       shard_count: Number of parts.
       workers: Processes that decode and augment; 0 uses threads of this process.
-      captions: Tokens of the captions, int (len, l), to add to the batches.
+      captions: Captions of the examples, to add to the batches.
 
     Returns:
       An iterator of `{"images": float32 (b, S, S, C), "labels": int32 (b,)}`, where b is
       `batch_size / shard_count`, with `get_state` and `set_state` for an exact resume. With
-      `captions`, also "captions": int32 (b, l).
+      `captions`, also the entries of `caption_entries`.
 
     Raises:
       ValueError: The sizes are invalid, or the first image does not suit `spec`.
@@ -330,9 +331,7 @@ def image_batches(
             images[row] = preprocess(example["image"], spec, rng)
             labels[row] = example["label"]
         batch = {"images": images, "labels": labels}
-        return (
-            batch if captions is None else batch | {"captions": captions[indices].astype(np.int32)}
-        )
+        return batch if captions is None else batch | caption_entries(captions, indices)
 
     in_memory = isinstance(source, ArrayImages)
     return index_batches(

@@ -24,6 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from aim_jax.data.captions import MOST_CAPTION
+from aim_jax.data.features import CaptionTable, caption_entries
 from aim_jax.data.loader import Prefetched, index_batches
 from aim_jax.utils.checks import shown
 from aim_jax.utils.json_files import (
@@ -447,7 +448,7 @@ def token_batches(
     batch_size: int,
     *,
     weights: Sequence[float] | None = None,
-    captions: Sequence[np.ndarray] | None = None,
+    captions: Sequence[CaptionTable] | None = None,
     seed: int = 0,
     train: bool,
     shard_index: int = 0,
@@ -463,14 +464,14 @@ def token_batches(
       caches: The caches, which must agree as `check_alike` demands.
       batch_size: Examples per batch of all parts; a multiple of `shard_count`.
       weights: Relative frequency of an example of each cache; equal by default.
-      captions: Tokens of the captions of each cache, int (len, l), to add to the batches.
+      captions: Captions of the examples of each cache, to add to the batches.
       seed: Seed of order and views, in [0, 2**32).
       train: Shuffled and endless, or one pass in order.
       shard_index, shard_count: The part of every batch to return; see `image_batches`.
 
     Returns:
       A resumable iterator of `{"codes": int32 (b, t), "labels": int32 (b,)}`, where b is
-      `batch_size / shard_count`; with `captions`, also "captions": int32 (b, l).
+      `batch_size / shard_count`; with `captions`, also the entries of `caption_entries`.
     """
     check_alike(caches)
     sizes = [len(cache) for cache in caches]
@@ -481,8 +482,6 @@ def token_batches(
             "codes": np.empty((len(indices), caches[0].num_tokens), np.int32),
             "labels": np.empty(len(indices), np.int32),
         }
-        if captions is not None:
-            batch["captions"] = np.empty((len(indices), captions[0].shape[1]), np.int32)
         owners = np.searchsorted(starts, indices, side="right") - 1
         for owner in np.unique(owners):
             here = np.flatnonzero(owners == owner)
@@ -491,7 +490,9 @@ def token_batches(
             views = np.zeros(len(here), int) if seeds is None else seeds[here] % len(cache.views)
             batch["codes"][here], batch["labels"][here] = cache.take(rows, views)
             if captions is not None:
-                batch["captions"][here] = captions[owner][rows]
+                for name, values in caption_entries(captions[owner], rows).items():
+                    shape = (len(indices), *values.shape[1:])
+                    batch.setdefault(name, np.empty(shape, values.dtype))[here] = values
         return batch
 
     return index_batches(

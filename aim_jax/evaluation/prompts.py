@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from aim_jax.data.captions import read_captions
 from aim_jax.evaluation.references import open_sources
-from aim_jax.utils.names import read_names
 from aim_jax.weights.pretrained import Pretrained
 
 
@@ -63,10 +63,8 @@ def open_prompts(model: Pretrained, config: ConfigDict, reference: str = "") -> 
                 f"{model.name} generates from classes; leave out config.captions={config.captions}."
             )
         return Prompts("", balanced_labels(config.num_samples, aim_config.num_classes))
-    if aim_config.caption_features:
-        raise ValueError(
-            f"{model.name} takes features of captions, from another encoder; evaluation takes text."
-        )
+    if model.text is None:
+        raise ValueError(f"{model.name} takes features of captions; name their file.")
     name = config.captions or reference
     captions = _captions(name, config)
     count = config.num_samples
@@ -85,7 +83,7 @@ def _captions(name: str, config: ConfigDict) -> list[str]:
     if name.endswith(".npz"):
         raise missing
     if Path(name).is_file() or name.endswith(".txt"):
-        return list(read_names(name))
+        return read_captions(name)
     dataset, _, split = name.partition(":")
     if not split:
         raise missing

@@ -10,7 +10,7 @@ import numpy as np
 
 from aim_jax.evaluation.report import KIND, SCORES
 from aim_jax.models import AiMConfig
-from aim_jax.models.aim import init_params
+from aim_jax.models.aim import param_shapes
 from aim_jax.perf.flops import training_flops
 from aim_jax.utils.checks import Range, check_integer, check_number
 from aim_jax.utils.json_files import (
@@ -68,8 +68,7 @@ class Fit(NamedTuple):
 
 def parameter_count(config: AiMConfig) -> int:
     """Return the number of parameters of an AiM without allocating them."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
 
 
 def read_run(workdir: Path) -> Run:

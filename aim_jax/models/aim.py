@@ -8,6 +8,7 @@ Axes: b batch, l length, t tokens of an image, s tokens of a caption, d model, v
 """
 
 import enum
+import functools
 from typing import NamedTuple
 
 import jax
@@ -406,3 +407,12 @@ def init_params(config: AiMConfig, key: jax.Array) -> dict:
     shapes = condition_shapes(config, 1)
     condition = condition_of({k: jnp.zeros(x.shape, x.dtype) for k, x in shapes.items()})
     return AiM(config).init(key, codes, condition)["params"]
+
+
+@functools.lru_cache(maxsize=32)
+def param_shapes(config: AiMConfig) -> dict:
+    """Return shapes and dtypes of the parameters, without logical axes; do not change the result.
+
+    Tracing the model takes about a second for some sizes, hence the cache.
+    """
+    return jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))

@@ -6,6 +6,7 @@ dimension (arXiv 2110.04627). Images are NHWC in [-1, 1].
 Axes: b batch, t tokens (row-major), v codebook entries, f downsampling factor.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -291,15 +292,24 @@ class VQModel(nn.Module):
         return self.decode(self.quantize.lookup(tokens.reshape(-1, rows, columns)))
 
 
+@functools.lru_cache(maxsize=32)
+def param_shapes(config: VQConfig) -> dict:
+    """Return shapes and dtypes of the parameters; do not change the result.
+
+    Tracing the model takes about a second, hence the cache.
+    """
+    side = config.downsampling
+    images = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+    return jax.eval_shape(VQModel(config).init, jax.random.key(0), images)["params"]
+
+
 def init_params(config: VQConfig, key: jax.Array) -> dict:
     """Initialize float32 parameters.
 
     Kernels are LeCun-normal (truncated at two standard deviations), as Flax initializes them, but
     parts of a single draw: XLA takes long to compile a draw for each of them.
     """
-    side = config.downsampling
-    images = jnp.zeros((1, side, side, config.in_channels), jnp.float32)
-    shapes = jax.eval_shape(VQModel(config).init, key, images)["params"]
+    shapes = param_shapes(config)
     kernels = [
         leaf.size for path, leaf in jax.tree.leaves_with_path(shapes) if path[-1].key == "kernel"
     ]

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from aim_jax.data.features import FeatureFile
+from aim_jax.data.text import TextTokenizer
 from aim_jax.models.captions import CaptionFeatures
 from aim_jax.utils.checks import ArgumentError
 from aim_jax.utils.logging import say
@@ -70,7 +72,7 @@ def as_condition(model: Pretrained, labels: Any) -> np.ndarray | CaptionFeatures
         check_labels(labels, config.num_classes)
         return labels
     if is_names and labels.size:
-        assert model.text is not None
+        assert isinstance(model.text, TextTokenizer)
         tokens = model.text.encode(labels.tolist(), config.max_caption)
         if empty := int((tokens < 0).all(axis=1).sum()):
             say(f"{empty} of {len(tokens)} captions are empty: the null caption, for any image")
@@ -95,6 +97,10 @@ def _checked_features(model: Pretrained, captions: Any) -> CaptionFeatures:
     assert model.aim_config is not None
     config = model.aim_config
     width = config.caption_features
+    if isinstance(model.text, FeatureFile) and not isinstance(captions, CaptionFeatures):
+        texts = as_array("labels", captions)
+        if texts.dtype.kind == "U" and texts.ndim == 1 and texts.size:
+            return model.text.encode(texts.tolist(), config.max_caption)
     if isinstance(captions, CaptionFeatures):
         values = as_array("labels: values", captions.values)
         lengths = as_array("labels: lengths", captions.lengths)

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from aim_jax.data.text import TEXT_TOKENIZER_FILE
+from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
 from aim_jax.models.aim import AiM
 from aim_jax.models.captions import condition_shapes
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
@@ -283,7 +283,7 @@ def save_exported(
             "dtypes": dtypes,
         }
         write_json(partial / "settings.json", content)
-        if model.text is not None:
+        if isinstance(model.text, TextTokenizer):
             model.text.save(partial / TEXT_TOKENIZER_FILE)
         shutil.copyfile(RUNNER, partial / "sample.py")
     return out

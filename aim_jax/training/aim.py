@@ -15,6 +15,7 @@ from clu import parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from aim_jax.data.features import FeatureFile
 from aim_jax.data.text import TextTokenizer
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.captions import condition_of, condition_shapes
@@ -238,7 +239,7 @@ def _train(
         say(line)
     check_fit(model_config, tokenizer, data)
     fresh = config.init and not has_checkpoint(workdir)
-    text = data.captions.tokenizer if data.captions else None
+    text = data.captions.encoder if data.captions else None
     start = open_start(config.init, model_config, text) if fresh else None
     claim_workdir(workdir, config, data.identity)
 
@@ -280,7 +281,10 @@ def _train(
             labels = example_captions(data.captions.validation_texts, config.sample.classes) or [""]
         else:
             labels = list(range(min(config.sample.classes, model_config.num_classes)))
-        condition = np.repeat(as_condition(model, labels), config.sample.per_class, axis=0)
+        condition = jax.tree.map(
+            lambda rows: np.repeat(rows, config.sample.per_class, axis=0),
+            as_condition(model, labels),
+        )
         images = to_host(generate(model, condition, config.seed).images)
         names = [caption(model, label) for label in labels]
         if jax.process_index() == 0:
@@ -305,13 +309,15 @@ def _train(
         return loop.run(config, workdir, mesh, state, stage, claim)
 
 
-def open_start(name_or_path: str, config: AiMConfig, text: TextTokenizer | None = None) -> dict:
+def open_start(
+    name_or_path: str, config: AiMConfig, text: TextTokenizer | FeatureFile | None = None
+) -> dict:
     """Load the parameters of a trained AiM, adapt them to the model to train, and log the changes.
 
     Args:
       name_or_path: The trained model.
       config: The model to train.
-      text: Its text tokenizer.
+      text: Its text tokenizer; features of captions say nothing about a model.
 
     Raises:
       FileNotFoundError, ValueError: There is no such model, it holds no AiM, an AiM of another
@@ -321,7 +327,7 @@ def open_start(name_or_path: str, config: AiMConfig, text: TextTokenizer | None 
     if start.aim_params is None or start.aim_config is None:
         raise ValueError(f"config.init={name_or_path!r} holds no AiM; name a model that has one.")
     params, changes = adapt_aim(start.aim_params, start.aim_config, config)
-    if start.text != text:
+    if start.text != (None if isinstance(text, FeatureFile) else text):
         raise ValueError(
             f"config.init={name_or_path!r} has another text tokenizer; set config.text_tokenizer "
             "to its directory."

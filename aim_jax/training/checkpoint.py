@@ -57,6 +57,7 @@ UNREADABLE = [-1, -1]  # in place of size and CRC-32; differs from any list
 RESUMABLE = (
     "steps", "budget_minutes", "log_every", "eval_every", "sample_every", "save_every",
     "save_minutes", "export_every", "keep", "profile", "codes", "text_tokenizer",
+    "caption_features",
     "data.dir", "data.workers",
     "inception", "lpips", "init", "export_dtype",
     "sample.images", "sample.per_class", "sample.classes",

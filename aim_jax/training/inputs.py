@@ -20,6 +20,7 @@ from aim_jax.data import (
     token_batches,
 )
 from aim_jax.data.captions import NAME as CAPTIONED
+from aim_jax.data.features import CaptionTable, FeatureFile, FeatureRows
 from aim_jax.data.loader import Prefetched
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
@@ -54,25 +55,26 @@ def parse_codes(text: str) -> list[tuple[Path, float]]:
 
 
 class Captions(NamedTuple):
-    """The text tokenizer of a run, and the captions of its data.
+    """What encodes the captions of a run, and the captions of its data.
 
     Attributes:
-      tokenizer: The text tokenizer.
-      train: Tokens of the training captions of each source, (n, max_caption), -1 on the left of
-        short ones; int16 if that suffices.
-      validation: Those of the validation captions.
-      validation_texts: The validation captions.
+      encoder: The text tokenizer, or the features of another encoder.
+      train: Training captions of each source. Tokens are (n, max_caption), -1 on the left of short
+        ones; int16 if that suffices.
+      validation: Validation captions.
+      validation_texts: The same as text.
     """
 
-    tokenizer: TextTokenizer
-    train: list[np.ndarray]
-    validation: np.ndarray
+    encoder: TextTokenizer | FeatureFile
+    train: list[CaptionTable]
+    validation: CaptionTable
     validation_texts: Sequence[str]
 
     @property
     def identity(self) -> dict[str, str]:
-        """Fingerprint of the text tokenizer, for `claim_workdir`."""
-        return {"text_tokenizer": self.tokenizer.fingerprint}
+        """Fingerprint of the encoder, for `claim_workdir`."""
+        name = "text_tokenizer" if isinstance(self.encoder, TextTokenizer) else "caption_features"
+        return {name: self.encoder.fingerprint}
 
 
 def open_captions(
@@ -83,17 +85,18 @@ def open_captions(
     """Encode the captions of the data of a text model; None for other models.
 
     Raises:
-      ValueError: There are no captions, or the text tokenizer is missing or of another size than
-        the model.
-      OSError: The text tokenizer cannot be read.
+      ValueError: There are no captions, or the text tokenizer or the features are missing or of
+        another size than the model.
+      OSError: The text tokenizer or the features cannot be read.
     """
     if config.model.condition != "text":
         return None
+    texts = captions_of(validation)
+    length = config.model.max_caption
     if config.model.caption_features:
-        raise ValueError(
-            f"config.model.caption_features={config.model.caption_features}, but datasets and "
-            "token caches hold captions as text; set it to 0, and use config.text_tokenizer."
-        )
+        file = open_features(config)
+        rows = [FeatureRows(file, captions_of(source), length) for source in train]
+        return Captions(file, list(rows), FeatureRows(file, texts, length), texts)
     tokenizer = open_text_tokenizer(config.text_tokenizer)
     if config.model.caption_vocab != tokenizer.vocab_size:
         raise ValueError(
@@ -103,11 +106,32 @@ def open_captions(
     kind = np.int16 if tokenizer.vocab_size <= 2**15 else np.int32
 
     def encode(captions: Sequence[str]) -> np.ndarray:
-        return tokenizer.encode(captions, config.model.max_caption).astype(kind)
+        return tokenizer.encode(captions, length).astype(kind)
 
-    texts = captions_of(validation)
-    tables = [encode(captions_of(source)) for source in train]
+    tables: list[CaptionTable] = [encode(captions_of(source)) for source in train]
     return Captions(tokenizer, tables, encode(texts), texts)
+
+
+def open_features(config: ConfigDict) -> FeatureFile:
+    """Open the features of captions of a run.
+
+    Raises:
+      ValueError: No file is named, or its features are of another width than the model's.
+      OSError: It cannot be read.
+    """
+    if not config.caption_features:
+        raise ValueError(
+            f"config.model.caption_features={config.model.caption_features}, but "
+            "config.caption_features is empty: name the file of the features, or set the number to "
+            "0 and use config.text_tokenizer."
+        )
+    file = FeatureFile(config.caption_features)
+    if file.width != config.model.caption_features:
+        raise ValueError(
+            f"config.model.caption_features={config.model.caption_features}, but the features in "
+            f"{file.path} have {file.width} values; set it to {file.width}."
+        )
+    return file
 
 
 def open_text_tokenizer(path: str) -> TextTokenizer:
@@ -156,8 +180,8 @@ class CodeData:
       summary: Lines about the data as understood.
       identity: What the data are, for `claim_workdir`.
       class_names: Names of the classes; empty for a text model.
-      captions: Those of a text model, or None. Batches have their tokens as "captions", int32
-        (b, max_caption).
+      captions: Those of a text model, or None. Batches have them as the entries of
+        `caption_entries`.
       unigram_entropy: Nats per token of the marginal distribution of the first cache's tokens: the
         loss of a model that ignores class, position and context.
     """
@@ -191,18 +215,20 @@ class CodeData:
 
     def train_batches(self) -> Prefetched:
         """Return endless shuffled batches of this process."""
-        captions = self.captions and self.captions.train
+        captions = None if self.captions is None else self.captions.train
         return self._batches(self._train, captions, weights=self._weights, train=True)
 
     def validation_batches(self) -> Prefetched:
         """Return one pass over this process's share of the validation tokens."""
-        captions = self.captions and [self.captions.validation]
+        captions: list[CaptionTable] | None = None
+        if self.captions is not None:
+            captions = [self.captions.validation]
         return self._batches([self._validation], captions, train=False)
 
     def _batches(
         self,
         caches: Sequence[TokenCache],
-        captions: Sequence[np.ndarray] | None,
+        captions: Sequence[CaptionTable] | None,
         train: bool,
         weights: Sequence[float] | None = None,
     ) -> Prefetched:
@@ -276,15 +302,17 @@ class EncodedImages:
 
     def train_batches(self) -> Prefetched:
         """Return endless shuffled batches of this process."""
-        captions = self.captions and self.captions.train[0]
+        captions = None if self.captions is None else self.captions.train[0]
         return self._batches(self._train, captions, train=True)
 
     def validation_batches(self) -> Prefetched:
         """Return one pass over this process's share of the validation images."""
-        captions = self.captions and self.captions.validation
+        captions = None if self.captions is None else self.captions.validation
         return self._batches(self._validation, captions, train=False)
 
-    def _batches(self, source: ImageSource, captions: np.ndarray | None, train: bool) -> Prefetched:
+    def _batches(
+        self, source: ImageSource, captions: CaptionTable | None, train: bool
+    ) -> Prefetched:
         return image_batches(
             source, self._spec, self._config.batch_size, seed=self._config.seed, train=train,
             shard_index=self._share[0], shard_count=self._share[1],

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from aim_jax.data.features import FeatureFile
 from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
 from aim_jax.models import aim, vq
 from aim_jax.models.config import AiMConfig, VQConfig
@@ -61,7 +62,8 @@ class Pretrained:
       aim_config, aim_params: The autoregressive model; float32 unless loaded as stored.
       vq_config, vq_params: The tokenizer; float32 unless loaded as stored.
       class_names: One name per class, or empty.
-      text: The text tokenizer of captions, if tokens of captions condition the AiM.
+      text: The text tokenizer of captions, if their tokens condition the AiM; or the features that
+        do, which belong to no model directory.
       sampling: The model's own values of fields of `aim_jax.sampling.SamplingConfig`.
       info: Further metadata of the directory (dataset, image size, provenance).
       prepared: What `aim_jax.generate` keeps of the model, by implementation.
@@ -75,7 +77,7 @@ class Pretrained:
     class_names: tuple[str, ...] = ()
     sampling: dict = dataclasses.field(default_factory=dict)
     info: dict = dataclasses.field(default_factory=dict)
-    text: TextTokenizer | None = None
+    text: TextTokenizer | FeatureFile | None = None
     prepared: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -146,6 +148,23 @@ class Pretrained:
         return dataclasses.replace(
             self, vq_config=other.vq_config, vq_params=other.vq_params, info=info
         )
+
+    def with_caption_features(self, path: str | os.PathLike) -> "Pretrained":
+        """Return the model with a file of features, so that it takes the captions of the file.
+
+        Raises:
+          ValueError: The model takes no features, or features of another width.
+          OSError: The file cannot be read.
+        """
+        width = self.aim_config.caption_features if self.aim_config else 0
+        if not width:
+            raise ValueError(f"{self.name} takes no features of captions.")
+        file = FeatureFile(path)
+        if file.width != width:
+            raise ValueError(
+                f"{file.path} has features of {file.width} values; {self.name} takes {width}."
+            )
+        return dataclasses.replace(self, text=file)
 
     def with_compute_dtype(self, dtype: str) -> "Pretrained":
         """Return the model with both parts computing in "float32" or "bfloat16"."""
@@ -244,7 +263,7 @@ def _write_model(path: Path, model: Pretrained, dtype: str | None, files: Mappin
                 _save_params(partial / part, params, dtype)
         for file in partial.rglob("commit_success.txt"):
             file.write_text("")  # Orbax writes the local path there, which should stay private
-        if model.text is not None:
+        if isinstance(model.text, TextTokenizer):
             content["text"] = model.text.fingerprint
             files = {**files, TEXT_TOKENIZER_FILE: model.text.save}
         for name, write in files.items():
@@ -316,8 +335,8 @@ def load_pretrained(
     aim_config = None if content["aim"] is None else AiMConfig(**content["aim"])
     vq_config = None if content["vq"] is None else VQConfig(**content["vq"])
     load = functools.partial(_load_params, as_stored=as_stored)
-    aim_params = load(path / "aim", aim.init_params, aim_config) if aim_config else None
-    vq_params = load(path / "vq", vq.init_params, vq_config) if vq_config else None
+    aim_params = load(path / "aim", aim.param_shapes, aim_config) if aim_config else None
+    vq_params = load(path / "vq", vq.param_shapes, vq_config) if vq_config else None
     text = _load_text(path, content["text"]) if "text" in content else None
     return Pretrained(
         name=str(name_or_path),
@@ -417,7 +436,7 @@ def _save_params(path: Path, params: dict, dtype: str | None) -> None:
 
 
 def _load_params(
-    path: Path, init_params: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
+    path: Path, param_shapes: Callable[..., dict], config: AiMConfig | VQConfig, as_stored: bool
 ) -> dict:
     """Load parameters after checking them against the shapes of the configuration."""
     if not path.is_dir():
@@ -431,7 +450,7 @@ def _load_params(
         with _unreadable(path, "does not fit its configuration"):
             shapes = {name: tuple(array.shape) for name, array in actual.items()}
             check_sizes(config, shapes, sum(x.stat().st_size for x in path.rglob("*")))
-            abstract = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+            abstract = param_shapes(config)
         expected = by_path(abstract)
         wrong = [f"{k}: missing" for k in sorted(expected.keys() - actual.keys())]
         wrong += [f"{k}: unexpected" for k in sorted(actual.keys() - expected.keys())]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from aim_jax.data import identity_of, image_batches, open_images
 from aim_jax.data.captioned_folders import is_captioned
-from aim_jax.data.captions import MOST_BYTES, MOST_CAPTION, Problems, clean
+from aim_jax.data.captions import MOST_BYTES, MOST_CAPTION, Problems, clean, read_captions
 from aim_jax.data.preprocessing import ImageSpec
 
 
@@ -275,3 +275,19 @@ def test_batches_have_the_tokens_of_their_captions(root):
 )
 def test_captions_are_one_printable_line(written, cleaned):
     assert clean(written, "x", Problems()) == cleaned
+
+
+def test_a_file_of_captions_is_read_as_editors_write_it(tmp_path, capsys):
+    file = tmp_path / "captions.txt"
+    file.write_bytes("\ufeffa red  boat\r\n\r\nna\u00efve \x07caf\u00e9\r\n\r\n".encode())
+    assert read_captions(file) == ["a red boat", "", "na\u00efve caf\u00e9"]
+    assert (
+        "1 captions with control characters, which were removed: line 3" in capsys.readouterr().err
+    )
+    file.write_text("x" * 2500, encoding="utf-16")
+    assert read_captions(file) == ["x" * 2000]
+    assert "1 captions cut to 2,000 characters" in capsys.readouterr().err
+    for content, message in ((b"\n\n", "holds no caption"), (b"a\xff", "not UTF-8 text")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_captions(file)

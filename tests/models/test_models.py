@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from aim_jax.models import PRESETS, AiM, AiMConfig, init_cache
-from aim_jax.models.aim import init_params
+from aim_jax.models.aim import init_params, param_shapes
 from aim_jax.models.layers import AdaLN, LabelEmbedder, group_to_layer
 
 BASE = AiMConfig(
@@ -29,17 +29,20 @@ LABELS = np.array([1, 5])
 
 
 def random_params(config, key=0):
-    """Initial parameters with noise, so that no gate or bias is zero."""
+    """Parameters like initial ones with noise, so that no gate or bias is zero."""
+    rng = np.random.default_rng(key)
+    centers = {
+        "scale": lambda shape: np.ones(shape),
+        "A_log": lambda shape: np.log(rng.uniform(1, 16, shape)),
+        "dt_bias": lambda shape: np.log(np.expm1(np.exp(rng.uniform(*np.log([1e-3, 0.1]), shape)))),
+        "D": lambda shape: np.ones(shape),
+    }
 
-    @jax.jit
-    def make():
-        params = nn.unbox(init_params(config, jax.random.key(key)))
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(key + 1), len(leaves))
-        noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
+    def random(path, leaf):
+        center = centers.get(path[-1].key, np.zeros)(leaf.shape)
+        return jnp.asarray(center + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
 
-    return make()
+    return jax.tree.map_with_path(random, param_shapes(config))
 
 
 @functools.cache
@@ -61,7 +64,7 @@ def variant(request):
     [("B", 147_622_080), ("L", 349_760_000), ("XL", 763_291_392), ("1B", 1_335_944_192)],
 )
 def test_presets_have_the_exact_parameter_counts(name, expected):
-    params = jax.eval_shape(lambda: nn.unbox(init_params(PRESETS[name], jax.random.key(0))))
+    params = param_shapes(PRESETS[name])
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
 
 

@@ -14,7 +14,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.extend.mlir import ir
 
 from aim_jax import ops
@@ -23,7 +22,7 @@ from aim_jax.ops.triton_availability import triton_unavailable_because
 if reason := triton_unavailable_because():
     pytest.skip(f"{reason}; `make test` brings it all", allow_module_level=True)
 
-from aim_jax.models.aim import AiM, init_params
+from aim_jax.models.aim import AiM, param_shapes
 from aim_jax.models.config import PRESETS, AiMConfig
 from aim_jax.models.layers import gated_rms_norm, modulate, rms_norm
 from aim_jax.ops import triton as kernels
@@ -722,9 +721,12 @@ def small_model(**changes):
     """
     sizes = dict(vocab_size=199, num_classes=3, num_tokens=4, d_model=8, n_layer=2, d_state=5)
     config = AiMConfig(**sizes | dict(headdim=8, chunk_size=4) | changes)
-    params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    params = param_shapes(config)
     rng = np.random.default_rng(0)
     return config, jax.tree.map(lambda x: jnp.asarray(0.5 * normal(rng, *x.shape)), params)
+
+
+TEXT = {"condition": "text", "num_classes": 0, "max_caption": 3, "caption_vocab": 11}
 
 
 @pytest.mark.parametrize(
@@ -734,18 +736,21 @@ def small_model(**changes):
         ("recurrent", {"ngroups": 2}, False, 2),
         ("dual", {"d_intermediate": 8}, True, 2),
         ("recurrent", {"mixer": "mamba1", "d_intermediate": 8}, True, 2),
+        ("recurrent", TEXT, True, 0),
+        ("dual", TEXT, True, 2),
     ],
 )
 def test_kernels_draw_the_tokens_that_the_modules_draw(form, changes, guided, prefix, monkeypatch):
     monkeypatch.setattr("aim_jax.sampling.engine.TRITON_PLATFORMS", ("cpu",))
     config, params = small_model(**changes)
+    condition = np.array([[-1, 2, 5]]) if config.is_text else np.array([1])
 
     def generate(engine, prefix=None):
         settings = dict(guided=guided, prefix=prefix)
         return np.asarray(
             generate_tokens(
                 prepare_decoder(params, config, engine),
-                jnp.array([1]),
+                condition,
                 3,
                 jnp.arange(1),
                 SamplingConfig(1.5, 1.5, 150, 0.99),
@@ -1004,7 +1009,7 @@ def trace_generation(config, engine, images=1, prefix=0, sharding=None):
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    params = param_shapes(config)
     params = jax.tree.map(lambda x: array(*x.shape), params)
     ints = array(images, dtype=jnp.int32)
     given = array(images, prefix, dtype=jnp.int32)

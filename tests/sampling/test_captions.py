@@ -13,11 +13,13 @@ from aim_jax.cli.sample import chosen
 from aim_jax.data.text import TEXT_TOKENIZER_FILE, TextTokenizer
 from aim_jax.models import AiM
 from aim_jax.models.captions import CaptionFeatures
+from aim_jax.parallel import sharding
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels
 from aim_jax.sampling.export import export_decode_step, export_sampler, flat_weights
 from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.grids import interpolate, sample_to_directory
+from aim_jax.sampling.token_loop import make_decoder
 from aim_jax.weights.pretrained import save_model
 from tests.conftest import WORDS
 from tests.models.test_models import random_params
@@ -75,6 +77,32 @@ def test_engines_agree(model, engine):
     # Completion: the prefix of the image follows the caption through the prefill.
     prefix = jnp.asarray(expected[:, :3])
     np.testing.assert_array_equal(greedy(model, condition, engine, prefix=prefix), expected)
+
+
+def test_captions_on_several_devices(model):
+    condition = model.text.encode(WORDS, 7)
+    expected = greedy(model, condition)
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
+    replicated = dataclasses.replace(model, aim_params=sharding.replicate(model.aim_params, mesh))
+    np.testing.assert_array_equal(greedy(replicated, condition), expected)
+    prefix = jnp.asarray(expected[:, :2])
+    np.testing.assert_array_equal(greedy(replicated, condition, prefix=prefix), expected)
+
+
+@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[-1]])
+def test_a_caption_is_read_in_bfloat16(model, engine):
+    """The first logits are near those in float32, with every engine."""
+    config = dataclasses.replace(model.aim_config, compute_dtype="bfloat16")
+    condition = model.text.encode(WORDS, 7)
+    tokens = np.zeros((3, 4), np.int32)
+    exact = AiM(model.aim_config).apply({"params": model.aim_params}, tokens, condition)[:, 0]
+    apply = functools.partial(AiM(config).apply, {"params": model.aim_params})
+    x, modulation = apply(condition, method="condition")
+    decoder = make_decoder(model.aim_params, config, engine)
+    caches = decoder.start(x[:, :-1], modulation, 4)
+    logits, _ = decoder.step(x[:, -1:], modulation.after_caption(), caches, jnp.int32(0))
+    error = np.max(np.abs(logits - exact)) / np.max(np.abs(exact))
+    assert 1e-4 < error < 0.03
 
 
 def test_generate_takes_text_and_reports_progress(model, capsys):

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from aim_jax import generate
 from aim_jax.models import PRESETS, AiMConfig
-from aim_jax.models.aim import init_params
+from aim_jax.models.aim import init_params, param_shapes
 from aim_jax.sampling import decoder, token_loop
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
@@ -295,7 +295,7 @@ LOOP_CONFIG = AiMConfig(
 def compiled_generation(engine, compute_dtype):
     """Computations of the compiled loop of two images, by name, and the laid out weights."""
     config = dataclasses.replace(LOOP_CONFIG, compute_dtype=compute_dtype)
-    params = jax.eval_shape(lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    params = param_shapes(config)
     ints = jax.ShapeDtypeStruct((2,), jnp.int32)
     settings = {name: jax.ShapeDtypeStruct((2,), s.dtype) for name, s in SETTINGS.items()}
     request = Request(ints, ints, settings, jax.ShapeDtypeStruct((2, 0), jnp.int32))

@@ -5,14 +5,12 @@ A rule in the table renames a tensor, permutes its axes, splits a packed project
 stacks the layers. These operations are linear, so gradients are converted exactly as weights are.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -114,7 +112,7 @@ def aim_rules(config: AiMConfig) -> list[Rule]:
 def vq_rules(config: VQConfig) -> list[Rule]:
     """Return one rule per array of a tokenizer."""
     rules = []
-    for path, shape in _vq_shapes(config).items():
+    for path, shape in _shapes(vq.param_shapes(config)).items():
         *modules, leaf = path.split("/")
         leaf, axes = VQ_LEAVES[leaf, len(shape)]
         modules = [re.sub(r"_(?=\d)|(?<=\d)_", ".", module) for module in modules]
@@ -248,27 +246,16 @@ def _export(params: Mapping, rules: list[Rule]) -> tuple[dict, Iterator]:
     return shapes, ((key, tensor(slot)) for key, slot in slots.items())
 
 
-def _shapes(init: Callable[[], dict]) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(lambda: nn.unbox(init()))
+def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
-
-
-@functools.cache
-def _aim_shapes(config: AiMConfig) -> dict[str, tuple[int, ...]]:
-    return _shapes(lambda: aim.init_params(config, jax.random.key(0)))
-
-
-@functools.cache
-def _vq_shapes(config: VQConfig) -> dict[str, tuple[int, ...]]:
-    return _shapes(lambda: vq.init_params(config, jax.random.key(0)))
 
 
 def official_shapes(config: AiMConfig | VQConfig) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes of the official tensors of a model."""
     if isinstance(config, AiMConfig):
-        slots = _slots(aim_rules(config), _aim_shapes(config))
+        slots = _slots(aim_rules(config), _shapes(aim.param_shapes(config)))
     else:
-        slots = _slots(vq_rules(config), _vq_shapes(config))
+        slots = _slots(vq_rules(config), _shapes(vq.param_shapes(config)))
     return {key: slot.shape for key, slot in slots.items()}
 
 
@@ -289,7 +276,9 @@ def convert_aim(tensors: Mapping, config: AiMConfig, dtype: str | None = "float3
       ValueError: Tensors are missing, unexpected, of another shape or not finite; the message names
         every key and the expected shape. Or the output matrix differs from the token embedding.
     """
-    params = _convert(tensors, aim_rules(config), _aim_shapes(config), {TIED_HEAD}, dtype)
+    params = _convert(
+        tensors, aim_rules(config), _shapes(aim.param_shapes(config)), {TIED_HEAD}, dtype
+    )
     if TIED_HEAD in tensors and not _equal(tensors[TIED_HEAD], tensors[TOKEN_EMBEDDING]):
         raise ValueError(
             f"{TIED_HEAD} differs from {TOKEN_EMBEDDING}; only models whose output matrix is the "
@@ -317,7 +306,9 @@ def convert_vq(tensors: Mapping, config: VQConfig, dtype: str | None = "float32"
       ValueError: Tensors are missing, unexpected, of another shape or not finite; the message names
         every key.
     """
-    return _convert(tensors, vq_rules(config), _vq_shapes(config), {USAGE_HISTORY}, dtype)
+    return _convert(
+        tensors, vq_rules(config), _shapes(vq.param_shapes(config)), {USAGE_HISTORY}, dtype
+    )
 
 
 def export_aim(params: Mapping, config: AiMConfig) -> dict[str, np.ndarray]:
