@@ -89,8 +89,8 @@ def generate_tokens(
     generates its share of the images independently, with all weights.
 
     One program is compiled per size of the batch (see `aim_jax.sampling.padding`), with guidance or
-    without. On accelerators it holds the loop of whole images, and another one holds that of a
-    row, for images with a prefix or a callback.
+    without. On accelerators, which run a known number of steps faster, it is for whole images, and
+    another one is for rows of tokens, with which images with a prefix are completed.
 
     Args:
       decoder: from `prepare_decoder`.

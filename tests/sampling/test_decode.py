@@ -358,3 +358,17 @@ def test_the_compiled_loop_makes_no_weights(engine, compute_dtype):
         if (match := made.search(line)) and match.group(2) not in views
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_laid_out_weights_in_bfloat16_take_little_more_than_bfloat16(implementation):
+    """With the caches of one image, at most 1.25 times bfloat16 parameters and caches."""
+    config = dataclasses.replace(PRESETS["XL"], compute_dtype="bfloat16")
+    params = param_shapes(config)
+    make = functools.partial(
+        make_decoder, config=config, engine=Engine("recurrent", implementation)
+    )
+    laid_out = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, params)))
+    caches = 2 * config.n_layer * config.d_inner * config.d_state * 4
+    weights = 2 * sum(x.size for x in jax.tree.leaves(params))
+    assert laid_out + caches <= 1.25 * (weights + caches)

@@ -124,7 +124,7 @@ def test_mistakes_are_named(opened, config):
     with pytest.raises(ValueError, match=r"caption_vocab=300, but the text tokenizer has 260"):
         opened()
     config.model.caption_features = 8
-    with pytest.raises(ValueError, match="hold captions as text; set it to 0"):
+    with pytest.raises(ValueError, match="name the file of the features, or set the number to 0"):
         opened()
     config.model.caption_features = 0
     config.text_tokenizer = ""
