@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 from aim_jax import generate, load_pretrained
 from aim_jax.cli.sample import chosen
 from aim_jax.configs.defaults import aim_defaults
-from aim_jax.data import CacheWriter, TokenCache, token_batches
+from aim_jax.data import TokenCache, token_batches
 from aim_jax.data.features import FeatureFile, FeatureRows, write_features
 from aim_jax.models.captions import CaptionFeatures
 from aim_jax.training import aim
 from aim_jax.weights.pretrained import save_model
-from aim_jax.weights.tokenizer import tokenizer_fingerprint
 from tests.conftest import TINY_AIM
 from tests.models.test_models import random_params
+from tests.training.test_captions import write_captioned_codes
 
 CAPTIONS = ["a red boat", "a blue house", "an old tree"]
 ARRAYS = [np.full((rows, 5), value, np.float16) for rows, value in ((2, 1), (3, -1), (1, 0.5))]
@@ -101,15 +101,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 def config(path, tiny_model, tiny_model_dir, tmp_path_factory):
     """A short run on token caches, whose captions have features."""
     root = tmp_path_factory.mktemp("codes")
-    for split, count in (("train", 32), ("validation", 8)):
-        writer = CacheWriter(
-            root / split, tokenizer=tokenizer_fingerprint(tiny_model), vocab_size=16, grid=(2, 2),
-            class_names=["image"], views=["centre"], num_examples=count, captioned=True,
-        )  # fmt: skip
-        number = np.arange(count) % 3
-        codes = np.repeat(4 * number[:, None, None], 4, axis=2)  # the caption tells the tokens
-        writer.write(0, codes, np.zeros(count, int), [CAPTIONS[i] for i in number])
-        writer.finish()
+    write_captioned_codes(root, tiny_model, CAPTIONS)
     config = aim_defaults()
     config.steps, config.batch_size, config.log_every = 40, 8, 10
     config.eval_every = config.save_every = config.sample_every = 40

@@ -26,19 +26,24 @@ from tests.models.test_models import random_params
 WORDS = ["a red boat", "a blue house", "an old tree", ""]
 
 
+def write_captioned_codes(root, model, captions):
+    """Token caches of 32 and 8 images of four tokens, which are 4 times the caption's number."""
+    for split, count in (("train", 32), ("validation", 8)):
+        writer = CacheWriter(
+            root / split, tokenizer=tokenizer_fingerprint(model), vocab_size=16, grid=(2, 2),
+            class_names=["image"], views=["centre"], num_examples=count, captioned=True,
+        )  # fmt: skip
+        number = np.arange(count) % len(captions)
+        codes = np.repeat(4 * number[:, None, None], 4, axis=2)
+        writer.write(0, codes, np.zeros(count, int), [captions[i] for i in number])
+        writer.finish()
+
+
 @pytest.fixture(scope="module")
 def config(tiny_model, tiny_model_dir, tmp_path_factory):
     """A short run on token caches with captions."""
     root = tmp_path_factory.mktemp("captions")
-    for split, count in (("train", 32), ("validation", 8)):
-        writer = CacheWriter(
-            root / split, tokenizer=tokenizer_fingerprint(tiny_model), vocab_size=16, grid=(2, 2),
-            class_names=["image"], views=["centre"], num_examples=count, captioned=True,
-        )  # fmt: skip
-        number = np.arange(count) % 4
-        codes = np.repeat(4 * number[:, None, None], 4, axis=2)  # the caption tells the tokens
-        writer.write(0, codes, np.zeros(count, int), [WORDS[i] for i in number])
-        writer.finish()
+    write_captioned_codes(root, tiny_model, WORDS)
     text = TextTokenizer.train(WORDS * 2, 270)
     text.save(root / "text_tokenizer.json")
     config = aim_defaults()
