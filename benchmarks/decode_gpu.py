@@ -260,7 +260,7 @@ class Agreement:
     @functools.cached_property
     def expected(self) -> tuple[jax.Array, jax.Array]:
         """Logits and sampled tokens of the modules in float32."""
-        tokens = draw(self.params, self.exact, self.images, MODULES)
+        tokens = draw(prepare_decoder(self.params, self.exact, MODULES), self.images)
         return self._logits(self.exact, MODULES), tokens
 
     def of(self, engine: Engine, compute_dtype: str) -> dict:
@@ -273,7 +273,8 @@ class Agreement:
         allowed = TOLERANCE["bfloat16" if narrow else "float32"]
         result = {"logits": error, "allowed": allowed, "passed": error <= allowed}
         if not narrow:
-            same = jnp.mean(draw(self.params, self.exact, self.images, engine) == tokens)
+            drawn = draw(prepare_decoder(self.params, self.exact, engine), self.images)
+            same = jnp.mean(drawn == tokens)
             result["same tokens"] = float(same)
             result["passed"] &= float(same) == 1
         return result
@@ -390,10 +391,10 @@ def main(argv=None) -> int:
     if args.trace:
         config = args.configs[args.models[0]]
         engine = args.known_engines[args.engines[0]]
-        params = random_params(in_float32(config))
-        draw(params, config, args.images[0], engine).block_until_ready()
+        decoder = prepare_decoder(random_params(in_float32(config)), config, engine)
+        draw(decoder, args.images[0]).block_until_ready()
         with jax.profiler.trace(str(args.trace)):
-            draw(params, config, args.images[0], engine).block_until_ready()
+            draw(decoder, args.images[0]).block_until_ready()
     if args.out:
         report = {"machine": environment, "GB/s": bandwidth / 1e9, "results": results}
         args.out.write_text(json.dumps(report, indent=1) + "\n")

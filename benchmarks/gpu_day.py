@@ -64,6 +64,7 @@ from aim_jax.ops.triton_availability import triton_unavailable_because
 from aim_jax.parallel.sharding import create_sharded, shard_batch
 from aim_jax.perf.accelerators import peak_flops
 from aim_jax.perf.flops import training_flops
+from aim_jax.sampling.generate import prepare_decoder
 from aim_jax.training.aim import Setup
 from aim_jax.utils.cache import cache_directory
 from aim_jax.utils.files import write_json
@@ -279,7 +280,9 @@ def decode_cases(sizes: Sizes, model: str, runs: Iterable[Run]) -> Iterator[Case
 
     def trace(count: int, name: str) -> dict:
         tokens = functools.partial(
-            decode_gpu.draw, models().aim, args.configs[model], count, args.known_engines[name]
+            decode_gpu.draw,
+            prepare_decoder(models().aim, args.configs[model], args.known_engines[name]),
+            count,
         )
         jax.block_until_ready(tokens())
         return profiled(tokens)
