@@ -4,11 +4,10 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from aim_jax.utils.logging import say
-from aim_jax.utils.names import JOINERS, REFUSED, short_list
+from aim_jax.utils.names import JOINERS, REFUSED, read_text, short_list
 
 NAME = "captions"  # of the dataset in `open_images`
 # Captioned images form one class: a class-conditional model of them is unconditional.
@@ -107,18 +106,12 @@ def read_captions(path: str | os.PathLike) -> list[str]:
       OSError: The file cannot be read.
       ValueError: It is not UTF-8 or UTF-16 text, or holds no caption.
     """
-    data = Path(path).read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    lines = text.rstrip().splitlines()
-    if not lines:
+    text = read_text(path).rstrip()
+    if not text:
         raise ValueError(f"{path} holds no caption; expected one per line.")
     problems = Problems()
     captions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         caption = clean(line, f"line {number}", problems) if line.strip() else ""
         captions.append(caption or "")
     if problems.lines():

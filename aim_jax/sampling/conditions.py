@@ -49,8 +49,9 @@ def as_condition(model: Pretrained, labels: Any) -> np.ndarray | CaptionFeatures
     Args:
       model: a `Pretrained` with an AiM.
       labels: class ids or class names; or, for a text model, captions as text, as tokens int (b, l)
-        with -1 on the left, or as `CaptionFeatures`, with l of at most `max_caption`. An empty
-        caption is the null caption, which is said, and the end of a long one is cut off.
+        with -1 on the left, or as `CaptionFeatures`, with l of at most `max_caption`. A model of
+        features takes text if a file of features is attached to it. An empty caption is the null
+        caption, which is said, and the end of a long one is cut off.
 
     Returns:
       Labels int (b,), or captions.

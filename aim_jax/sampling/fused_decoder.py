@@ -243,9 +243,9 @@ class FusedDecoder:
         return self._linear(y, matrices["out"]), sum_squares, tuple(caches)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "engine", "position"))
+@functools.partial(jax.jit, static_argnames=("config", "engine"))
 def _kernel_caches(
-    caches: Sequence[Cache], *, config: AiMConfig, engine: Engine, position: int
+    caches: Sequence[Cache], *, config: AiMConfig, engine: Engine, position: ArrayLike
 ) -> tuple[jax.Array, ...]:
     """Return the caches of the kernels from those of the layers after `position` inputs."""
     cache = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)

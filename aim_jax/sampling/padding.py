@@ -9,13 +9,12 @@ import numpy as np
 def padded_count(count: int) -> int:
     """Return the size that a batch of `count` images is padded to.
 
-    Sizes are the powers of two up to 8, and above them 10, 12, 14, 16, 20, 24, 28, 32, 40 and so
-    on, so that at most a fifth of a large batch is padding. Small batches cost little more than one
-    image, because a step then mostly waits for the weights.
+    Sizes are 1, the even numbers up to 16, and then 20, 24, 28, 32, 40, 48 and so on, four for each
+    power of two. A fifth of a batch is padding at most, or one image of four.
     """
-    step = max(1, 2 ** (count - 1).bit_length() // 8)
-    if count <= 8:
-        return int(2 ** (count - 1).bit_length())
+    if count == 1:
+        return 1
+    step = max(2, 2 ** (count - 1).bit_length() // 8)
     return -(-count // step) * step
 
 

@@ -43,7 +43,7 @@ class Request(NamedTuple):
 
 
 class Series(NamedTuple):
-    """What all images of a series share.
+    """Randomness and guidance that all images of a series share.
 
     Attributes:
       random: key data of `GENERATOR`.

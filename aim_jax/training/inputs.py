@@ -55,7 +55,7 @@ def parse_codes(text: str) -> list[tuple[Path, float]]:
 
 
 class Captions(NamedTuple):
-    """What encodes the captions of a run, and the captions of its data.
+    """Encoder of the captions of a run, and the captions of its data.
 
     Attributes:
       encoder: The text tokenizer, or the features of another encoder.

@@ -121,6 +121,20 @@ def _folded(name: str) -> str:
     return _composed(name).casefold().replace("_", " ")
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file as editors write it, with or without a byte order mark.
+
+    Raises:
+      ValueError: The file is not UTF-8 or UTF-16 text.
+    """
+    data = Path(path).read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_names(path: str | os.PathLike) -> tuple[str, ...]:
     """Read a file of one name per line, as editors write it.
 
@@ -130,12 +144,7 @@ def read_names(path: str | os.PathLike) -> tuple[str, ...]:
       ValueError: The file is not UTF-8 or UTF-16 text, a line between names is blank, or a name
         is refused by `check_text`.
     """
-    data = Path(path).read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        names = [line.strip() for line in data.decode(encoding).rstrip().split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    names = [line.strip() for line in read_text(path).rstrip().split("\n")]
     if not all(names):
         raise ValueError(
             f"{path}: line {names.index('') + 1} is blank; expected one name per line."

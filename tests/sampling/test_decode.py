@@ -344,6 +344,7 @@ def test_the_compiled_loop_makes_no_weights(engine, compute_dtype):
     assert len(matrices) >= 4
     shapes = {",".join(map(str, order)) for shape in matrices for order in (shape, shape[::-1])}
     made = re.compile(r"= \w+\[({})\]\S* ([\w\-]+)\(".format("|".join(map(re.escape, shapes))))
+    assert len(made.findall(text)) >= len(matrices)  # they are there, as parameters
     # Views of a matrix are no work, nor are instructions inside of a fusion.
     views = {"parameter", "get-tuple-element", "bitcast", "while", "transpose"}
     fused = set(re.findall(r"calls=%?([\w.\-]+)", text))
