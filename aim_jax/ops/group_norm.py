@@ -3,7 +3,7 @@
 import functools
 
 import jax
-from flax import linen as nn
+import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
 
@@ -34,10 +34,22 @@ def group_norm(
     if chosen == "native":
         y = _native(x.reshape(x.shape[0], -1, x.shape[-1]), scale, bias, groups, eps, swish)
         return y.reshape(x.shape)
+    y = _xla(x, scale, bias, groups, eps, dtype)
+    return jax.nn.swish(y) if swish else y
+
+
+# Compiled by itself, because a tokenizer normalizes the same shapes dozens of times, and a function
+# is traced once for each shape.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _xla(x, scale, bias, groups, eps, dtype):
+    wide = x.reshape(*x.shape[:-1], groups, -1)
+    wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = (*range(1, x.ndim - 1), x.ndim)
+    mean = wide.mean(axes, keepdims=True)
     # The fast variance E[x^2] - E[x]^2 loses digits that parity with released weights needs.
-    norm = nn.GroupNorm(groups, epsilon=eps, dtype=dtype, use_fast_variance=False, parent=None)
-    y = norm.apply({"params": {"scale": scale, "bias": bias}}, x)
-    return nn.swish(y) if swish else y
+    variance = jnp.square(wide - mean).mean(axes, keepdims=True)
+    normed = (wide - mean) * (jax.lax.rsqrt(variance + eps) * scale.reshape(groups, -1))
+    return (normed.reshape(x.shape) + bias).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
