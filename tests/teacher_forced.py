@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from aim_jax import ops
 from aim_jax.models import AiM, AiMConfig
+from aim_jax.sampling.decoder import ModuleDecoder
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import apply_cfg
 from aim_jax.sampling.token_loop import make_decoder
@@ -17,11 +18,20 @@ from aim_jax.sampling.token_loop import make_decoder
 MODULES = Engine(form="recurrent", implementation="xla")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "engine"))
+@functools.partial(jax.jit, static_argnames=("config", "engine", "platform"))
 def teacher_forced_decode(
-    params, codes, labels, cfg_scale, shift, config: AiMConfig, engine: Engine = MODULES
+    params,
+    codes,
+    labels,
+    cfg_scale,
+    shift,
+    config: AiMConfig,
+    engine: Engine = MODULES,
+    platform: str = "cpu",
 ) -> dict:
     """Steps through given codes with guidance; code j takes position row j + shift.
+
+    The decoder is that of `platform`, wherever it runs.
 
     Returns:
       guided, cond, uncond: logits (b, t, v). conv: the last inputs of the convolutions, oldest
@@ -32,7 +42,7 @@ def teacher_forced_decode(
     start, modulation = apply(jnp.concatenate([labels, null]), method="condition")
     rest = apply(jnp.tile(codes[:, :-1], (2, 1)), jnp.arange(t - 1) + shift, method="embed_codes")
     inputs = jnp.concatenate([start, rest], axis=1).swapaxes(0, 1)
-    decoder = make_decoder(params, config, engine)
+    decoder = make_decoder(params, config, engine, platform)
 
     def step(caches, x_position):
         x, position = x_position
@@ -44,7 +54,9 @@ def teacher_forced_decode(
     (before, after), logits = jax.lax.scan(step, (caches, caches), (inputs, jnp.arange(t)))
     guided, cond, uncond = (x.swapaxes(0, 1) for x in logits)
     states = (
-        module_states(before, after) if engine.implementation == "xla" else fused_states(after, t)
+        module_states(before, after)
+        if isinstance(decoder, ModuleDecoder)
+        else fused_states(after, t)
     )
     return {"guided": guided, "cond": cond, "uncond": uncond, **states}
 

@@ -107,8 +107,9 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     condition = condition_of({k: x.update(sharding=split) for k, x in shapes.items()})
     request = Request(condition, ints, settings, per_image(jnp.int32, 0))
     # Plain XLA, because the Triton kernels query the local GPU.
-    engine = resolve(Engine(implementation="xla"), model, 2 * images, devices[0].platform)
-    make = functools.partial(make_decoder, config=model, engine=engine)
+    platform = devices[0].platform
+    engine = resolve(Engine(implementation="xla"), model, 2 * images, platform)
+    make = functools.partial(make_decoder, config=model, engine=engine, platform=platform)
     decoder = jax.eval_shape(make, param_shapes(model))
     series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
     decoder, series = (

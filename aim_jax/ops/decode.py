@@ -21,10 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from aim_jax.ops.dual import DualCache, ssd_dual_step
 from aim_jax.ops.implementation import implementation_of, kernels_of
-from aim_jax.ops.products import precision_of
-from aim_jax.ops.reference import bind_axes, bind_mamba2_step, require
+from aim_jax.ops.products import precision_of, product
+from aim_jax.ops.reference import (
+    bind_axes,
+    bind_mamba2_step,
+    require,
+    skip_and_gate,
+    step_sizes,
+)
 from aim_jax.ops.selective_scan import selective_scan_step
 from aim_jax.ops.ssd import ssd_step
 from aim_jax.utils.checks import check_arguments
@@ -383,7 +388,7 @@ def dual_step(
       inputs: dt x of every token (L, b, T, h, p), float32 or bfloat16.
       B_cache: B of every token (L, b, T, g, n), of the dtype of `inputs`.
       log_decay: a of every token (L, b, T, h) float32, as of the token before. Rows of tokens not
-        yet decoded may hold anything.
+        yet decoded may hold any finite numbers.
       layer, position: int32 (), indices of the layer and of the token; position < T.
       conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `mamba2_step`.
       implementation: None, "xla", "native" or "triton".
@@ -413,32 +418,36 @@ def dual_step(
     (x, B, C, z, dt), conv_cache = _mixer_inputs(
         projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
     )
-    position = jnp.asarray(position, jnp.int32)
-    is_past = jnp.arange(inputs.shape[2]) < position
-
-    def past(cache):
-        rows = cache[layer]
-        return jnp.where(is_past.reshape(1, -1, *(1,) * (rows.ndim - 2)), rows, 0)
-
-    cache = DualCache(past(inputs), past(B_cache), past(log_decay), position)
-    u, cache = ssd_dual_step(cache, x, dt, A[layer], B, C, D=D[layer], z=z, dt_bias=dt_bias[layer])
+    dt = step_sizes(dt, dt_bias[layer], True, jnp.float32)
+    rows = (dt[..., None] * x).astype(inputs.dtype)
+    B_rows = B.astype(B_cache.dtype)
+    token = jnp.arange(inputs.shape[2])[None, :, None]
+    decays = log_decay[layer] + (dt * A[layer][None])[:, None]
+    # The caches are read where they lie, and only weights are masked: XLA would copy what a mask of
+    # the cached rows leaves.
+    scores = product("btgn,bgn->btg", B_cache[layer].astype(jnp.float32), C)
+    weights = jnp.repeat(scores, sizes["h"] // sizes["g"], axis=-1) * jnp.exp(decays)
+    weights = jnp.where(token < position, weights, 0)
+    past = jnp.sum(weights[..., None] * inputs[layer].astype(jnp.float32), axis=1)
+    score = jnp.sum(B_rows.astype(jnp.float32) * C, axis=-1)
+    score = jnp.repeat(score, sizes["h"] // sizes["g"], axis=-1)
+    y = past + score[..., None] * rows.astype(jnp.float32)
+    u = skip_and_gate(y, x, D[layer][:, None], z)
     y, sum_squares = _scaled_with_squares(u, norm_scale[layer])
 
-    def put_row(old, new):
-        """Write only the row of `position`; rows of later positions keep their values."""
-        row = jax.lax.dynamic_index_in_dim(new, position, axis=1, keepdims=False)
-        return old.at[layer, :, position].set(row.astype(old.dtype))
+    def put_row(old: jax.Array, row: jax.Array) -> jax.Array:
+        start = (layer, 0, position, *(0,) * (old.ndim - 3))
+        return jax.lax.dynamic_update_slice(old, row[None, :, None], start)
 
-    inputs = put_row(inputs, cache.inputs)
-    B_cache = put_row(B_cache, cache.B)
-    is_filled = (jnp.arange(log_decay.shape[2]) <= position)[None, :, None]
-    decays = jnp.where(is_filled, cache.log_decay, log_decay[layer])
+    inputs = put_row(inputs, rows)
+    B_cache = put_row(B_cache, B_rows)
+    decays = jnp.where(token < position, decays, jnp.where(token == position, 0, log_decay[layer]))
     log_decay = _put(log_decay, decays, layer)
     return y.astype(projected.dtype), sum_squares, conv_cache, inputs, B_cache, log_decay
 
 
 def _put(stacked: jax.Array, new: jax.Array, layer: ArrayLike) -> jax.Array:
-    return stacked.at[layer].set(new.astype(stacked.dtype))
+    return jax.lax.dynamic_update_index_in_dim(stacked, new.astype(stacked.dtype), layer, 0)
 
 
 def _convolve(inputs, conv_cache, layer, position, weight, bias):
@@ -468,4 +477,4 @@ def _mixer_inputs(projected, conv_cache, layer, position, conv_weight, conv_bias
 
 def _scaled_with_squares(u: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return u (b, h, p) times the norm's scale as (b, e), and the sums of u^2 per head (b, h)."""
-    return u.reshape(len(u), -1) * scale[None], jnp.sum(u * u, axis=-1)
+    return u.reshape(u.shape[0], -1) * scale[None], jnp.sum(u * u, axis=-1)

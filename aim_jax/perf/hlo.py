@@ -8,7 +8,7 @@ product.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move no data themselves.
@@ -257,8 +257,72 @@ class Program:
             return _custom_call_bytes(instruction, shapes)
         inner = self.computations.get(instruction.attribute("calls") or "")
         if instruction.op == "fusion" and inner:
-            return _fusion_bytes(instruction, sizes, inner)
+            return self._fusion_bytes(instruction, sizes, inner)
         return result_bytes + sum(sizes)
+
+    def _fusion_bytes(
+        self, instruction: Instruction, sizes: list[int], inner: dict[str, Instruction]
+    ) -> int:
+        """Count the bytes that a fusion moves: the elements that its results need, and the results.
+
+        Args:
+          instruction: the fusion.
+          sizes: bytes of its operands; 0 for those that the compiler keeps on the chip.
+          inner: its computation.
+        """
+        results = _results(inner)
+        written = _sizes(instruction.shape, memory=True)
+        in_place = set()
+        for i, result in enumerate(results):
+            update = _behind_bitcasts(result, inner)
+            if update.op in UPDATES and len(written) == len(results):
+                part = size(inner[update.operands[UPDATES[update.op]]].shape)
+                target = _behind_bitcasts(inner[update.operands[0]], inner)
+                if target.op == "parameter" and part < size(update.shape):
+                    in_place.add(update.name)
+                    written[i] = min(written[i], part)
+        read = 0
+        for number, (elements, everything) in self._needed(inner, in_place).items():
+            read += sizes[number] * elements // everything
+        return sum(written) + read
+
+    def _needed(
+        self, inner: dict[str, Instruction], in_place: Set[str] = frozenset()
+    ) -> dict[int, tuple[int, int]]:
+        """Return how many elements of each parameter the results of a computation need, and of all.
+
+        Args:
+          inner: the computation of a fusion.
+          in_place: names of updates that are in place.
+        """
+        needed = dict.fromkeys(inner, 0)
+        needed |= {result.name: _elements(result.shape) for result in _results(inner)}
+        for x in reversed(inner.values()):  # an instruction comes after its operands
+            nested = self.computations.get(x.attribute("calls") or "")
+            of_nested = self._needed(nested) if x.op == "fusion" and nested else {}
+            operands = x.operands if x.op != "tuple" and needed[x.name] else ()
+            for position, name in enumerate(operands):
+                everything = _elements(inner[name].shape)
+                elements = everything if x.op in WHOLE else needed[x.name]
+                if x.op in SLICES and position > 0:
+                    elements = everything  # indices
+                if of_nested:
+                    elements, _ = of_nested.get(position, (0, 0))
+                if x.name in in_place and position == 0:  # a scatter adds to what is there
+                    update = inner[x.operands[UPDATES[x.op]]]
+                    elements = _elements(update.shape) if x.op == "scatter" else 0
+                needed[name] = min(everything, needed[name] + elements)
+        return {
+            int(x.rest.split(")")[0]): (needed[x.name], _elements(x.shape))
+            for x in inner.values()
+            if x.op == "parameter" and needed[x.name]
+        }
+
+
+def _results(inner: dict[str, Instruction]) -> list[Instruction]:
+    """Return the instructions whose values a computation returns."""
+    (root,) = (x for x in inner.values() if x.root)
+    return [inner[name] for name in root.operands] if root.op == "tuple" else [root]
 
 
 def _custom_call_bytes(instruction: Instruction, shapes: list[str]) -> int:
@@ -282,46 +346,6 @@ def _custom_call_bytes(instruction: Instruction, shapes: list[str]) -> int:
         is_stacked = len(dimensions) > 1 and dimensions[:1] in layers
         total += size(shape, memory=True) // (dimensions[0] if is_stacked else 1)
     return total
-
-
-def _fusion_bytes(instruction: Instruction, sizes: list[int], inner: dict[str, Instruction]) -> int:
-    """Count the bytes that a fusion moves: the elements that its results need, and the results.
-
-    Args:
-      instruction: the fusion.
-      sizes: bytes of its operands; 0 for those that the compiler keeps on the chip.
-      inner: its computation.
-    """
-    (root,) = (x for x in inner.values() if x.root)
-    results = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
-    written = _sizes(instruction.shape, memory=True)
-    in_place = set()
-    for i, result in enumerate(results):
-        update = _behind_bitcasts(result, inner)
-        if update.op in UPDATES and len(written) == len(results):
-            part = size(inner[update.operands[UPDATES[update.op]]].shape)
-            target = _behind_bitcasts(inner[update.operands[0]], inner)
-            if target.op == "parameter" and part < size(update.shape):
-                in_place.add(update.name)
-                written[i] = min(written[i], part)
-    needed = dict.fromkeys(inner, 0)  # elements
-    needed |= {result.name: _elements(result.shape) for result in results}
-    for x in reversed(inner.values()):  # an instruction comes after its operands
-        for position, name in enumerate(x.operands if x.op != "tuple" and needed[x.name] else ()):
-            everything = _elements(inner[name].shape)
-            elements = everything if x.op in WHOLE else needed[x.name]
-            if x.op in SLICES and position > 0:
-                elements = everything  # indices
-            if x.name in in_place and position == 0:  # a scatter adds to what is there
-                update = inner[x.operands[UPDATES[x.op]]]
-                elements = _elements(update.shape) if x.op == "scatter" else 0
-            needed[name] = min(everything, needed[name] + elements)
-    read = 0
-    for x in inner.values():
-        if x.op == "parameter" and needed[x.name]:
-            number = int(x.rest.split(")")[0])
-            read += sizes[number] * needed[x.name] // _elements(x.shape)
-    return sum(written) + read
 
 
 def _behind_bitcasts(x: Instruction, inner: dict[str, Instruction]) -> Instruction:

@@ -129,6 +129,11 @@ class Decoder(Protocol):
         """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
 
 
+def growing_segments(last: int, first: int) -> list[int]:
+    """Return the ends of `SEGMENTS` segments of up to `last` tokens that lie after `first`."""
+    return sorted({max(first + 1, last * i // SEGMENTS) for i in range(1, SEGMENTS + 1)})
+
+
 def own_head(params: dict, config: AiMConfig) -> jax.Array | None:
     """Return the matrix of the logits (v, d), or None if it is the table of the tokens as it is."""
     table = params["token_embedding"]["embedding"]
@@ -142,9 +147,9 @@ def output_table(params: dict, head: jax.Array | None) -> jax.Array:
 
 @struct.dataclass
 class ModuleDecoder:
-    """Decoder that applies the Flax modules layer by layer.
+    """Decoder that applies the Flax modules layer by layer, for plain XLA on CPUs.
 
-    A loop over stacked parameters would copy and cast the slice of each layer in each step. Here
+    On a CPU, a loop over stacked parameters would copy the slice of each layer in each step. Here
     every layer has matrices of its own, in the compute dtype and as (out, in). On CPU, products of
     few rows are fastest when a matrix row holds the weights of one output.
 
@@ -194,8 +199,7 @@ class ModuleDecoder:
         XLA reads all of a dual cache, so it is kept only slightly larger than its contents.
         """
         last = self.config.num_tokens
-        cuts = SEGMENTS if self.engine.form == "dual" else 1
-        return sorted({max(first + 1, last * i // cuts) for i in range(1, cuts + 1)})
+        return growing_segments(last, first) if self.engine.form == "dual" else [last]
 
     def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> list[Cache]:
         """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens."""

@@ -1,4 +1,4 @@
-"""Decoder with fused kernels: about four calls per layer instead of dozens.
+"""Decoder of fused ops: about four calls per layer instead of dozens.
 
 The calls of a layer are add + norm + modulate; the input projection; the mixer up to its gate; and
 the output projection. The division of the gated norm is deferred to the add of the next layer. Each
@@ -9,7 +9,7 @@ engine.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from aim_jax import ops
 from aim_jax.models.aim import Cache, Modulation, init_layer_cache
 from aim_jax.models.config import AiMConfig
 from aim_jax.models.layers import modulate, rms_norm
-from aim_jax.sampling.decoder import Layer, output_table, own_head, prefill
+from aim_jax.sampling.decoder import Layer, growing_segments, output_table, own_head, prefill
 from aim_jax.sampling.engine import Engine
 from aim_jax.sampling.logits import sample
 
@@ -29,18 +29,37 @@ from aim_jax.sampling.logits import sample
 PARTS = {3: ((0, 1, 2), None), 6: ((0, 2, 4), (1, 3, 5))}
 MIXER_EPS = 1e-5  # epsilon of the gated norm
 
+# Caches of all layers, stacked: the ring of the convolution, and the states or the dual caches.
+Caches = tuple[jax.Array, ...]
+
+
+class Stream(NamedTuple):
+    """Values between two branches of the stack.
+
+    Attributes:
+      hidden: output of the last branch, before its gate (b, d).
+      residual: residual stream before that branch (b, d) float32.
+      sum_squares: for the pending division of the gated norm, see `ops.add_norm_modulate`; or None.
+    """
+
+    hidden: jax.Array
+    residual: jax.Array
+    sum_squares: jax.Array | None
+
 
 @struct.dataclass
 class FusedDecoder:
-    """Implementation of `aim_jax.sampling.decoder.Decoder` with fused kernels.
+    """Implementation of `aim_jax.sampling.decoder.Decoder` with the ops of `aim_jax.ops.decode`.
 
-    Layers are unrolled, each with separate matrices, because a loop over stacked matrices copies a
-    slice of them per layer and step. Caches are stacked: the kernels take the stacked cache and the
-    index of the layer, and update the cache in place.
+    Caches are stacked: an op takes the stacked cache and the index of the layer, and updates the
+    cache in place. With kernels ("native", "triton") layers are unrolled, each with matrices of its
+    own. Plain XLA ("xla") runs a loop over layers with stacked matrices, because TPUs take minutes
+    to compile an unrolled program.
 
     Attributes:
       params: AiM parameters, with only the norms and A_log of the layers.
-      matrices: one matrix (out, in) per layer, by the name of its projection.
+      matrices: by the name of the projection, a matrix (out, in) for each layer, or the matrices of
+        all layers (n_layer, out, in).
       head: see `aim_jax.sampling.decoder.own_head`.
       conv: parameters of the convolutions, by the names of the kernels, layers stacked.
       ssm: the other parameters of the mixers, by the names of the kernels, layers stacked.
@@ -49,7 +68,7 @@ class FusedDecoder:
     """
 
     params: dict
-    matrices: dict[str, list]
+    matrices: dict[str, jax.Array | list[jax.Array]]
     head: jax.Array | None
     conv: dict
     ssm: dict
@@ -67,13 +86,12 @@ class FusedDecoder:
         """
         mixer = params["layers"]["mixer"]
 
-        def transposed(kernel):
-            return kernel.T.astype(config.compute_dtype)
+        def laid_out(kernel: jax.Array) -> jax.Array | list[jax.Array]:
+            if engine.implementation == "xla":
+                return kernel.swapaxes(1, 2).astype(config.compute_dtype)
+            return [kernel[i].T.astype(config.compute_dtype) for i in range(config.n_layer)]
 
-        matrices = {
-            name: [transposed(kernel[i]) for i in range(config.n_layer)]
-            for name, kernel in _merged(params["layers"], config).items()
-        }
+        matrices = {k: laid_out(kernel) for k, kernel in _merged(params["layers"], config).items()}
         names = "xBC" if config.mixer == "mamba2" else "x"
         conv = {
             "conv_weight": jnp.concatenate([mixer[f"conv_{k}"]["kernel"] for k in names], axis=-1),
@@ -112,18 +130,29 @@ class FusedDecoder:
             implementation="native" if native else "xla",
         )  # fmt: skip
 
+    @property
+    def _is_loop(self) -> bool:
+        """True if a step is a loop over layers."""
+        return self.implementation == "xla"
+
     def segments(self, first: int) -> list[int]:
-        """Return a single end: the kernels read only the filled part of a cache of any size."""
-        del first
+        """Return the ends of the loop's segments after `first`; caches grow between segments.
+
+        Kernels read the filled part of a dual cache only, so there it has its final size.
+        """
+        if self._is_loop and self.engine.form == "dual":
+            return growing_segments(self.config.num_tokens, first)
         return [self.config.num_tokens]
 
-    def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> tuple[jax.Array, ...]:
-        """Return caches after the inputs x (b, l, d), l >= 0, with room for all positions."""
-        del tokens  # there is one segment
+    def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> Caches:
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens.
+
+        The inputs begin with the caption of a text model.
+        """
         cfg = self.config
         position = x.shape[1]
         # Prefill in float32 and round once at the end.
-        dual = cfg.max_caption + cfg.num_tokens if self.engine.form == "dual" else None
+        dual = cfg.max_caption + tokens if self.engine.form == "dual" else None
         if not position:
             caches = cfg.n_layer * [init_layer_cache(cfg, x.shape[0], dual=dual)]
         else:
@@ -133,53 +162,53 @@ class FusedDecoder:
             caches = prefill(
                 layers, _block_params, x, modulation, prefix_config, dual=dual, dtype="float32"
             )
-        return _kernel_caches(caches, config=cfg, engine=self.engine, position=position)
+        return _stacked_caches(caches, config=cfg, engine=self.engine, position=position)
 
     def _weights(self, layer: int) -> dict:
         """Return the weights of a layer: matrices of its own, and those of all layers stacked."""
-        matrices = {name: per_layer[layer] for name, per_layer in self.matrices.items()}
         stacked = {"conv": self.conv, "ssm": self.ssm, "kept": self.params["layers"]}
-        return {"matrices": matrices, "stacked": stacked}
+        if self._is_loop:
+            return {"own": {}, "stacked": stacked | {"matrices": self.matrices}}
+        matrices = {name: per_layer[layer] for name, per_layer in self.matrices.items()}
+        return {"own": {"matrices": matrices}, "stacked": stacked}
 
-    def grow(self, caches: tuple[jax.Array, ...], tokens: int) -> tuple[jax.Array, ...]:
-        """Return the caches unchanged; they have room for all positions."""
-        del tokens
-        return caches
+    def _project(self, x: jax.Array, name: str, layer: ArrayLike) -> jax.Array:
+        """Multiply x (b, in) by the matrix of a layer's projection."""
+        return self._linear(x, self.matrices[name][layer])  # type: ignore[index]
+
+    def grow(self, caches: Caches, tokens: int) -> Caches:
+        """Return the caches with room for `tokens` tokens."""
+        if self.engine.form != "dual":
+            return caches
+        ring, *past = caches
+        more = self.config.max_caption + tokens - past[0].shape[2]
+        if not more:
+            return caches
+        grown = (
+            jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)]) for x in past
+        )
+        return ring, *grown
 
     def step(
         self,
         x: jax.Array,
         modulation: Modulation,
-        caches: tuple[jax.Array, ...],
+        caches: Caches,
         position: ArrayLike,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    ) -> tuple[jax.Array, Caches]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         cfg = self.config
         position = cfg.max_caption + position  # in the caches
         parts = modulation.layers
-        mixer_parts, mlp_parts = PARTS[parts.shape[2]]
-        layers = self.params["layers"]
-        hidden = x[:, 0]
-        residual = jnp.zeros_like(x[:, 0])
-        sum_squares = None
-        last_gate = (mlp_parts or mixer_parts)[2]
-        for layer in range(cfg.n_layer):
-            # The input of the first layer has no pending division or gate.
-            u, residual = self._seam(
-                hidden, residual, layers["norm"]["scale"], parts, layer, mixer_parts[:2],
-                last_gate, -1, sum_squares if layer else None,
-            )  # fmt: skip
-            hidden, sum_squares, caches = self._mix(u, caches, layer, position)
-            if mlp_parts:
-                u, residual = self._seam(
-                    hidden, residual, layers["norm2"]["scale"], parts, layer, mlp_parts[:2],
-                    mixer_parts[2], 0, sum_squares,
-                )  # fmt: skip
-                up, gate = jnp.split(self._linear(u, self.matrices["up"][layer]), 2, axis=-1)
-                hidden = self._linear(up * jax.nn.silu(gate), self.matrices["down"][layer])
-                sum_squares = None
-        hidden = hidden.astype(jnp.float32) * self._divisor(sum_squares)
-        residual = residual + parts[-1, :, last_gate] * hidden
+        # The first layer takes hidden as it is, without a division or a gate.
+        stream = Stream(x[:, 0], jnp.zeros_like(x[:, 0]), None)
+        if self._is_loop:
+            stream, caches = self._loop(stream, caches, parts, position)
+        else:
+            for layer in range(cfg.n_layer):
+                stream, caches = self._layer(layer, stream, caches, parts, position)
+        hidden = stream.hidden.astype(jnp.float32) * self._divisor(stream.sum_squares)
+        residual = stream.residual + parts[-1, :, _last_gate(parts)] * hidden
         x = rms_norm(residual, self.params["norm_f"]["scale"], cfg.norm_eps)
         x = rms_norm(x, self.params["final_layer"]["norm_final"]["scale"], cfg.norm_eps)
         shift = modulation.final[0, :, 0]
@@ -190,17 +219,54 @@ class FusedDecoder:
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Sample one token per image with one kernel, int32 (b,); see `logits.sample`."""
+        """Sample one token per image, int32 (b,); see `aim_jax.sampling.logits.sample`."""
         return sample(logits, uniform, **settings, implementation=self.implementation)
 
-    def _seam(
-        self, hidden, residual, norm, parts, layer, shift_scale, gate, gate_offset, sum_squares
-    ):
+    def _loop(
+        self, stream: Stream, caches: Caches, parts: jax.Array, position: ArrayLike
+    ) -> tuple[Stream, Caches]:
+        """Apply all layers in a loop, whose state has the same shapes and dtypes in every round."""
+
+        def body(layer: jax.Array, state: tuple[Stream, Caches]) -> tuple[Stream, Caches]:
+            after, caches = self._layer(layer, *state, parts, position)
+            return after._replace(hidden=after.hidden.astype(stream.hidden.dtype)), caches
+
+        cfg = self.config
+        if cfg.mixer == "mamba2" and cfg.ngroups == 1 and not cfg.d_intermediate:
+            stream = stream._replace(sum_squares=jnp.zeros((stream.hidden.shape[0], cfg.n_heads)))
+        return jax.lax.fori_loop(0, cfg.n_layer, body, (stream, caches))
+
+    def _layer(
+        self,
+        layer: ArrayLike,
+        stream: Stream,
+        caches: Caches,
+        parts: jax.Array,
+        position: ArrayLike,
+    ) -> tuple[Stream, Caches]:
+        """Apply a layer to the stream; `parts` is `Modulation.layers`."""
+        mixer_parts, mlp_parts = PARTS[parts.shape[2]]
+        norms = self.params["layers"]
+        u, residual = self._seam(
+            stream, norms["norm"]["scale"], parts, layer, mixer_parts[:2], _last_gate(parts), -1
+        )
+        hidden, sum_squares, caches = self._mix(u, caches, layer, position)
+        if mlp_parts:
+            u, residual = self._seam(
+                Stream(hidden, residual, sum_squares), norms["norm2"]["scale"], parts, layer,
+                mlp_parts[:2], mixer_parts[2], 0,
+            )  # fmt: skip
+            up, gate = jnp.split(self._project(u, "up", layer), 2, axis=-1)
+            hidden = self._project(up * jax.nn.silu(gate), "down", layer)
+            sum_squares = None
+        return Stream(hidden, residual, sum_squares), caches
+
+    def _seam(self, stream, norm, parts, layer, shift_scale, gate, gate_offset):
         """Add the output of the previous branch and prepare the input of the next one."""
         shift, scale = shift_scale
         return ops.add_norm_modulate(
-            hidden, residual, norm, parts, layer,
-            sum_squares=sum_squares, inner=self.config.d_inner, shift=shift, scale=scale,
+            stream.hidden, stream.residual, norm, parts, layer,
+            sum_squares=stream.sum_squares, inner=self.config.d_inner, shift=shift, scale=scale,
             gate=gate, gate_offset=gate_offset, eps=self.config.norm_eps, mixer_eps=MIXER_EPS,
             dtype=self.dtype, implementation=self.implementation,
         )  # fmt: skip
@@ -212,8 +278,12 @@ class FusedDecoder:
         return jax.lax.rsqrt(mean + MIXER_EPS)
 
     def _mix(
-        self, u: jax.Array, caches: tuple[jax.Array, ...], layer: int, position: ArrayLike
-    ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
+        self,
+        u: jax.Array,
+        caches: Caches,
+        layer: ArrayLike,
+        position: ArrayLike,
+    ) -> tuple[jax.Array, jax.Array | None, Caches]:
         """Apply the mixer of a layer to u (b, d).
 
         Returns:
@@ -221,33 +291,32 @@ class FusedDecoder:
           division, or None if none is pending; and the updated caches.
         """
         cfg = self.config
-        matrices = {name: per_layer[layer] for name, per_layer in self.matrices.items()}
-        projected = self._linear(u, matrices["in"])
+        projected = self._project(u, "in", layer)
         options: dict[str, Any] = {"implementation": self.implementation}
         if cfg.mixer == "mamba1":
             ring, state = caches
             x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **options)
-            dt_BC = self._linear(x, matrices["x"])
-            dt = self._linear(dt_BC[:, : cfg.dt_rank], matrices["dt"])
+            dt_BC = self._project(x, "x", layer)
+            dt = self._project(dt_BC[:, : cfg.dt_rank], "dt", layer)
             y, state = ops.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm, **options)
-            return self._linear(y, matrices["out"]), None, (ring, state)
+            return self._project(y, "out", layer), None, (ring, state)
         step: Callable = ops.dual_step if self.engine.form == "dual" else ops.mamba2_step
         y, sum_squares, *caches = step(
             projected, *caches, layer, position, **self.conv, **self.ssm, **options
         )
         if cfg.ngroups > 1:  # the division does not commute with the output projection
-            groups = sum_squares.reshape(len(y), cfg.ngroups, -1).sum(axis=-1, keepdims=True)
+            groups = sum_squares.reshape(y.shape[0], cfg.ngroups, -1).sum(axis=-1, keepdims=True)
             rstd = jax.lax.rsqrt(groups / (cfg.d_inner / cfg.ngroups) + MIXER_EPS)
-            y = (y.reshape(len(y), cfg.ngroups, -1) * rstd).reshape(y.shape)
+            y = (y.reshape(y.shape[0], cfg.ngroups, -1) * rstd).reshape(y.shape)
             sum_squares = None
-        return self._linear(y, matrices["out"]), sum_squares, tuple(caches)
+        return self._project(y, "out", layer), sum_squares, tuple(caches)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "engine"))
-def _kernel_caches(
+def _stacked_caches(
     caches: Sequence[Cache], *, config: AiMConfig, engine: Engine, position: ArrayLike
-) -> tuple[jax.Array, ...]:
-    """Return the caches of the kernels from those of the layers after `position` inputs."""
+) -> Caches:
+    """Stack the caches of the layers after `position` inputs."""
     cache = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
     windows = [getattr(cache, f"conv_{k}") for k in _convolved(config)]
     # The native kernels compute the convolution in float32 and keep its inputs in float32.
@@ -258,6 +327,12 @@ def _kernel_caches(
         past = cache.ssm_state
         return ring, rounded(past.inputs), rounded(past.B), past.log_decay
     return ring, rounded(cache.ssm_state)
+
+
+def _last_gate(parts: jax.Array) -> int:
+    """Return the index of the gate of a layer's last branch."""
+    mixer_parts, mlp_parts = PARTS[parts.shape[2]]
+    return (mlp_parts or mixer_parts)[2]
 
 
 def _convolved(config: AiMConfig) -> str:
@@ -296,8 +371,8 @@ def _block_params(layer: Layer, config: AiMConfig) -> dict:
     def parts(array: jax.Array, sizes: Iterable[int], axis: int) -> list[jax.Array]:
         return jnp.split(array, np.cumsum(list(sizes))[:-1].tolist(), axis=axis)
 
-    matrices = layer.weights["matrices"]
-    own = jax.tree.map(lambda x: x[layer.index], layer.weights["stacked"])
+    own = layer.weights["own"] | jax.tree.map(lambda x: x[layer.index], layer.weights["stacked"])
+    matrices = own["matrices"]
     conv = own["conv"]
     ssm = own["ssm"]
     mixer = {"out_proj": {"kernel": matrices["out"].T}}

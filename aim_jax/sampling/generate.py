@@ -53,17 +53,18 @@ def prepare_decoder(params: dict, config: AiMConfig, engine: Engine = Engine()) 
       ValueError: if the model or the device does not support the engine.
     """
     devices = tuple(sharding.devices_of(params))
-    implementation = resolve(engine, config, 1, devices[0].platform).implementation
+    platform = devices[0].platform
+    implementation = resolve(engine, config, 1, platform).implementation
     engine = dataclasses.replace(engine, implementation=implementation)
-    return _lay_out(devices if len(devices) > 1 else None, config, engine)(params)
+    return _lay_out(devices if len(devices) > 1 else None, config, engine, platform)(params)
 
 
 @functools.lru_cache
 def _lay_out(
-    devices: tuple[jax.Device, ...] | None, config: AiMConfig, engine: Engine
+    devices: tuple[jax.Device, ...] | None, config: AiMConfig, engine: Engine, platform: str
 ) -> Callable[[dict], Decoder]:
     """Return the compiled function of parameters that makes a decoder."""
-    make = functools.partial(make_decoder, config=config, engine=engine)
+    make = functools.partial(make_decoder, config=config, engine=engine, platform=platform)
     if devices is None:
         return jax.jit(make)
     return jax.jit(make, out_shardings=NamedSharding(device_mesh(devices), PartitionSpec()))

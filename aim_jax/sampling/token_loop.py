@@ -92,9 +92,18 @@ class Tokens(NamedTuple):
     finite: jax.Array
 
 
-def make_decoder(params: dict, config: AiMConfig, engine: Engine) -> Decoder:
-    """Return the decoder of a resolved engine."""
-    if engine.implementation == "xla":
+def make_decoder(
+    params: dict, config: AiMConfig, engine: Engine, platform: str | None = None
+) -> Decoder:
+    """Return the decoder of a resolved engine.
+
+    Args:
+      params: AiM parameters.
+      config: configuration of the model.
+      engine: a resolved engine.
+      platform: "cpu", "gpu", "cuda" or "tpu"; None if the decoder may run on any.
+    """
+    if engine.implementation == "xla" and platform in (None, "cpu"):
         return ModuleDecoder.of(params, config, engine)
     return FusedDecoder.of(params, config, engine)
 

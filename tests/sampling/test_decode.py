@@ -16,6 +16,7 @@ from aim_jax.models.aim import init_params, param_shapes
 from aim_jax.sampling import decoder, token_loop
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
+from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
 from aim_jax.sampling.token_loop import Request, Series, make_decoder
@@ -81,11 +82,13 @@ def random_model(**changes):
 
 
 def tokens_of(config, params, engine, rows=3, first=0, scale=2.0, **options):
+    """Tokens of a model, or of the decoder that is given instead of its parameters."""
     labels = (first + jnp.arange(rows)) % 3
     index = first + jnp.arange(rows)
+    is_made = isinstance(params, FusedDecoder)
     return np.asarray(
         generate_tokens(
-            prepare_decoder(params, config, engine),
+            params if is_made else prepare_decoder(params, config, engine),
             labels,
             3,
             index,
@@ -105,6 +108,32 @@ def test_every_engine_draws_the_same_tokens(changes, engine):
     if "ngroups" in changes:
         completed = tokens_of(config, params, engine, prefix=jnp.asarray(expected[:, :3]))
         np.testing.assert_array_equal(completed, expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("dual", {"ngroups": 2}),
+        ("dual", {}),
+        ("recurrent", {"d_intermediate": 40}),
+        ("recurrent", {"mixer": "mamba1"}),
+    ],
+    ids=str,
+)
+def test_the_loop_of_accelerators_is_the_model(form, changes):
+    """Its decoder runs on a CPU too: the same logits, states and tokens, also after a prefix."""
+    config, params = random_model(**changes)
+    engine = Engine(form, "xla")
+    expected = tokens_of(config, params, MODULES)
+    loop = make_decoder(params, config, engine, "tpu")
+    assert isinstance(loop, FusedDecoder)
+    np.testing.assert_array_equal(tokens_of(config, loop, engine), expected)
+    completed = tokens_of(config, loop, engine, prefix=jnp.asarray(expected[:, :3]))
+    np.testing.assert_array_equal(completed, expected)
+    run = functools.partial(teacher_forced_decode, params, expected, jnp.arange(3), 2.0, 0, config)
+    actual, modules = run(engine, "tpu"), run(MODULES)
+    for name, array in modules.items():
+        np.testing.assert_allclose(actual[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
