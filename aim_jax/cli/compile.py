@@ -3,6 +3,7 @@
 Examples:
   aim-jax compile --config aim_xl --topology v5e:16x16
   aim-jax compile --config aim_l --topology 8xA100-80G --search
+  aim-jax compile --config aim_xl --topology v5e:1x1 --notrain --images 64 --cache_dtype bfloat16
 
 This requires the compiler of the devices, not the devices: the extra `tpu`, or JAX's CUDA plugin,
 whose installation command is printed if it is missing. The exit status is 1 if a program does not
@@ -54,6 +55,10 @@ def define_flags() -> None:
         "topology", None, "Devices, such as v5e:16x16, v5p-32, 8xA100-80G or 8xH100."
     )
     flags.DEFINE_integer("images", 8, "Images per device for generation; 0 skips generation.", 0)
+    flags.DEFINE_enum(
+        "cache_dtype", "float32", ("float32", "bfloat16"), "Dtype of the caches of generation."
+    )
+    flags.DEFINE_bool("train", True, "Compile the training step.")
     flags.DEFINE_bool("search", False, "Double config.accumulate until the training step fits.")
     flags.DEFINE_string("json", "", "JSON file to write the figures to.")
     flags.mark_flags_as_required(["config", "topology"])
@@ -63,7 +68,9 @@ def main() -> int:
     """Compile, print the figures, and return the exit status."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs; local accelerators stay free
     f = flags.FLAGS
-    figures = report(f.config, f.topology, f.images, f.search)
+    figures = report(
+        f.config, f.topology, f.images, f.search, train=f.train, cache_dtype=f.cache_dtype
+    )
     if f.json:
         write_json(Path(f.json), figures)
     return 0 if figures["fits"] else 1
@@ -85,13 +92,16 @@ def training(config: ConfigDict, devices: list[jax.Device]) -> Footprint:
         return footprint(lowered, flops, devices[0])
 
 
-def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Footprint:
+def generation(
+    model: AiMConfig, images: int, devices: list[jax.Device], cache_dtype: str = "float32"
+) -> Footprint:
     """Compile `generate` with guidance, without the tokenizer, and return its footprint.
 
     Args:
       model: configuration of the model.
       images: images per device.
       devices: the devices to compile for.
+      cache_dtype: see `aim_jax.sampling.engine.Engine`.
     """
     mesh = device_mesh(tuple(devices))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -108,7 +118,8 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     request = Request(condition, ints, settings, per_image(jnp.int32, 0))
     # Plain XLA, because the Triton kernels query the local GPU.
     platform = devices[0].platform
-    engine = resolve(Engine(implementation="xla"), model, 2 * images, platform)
+    engine = Engine(implementation="xla", cache_dtype=cache_dtype)
+    engine = resolve(engine, model, 2 * images, platform)
     make = functools.partial(make_decoder, config=model, engine=engine, platform=platform)
     decoder = jax.eval_shape(make, param_shapes(model))
     series = jax.eval_shape(lambda: Series.of(random_key(0), "constant", (0.0, 1.0)))
@@ -119,7 +130,15 @@ def generation(model: AiMConfig, images: int, devices: list[jax.Device]) -> Foot
     return footprint(lowered, 2 * images * forward_flops(model), devices[0])
 
 
-def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
+def report(
+    config: ConfigDict,
+    name: str,
+    images: int,
+    search: bool,
+    *,
+    train: bool = True,
+    cache_dtype: str = "float32",
+) -> dict:
     """Compile training and generation, and print and return the figures.
 
     Args:
@@ -127,10 +146,12 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
       name: name of the topology; see `aim_jax.perf.accelerators.topology`.
       images: images per device for generation; 0 skips generation.
       search: double `config.accumulate` until training fits.
+      train: compile the training step.
+      cache_dtype: see `generation`.
 
     Returns:
-      "fits", and for "training" and "generation" the fields of `Footprint` or the error message of
-      the compiler.
+      "fits", and for "training" and "generation", if compiled, the fields of `Footprint` or the
+      error message of the compiler.
 
     Raises:
       ValueError: if the configuration is not for AiM, or see `training`.
@@ -144,7 +165,8 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
         f"{training_flops(model) / 1e9:.1f} in training, {forward_flops(model) / 1e9:.1f} forward"
     )
     results = {"topology": name, "devices": len(devices), "kind": devices[0].device_kind}
-    while True:
+    fits = True
+    while train:
         outcome = _try_compile("training", lambda: training(config, devices))
         fits = isinstance(outcome, Footprint) and outcome.fits
         more = 2 * config.accumulate
@@ -152,19 +174,21 @@ def report(config: ConfigDict, name: str, images: int, search: bool) -> dict:
             break
         config.accumulate = more
         say(f"trying again with config.accumulate={more}")
-    results["training"] = _as_dict(outcome) | {"accumulate": config.accumulate}
-    if isinstance(outcome, Footprint) and outcome.fits:
-        rate = config.batch_size / outcome.seconds
-        mfu = rate * training_flops(model) / peak_flops(devices)
-        hours = config.steps * outcome.seconds / 3600
-        results["training"] |= {"images_per_second": rate, "mfu": mfu, "hours": hours}
-        say(
-            f"{rate:.0f} images/s, MFU {mfu:.0%}, {config.steps} steps in {hours:.1f} h, "
-            f"{hours * len(devices):.0f} device hours (modelled)"
-        )
+    if train:
+        results["training"] = _as_dict(outcome) | {"accumulate": config.accumulate}
+        if isinstance(outcome, Footprint) and outcome.fits:
+            rate = config.batch_size / outcome.seconds
+            mfu = rate * training_flops(model) / peak_flops(devices)
+            hours = config.steps * outcome.seconds / 3600
+            results["training"] |= {"images_per_second": rate, "mfu": mfu, "hours": hours}
+            say(
+                f"{rate:.0f} images/s, MFU {mfu:.0%}, {config.steps} steps in {hours:.1f} h, "
+                f"{hours * len(devices):.0f} device hours (modelled)"
+            )
     if images:
         outcome = _try_compile(
-            f"generation, {images} images per device", lambda: generation(model, images, devices)
+            f"generation, {images} images per device",
+            lambda: generation(model, images, devices, cache_dtype),
         )
         fits = fits and isinstance(outcome, Footprint) and outcome.fits
         results["generation"] = _as_dict(outcome) | {"images": images}

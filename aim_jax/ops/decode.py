@@ -367,6 +367,7 @@ def dual_step(
     A: jax.Array,
     D: jax.Array,
     norm_scale: jax.Array,
+    room: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Advance one Mamba-2 layer by one token in the dual form, from a cache of the past inputs.
@@ -390,6 +391,8 @@ def dual_step(
       log_decay: a of every token (L, b, T, h) float32, as of the token before. Rows of tokens not
         yet decoded may hold any finite numbers.
       layer, position: int32 (), indices of the layer and of the token; position < T.
+      room: number of rows of the caches that "xla" reads, more than `position`; None is T. Kernels
+        read no more rows than they need.
       conv_weight, conv_bias, dt_bias, A, D, norm_scale: see `mamba2_step`.
       implementation: None, "xla", "native" or "triton".
 
@@ -418,17 +421,24 @@ def dual_step(
     (x, B, C, z, dt), conv_cache = _mixer_inputs(
         projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
     )
+    room = room or inputs.shape[2]
+
+    def read(cache: jax.Array) -> jax.Array:
+        """Return the rows of a layer, which XLA reads where they lie."""
+        sizes = (1, cache.shape[1], room, *cache.shape[3:])
+        return jax.lax.dynamic_slice(cache, (layer, *(0,) * (cache.ndim - 1)), sizes)[0]
+
     dt = step_sizes(dt, dt_bias[layer], True, jnp.float32)
     rows = (dt[..., None] * x).astype(inputs.dtype)
     B_rows = B.astype(B_cache.dtype)
-    token = jnp.arange(inputs.shape[2])[None, :, None]
-    decays = log_decay[layer] + (dt * A[layer][None])[:, None]
-    # The caches are read where they lie, and only weights are masked: XLA would copy what a mask of
-    # the cached rows leaves.
-    scores = product("btgn,bgn->btg", B_cache[layer].astype(jnp.float32), C)
+    token = jnp.arange(room)[None, :, None]
+    old_decays = read(log_decay)
+    decays = old_decays + (dt * A[layer][None])[:, None]
+    # Only weights are masked. XLA would copy the cached rows to mask them.
+    scores = product("btgn,bgn->btg", read(B_cache).astype(jnp.float32), C)
     weights = jnp.repeat(scores, sizes["h"] // sizes["g"], axis=-1) * jnp.exp(decays)
     weights = jnp.where(token < position, weights, 0)
-    past = jnp.sum(weights[..., None] * inputs[layer].astype(jnp.float32), axis=1)
+    past = jnp.sum(weights[..., None] * read(inputs).astype(jnp.float32), axis=1)
     score = jnp.sum(B_rows.astype(jnp.float32) * C, axis=-1)
     score = jnp.repeat(score, sizes["h"] // sizes["g"], axis=-1)
     y = past + score[..., None] * rows.astype(jnp.float32)
@@ -441,8 +451,8 @@ def dual_step(
 
     inputs = put_row(inputs, rows)
     B_cache = put_row(B_cache, B_rows)
-    decays = jnp.where(token < position, decays, jnp.where(token == position, 0, log_decay[layer]))
-    log_decay = _put(log_decay, decays, layer)
+    decays = jnp.where(token < position, decays, jnp.where(token == position, 0, old_decays))
+    log_decay = jax.lax.dynamic_update_slice(log_decay, decays[None], (layer, 0, 0, 0))
     return y.astype(projected.dtype), sum_squares, conv_cache, inputs, B_cache, log_decay
 
 

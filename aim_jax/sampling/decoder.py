@@ -107,7 +107,7 @@ class Decoder(Protocol):
         """Return the decoder with another form or cache dtype; weights are shared."""
 
     def segments(self, first: int) -> list[int]:
-        """Return the ends of the loop's segments after `first`; caches grow between segments."""
+        """Return the ends of the loop's segments after `first`; each reads more of the caches."""
 
     def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> Any:
         """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens.
@@ -119,9 +119,17 @@ class Decoder(Protocol):
         """Return the caches with room for `tokens` tokens."""
 
     def step(
-        self, x: jax.Array, modulation: Modulation, caches: Any, position: ArrayLike
+        self,
+        x: jax.Array,
+        modulation: Modulation,
+        caches: Any,
+        position: ArrayLike,
+        tokens: int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
+        """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`.
+
+        `tokens` is more than `position`, so that no more rows of the caches are read; None is all.
+        """
 
     def sample(
         self, logits: jax.Array, uniform: jax.Array, settings: Mapping[str, jax.Array]
@@ -226,10 +234,15 @@ class ModuleDecoder:
         return grown
 
     def step(
-        self, x: jax.Array, modulation: Modulation, caches: list[Cache], position: ArrayLike
+        self,
+        x: jax.Array,
+        modulation: Modulation,
+        caches: list[Cache],
+        position: ArrayLike,
+        tokens: int | None = None,
     ) -> tuple[jax.Array, list[Cache]]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
-        del position  # the caches hold it
+        del position, tokens  # the caches hold the position, and have the size that is read
         block = Block(self.config)
         updated = []
         for i, (weights, cache) in enumerate(zip(self.layers, caches, strict=True)):

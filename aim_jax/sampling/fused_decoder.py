@@ -47,6 +47,18 @@ class Stream(NamedTuple):
     sum_squares: jax.Array | None
 
 
+class Rows(NamedTuple):
+    """Rows of the dual caches in a step.
+
+    Attributes:
+      position: index of the token.
+      end: number of rows that may be read, more than `position`.
+    """
+
+    position: ArrayLike
+    end: int
+
+
 @struct.dataclass
 class FusedDecoder:
     """Implementation of `aim_jax.sampling.decoder.Decoder` with the ops of `aim_jax.ops.decode`.
@@ -136,23 +148,21 @@ class FusedDecoder:
         return self.implementation == "xla"
 
     def segments(self, first: int) -> list[int]:
-        """Return the ends of the loop's segments after `first`; caches grow between segments.
+        """Return the ends of the loop's segments after `first`; each reads more of the caches.
 
-        Kernels read the filled part of a dual cache only, so there it has its final size.
+        Kernels read only the rows that they need.
         """
         if self._is_loop and self.engine.form == "dual":
             return growing_segments(self.config.num_tokens, first)
         return [self.config.num_tokens]
 
     def start(self, x: jax.Array, modulation: Modulation, tokens: int) -> Caches:
-        """Return caches after the inputs x (b, l, d), l >= 0, with room for `tokens` tokens.
-
-        The inputs begin with the caption of a text model.
-        """
+        """Return caches after the inputs x (b, l, d), l >= 0, with room for all positions."""
+        del tokens
         cfg = self.config
         position = x.shape[1]
         # Prefill in float32 and round once at the end.
-        dual = cfg.max_caption + tokens if self.engine.form == "dual" else None
+        dual = cfg.max_caption + cfg.num_tokens if self.engine.form == "dual" else None
         if not position:
             caches = cfg.n_layer * [init_layer_cache(cfg, x.shape[0], dual=dual)]
         else:
@@ -177,17 +187,9 @@ class FusedDecoder:
         return self._linear(x, self.matrices[name][layer])  # type: ignore[index]
 
     def grow(self, caches: Caches, tokens: int) -> Caches:
-        """Return the caches with room for `tokens` tokens."""
-        if self.engine.form != "dual":
-            return caches
-        ring, *past = caches
-        more = self.config.max_caption + tokens - past[0].shape[2]
-        if not more:
-            return caches
-        grown = (
-            jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)]) for x in past
-        )
-        return ring, *grown
+        """Return the caches unchanged; they have room for all positions."""
+        del tokens
+        return caches
 
     def step(
         self,
@@ -195,18 +197,19 @@ class FusedDecoder:
         modulation: Modulation,
         caches: Caches,
         position: ArrayLike,
+        tokens: int | None = None,
     ) -> tuple[jax.Array, Caches]:
         """Return float32 logits (b, v) and updated caches for x (b, 1, d) at `position`."""
         cfg = self.config
-        position = cfg.max_caption + position  # in the caches
+        rows = Rows(cfg.max_caption + position, cfg.max_caption + (tokens or cfg.num_tokens))
         parts = modulation.layers
         # The first layer takes hidden as it is, without a division or a gate.
         stream = Stream(x[:, 0], jnp.zeros_like(x[:, 0]), None)
         if self._is_loop:
-            stream, caches = self._loop(stream, caches, parts, position)
+            stream, caches = self._loop(stream, caches, parts, rows)
         else:
             for layer in range(cfg.n_layer):
-                stream, caches = self._layer(layer, stream, caches, parts, position)
+                stream, caches = self._layer(layer, stream, caches, parts, rows)
         hidden = stream.hidden.astype(jnp.float32) * self._divisor(stream.sum_squares)
         residual = stream.residual + parts[-1, :, _last_gate(parts)] * hidden
         x = rms_norm(residual, self.params["norm_f"]["scale"], cfg.norm_eps)
@@ -223,12 +226,12 @@ class FusedDecoder:
         return sample(logits, uniform, **settings, implementation=self.implementation)
 
     def _loop(
-        self, stream: Stream, caches: Caches, parts: jax.Array, position: ArrayLike
+        self, stream: Stream, caches: Caches, parts: jax.Array, rows: Rows
     ) -> tuple[Stream, Caches]:
         """Apply all layers in a loop, whose state has the same shapes and dtypes in every round."""
 
         def body(layer: jax.Array, state: tuple[Stream, Caches]) -> tuple[Stream, Caches]:
-            after, caches = self._layer(layer, *state, parts, position)
+            after, caches = self._layer(layer, *state, parts, rows)
             return after._replace(hidden=after.hidden.astype(stream.hidden.dtype)), caches
 
         cfg = self.config
@@ -242,7 +245,7 @@ class FusedDecoder:
         stream: Stream,
         caches: Caches,
         parts: jax.Array,
-        position: ArrayLike,
+        rows: Rows,
     ) -> tuple[Stream, Caches]:
         """Apply a layer to the stream; `parts` is `Modulation.layers`."""
         mixer_parts, mlp_parts = PARTS[parts.shape[2]]
@@ -250,7 +253,7 @@ class FusedDecoder:
         u, residual = self._seam(
             stream, norms["norm"]["scale"], parts, layer, mixer_parts[:2], _last_gate(parts), -1
         )
-        hidden, sum_squares, caches = self._mix(u, caches, layer, position)
+        hidden, sum_squares, caches = self._mix(u, caches, layer, rows)
         if mlp_parts:
             u, residual = self._seam(
                 Stream(hidden, residual, sum_squares), norms["norm2"]["scale"], parts, layer,
@@ -282,7 +285,7 @@ class FusedDecoder:
         u: jax.Array,
         caches: Caches,
         layer: ArrayLike,
-        position: ArrayLike,
+        rows: Rows,
     ) -> tuple[jax.Array, jax.Array | None, Caches]:
         """Apply the mixer of a layer to u (b, d).
 
@@ -295,14 +298,16 @@ class FusedDecoder:
         options: dict[str, Any] = {"implementation": self.implementation}
         if cfg.mixer == "mamba1":
             ring, state = caches
-            x, ring = ops.conv_step(projected, ring, layer, position, **self.conv, **options)
+            x, ring = ops.conv_step(projected, ring, layer, rows.position, **self.conv, **options)
             dt_BC = self._project(x, "x", layer)
             dt = self._project(dt_BC[:, : cfg.dt_rank], "dt", layer)
             y, state = ops.mamba1_step(x, dt, dt_BC, projected, state, layer, **self.ssm, **options)
             return self._project(y, "out", layer), None, (ring, state)
-        step: Callable = ops.dual_step if self.engine.form == "dual" else ops.mamba2_step
+        step: Callable = ops.mamba2_step
+        if self.engine.form == "dual":
+            step = functools.partial(ops.dual_step, room=rows.end)
         y, sum_squares, *caches = step(
-            projected, *caches, layer, position, **self.conv, **self.ssm, **options
+            projected, *caches, layer, rows.position, **self.conv, **self.ssm, **options
         )
         if cfg.ngroups > 1:  # the division does not commute with the output projection
             groups = sum_squares.reshape(y.shape[0], cfg.ngroups, -1).sum(axis=-1, keepdims=True)

@@ -142,13 +142,12 @@ def generate_on_device(
     # Pieces of one size share one program if all caches have their final size.
     ends = decoder.segments(first) if every is None else [*range(first + every, last, every), last]
     for start, end in zip([first, *ends], ends, strict=False):
-        loop = loop._replace(
-            caches=_grow(decoder, loop.caches, tokens=end if every is None else last)
-        )
+        tokens = end if every is None else last
+        loop = loop._replace(caches=_grow(decoder, loop.caches, tokens=tokens))
         position = jnp.asarray(start, jnp.int32)
         loop = advance(
             decoder, modulation, loop, request.settings, series, position, end - start,
-            guided=guided,
+            guided=guided, tokens=tokens,
         )  # fmt: skip
         if watch is not None:
             watch(loop, end)
@@ -214,14 +213,15 @@ def _sample_tokens(
     count: ArrayLike,
     *,
     guided: bool,
+    tokens: int | None = None,
 ) -> Loop:
-    """Sample `count` tokens from position `first` on."""
+    """Sample `count` tokens from position `first` on; `tokens` bounds those there are then."""
     config = decoder.config
     rows_per_image = 2 if guided else 1
 
     def step(i: jax.Array, loop: Loop) -> Loop:
         position = first + i
-        logits, caches = decoder.step(loop.x, modulation, loop.caches, position)
+        logits, caches = decoder.step(loop.x, modulation, loop.caches, position, tokens)
         finite = jnp.all(jnp.isfinite(logits), axis=-1).reshape(rows_per_image, -1).all(axis=0)
         scale = guidance_at(
             position, config.num_tokens, settings["cfg_scale"], series.schedule, series.interval
@@ -233,16 +233,20 @@ def _sample_tokens(
         x = AiM(config).apply(
             {"params": decoder.params}, token[:, None], position[None], method="embed_codes"
         )
-        tokens = jax.lax.dynamic_update_slice_in_dim(loop.tokens, token[:, None], position, axis=1)
+        sampled = jax.lax.dynamic_update_slice_in_dim(loop.tokens, token[:, None], position, axis=1)
         x = jnp.concatenate([x] * rows_per_image)
-        return Loop(tokens, loop.finite & finite, x, caches, loop.keys)
+        return Loop(sampled, loop.finite & finite, x, caches, loop.keys)
 
     return jax.lax.fori_loop(0, count, step, loop)
 
 
 # The number of steps is known when compiling, or is not.
-_advance = jax.jit(_sample_tokens, static_argnames=("count", "guided"), donate_argnames="loop")
-_advance_traced = jax.jit(_sample_tokens, static_argnames="guided", donate_argnames="loop")
+_advance = jax.jit(
+    _sample_tokens, static_argnames=("count", "guided", "tokens"), donate_argnames="loop"
+)
+_advance_traced = jax.jit(
+    _sample_tokens, static_argnames=("guided", "tokens"), donate_argnames="loop"
+)
 
 
 @functools.lru_cache
