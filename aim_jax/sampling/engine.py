@@ -2,8 +2,9 @@
 
 The Mamba-2 recurrence has two forms (Dao and Gu 2024, arXiv 2405.21060). "recurrent" carries the
 state; "dual" carries a cache of the tokens so far. Implementations are those of
-`aim_jax.ops.implementation`: "xla" applies the Flax modules (`decoder`) on any device, while
-"native" and "triton" are fused kernels for CPUs and NVIDIA GPUs (`fused_decoder`). `Engine` names
+`aim_jax.ops.implementation`: "native" and "triton" are fused kernels for CPUs and NVIDIA GPUs
+(`fused_decoder`). "xla" is plain XLA on any device: the Flax modules on CPUs (`decoder`), and the
+fused ops in a loop over layers on GPUs and TPUs. `Engine` names
 one of each, or lets `resolve` choose.
 """
 
@@ -31,7 +32,7 @@ class Engine:
       implementation: "xla", "native" (CPU) or "triton" (NVIDIA GPU). None selects the fused kernels
         of the device where they are available and support the model's mixer, else "xla".
       cache_dtype: dtype of the states ("recurrent") or of the cached inputs ("dual"): "float32" or
-        "bfloat16". The Flax modules ("xla") keep float32 states.
+        "bfloat16". "xla" keeps float32 states.
 
     Raises:
       ValueError: if a field has an unknown value.
