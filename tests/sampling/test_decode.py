@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -18,7 +19,7 @@ from aim_jax.sampling.config import SETTINGS, SamplingConfig
 from aim_jax.sampling.engine import Engine, native_kernels, resolve
 from aim_jax.sampling.fused_decoder import FusedDecoder
 from aim_jax.sampling.generate import generate_tokens, prepare_decoder
-from aim_jax.sampling.logits import apply_cfg, filter_logits, sample
+from aim_jax.sampling.logits import _filter_by_search, apply_cfg, filter_logits, sample
 from aim_jax.sampling.token_loop import Request, Series, make_decoder
 from aim_jax.utils.random import random_key
 from tests import parity
@@ -219,6 +220,22 @@ def test_drawn_tokens_follow_the_filtered_softmax(sampler):
     assert counts[~support].sum() == 0 and 2 <= support.sum() <= 8
     chi_square = np.sum((counts - n * p)[support] ** 2 / (n * p[support]))
     assert chi_square < 24.3  # 99.9 % quantile with 7 degrees of freedom; there are at most as many
+
+
+def test_filters_keep_the_same_with_the_search_of_accelerators():
+    """What a sort keeps; ties, infinities, and settings that keep everything or one token."""
+    rng = np.random.default_rng(0)
+    logits = np.round(rng.normal(0, 3, (6, 301)), 1).astype(np.float32)
+    logits[0, :5] = -np.inf
+    logits[1] = 0.0
+    logits[2, 3] = 1e4
+    searches = [jax.jit(functools.partial(_filter_by_search, bits=bits)) for bits in (1, 4)]
+    for k, p in itertools.product((0, 1, 7, 200, 500), (1.0, 0.9, 0.5, 1e-6)):
+        few, many = (np.asarray(search(logits, k, p)) for search in searches)
+        np.testing.assert_array_equal(few, many, err_msg=f"k={k}, p={p}")
+        if p == 1.0:
+            smallest = np.sort(logits, axis=-1)[:, -(k or 301) if k < 301 else 0, None]
+            np.testing.assert_array_equal(many, np.where(logits >= smallest, logits, -np.inf))
 
 
 @native_only

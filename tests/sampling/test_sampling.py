@@ -375,7 +375,7 @@ def one_loop():
     """Fail if the token loop is traced twice."""
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(token_loop._sample_tokens, n=1)
-    loop = jax.jit(traced, static_argnames="guided", donate_argnames="loop")
+    loop = jax.jit(traced, static_argnames=("guided", "tokens"), donate_argnames="loop")
     with mock.patch("aim_jax.sampling.token_loop._advance_traced", loop):
         yield
     assert loop._cache_size() == 1
