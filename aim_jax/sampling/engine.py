@@ -4,8 +4,8 @@ The Mamba-2 recurrence has two forms (Dao and Gu 2024, arXiv 2405.21060). "recur
 state; "dual" carries a cache of the tokens so far. Implementations are those of
 `aim_jax.ops.implementation`: "native" and "triton" are fused kernels for CPUs and NVIDIA GPUs
 (`fused_decoder`). "xla" is plain XLA on any device: the Flax modules on CPUs (`decoder`), and the
-fused ops in a loop over layers on GPUs and TPUs. `Engine` names
-one of each, or lets `resolve` choose.
+fused ops in a loop over layers on GPUs and TPUs. `Engine` names one of each, or lets `resolve`
+choose.
 """
 
 import dataclasses

@@ -86,6 +86,24 @@ ROOT %r = f32[5,16,8]{2,1,0} convert(%wide)
     assert traffic(STACKED + call, fused(UPDATE + root)) == LAYER + 4 + 5 * LAYER
 
 
+def test_a_slice_is_read_in_a_nested_fusion():
+    """As TPU programs have them: a product reads the layer that a fusion inside of it slices."""
+    nested = """%g (q: f32[]) -> f32[] {
+  %q0 = f32[24,8,16]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %none = s32[] constant(0)
+  ROOT %s = f32[1,8,16]{2,1,0} dynamic-slice(%q0, %q1, %none, %none), dynamic_slice_sizes={1,8,16}
+}
+"""
+    root = """
+%layer = f32[1,8,16]{2,1,0} fusion(%p0, %p2), kind=kLoop, calls=%g
+%matrix = f32[8,16]{1,0} bitcast(%layer)
+ROOT %product = f32[8,8]{1,0} dot(%matrix, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+"""
+    call = CALL.replace("f32[24,8,16]{2,1,0} fusion", "f32[8,8]{1,0} fusion")
+    assert traffic(STACKED + call, nested, fused(UPDATE + root)) == 2 * LAYER + 4 + 4 * 8 * 8
+
+
 def test_reductions_and_products_read_everything():
     root = """
 %value = f32[] constant(0)
