@@ -422,16 +422,17 @@ def dual_step(
         projected, conv_cache, layer, position, conv_weight, conv_bias, sizes
     )
     room = room or inputs.shape[2]
+    layer, position, first = (jnp.asarray(i, jnp.int32) for i in (layer, position, 0))
 
     def read(cache: jax.Array) -> jax.Array:
         """Return the rows of a layer, which XLA reads where they lie."""
         sizes = (1, cache.shape[1], room, *cache.shape[3:])
-        return jax.lax.dynamic_slice(cache, (layer, *(0,) * (cache.ndim - 1)), sizes)[0]
+        return jax.lax.dynamic_slice(cache, (layer, *[first] * (cache.ndim - 1)), sizes)[0]
 
     dt = step_sizes(dt, dt_bias[layer], True, jnp.float32)
     rows = (dt[..., None] * x).astype(inputs.dtype)
     B_rows = B.astype(B_cache.dtype)
-    token = jnp.arange(room)[None, :, None]
+    token = jnp.arange(room, dtype=jnp.int32)[None, :, None]
     old_decays = read(log_decay)
     decays = old_decays + (dt * A[layer][None])[:, None]
     # Only weights are masked. XLA would copy the cached rows to mask them.
@@ -446,13 +447,13 @@ def dual_step(
     y, sum_squares = _scaled_with_squares(u, norm_scale[layer])
 
     def put_row(old: jax.Array, row: jax.Array) -> jax.Array:
-        start = (layer, 0, position, *(0,) * (old.ndim - 3))
+        start = (layer, first, position, *[first] * (old.ndim - 3))
         return jax.lax.dynamic_update_slice(old, row[None, :, None], start)
 
     inputs = put_row(inputs, rows)
     B_cache = put_row(B_cache, B_rows)
     decays = jnp.where(token < position, decays, jnp.where(token == position, 0, old_decays))
-    log_decay = jax.lax.dynamic_update_slice(log_decay, decays[None], (layer, 0, 0, 0))
+    log_decay = jax.lax.dynamic_update_slice(log_decay, decays[None], (layer, *[first] * 3))
     return y.astype(projected.dtype), sum_squares, conv_cache, inputs, B_cache, log_decay
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from aim_jax.ops.implementation import implementation_of, kernels_of
+from aim_jax.ops.reference import with_rank
 
 
 def group_norm(
@@ -48,8 +49,9 @@ def _xla(x, scale, bias, groups, eps, dtype):
     mean = wide.mean(axes, keepdims=True)
     # The fast variance E[x^2] - E[x]^2 loses digits that parity with released weights needs.
     variance = jnp.square(wide - mean).mean(axes, keepdims=True)
-    normed = (wide - mean) * (jax.lax.rsqrt(variance + eps) * scale.reshape(groups, -1))
-    return (normed.reshape(x.shape) + bias).astype(dtype)
+    factor = jax.lax.rsqrt(variance + eps) * with_rank(scale.reshape(groups, -1), wide.ndim)
+    normed = ((wide - mean) * factor).reshape(x.shape)
+    return (normed + with_rank(bias, x.ndim)).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
