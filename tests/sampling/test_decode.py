@@ -223,7 +223,7 @@ def test_drawn_tokens_follow_the_filtered_softmax(sampler):
 
 
 def test_filters_keep_the_same_with_the_search_of_accelerators():
-    """What a sort keeps; ties, infinities, and settings that keep everything or one token."""
+    """They keep what a sort keeps: ties, infinities, settings that keep everything or one token."""
     rng = np.random.default_rng(0)
     logits = np.round(rng.normal(0, 3, (6, 301)), 1).astype(np.float32)
     logits[0, :5] = -np.inf
