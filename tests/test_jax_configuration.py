@@ -103,12 +103,14 @@ def test_models_and_their_gradients_keep_their_types(config, configured):
     assert jax.tree.map(lambda x: x.dtype, grads) == jax.tree.map(lambda x: x.dtype, params)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "native"])
+@pytest.mark.parametrize(
+    ("implementation", "platform"), [("xla", "cpu"), ("xla", "tpu"), ("native", "cpu")]
+)
 @pytest.mark.parametrize("form", ["recurrent", "dual"])
 @pytest.mark.parametrize("config", AIMS.values(), ids=AIMS)
-def test_the_loops_of_sampling_keep_their_types(config, form, implementation, configured):
+def test_the_loops_of_sampling_keep_their_types(config, form, implementation, platform, configured):
     if config.mixer == "mamba1" and (form, implementation) != ("recurrent", "xla"):
-        pytest.skip("Mamba-1 has one form and implementation on CPUs")
+        pytest.skip("Mamba-1 has no dual form and no native kernels")
     if implementation == "native" and not native_kernels():
         pytest.skip("needs a C++ compiler")
     settings = {name: jax.ShapeDtypeStruct((4,), s.dtype) for name, s in SAMPLING.items()}
@@ -116,7 +118,7 @@ def test_the_loops_of_sampling_keep_their_types(config, form, implementation, co
     request = Request(INTS, INTS, settings, prefix)
 
     def sampled(params, request):
-        decoder = make_decoder(params, config, Engine(form, implementation))
+        decoder = make_decoder(params, config, Engine(form, implementation), platform)
         series = Series.of(random_key(0), "cosine", (0.0, 1.0))
         return generate_on_device(decoder, request, series, guided=True)
 

@@ -39,8 +39,8 @@ def group_norm(
     return jax.nn.swish(y) if swish else y
 
 
-# Compiled by itself, because a tokenizer normalizes the same shapes dozens of times, and a function
-# is traced once for each shape.
+# A jitted function is traced once for each shape, and a tokenizer normalizes the same shapes dozens
+# of times.
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _xla(x, scale, bias, groups, eps, dtype):
     wide = x.reshape(*x.shape[:-1], groups, -1)

@@ -236,7 +236,8 @@ class FusedDecoder:
 
         cfg = self.config
         if cfg.mixer == "mamba2" and cfg.ngroups == 1 and not cfg.d_intermediate:
-            stream = stream._replace(sum_squares=jnp.zeros((stream.hidden.shape[0], cfg.n_heads)))
+            nothing = jnp.zeros((stream.hidden.shape[0], cfg.n_heads), jnp.float32)
+            stream = stream._replace(sum_squares=nothing)
         return jax.lax.fori_loop(0, cfg.n_layer, body, (stream, caches))
 
     def _layer(
