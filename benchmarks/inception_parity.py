@@ -24,7 +24,7 @@ from PIL import Image
 try:
     import torch
 except ImportError:
-    sys.exit("The peer requires PyTorch; run pip install 'aim_jax[torch]'.")
+    sys.exit("The peer requires PyTorch; run pip install torch.")
 
 from aim_jax.configs.defaults import eval_defaults
 from aim_jax.data.sources import images_in

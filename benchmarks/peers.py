@@ -41,7 +41,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peers require PyTorch; run pip install 'aim_jax[torch]'.")
+    sys.exit("The peers require PyTorch; run pip install torch.")
 
 TOLERANCE = 1e-4
 SIZES = PRESETS | {

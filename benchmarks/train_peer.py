@@ -11,7 +11,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peer requires PyTorch; run pip install 'aim_jax[torch]'.")
+    sys.exit("The peer requires PyTorch; run pip install torch.")
 
 from aim_jax.models import AiMConfig
 

@@ -13,7 +13,7 @@ try:
     import torch
     from torch.nn import functional as F
 except ImportError:
-    sys.exit("The peer requires PyTorch; run pip install 'aim_jax[torch]'.")
+    sys.exit("The peer requires PyTorch; run pip install torch.")
 
 from aim_jax.models import VQConfig
 from aim_jax.models.lpips import BLOCKS, SCALE, SHIFT

@@ -10,8 +10,8 @@ Examples:
 
 Weights are a .safetensors file, a PyTorch pickle (.bin, .pt), an index of several files, or a
 directory with one of these. Of a checkpoint with a moving average ("ema") beside the model, the
-average is taken; --weights_key names another dictionary. Pickles require
-`pip install 'aim_jax[torch]'`. See the page "Released weights" of the documentation for details.
+average is taken; --weights_key names another dictionary. PyTorch is not needed. See the page
+"Released weights" of the documentation for details.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def test_rates_are_drawn_beside_their_floor(tmp_path):
 
 @pytest.fixture(scope="module")
 def peers():
-    pytest.importorskip("torch", reason="the peers are PyTorch: pip install '.[torch]'")
+    pytest.importorskip("torch", reason="the peers are PyTorch: pip install torch")
     from benchmarks import peers
 
     return peers

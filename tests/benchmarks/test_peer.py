@@ -10,7 +10,7 @@ from aim_jax.models import AiM, AiMConfig
 from aim_jax.weights.convert import convert_aim, export_aim, official_shapes
 from benchmarks.conversion import random_tensor
 
-torch = pytest.importorskip("torch", reason="the peer is PyTorch: pip install '.[torch]'")
+torch = pytest.importorskip("torch", reason="the peer is PyTorch: pip install torch")
 
 B_WIDTH = AiMConfig(vocab_size=512, num_tokens=24, n_layer=2)  # the rest is AiM-B
 

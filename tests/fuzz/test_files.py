@@ -37,6 +37,7 @@ from aim_jax.utils.names import check_text, read_names
 from aim_jax.weights.convert.files import open_weights
 from aim_jax.weights.model_files import check_sizes, read_model_file
 from aim_jax.weights.pretrained import bundled_models
+from tests.conftest import ROOT
 from tests.fuzz.mutations import changed, damaged, written
 
 SECONDS = 5  # most time of one case
@@ -166,8 +167,12 @@ def read_list(directory):
     assert listed and all(len(pair) == 2 for pair in listed.values())
 
 
-def read_weights(directory):
-    for key, tensor in open_weights(directory).tensors.items():
+def read_torch(directory):
+    read_weights(directory / "w.pt", "weights")
+
+
+def read_weights(path, weights_key=""):
+    for key, tensor in open_weights(path, weights_key).tensors.items():
         check_text("key", key)
         assert math.prod(tensor.shape) < 1000
         assert np.asarray(tensor).shape == tensor.shape
@@ -205,6 +210,7 @@ ROW = {
 HEADER = {
     "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"a": "b"},
 }  # fmt: skip
+TORCH_FILES = ROOT / "tests" / "golden" / "torch_files"
 OFFICIAL = {"d_model": 16, "ssm_cfg": {"layer": "Mamba2"}}
 KINDS = {
     "model": Kind(
@@ -245,6 +251,8 @@ KINDS = {
     "index of weights": Kind(
         "model.safetensors.index.json", {"weight_map": {"w": "part.safetensors"}}, read_weights
     ),
+    "zip file of torch": Kind("w.pt", (TORCH_FILES / "zip.pt").read_bytes(), read_torch),
+    "older file of torch": Kind("w.pt", (TORCH_FILES / "legacy.pt").read_bytes(), read_torch),
     "class names": Kind("names.txt", b"boat\nhouse\nold tree\n", read_class_names),
     "export": Kind(
         "settings.json",

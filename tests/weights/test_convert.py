@@ -1,13 +1,14 @@
 """Official weights in and out: exact both ways, whole or not at all, whatever the file holds."""
 
+import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from aim_jax.weights.convert import files
 from aim_jax.weights.pretrained import load_pretrained
 from benchmarks import conversion
 from tests.conftest import TINY_AIM, TINY_VQ
+from tests.torch_archives import View, saved
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EMBEDDING = "mamba.backbone.embeddings.word_embeddings.weight"
@@ -40,11 +42,6 @@ AIM_CASES = (
     "aim_tiny_mlp_group",
     "aim_tiny_mamba1",
 )
-
-
-def torch():
-    """PyTorch, or a skipped test."""
-    return pytest.importorskip("torch", reason="pickles need PyTorch: pip install '.[torch]'")
 
 
 # Rules and configurations
@@ -606,8 +603,8 @@ def entry(shape, offsets, dtype="F32"):
 
 KEY = "mamba.backbone.norm_f.weight"
 SAFETENSORS = {
-    "empty": (b"", "neither a safetensors file nor a zip"),
-    "short": (b"\x08\0\0", "neither a safetensors file nor a zip"),
+    "empty": (b"", "neither a safetensors file nor one of torch"),
+    "short": (b"\x08\0\0", "neither a safetensors file nor one of torch"),
     "web page": (b"<!DOCTYPE html><html>", r"it starts with 3c 21 44 4f.*download the file again"),
     "header beyond the end": (header({KEY: entry([1], [0, 4])}, b"1234", 10**6), "1,000,000 bytes"),
     "header of exabytes": (header({}, length=2**62), "claims to have"),
@@ -730,79 +727,42 @@ def test_outputs_that_cannot_be_are_refused_first(weights, tmp_path):
 # Pickles
 
 
-class Exploit:
-    """Would make a folder when unpickled."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
-def torch_zip(path, pickled, compression=zipfile.ZIP_STORED, twice=False):
-    """A zip file laid out as torch.save does it."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/version", b"3\n")
-        file.writestr("archive/byteorder", b"little")
-        if twice:
-            with pytest.warns(UserWarning, match="Duplicate name"):
-                file.writestr("archive/data.pkl", pickled)
-    return path
-
-
-def test_a_pickle_that_would_run_code_does_not(tmp_path):
-    path = torch_zip(tmp_path / "evil.bin", pickle.dumps({"model": Exploit(tmp_path / "owned")}, 2))
-
-    refused(path, tmp_path, "refuses it|needs torch")
-    assert not (tmp_path / "owned").exists()
+def refuse_a_pickle(tmp_path, content, message):
+    refused(saved(content, tmp_path / "w.bin"), tmp_path, message)
 
 
 def test_zip_files_that_torch_does_not_write(tmp_path):
-    content = pickle.dumps({}, 2) + bytes(1000)
-    packed = torch_zip(tmp_path / "packed.bin", content, zipfile.ZIP_DEFLATED)
-    refused(packed, tmp_path, "holds compressed entries")
-    twice = torch_zip(tmp_path / "twice.bin", content, twice=True)
-    refused(twice, tmp_path, "entries of the same name")
-    whole = torch_zip(tmp_path / "whole.bin", content).read_bytes()
+    def archive(name, compression=zipfile.ZIP_STORED, twice=False):
+        with zipfile.ZipFile(tmp_path / name, "w", compression) as file:
+            file.writestr("archive/data.pkl", pickle.dumps({}, 2) + bytes(1000))
+            if twice:
+                with pytest.warns(UserWarning, match="Duplicate name"):
+                    file.writestr("archive/data.pkl", b"")
+        return tmp_path / name
+
+    refused(archive("packed.bin", zipfile.ZIP_DEFLATED), tmp_path, "holds compressed entries")
+    refused(archive("twice.bin", twice=True), tmp_path, "entries of the same name")
+    whole = archive("whole.bin").read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 3):
         (tmp_path / "cut.bin").write_bytes(whole[:size])
         refused(tmp_path / "cut.bin", tmp_path, "is not a complete zip file")
-    (tmp_path / "old.bin").write_bytes(pickle.dumps({"a": 1}, 2))
-    refused(tmp_path / "old.bin", tmp_path, "Save files of old torch versions again")
-
-
-def test_without_torch_the_message_says_what_to_do(tmp_path, monkeypatch, weights):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    path = torch_zip(tmp_path / "w.bin", pickle.dumps({}, 2))
-    refused(path, tmp_path, r"needs torch, which is not installed: pip install 'aim_jax\[torch\]'")
-    convert.to_jax(weights, tmp_path / "model")
-    with pytest.raises(ValueError, match="needs torch, which is not installed"):
-        convert.to_torch(tmp_path / "model", tmp_path / "x.bin")
-
-
-def state_dict(weights, dtype=None):
-    t = torch()
-    tensors = load_file(weights / "model.safetensors")
-    return {k: t.tensor(v).to(dtype or t.float32) for k, v in tensors.items()}
+    (tmp_path / "pickle.bin").write_bytes(pickle.dumps({"a": 1}, 2))
+    refused(tmp_path / "pickle.bin", tmp_path, "or not a file of torch.save")
 
 
 @pytest.mark.parametrize("form", ["plain", "model", "state_dict", "training", "module", "bfloat16"])
-def test_pickles_in_every_form(form, weights, tmp_path):
-    t = torch()
-    state = state_dict(weights, t.bfloat16 if form == "bfloat16" else None)
+def test_pickles_in_every_form(form, weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    dtype = ml_dtypes.bfloat16 if form == "bfloat16" else np.float32
+    state = {k: v.astype(dtype) for k, v in load_file(weights / "model.safetensors").items()}
     if form == "module":
         state = {f"module.{k}": v for k, v in state.items()}
     content = state if form in ("plain", "module", "bfloat16") else {form: state}
     if form == "training":
-        import argparse
-
         content = {"model": state, "steps": 7, "args": argparse.Namespace(lr=1e-4)}
-    t.save(content, tmp_path / "w.pt")
+    saved(content, tmp_path / "w.pt")
     model = load_pretrained(convert.to_jax(tmp_path / "w.pt", tmp_path / "model"), as_stored=True)
     direct = load_pretrained(convert.to_jax(weights, tmp_path / "direct"), as_stored=True)
-    dtype = ml_dtypes.bfloat16 if form == "bfloat16" else np.float32
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, y.astype(dtype)),
         (model.aim_params, model.vq_params),
@@ -811,63 +771,50 @@ def test_pickles_in_every_form(form, weights, tmp_path):
 
 
 def test_pickles_come_back_as_the_official_programs_read_them(weights, tmp_path):
-    t = torch()
     convert.to_jax(weights, tmp_path / "model")
     convert.to_torch(tmp_path / "model", tmp_path / "all.bin")
     tensors = load_file(weights / "model.safetensors")
-    state = t.load(tmp_path / "all.bin", weights_only=True)
+    state = files.open_weights(tmp_path / "all.bin").tensors
     assert state.keys() - tensors.keys() == {convert.TIED_HEAD, convert.USAGE_HISTORY}
-    tied = state[convert.TIED_HEAD], state[EMBEDDING]
-    assert tied[0].data_ptr() == tied[1].data_ptr()
+    np.testing.assert_array_equal(state[convert.TIED_HEAD], tensors[EMBEDDING])
     for key, tensor in tensors.items():
-        np.testing.assert_array_equal(state[key].numpy(), tensor)
+        np.testing.assert_array_equal(state[key], tensor)
     convert.to_torch(tmp_path / "model", tmp_path / "vq.pt")
-    state = t.load(tmp_path / "vq.pt", weights_only=True)["model"]
-    assert {f"vqvae.{k}" for k in state} - {convert.USAGE_HISTORY} == {
+    opened = files.open_weights(tmp_path / "vq.pt")
+    assert opened.weights_key == "model"
+    assert {f"vqvae.{k}" for k in opened.tensors} - {convert.USAGE_HISTORY} == {
         k for k in tensors if k.startswith("vqvae.")
     }
     convert.to_jax(tmp_path / "all.bin", tmp_path / "again")
     convert.to_jax(tmp_path / "vq.pt", tmp_path / "tokenizer")
 
 
-def test_a_pickle_is_mapped_anew_while_it_is_read(weights, tmp_path, monkeypatch):
-    t = torch()
-    t.save(state_dict(weights), tmp_path / "w.bin")
-    monkeypatch.setattr(files, "REOPEN_AFTER", 1000)
-    loads, load = [], t.load
-    monkeypatch.setattr(t, "load", lambda *a, **k: loads.append(k) or load(*a, **k))
-    convert.to_jax(tmp_path / "w.bin", tmp_path / "model")
-    assert len(loads) > 5 and all(k["weights_only"] and k["mmap"] for k in loads)
+def test_a_tied_matrix_is_stored_once(weights, tmp_path):
+    t = pytest.importorskip("torch", reason="compares with PyTorch: pip install torch")
+    convert.to_jax(weights, tmp_path / "model")
+    convert.to_torch(tmp_path / "model", tmp_path / "all.bin")
+    state = t.load(tmp_path / "all.bin", weights_only=True)
+    assert state[convert.TIED_HEAD].data_ptr() == state[EMBEDDING].data_ptr()
+    for key, tensor in load_file(weights / "model.safetensors").items():
+        np.testing.assert_array_equal(state[key].numpy(), tensor)
 
 
 def test_hostile_pickles(weights, tmp_path):
-    t = torch()
-    good = state_dict(weights)
-    for name, content, message in (
-        ("number", 7, "expected tensors by name"),
-        ("empty", {}, "expected tensors by name"),
-        ("list", {"model": [1, 2]}, "entries that are not tensors: model"),
-        ("mixed", good | {"epoch": 3}, "entries that are not tensors: epoch"),
-        ("int keys", {3: t.zeros(2)}, "entries that are not tensors: 3"),
-        ("sparse", good | {"mamba.x": t.eye(3).to_sparse()}, "kinds of tensors"),
-        ("meta", good | {"mamba.x": t.zeros(3, device="meta")}, "kinds of tensors"),
-        ("complex", good | {"mamba.x": t.zeros(3, dtype=t.complex64)}, "kinds of tensors"),
-        ("huge", good | {KEY: t.zeros(1).expand(10**13)}, "declares more numbers than its"),
-        ("views", {f"mamba.{i}": t.zeros(1000).view(10, 100) for i in range(3)} | dict.fromkeys(
-            (f"mamba.v{i}" for i in range(9)), t.zeros(10**5)), "many views of the same"),
-        ("twice", good | {f"module.{KEY}": good[KEY]}, "occurs under two names"),
+    good = load_file(weights / "model.safetensors")
+    zeros = np.zeros(10**5, np.float32)
+    once = View(zeros, 0, zeros.shape, (1,))
+    for content, message in (
+        (7, "expected tensors by name.*got int"),
+        ({}, "expected tensors by name.*got dict"),
+        ({"model": [1, 2]}, "entries that are not tensors: model"),
+        (good | {"epoch": 3}, "entries that are not tensors: epoch"),
+        ({3: zeros}, "entries that are not tensors: 3"),
+        (good | {KEY: View(zeros, 0, (10**13,), (0,))}, r"kinds of tensors: .*\(repeated numbers"),
+        ({f"mamba.{i}": once for i in range(9)}, "many views of the same"),
+        (good | {f"module.{KEY}": good[KEY]}, "occurs under two names"),
+        (good | {"x": tmp_path / "x"}, r"holds pathlib\.\w+Path beside tensors"),
     ):  # fmt: skip
-        path = tmp_path / f"{name}.bin"
-        t.save(content, path)
-        refused(path, tmp_path, message)
-    # A storage that is said to be larger than what the file holds of it.
-    t.save({"mamba.w": t.zeros(1000)}, tmp_path / "w.bin")
-    with zipfile.ZipFile(tmp_path / "w.bin") as file:
-        entries = {name: file.read(name) for name in file.namelist()}
-    with zipfile.ZipFile(tmp_path / "short.bin", "w") as file:
-        for name, data in entries.items():
-            file.writestr(name, data[:40] if name.endswith("data/0") else data)
-    refused(tmp_path / "short.bin", tmp_path, "refuses it|more numbers than")
+        refuse_a_pickle(tmp_path, content, message)
 
 
 # Fuzzing
@@ -952,17 +899,14 @@ def fuzz_pickle(path, changes, cut, valid):
         content[position % len(content)] = value
     path.write_bytes(bytes(content[: len(content) - cut % len(content)]))
     try:
-        opened = files.open_weights(path)
+        opened = files.open_weights(path, "weights")
         for tensor in opened.tensors.values():
             assert np.asarray(tensor).shape == tensor.shape
     except files.WeightsError as error:
         assert len(str(error)) < 5000
 
 
-def small_pickle():
-    t, buffer = torch(), io.BytesIO()
-    t.save({KEY: t.arange(4.0), "vqvae.b": t.ones(2, 3, dtype=t.float16)}, buffer)
-    return buffer.getvalue()
+PICKLES = [(GOLDEN / "torch_files" / f"{form}.pt").read_bytes() for form in ("zip", "legacy")]
 
 
 places = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6)
@@ -971,14 +915,16 @@ places = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_siz
 @settings(max_examples=150, **quiet)
 @given(changes=places, cut=st.one_of(st.just(0), st.integers(0, 10**6)))
 def test_fuzzed_pickles(tmp_path, changes, cut):
-    fuzz_pickle(tmp_path / "x.bin", changes, cut, small_pickle())
+    for valid in PICKLES:
+        fuzz_pickle(tmp_path / "x.bin", changes, cut, valid)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, **quiet)
 @given(changes=places, cut=st.one_of(st.just(0), st.integers(0, 10**6)))
 def test_fuzzed_pickles_at_length(tmp_path, changes, cut):
-    fuzz_pickle(tmp_path / "x.bin", changes, cut, small_pickle())
+    for valid in PICKLES:
+        fuzz_pickle(tmp_path / "x.bin", changes, cut, valid)
 
 
 OPTIONS = list(convert.official_aim_config(TINY_AIM))

@@ -23,9 +23,9 @@ from aim_jax.utils.endings import closing_all
 from aim_jax.utils.files import writing
 from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import rearrange_adaln
-from aim_jax.weights.convert import configs, files, rules, state_dicts
+from aim_jax.weights.convert import configs, files, rules, state_dicts, torch_files
 from aim_jax.weights.convert.errors import WeightsError
-from aim_jax.weights.convert.files import LazyTensor
+from aim_jax.weights.convert.tensors import LazyTensor
 from aim_jax.weights.model_files import LEFTOVERS
 from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
 
@@ -350,15 +350,12 @@ def to_torch(
       dtype: Dtype of the tensors; None keeps the stored one.
 
     Raises:
-      WeightsError: `out` exists or has another suffix, a pickle is requested without torch, or the
-        model lacks the part.
+      WeightsError: `out` exists or has another suffix, or the model lacks the part.
     """
     out = Path(out)
     _check_free(out)
     if out.suffix not in (".safetensors", ".bin", ".pt", ""):
         raise WeightsError(f"{out}: expected *.safetensors, *.bin, *.pt, or a directory's name.")
-    if out.suffix in (".bin", ".pt"):
-        files.import_torch(out, "writing")
     directory = find_model(checkpoint)
     model = load_pretrained(checkpoint, as_stored=True)
     if out.suffix == ".pt" and not model.vq_config:
@@ -414,9 +411,8 @@ def to_torch(
             os.replace(work / files.SAFETENSORS, out)
         else:
             nest = "model" if out.suffix == ".pt" else None
-            files.write_torch(
-                work / files.TORCH, work / files.SAFETENSORS, {} if prefix else tied, nest
-            )
+            tensors = files.open_weights(work / files.SAFETENSORS).tensors
+            torch_files.write_torch(work / files.TORCH, tensors, {} if prefix else tied, nest)
             os.replace(work / files.TORCH, out)
     return out
 

@@ -1,37 +1,33 @@
 """Files of PyTorch weights, read tensor by tensor, and refused completely if any part is invalid.
 
 A checkpoint may be larger than half of the memory, so this module never holds more than one tensor
-of it. Files are untrusted: a pickle is only read by torch's weights-only loader, which runs no
-code.
+of it. Files are untrusted, and nothing in them is run.
 """
 
-import argparse
 import errno
 import functools
 import hashlib
 import json
+import math
 import os
-import re
 import stat
 import struct
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aim_jax.utils.files import replacing
 from aim_jax.utils.json_files import anything, dict_of, parse_json, read_json
 from aim_jax.utils.logging import say
-from aim_jax.utils.names import MOST_NAME, check_text, printable, reason_of, short_list
-from aim_jax.weights.convert import state_dicts
+from aim_jax.utils.names import MOST_NAME, check_text, reason_of, short_list
+from aim_jax.weights.convert import state_dicts, torch_files
 from aim_jax.weights.convert.errors import WeightsError
+from aim_jax.weights.convert.tensors import LazyTensor
 from aim_jax.weights.pretrained import flatten
 
 SAFETENSORS = "model.safetensors"
@@ -44,22 +40,8 @@ HUB_FILES = tuple(
     for name in (SAFETENSORS, TORCH, f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin")
     for index in ("", ".index.json")
 )
-ZIP_MAGIC = b"PK\x03\x04"
 MOST_FILE = 200  # characters of the name of a file in an index
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-# Texts of torch's weights-only loader that name the type it refuses.
-REFUSED_TYPES = (
-    r"GLOBAL ([\w.]+)",
-    r"[Uu]nsupported class (?:<class ')?([\w.]+)",
-    r"but got <class '([\w.]+)'",
-    r"unrecognized function <?(?:(?:built-in )?function |class ')?([\w.]+)",
-)
-# Its general advice, which precedes the reason.
-ADVICE = (
-    r"(?s)Weights only load failed\..*?(?:WeightsUnpickler error:|\n\n)"
-    r"|\n\nCheck the documentation.*"
-)
-REOPEN_AFTER = 128 * 2**20  # bytes read through a memory map before it is opened again
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -74,23 +56,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class LazyTensor(NamedTuple):
-    """A tensor that is read from its file whenever it is converted to an array.
-
-    Attributes:
-      shape, dtype: Shape and dtype of the array.
-      read: Returns the array, as a separate copy.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        array = self.read()
-        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 class WeightFiles(NamedTuple):
@@ -113,14 +78,14 @@ def open_weights(path: str | os.PathLike, weights_key: str = "") -> WeightFiles:
     """Open weights without reading any tensor.
 
     Args:
-      path: A .safetensors file; a zip pickle of torch (.bin, .pt, .pth); an index of several such
+      path: A .safetensors file; a file of torch.save (.bin, .pt, .pth); an index of several such
         files (*.index.json); or a directory that holds one of them under its usual name.
       weights_key: Dictionary of a pickle to read, with dots between nested names. By default a
         moving average if there is one ("ema"), else the model.
 
     Raises:
       FileNotFoundError: There is no such file.
-      WeightsError: The file is invalid, or reading it needs torch, which is not installed.
+      WeightsError: The file is invalid.
     """
     path = Path(path)
     if _kind(path) == "directory":
@@ -175,8 +140,6 @@ def _open_file(path: Path, weights_key: str = "") -> tuple[dict[str, LazyTensor]
         raise WeightsError(f"{path}: is a directory, expected a file of weights.")
     with open(path, "rb") as file:
         start = file.read(9)
-    if start.startswith(ZIP_MAGIC):
-        return _open_torch(path, weights_key)
     if start[8:] == b"{":
         if weights_key:
             raise WeightsError(
@@ -184,10 +147,13 @@ def _open_file(path: Path, weights_key: str = "") -> tuple[dict[str, LazyTensor]
                 f"--weights_key {weights_key}; --prefix chooses tensors by name."
             )
         return _open_safetensors(path), ""
+    # The length of a safetensors header may start with the same byte as a pickle.
+    if start.startswith((torch_files.ZIP_MAGIC, torch_files.PICKLE_MAGIC)):
+        return _open_torch(path, weights_key)
     raise WeightsError(
-        f"{path}: is neither a safetensors file nor a zip file of torch.save (it starts with "
-        f"{start[:8].hex(' ') or 'nothing'}). Save files of old torch versions again with a newer "
-        "one. If a web page was saved in its place, download the file again."
+        f"{path}: is neither a safetensors file nor one of torch.save (it starts with "
+        f"{start[:8].hex(' ') or 'nothing'}). If a web page was saved in its place, download the "
+        "file again."
     )
 
 
@@ -303,11 +269,11 @@ def write_safetensors(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-# Torch pickles
+# Files of torch
 
 
 def read_tensors(path: Path, weights_key: str = "", prefix: str = "") -> dict[str, np.ndarray]:
-    """Read all tensors of a small file by plain name, even if torch.save wrote it before zip files.
+    """Read all tensors of a small file by plain name.
 
     Args:
       path: The file.
@@ -317,21 +283,9 @@ def read_tensors(path: Path, weights_key: str = "", prefix: str = "") -> dict[st
     Raises:
       FileNotFoundError, WeightsError: See `open_weights`.
     """
-    with path.open("rb") as file:
-        older = file.read(1) == b"\x80"
-    if older:
-        torch = import_torch(path, "reading")
-        content = _load_torch(torch, path, mmap=False)
-        state = _state_dict(path, content, torch.Tensor, weights_key)
-        try:
-            arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
-        except Exception as error:  # a hostile pickle may hold tensors of any kind
-            raise WeightsError(f"{path}: holds an unsupported kind of tensor ({error}).") from None
-    else:
-        opened = open_weights(path, weights_key).tensors
-        arrays = {name: np.asarray(tensor) for name, tensor in opened.items()}
-    plain = state_dicts.plain_names(arrays, path, prefix)
-    return {name: array for name, (_, array) in plain.items()}
+    opened = open_weights(path, weights_key).tensors
+    plain = state_dicts.plain_names(opened, path, prefix)
+    return {name: np.asarray(tensor) for name, (_, tensor) in plain.items()}
 
 
 def save_tensors(params: dict, path: str | os.PathLike) -> Path:
@@ -341,162 +295,58 @@ def save_tensors(params: dict, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def import_torch(path: Path, purpose: str) -> ModuleType:
-    """Return the torch module; raise WeightsError naming the extra if it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise WeightsError(
-            f"{path}: {purpose} a pickle of torch needs torch, which is not installed: "
-            "pip install 'aim_jax[torch]'; safetensors files need no torch."
-        ) from None
-    return torch
-
-
-def _load_torch(torch: ModuleType, path: Path, mmap: bool = True) -> Any:
-    """Return the content of a pickle by torch's weights-only loader, which runs no code."""
-    try:
-        # Training programs store their parsed arguments beside the weights; a Namespace holds only
-        # names and values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a hostile pickle can make the loader raise anything
-        raise WeightsError(
-            f"{path}: torch's weights-only loader refuses it: {refusal(error)}. None of its code "
-            "was run."
-        ) from None
-
-
-def refusal(error: Exception) -> str:
-    """Return why torch's weights-only loader refused a file, with the refused type if it has one.
-
-    The loader's own message is several lines about options that load the file without protection.
-    """
-    text = printable(str(error)).strip()
-    for pattern in REFUSED_TYPES:
-        if match := re.search(pattern, text):
-            return (
-                f"it holds {match[1]} beside tensors, which could run code when loaded; save the "
-                "tensors alone (torch.save(model.state_dict(), FILE)) or as safetensors"
-            )
-    lines = [line.strip() for line in re.sub(ADVICE, "", text).splitlines()]
-    reason = next(filter(None, lines), type(error).__name__)
-    return f"it is damaged, or holds more than tensors ({reason[:300]})"
-
-
 def _open_torch(path: Path, weights_key: str) -> tuple[dict[str, LazyTensor], str]:
-    """Open the tensors of a zip file that torch.save wrote; return them and their dictionary."""
-    _check_zip(path)
-    torch = import_torch(path, "reading")
-    numpy_dtypes = {
-        torch.float64: np.dtype(np.float64),
-        torch.float32: np.dtype(np.float32),
-        torch.float16: np.dtype(np.float16),
-        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-        torch.int64: np.dtype(np.int64),
-        torch.int32: np.dtype(np.int32),
-    }
-
-    content = _load_torch(torch, path)
-    chosen = _choose(path, content, torch.Tensor, weights_key).key
-    state = _state_dict(path, content, torch.Tensor, weights_key)
-    del content
-
-    def copy_of(tensor: Any) -> np.ndarray:
-        tensor = tensor.detach().contiguous()
-        dtype = numpy_dtypes[tensor.dtype]
-        raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        return np.array(raw.numpy()).view(dtype)
-
-    used = 0
-
-    def read(key: str) -> np.ndarray:
-        # Pages read through a memory map stay resident, so the map is opened again now and then.
-        nonlocal state, used
-        if used > REOPEN_AFTER:
-            state = {}
-            used = 0
-            content = _load_torch(torch, path)
-            state = dict(_choose(path, content, torch.Tensor, chosen).content)
-        used += state[key].nbytes
-        return copy_of(state[key])
-
-    unsupported = [
-        f"{key}: {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        for key, tensor in state.items()
-        if tensor.dtype not in numpy_dtypes
-        or tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
-        or tensor.is_quantized
-    ]
-    if unsupported:
-        raise WeightsError(f"{path}: unsupported kinds of tensors: {', '.join(unsupported[:5])}.")
-    # Views may repeat a little stored data; an output matrix tied to the embedding is a view.
-    size = path.stat().st_size
-    wide = [key for key, t in state.items() if t.nbytes > t.untyped_storage().nbytes()]
-    if wide or sum(t.nbytes for t in state.values()) > 2 * size:
-        raise WeightsError(
-            f"{path}: declares more numbers than its {size:,} bytes hold: "
-            f"{', '.join(wide[:5]) or 'many views of the same numbers'}."
-        )
-    return {
-        key: LazyTensor(tuple(t.shape), numpy_dtypes[t.dtype], functools.partial(read, key))
-        for key, t in state.items()
-    }, chosen
-
-
-def _check_zip(path: Path) -> None:
-    """Refuse zip files that torch.save would not write: compressed, damaged, with duplicates."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-    # zipfile raises NotImplementedError for versions of the format that it cannot read.
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise WeightsError(
-            f"{path}: is not a complete zip file ({error}); download or copy it again."
-        ) from None
-    names = [entry.filename for entry in entries]
-    if len(set(names)) < len(names):
-        raise WeightsError(f"{path}: holds several entries of the same name.")
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-        raise WeightsError(f"{path}: holds compressed entries, which torch.save does not write.")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise WeightsError(f"{path}: declares entries larger than the file.")
-
-
-def _state_dict(path: Path, content: Any, tensor_type: type, weights_key: str = "") -> dict:
-    """Return the tensors of a checkpoint, which may be nested; see `state_dicts.choose`."""
-    chosen = _choose(path, content, tensor_type, weights_key)
+    """Open the tensors of a file of torch.save; return them and the dictionary they are in."""
+    chosen = _choose(path, torch_files.load_torch(path), weights_key)
     if chosen.others:
         say(
             f"{path}: took the weights under {chosen.key!r}; the file also holds "
             f"{', '.join(chosen.others)} (--weights_key chooses)"
         )
-    return _tensors(path, chosen.content, tensor_type)
+    tensors = _tensors(path, chosen.content)
+    # Views may repeat a little stored data; an output matrix tied to the embedding is a view.
+    stored = path.stat().st_size
+    if sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values()) > 2 * stored:
+        raise WeightsError(
+            f"{path}: declares more numbers than its {stored:,} bytes hold: many views of the same "
+            "numbers."
+        )
+    return tensors, chosen.key
 
 
-def _choose(path: Path, content: Any, tensor_type: type, weights_key: str) -> state_dicts.StateDict:
+def _choose(path: Path, content: Any, weights_key: str) -> state_dicts.StateDict:
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(
             f"{path}: expected tensors by name, alone or under names such as 'model' or "
-            f"'state_dict'; got {type(content).__name__}."
+            f"'state_dict'; got {type(content).__name__.strip('_').lower()}."
         )
     try:
-        return state_dicts.choose(content, lambda x: isinstance(x, tensor_type), weights_key)
+        return state_dicts.choose(content, _is_tensor, weights_key)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}.") from None
+    except RecursionError:
+        raise WeightsError(f"{path}: its dictionaries are nested too deeply.") from None
 
 
-def _tensors(path: Path, content: Mapping, tensor_type: type) -> dict:
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, LazyTensor | torch_files.UnsupportedTensor)
+
+
+def _tensors(path: Path, content: Mapping) -> dict[str, LazyTensor]:
     """Return the tensors of a dictionary, which must hold nothing else but bookkeeping."""
     tensors = {}
     wrong = []
+    unsupported = []
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, tensor_type):
+        if isinstance(key, str) and isinstance(value, LazyTensor):
             _check_key(path, key)
             tensors[key] = value
+        elif isinstance(key, str) and isinstance(value, torch_files.UnsupportedTensor):
+            unsupported.append(f"{key} ({value.kind})")
         elif key not in state_dicts.BOOKKEEPING or not isinstance(value, int | float | None):
             wrong.append(key if isinstance(key, str) else repr(key))
+    if unsupported:
+        raise WeightsError(f"{path}: unsupported kinds of tensors: {short_list(unsupported, 5)}.")
     if wrong or not tensors:
         problem = f"entries that are not tensors: {short_list(wrong, 5)}" if wrong else "no tensors"
         raise WeightsError(f"{path}: holds {problem}.")
@@ -509,23 +359,6 @@ def _check_key(path: Path, name: str, most: int = MOST_NAME) -> None:
         check_text("name of a tensor or file", name, most)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
-
-
-def write_torch(path: Path, source: Path, aliases: Mapping[str, str], nest: str | None) -> None:
-    """Convert a safetensors file into a zip pickle of torch.
-
-    Args:
-      path: File to write.
-      source: The safetensors file.
-      aliases: Further keys, and the keys whose tensors they share.
-      nest: Key of an outer dictionary that holds the tensors, or None for no nesting.
-    """
-    torch = import_torch(path, "writing")
-    from safetensors.torch import load_file
-
-    tensors = load_file(source)
-    tensors |= {alias: tensors[key] for alias, key in aliases.items()}
-    torch.save({nest: tensors} if nest else tensors, path)
 
 
 def sha256(path: Path) -> str:

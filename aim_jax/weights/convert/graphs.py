@@ -1,17 +1,11 @@
 """Reading of constants in stored graphs, without the frameworks that wrote them.
 
-TensorFlow's frozen GraphDef and ONNX are protocol buffers. A TorchScript archive is a zip file with
-a pickle, of which only names, numbers and tensors are accepted. No code in a file is executed.
+TensorFlow's frozen GraphDef and ONNX are protocol buffers. No code in a file is executed.
 """
 
-import io
 import math
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -140,90 +134,3 @@ def _read(
         return dict(parse(memoryview(path.read_bytes())))
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise WeightsError(f"{path}: is not {kind} ({error!r}).") from None
-
-
-class _Module:
-    """Stand-in for any class of a TorchScript archive, with attributes and nothing else."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickler that accepts only tensors, containers and `_Module`s."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        self._archive = archive
-        self._root = root
-        super().__init__(io.BytesIO(self._entry("data.pkl")))
-
-    def _entry(self, name: str) -> bytes:
-        name = f"{self._root}/{name}"
-        if self._archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed, which torch does not do")
-        return self._archive.read(name)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        if module == "torch.jit._pickle":
-            return lambda values, *_: values
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-    def persistent_load(self, pid: tuple) -> np.ndarray:
-        _, storage, key, *_ = pid
-        dtypes = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8",
-                  "HalfStorage": "<f2"}  # fmt: skip
-        return np.frombuffer(self._entry(f"data/{key}"), dtypes[storage])
-
-
-def _tensor(
-    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-) -> np.ndarray:
-    # A view made by an earlier call is not a storage: its size is not that of its memory.
-    if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and storage.flags.c_contiguous):
-        raise ValueError("a tensor does not refer to a storage of the archive")
-    end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    count = math.prod(shape)
-    if min((offset, *shape, *strides), default=0) < 0 or (count and max(end, count) > storage.size):
-        raise ValueError("a tensor is larger than its storage")
-    steps = tuple(s * storage.itemsize for s in strides)
-    return np.lib.stride_tricks.as_strided(storage[offset:], tuple(shape), steps, writeable=False)
-
-
-def is_torchscript(path: Path) -> bool:
-    """Return whether a zip file is a TorchScript archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(re.fullmatch(r"[^/]+/constants\.pkl", n) for n in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
-
-
-def read_torchscript(path: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a TorchScript archive, by the path of their attributes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = archive.namelist()[0].split("/")[0]
-            content = _Reader(archive, root).load()
-        if not isinstance(content, _Module):
-            raise ValueError("it holds no module")
-        return dict(_tensors(content))
-    except Exception as error:  # a hostile pickle can make a loader raise anything
-        raise WeightsError(
-            f"{path}: is not a TorchScript archive of tensors ({error}). None of its code was run."
-        ) from None
-
-
-def _tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in vars(module).items():
-        if isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, np.ndarray):
-            yield prefix + name, value

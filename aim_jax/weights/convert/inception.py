@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from aim_jax.models import inception
-from aim_jax.weights.convert import graphs
+from aim_jax.weights.convert import graphs, torch_files
 from aim_jax.weights.convert.errors import WeightsError
 from aim_jax.weights.convert.files import read_tensors
 from aim_jax.weights.pretrained import flatten
@@ -60,7 +60,7 @@ def load_inception(path: str | os.PathLike, weights_key: str = "", prefix: str =
 
     Raises:
       FileNotFoundError: There is no such file.
-      WeightsError: The file is not this network, or reading it needs torch, which is not installed.
+      WeightsError: The file is not this network.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,8 +99,8 @@ def _read(path: Path, weights_key: str, prefix: str) -> Mapping[str, np.ndarray]
         return graphs.read_onnx(path)
     if path.suffix == ".pb":
         return graphs.read_graphdef(path)
-    if start[:2] == b"PK" and graphs.is_torchscript(path):
-        return graphs.read_torchscript(path)
+    if start[:2] == b"PK" and torch_files.is_torchscript(path):
+        return torch_files.read_torchscript(path)
     return read_tensors(path, weights_key, prefix)
 
 

@@ -50,7 +50,7 @@ def load_lpips(
 
     Raises:
       FileNotFoundError: There is no such file.
-      WeightsError: The file is not LPIPS, or reading it needs torch, which is not installed.
+      WeightsError: The file is not LPIPS.
     """
     flat: dict[str, np.ndarray] = {}
     files = [Path(file) for file in (path, heads) if file]
