@@ -24,7 +24,7 @@ from aim_jax.data import image_batches, open_images
 from aim_jax.data.preprocessing import image_spec
 from aim_jax.sampling.grids import generate_many
 from aim_jax.utils.logging import Progress
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.load import load_pretrained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "fashion_mnist", "Bundled model, model directory or workdir.")

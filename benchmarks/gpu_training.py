@@ -42,7 +42,9 @@ from aim_jax.training import aim, loop, tokenizer
 from aim_jax.training.state import TrainState
 from aim_jax.utils.files import replacing
 from aim_jax.utils.images import make_grid, save_png
-from aim_jax.weights.pretrained import Pretrained, flatten, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained, flatten
 
 RECIPES = {
     "vq": cifar10_vq.get_config,

@@ -96,7 +96,7 @@ def main():
 
     from aim_jax.cli.page import build, launch
     from aim_jax.cli.page_actions import class_names, most_rows, sliders_of
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     model = load_pretrained(args.model)
     page = build({args.model: model})

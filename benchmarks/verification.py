@@ -20,7 +20,9 @@ import numpy as np
 from aim_jax.models import PRESETS
 from aim_jax.models.aim import param_shapes
 from aim_jax.utils.checksums import sha256
-from aim_jax.weights.pretrained import EXPORT_DTYPES, Pretrained, load_pretrained, save_model
+from aim_jax.weights.directories import EXPORT_DTYPES, save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 
 
 def random_model(size: str) -> Pretrained:

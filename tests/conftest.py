@@ -26,7 +26,8 @@ from aim_jax.data.text import TextTokenizer
 from aim_jax.models import AiMConfig, VQConfig
 from aim_jax.models.aim import init_params as init_aim
 from aim_jax.models.vq import init_params as init_vq
-from aim_jax.weights.pretrained import Pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.pretrained import Pretrained
 from tests.slow import SLOW
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,8 @@ from aim_jax.models.aim import init_params as init_aim
 from aim_jax.models.vq import init_params as init_vq
 from aim_jax.ops.native import register
 from aim_jax.sampling.generate import generate
-from aim_jax.weights.pretrained import Pretrained, load_pretrained
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 from tests.programs import run
 from tests.scoring import distance, features
 

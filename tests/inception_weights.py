@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from aim_jax.models import inception
-from aim_jax.weights.convert.files import save_tensors
+from aim_jax.weights.formats.files import save_tensors
 
 
 def seeded_weights() -> dict[str, dict[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from aim_jax.configs.defaults import eval_defaults
 from aim_jax.evaluation import evaluate
 from aim_jax.models import inception
 from aim_jax.parallel import processes
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.load import load_pretrained
 
 
 def features(params, images):

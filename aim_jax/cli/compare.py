@@ -32,7 +32,8 @@ def main() -> None:
     """Write the grid and print its path."""
     from aim_jax.sampling.grids import compare_settings, interpolate
     from aim_jax.utils.images import image_path, save_png
-    from aim_jax.weights.pretrained import class_ids, load_pretrained
+    from aim_jax.weights.load import load_pretrained
+    from aim_jax.weights.pretrained import class_ids
 
     f = flags.FLAGS
     names = [name for name in (*SETTINGS, "between") if f[name].value]

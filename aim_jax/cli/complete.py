@@ -34,7 +34,7 @@ def main() -> None:
     from aim_jax.data import decode_image
     from aim_jax.sampling.grids import complete
     from aim_jax.utils.images import image_path, save_png
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     model = with_caption_features(load_pretrained(f.checkpoint), f.caption_features)

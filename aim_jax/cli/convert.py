@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     from aim_jax.utils.logging import say
     from aim_jax.utils.names import read_names
     from aim_jax.weights import convert
-    from aim_jax.weights.convert.files import save_tensors
+    from aim_jax.weights.formats.files import save_tensors
 
     if args.program == "inception":
         from aim_jax.weights.convert.inception import load_inception

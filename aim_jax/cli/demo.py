@@ -36,7 +36,8 @@ def main() -> None:
 def serve_page() -> None:
     """Serve the page until it is interrupted."""
     from aim_jax.cli.page import serve
-    from aim_jax.weights.pretrained import bundled_models, load_pretrained
+    from aim_jax.weights.directories import bundled_models
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     names = list(f.checkpoint or bundled_models())
@@ -49,7 +50,9 @@ def write_images() -> None:
 
     from aim_jax.sampling.grids import sample_to_directory
     from aim_jax.utils.images import save_png, side_by_side
-    from aim_jax.weights.pretrained import bundled_models, class_ids, load_pretrained
+    from aim_jax.weights.directories import bundled_models
+    from aim_jax.weights.load import load_pretrained
+    from aim_jax.weights.pretrained import class_ids
 
     f = flags.FLAGS
     start = time.monotonic()

@@ -33,7 +33,7 @@ def define_flags() -> None:
 def main() -> None:
     """Print the description of a model."""
     from aim_jax.utils.logging import say
-    from aim_jax.weights.pretrained import load_pretrained, seal_model
+    from aim_jax.weights.load import load_pretrained, seal_model
 
     if flags.FLAGS.seal:
         say(f"sealed {seal_model(flags.FLAGS.checkpoint)}")

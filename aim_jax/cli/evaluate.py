@@ -66,7 +66,7 @@ def main() -> None:
     from aim_jax.evaluation.evaluate import evaluate
     from aim_jax.utils.names import printable
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     cores_as_devices()

@@ -36,7 +36,7 @@ def main() -> None:
     """Write the exported model and print its path."""
     from aim_jax.sampling.export import save_exported
     from aim_jax.utils.logging import say
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     out = save_exported(load_pretrained(f.checkpoint), f.out, f.images, f.dtype, f.cfg_schedule)

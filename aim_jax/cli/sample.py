@@ -97,7 +97,7 @@ def define_flags() -> None:
 def main() -> None:
     """Write the samples and print the paths."""
     from aim_jax.sampling.grids import sample_to_directory
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     settings = given_settings(f) | {

@@ -55,7 +55,7 @@ def main() -> None:
     from aim_jax.utils.names import printable
     from aim_jax.utils.plots import pyplot
     from aim_jax.weights.convert.inception import EXPECTED, load_inception
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     f = flags.FLAGS
     out = Path(f.out)

@@ -86,7 +86,8 @@ def train_folder(
     from aim_jax.training import aim, tokenizer
     from aim_jax.training.inputs import captions_of, example_captions
     from aim_jax.training.monitor import last_stop
-    from aim_jax.weights.pretrained import class_ids, load_pretrained
+    from aim_jax.weights.load import load_pretrained
+    from aim_jax.weights.pretrained import class_ids
 
     start = time.perf_counter()
     stages = (

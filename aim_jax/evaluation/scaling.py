@@ -23,8 +23,8 @@ from aim_jax.utils.json_files import (
 )
 from aim_jax.utils.logging import say
 from aim_jax.weights.fingerprints import other_parts
-from aim_jax.weights.model_files import MODEL_FILE, read_model_file
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.model_files import MODEL_FILE, read_description
 
 POSITIVE = Range(0.0, includes_low=False)  # numbers with a logarithm
 RUN = record({"batch_size": integer(1)})  # the part of run.json that counts here
@@ -85,7 +85,7 @@ def read_run(workdir: Path) -> Run:
             f"{workdir}: not a workdir of aim-jax train with an exported model "
             f"(model/{MODEL_FILE})."
         )
-    content = read_model_file(workdir / "model")
+    _, content = read_description(workdir / "model")
     if content["aim"] is None:
         raise ValueError(f"{workdir} trains a tokenizer; expected a workdir of aim-jax train.")
     model = AiMConfig(**content["aim"])

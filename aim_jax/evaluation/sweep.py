@@ -30,12 +30,10 @@ from aim_jax.utils.files import write_json
 from aim_jax.utils.json_files import Check, anything, dict_of, list_of, read_json, record
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub, seal
-from aim_jax.weights.model_files import MODEL_FILE, check_sampling, read_model_file
-from aim_jax.weights.pretrained import (
-    Pretrained,
-    bundled_models,
-    find_model,
-)
+from aim_jax.weights.directories import bundled_models
+from aim_jax.weights.load import find_model
+from aim_jax.weights.model_files import check_sampling, read_description
+from aim_jax.weights.pretrained import Pretrained
 
 _ROW: Check = record({"settings": check_sampling, "metrics": METRICS_BY_NAME, "notes": NOTES})
 
@@ -269,9 +267,7 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     Returns:
       The path of the changed file.
     """
-    directory = find_model(checkpoint)
-    file = directory / MODEL_FILE
-    content = read_model_file(directory)
+    file, content = read_description(find_model(checkpoint))
     if seal.is_sealed(content):
         seal.check_description(file, content)
     content["sampling"] |= {name: settings[name] for name in SETTINGS if name in settings}

@@ -52,7 +52,9 @@ from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import adapt_aim
-from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import open_tokenizer
 
 

@@ -24,7 +24,7 @@ from aim_jax.training.state import TrainState
 from aim_jax.utils.checks import check_fields, check_integer
 from aim_jax.utils.endings import closing_all, patient_event_loops
 from aim_jax.utils.logging import reminding, say
-from aim_jax.weights.pretrained import EXPORT_DTYPES
+from aim_jax.weights.directories import EXPORT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,9 @@ from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import VQ_SHAPE, check_same
-from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)

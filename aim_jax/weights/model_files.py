@@ -1,4 +1,4 @@
-"""Checks of model.json, the description of a model directory.
+"""Checks of the description of a model directory, `model.json` or `config.json`.
 
 Its sections `aim`, `vq` and `sampling` are fields of `AiMConfig`, `VQConfig` and `SamplingConfig`,
 which check types and ranges; unknown fields are refused. At the top, `version` is read first, and
@@ -35,6 +35,7 @@ from aim_jax.utils.json_files import (
 )
 
 MODEL_FILE = "model.json"
+PUBLISHED_FILE = "config.json"  # the name that hubs know; other libraries use it as well
 # Official tensors that are not weights; kept so that the conversion back gives the same file.
 LEFTOVERS = "official_buffers.safetensors"
 FORMAT = "aim_jax model"
@@ -47,21 +48,43 @@ ARRAYS_PER_BLOCK = 8
 ELEMENTS_PER_BYTE = 256
 
 
-def read_model_file(directory: Path) -> dict[str, Any]:
-    """Read and check the model.json of a model directory.
+def description_file(directory: Path) -> Path | None:
+    """Return the description of a model directory, or None if it is not one.
+
+    Raises:
+      ValueError: The directory holds two models.
+    """
+    own = directory / MODEL_FILE
+    published = directory / PUBLISHED_FILE
+    if not published.is_file():
+        return own if own.is_file() else None
+    is_ours = FORMAT.encode() in published.read_bytes()
+    if own.is_file() and (is_ours or any(directory.glob("*.safetensors"))):
+        raise ValueError(
+            f"{directory} holds two models, {MODEL_FILE} and {PUBLISHED_FILE} with its "
+            ".safetensors; move one of them to a directory of its own."
+        )
+    if own.is_file():
+        return own
+    return published if is_ours else None
+
+
+def read_description(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Read and check the description of a model directory; return its path and content.
 
     Raises:
       OSError: It cannot be read.
       ValueError: It is damaged, of another version, or describes no model.
     """
-    return read_json(directory / MODEL_FILE, _check_model, "cannot be read as a model")
+    file = description_file(directory) or directory / MODEL_FILE
+    return file, read_json(file, _check_model, "cannot be read as a model")
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Check the content of a model.json before it is written.
+    """Check the content of a description before it is written.
 
     Raises:
-      ValueError: `read_model_file` would refuse it.
+      ValueError: `read_description` would refuse it.
     """
     try:
         parse_json(json.dumps(content).encode(), _check_model)

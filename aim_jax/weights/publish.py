@@ -5,7 +5,8 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import jax
 
 from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.names import printable, short_list
+from aim_jax.weights.directories import save_model
 from aim_jax.weights.fingerprints import other_parts
 from aim_jax.weights.hub import PREFIX, prepare, upload
+from aim_jax.weights.load import find_model, load_pretrained
 from aim_jax.weights.model_files import LEFTOVERS
-from aim_jax.weights.pretrained import Pretrained, find_model, load_pretrained, save_model
+from aim_jax.weights.pretrained import Pretrained
+
+SAMPLES = "samples.png"
 
 
 @check_arguments
@@ -26,16 +31,24 @@ def publish(
     report: Mapping | None = None,
     repository: str = "",
     tokenizer: str | os.PathLike = "",
+    *,
+    licence: str = "",
+    datasets: Sequence[str] = (),
+    write_samples: Callable[[Pretrained, Path], bool] | None = None,
 ) -> Path:
-    """Write a model directory with its card, and upload it if a repository is named.
+    """Write a model in the published layout with its card, and upload it if a repository is named.
 
     Args:
-      checkpoint: Model to publish; see `find_model`.
+      checkpoint: Model to publish; see `load_pretrained`.
       out: Directory to create.
       report: Report of `aim_jax.evaluation.evaluate.evaluate` for the card; see `check_report`.
       repository: "owner/name" on the hub; "" uploads nothing.
       tokenizer: Model directory whose tokenizer replaces the model's own; see
         `Pretrained.with_tokenizer`.
+      licence: Licence for the card, as the hub names it, such as "apache-2.0".
+      datasets: Data sets for the card, as the hub names them.
+      write_samples: Writes a PNG of samples of the model for the card, and returns whether it did.
+        The parameters have their stored dtypes.
 
     Raises:
       FileExistsError: `out` exists.
@@ -57,9 +70,16 @@ def publish(
     if repository:
         prepare(repository)  # creates the repository, so only once the model is known to load
     model = dataclasses.replace(model, name=str(checkpoint))
-    card = model_card(model, report, repository)
-    files["README.md"] = lambda file: file.write_text(card)
-    save_model(out, model, None, files)
+    with tempfile.TemporaryDirectory() as directory:
+        samples = Path(directory) / SAMPLES
+        has_samples = write_samples is not None and write_samples(model, samples)
+        if has_samples:
+            files[SAMPLES] = functools.partial(shutil.copyfile, samples)
+        card = model_card(
+            model, report, repository, licence=licence, datasets=datasets, has_samples=has_samples
+        )
+        files["README.md"] = lambda file: file.write_text(card)
+        save_model(out, model, None, files, layout="published")
     if repository:
         upload(out, repository)
     return out
@@ -95,20 +115,36 @@ def check_report(report: Mapping, model: Pretrained) -> None:
         )
 
 
-def model_card(model: Pretrained, report: Mapping | None = None, repository: str = "") -> str:
-    """Return a Markdown model card with the hub's header: contents, usage and evaluation."""
+def model_card(
+    model: Pretrained,
+    report: Mapping | None = None,
+    repository: str = "",
+    *,
+    licence: str = "",
+    datasets: Sequence[str] = (),
+    has_samples: bool = False,
+) -> str:
+    """Return a Markdown model card with the hub's header: contents, usage, limits, evaluation."""
     load = f"{PREFIX}{repository}" if repository else "DIRECTORY"
     title = repository.rpartition("/")[2] or Path(model.name).resolve().name
     parts = {"AiM": model.aim_params, "tokenizer": model.vq_params}
     sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in parts.items() if v is not None}
     lines = [
-        "---", "library_name: aim_jax", "tags: [image-generation, mamba, jax]", "---", "",
+        "---", _header(model, report, title, licence, datasets), "---", "",
         f"# {title}", "",
         "A model of [AiM](https://arxiv.org/abs/2408.12245), autoregressive image generation with "
         "Mamba, in the format of the library aim_jax.", "",
-        "```python", "import aim_jax", f'model = aim_jax.load_pretrained("{load}")',
     ]  # fmt: skip
-    if model.aim_params is not None and model.vq_params is not None:
+    if has_samples:
+        lines += [f"![Samples, seed 0]({SAMPLES})", ""]
+    lines += ["```bash", "pip install aim_jax"]
+    is_generator = model.aim_params is not None and model.vq_params is not None
+    if is_generator:
+        choice = '--captions "a red apple"' if model.text else "--classes 0,1,2"
+        lines.append(f"aim-jax sample --checkpoint {load} {choice}")
+    lines += ["```", "", "```python", "import aim_jax"]
+    lines.append(f'model = aim_jax.load_pretrained("{load}")')
+    if is_generator:
         what = '["a red apple"]' if model.text else "[0, 1, 2]"
         lines.append(f"images = aim_jax.generate(model, {what}, seed=0).images")
     lines += ["```", "", "| | |", "|---|---|"]
@@ -131,6 +167,7 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         lines.append(f"| classes | {len(model.class_names)}: {short_list(model.class_names, 20)} |")
     lines.append("| sampling | " + ", ".join(f"{k} {v}" for k, v in model.sampling.items()) + " |")
     lines += [f"| {k} | {_text(v)} |" for k, v in model.info.items()]
+    lines += ["", "## Limits", "", *_limits(model, report)]
     if report is not None:
         lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {_score(value)} |" for name, value in report["metrics"].items()]
@@ -138,6 +175,50 @@ def model_card(model: Pretrained, report: Mapping | None = None, repository: str
         lines += ["", "; ".join(f"{k} {_text(v)}" for k, v in conditions.items()) + "."]
         lines += ["", *(f"- {_text(note)}" for note in report["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def _header(
+    model: Pretrained, report: Mapping | None, title: str, licence: str, datasets: Sequence[str]
+) -> str:
+    """Return the metadata of a card, which the hub searches and shows."""
+    from huggingface_hub import EvalResult, ModelCardData  # takes a second
+
+    results = []
+    for name, value in ({} if report is None else report["metrics"]).items():
+        number = value[0] if isinstance(value, list) and value else value
+        if isinstance(number, int | float):
+            reference = _text(report["settings"].get("reference", "unknown")) if report else ""
+            results.append(
+                EvalResult(
+                    task_type="image-generation", dataset_type=reference, dataset_name=reference,
+                    metric_type=name, metric_value=number,
+                )
+            )  # fmt: skip
+    data = ModelCardData(
+        library_name="aim_jax",
+        license=licence or None,
+        pipeline_tag="text-to-image" if model.text else "unconditional-image-generation",
+        tags=["image-generation", "mamba", "jax"],
+        datasets=list(datasets) or None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _limits(model: Pretrained, report: Mapping | None) -> list[str]:
+    lines = []
+    size = model.info.get("data", {}).get("image_size")
+    if size:
+        lines.append(f"- Images have {size} x {size} pixels.")
+    if model.aim_config is not None and model.text is None:
+        lines.append("- It knows its classes alone, and takes no text.")
+    elif model.text is not None:
+        lines.append("- It learned the words of its training captions; others may have no effect.")
+    lines.append("- It repeats what its training images hold, their errors and biases included.")
+    if report is None:
+        lines.append("- Its quality was not measured for this card.")
+    return lines
 
 
 def _text(value: Any) -> str:

@@ -16,10 +16,10 @@ from aim_jax.utils.files import write_json
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import short_list
 from aim_jax.weights.model_files import UNSEALED_VERSION
+from aim_jax.weights.parts import PARTS
 
 FILES = "files"
 OWN = "sha256"
-PARTS = ("aim", "vq")
 TEXT = "README.md"
 
 
@@ -111,6 +111,10 @@ def _files(directory: Path) -> list[str]:
 
 
 def _own_sum(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of a description without that entry; spaces and order do not matter."""
-    others = {name: value for name, value in content.items() if name != OWN}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a description without that entry."""
+    return sum_of({name: value for name, value in content.items() if name != OWN})
+
+
+def sum_of(content: Any) -> str:
+    """Return the SHA-256 of JSON values; spaces and order do not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

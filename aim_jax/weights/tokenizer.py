@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from aim_jax.data import fingerprint
 from aim_jax.models.vq import VQModel, encoder_params
 from aim_jax.parallel.sharding import batch_sharding, make_mesh
-from aim_jax.weights.pretrained import Pretrained, load_pretrained
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 
 
 def open_tokenizer(name_or_path: str) -> Pretrained:

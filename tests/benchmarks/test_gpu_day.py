@@ -17,7 +17,7 @@ import pytest
 from aim_jax import ops
 from aim_jax.data.token_cache import TokenCache
 from aim_jax.ops.triton_availability import triton_unavailable_because
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.load import load_pretrained
 from benchmarks import decode_gpu, gpu_day, gpu_training, traces
 from tests.conftest import ROOT
 

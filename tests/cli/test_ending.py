@@ -17,7 +17,7 @@ import pytest
 
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.utils.signals import EXIT_INTERRUPTED, EXIT_STOPPED, RESUMES
-from aim_jax.weights.pretrained import save_model
+from aim_jax.weights.directories import save_model
 from tests.conftest import ROOT
 
 LINE = "stopped by Ctrl-C"
@@ -145,7 +145,7 @@ def test_ending_of_the_page(tiny_model_dir):
 
 
 def test_ending_before_the_first_model_tells_what_to_do(tmp_path):
-    from aim_jax.weights.pretrained import load_pretrained
+    from aim_jax.weights.load import load_pretrained
 
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no model .*run'.*Repeat its training command"):

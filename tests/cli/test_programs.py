@@ -33,7 +33,9 @@ from aim_jax.sampling.grids import (
 from aim_jax.training.monitor import AHEAD, MetricsWriter, StepLog
 from aim_jax.utils.images import image_path, make_grid, save_png
 from aim_jax.utils.logging import duration
-from aim_jax.weights.pretrained import class_ids, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import class_ids
 from tests.conftest import ROOT
 from tests.programs import run
 

@@ -15,7 +15,7 @@ from aim_jax.data import TokenCache, token_batches
 from aim_jax.data.features import FeatureFile, FeatureRows, write_features
 from aim_jax.models.captions import CaptionFeatures
 from aim_jax.training import aim
-from aim_jax.weights.pretrained import save_model
+from aim_jax.weights.directories import save_model
 from tests.conftest import TINY_AIM
 from tests.models.test_models import random_params
 from tests.training.test_captions import write_captioned_codes

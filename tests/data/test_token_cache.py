@@ -33,7 +33,8 @@ from aim_jax.data import (
 from aim_jax.data.preprocessing import describe_data
 from aim_jax.models.vq import VQModel
 from aim_jax.training.inputs import parse_codes
-from aim_jax.weights.pretrained import load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
 from aim_jax.weights.tokenizer import tokenizer_fingerprint
 from tests.compilation import xla_flags
 

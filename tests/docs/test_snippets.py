@@ -21,7 +21,7 @@ from PIL import Image
 from aim_jax.configs.defaults import vq_defaults
 from aim_jax.data.imagenet import imagenet_classes
 from aim_jax.models.aim import init_params
-from aim_jax.weights.pretrained import save_model
+from aim_jax.weights.directories import save_model
 from tests.conftest import ROOT, TINY_AIM
 from tests.docs.snippets import PAGES, blocks, commands
 from tests.programs import run

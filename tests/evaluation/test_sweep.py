@@ -13,8 +13,9 @@ from aim_jax.evaluation.feature_sets import FeatureSet
 from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.models import PRESETS
 from aim_jax.utils.images import to_rgb
+from aim_jax.weights.directories import save_model
 from aim_jax.weights.fingerprints import parameter_fingerprints
-from aim_jax.weights.pretrained import load_pretrained, save_model
+from aim_jax.weights.load import load_pretrained
 
 DATA = {"image_size": 4, "channels": 1, "fit": "resize", "resize_size": 0,
         "random_crop": False, "random_flip": False}  # fmt: skip

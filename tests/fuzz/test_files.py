@@ -34,9 +34,10 @@ from aim_jax.training.checkpoint import FILE_LIST, claim_workdir
 from aim_jax.training.monitor import keep_until
 from aim_jax.utils.json_files import read_json
 from aim_jax.utils.names import check_text, read_names
-from aim_jax.weights.convert.files import open_weights
-from aim_jax.weights.model_files import check_sizes, read_model_file
-from aim_jax.weights.pretrained import bundled_models
+from aim_jax.weights import hub_files
+from aim_jax.weights.directories import bundled_models
+from aim_jax.weights.formats.files import open_weights
+from aim_jax.weights.model_files import check_sizes, read_description
 from tests.conftest import ROOT
 from tests.fuzz.mutations import changed, damaged, written
 
@@ -58,26 +59,19 @@ class Kind(NamedTuple):
     read: object
 
 
-def shapes_of(part):
-    """Shapes of the arrays of a part of a bundled model, and their size on disk."""
-    directory = bundled_models()["fashion_mnist"] / part
-    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
-    shapes = {k: tuple(v["value_metadata"]["write_shape"]) for k, v in tree.items()}
-    return shapes, sum(file.stat().st_size for file in directory.rglob("*"))
-
-
-SHAPES = {part: shapes_of(part) for part in ("aim", "vq")}
+BUNDLED = bundled_models()["fashion_mnist"]
+STORED = hub_files.open_params(BUNDLED)
 
 
 def read_model(directory):
-    content = read_model_file(directory)
+    file, content = read_description(directory)
     for part, kind in (("aim", AiMConfig), ("vq", VQConfig)):
         if content[part] is not None:
             config = kind(**content[part])
             try:
-                check_sizes(config, *SHAPES[part])
+                check_sizes(config, STORED[part].shapes, STORED[part].size)
             except ValueError as error:  # the caller names the file
-                raise ValueError(f"model.json: {error}") from error
+                raise ValueError(f"{file.name}: {error}") from error
             assert getattr(config, "n_layer", 1) < 10**6
             assert len(getattr(config, "ch_mult", ())) * getattr(config, "num_res_blocks", 1) < 100
     names = content["class_names"]
@@ -211,13 +205,11 @@ HEADER = {
     "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"a": "b"},
 }  # fmt: skip
 TORCH_FILES = ROOT / "tests" / "golden" / "torch_files"
+DESCRIPTION = json.loads((BUNDLED / "config.json").read_text())
 OFFICIAL = {"d_model": 16, "ssm_cfg": {"layer": "Mamba2"}}
 KINDS = {
-    "model": Kind(
-        "model.json",
-        json.loads((bundled_models()["fashion_mnist"] / "model.json").read_text()),
-        read_model,
-    ),
+    "model": Kind("model.json", DESCRIPTION, read_model),
+    "published model": Kind("config.json", DESCRIPTION, read_model),
     "manifest": Kind("manifest.json", None, read_cache),
     "run": Kind(
         "run.json",

@@ -15,7 +15,8 @@ from aim_jax.evaluation.evaluate import evaluate
 from aim_jax.evaluation.sweep import sweep
 from aim_jax.parallel import ownership
 from aim_jax.parallel.ownership import LOCK, Holder, OwnershipError, owned
-from aim_jax.weights.pretrained import load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
 from tests import programs
 
 

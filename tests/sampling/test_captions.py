@@ -20,7 +20,7 @@ from aim_jax.sampling.export import export_decode_step, export_sampler, flat_wei
 from aim_jax.sampling.generate import generate_tokens, prepare_decoder
 from aim_jax.sampling.grids import interpolate, sample_to_directory
 from aim_jax.sampling.token_loop import make_decoder
-from aim_jax.weights.pretrained import save_model
+from aim_jax.weights.directories import save_model
 from tests.conftest import WORDS
 from tests.models.test_models import random_params
 

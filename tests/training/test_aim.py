@@ -30,7 +30,9 @@ from aim_jax.training.monitor import BadStepsError, Profiler
 from aim_jax.training.optimizer import accumulated_grads, decay_mask, learning_rate, update_ema
 from aim_jax.training.state import TrainState
 from aim_jax.weights import convert
-from aim_jax.weights.pretrained import Pretrained, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained
 from aim_jax.weights.tokenizer import local_encoder, tokenizer_fingerprint
 from tests.conftest import TINY_AIM, TINY_VQ
 

@@ -17,7 +17,8 @@ from aim_jax.training import checkpoint
 from aim_jax.training.checkpoint import RunCheckpoints
 from aim_jax.utils.files import replacing
 from aim_jax.weights import seal
-from aim_jax.weights.pretrained import bundled_models, load_pretrained, save_model
+from aim_jax.weights.directories import bundled_models, save_model
+from aim_jax.weights.load import load_pretrained
 
 
 def edited(model_dir, tmp_path, **changes):

@@ -30,9 +30,11 @@ from aim_jax.training.losses import LossConfig, gradients, judge, reconstruction
 from aim_jax.training.optimizer import make_optimizer
 from aim_jax.training.tokenizer import Recipe
 from aim_jax.utils.images import to_uint8
-from aim_jax.weights.convert.files import WeightsError, save_tensors
 from aim_jax.weights.convert.lpips import TORCHVISION, load_lpips
-from aim_jax.weights.pretrained import Pretrained, flatten, load_pretrained, save_model
+from aim_jax.weights.directories import save_model
+from aim_jax.weights.formats.files import WeightsError, save_tensors
+from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import Pretrained, flatten
 from tests import lpips_weights
 from tests.conftest import ROOT
 from tests.training.test_aim import assert_same_run, interrupt, records

@@ -27,8 +27,9 @@ from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.generate import generate, generate_tokens, prepare_decoder
 from aim_jax.weights import convert
 from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
-from aim_jax.weights.convert import files
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.convert import official as conversion_official
+from aim_jax.weights.formats import files
+from aim_jax.weights.load import load_pretrained
 from benchmarks import conversion
 from tests.conftest import TINY_AIM, TINY_VQ
 from tests.torch_archives import View, saved
@@ -360,7 +361,7 @@ def test_a_model_directory_says_what_it_is(weights, tmp_path):
         convert.to_jax(weights, tmp_path / "other", class_names=("a", "b"))
     with pytest.raises(ValueError, match="exists already"):
         convert.to_jax(weights, tmp_path / "model")
-    names = convert.directories.imagenet_classes()
+    names = conversion_official.imagenet_classes()
     assert len(set(names)) == 1000 and names[207] == "golden retriever"
 
 
@@ -709,7 +710,7 @@ def test_a_failure_while_writing_leaves_nothing(weights, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             convert.to_torch(tmp_path / "model", tmp_path / out)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    monkeypatch.setattr("aim_jax.weights.pretrained._save_params", fail)
+    monkeypatch.setattr("aim_jax.weights.orbax_files.save_params", fail)
     with pytest.raises(OSError, match="No space left"):
         convert.to_jax(weights, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -948,7 +949,7 @@ def test_fuzzed_configurations(changes):
         k: np.broadcast_to(np.float32(0), s) for k, s in convert.official_shapes(TINY_AIM).items()
     }
     try:
-        config = convert.directories.aim_config(tensors, flat)
+        config = conversion_official.aim_config(tensors, flat)
         convert.convert_aim(tensors, config)
     except ValueError as error:
         assert str(error)

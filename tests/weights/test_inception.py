@@ -12,8 +12,8 @@ from aim_jax.evaluation.features import FeatureExtractor
 from aim_jax.evaluation.image_sets import NpzImages
 from aim_jax.models import inception
 from aim_jax.weights.convert import WeightsError
-from aim_jax.weights.convert.files import save_tensors
 from aim_jax.weights.convert.inception import BLOCKS, load_inception
+from aim_jax.weights.formats.files import save_tensors
 from aim_jax.weights.pretrained import flatten
 from tests.conftest import ROOT
 from tests.inception_weights import seeded_images, seeded_weights

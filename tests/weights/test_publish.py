@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from aim_jax.evaluation.report import read_report
+from aim_jax.weights.directories import save_model
 from aim_jax.weights.fingerprints import parameter_fingerprints
-from aim_jax.weights.pretrained import load_pretrained, save_model
+from aim_jax.weights.load import load_pretrained
 from aim_jax.weights.publish import check_report, model_card, publish
 from tests.programs import run
 

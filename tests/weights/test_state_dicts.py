@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from aim_jax.utils.names import printable
 from aim_jax.weights import convert
-from aim_jax.weights.convert import files, state_dicts
-from aim_jax.weights.convert.errors import WeightsError
 from aim_jax.weights.convert.lpips import load_lpips
-from aim_jax.weights.pretrained import load_pretrained
+from aim_jax.weights.formats import files, state_dicts
+from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.load import load_pretrained
 from tests import lpips_weights
 from tests.conftest import TINY_AIM, TINY_VQ
 from tests.programs import run

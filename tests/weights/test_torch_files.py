@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aim_jax.weights.convert import WeightsError, torch_files
-from aim_jax.weights.convert.files import open_weights
+from aim_jax.weights.formats import torch_files
+from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.formats.files import open_weights
 from tests.conftest import ROOT
 from tests.torch_archives import Module, View, saved
 

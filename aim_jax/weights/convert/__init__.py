@@ -12,9 +12,7 @@ from aim_jax.weights.convert.configs import (
     official_vq_config,
     vq_config_from_official,
 )
-from aim_jax.weights.convert.directories import load_official, to_jax, to_torch
-from aim_jax.weights.convert.errors import WeightsError
-from aim_jax.weights.convert.files import open_weights
+from aim_jax.weights.convert.official import load_official, to_jax, to_torch
 from aim_jax.weights.convert.rules import (
     TIED_HEAD,
     USAGE_HISTORY,
@@ -25,6 +23,8 @@ from aim_jax.weights.convert.rules import (
     official_shapes,
     stream_official,
 )
+from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.formats.files import open_weights
 
 __all__ = [
     "TIED_HEAD",

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from aim_jax.models import inception
-from aim_jax.weights.convert import graphs, torch_files
-from aim_jax.weights.convert.errors import WeightsError
-from aim_jax.weights.convert.files import read_tensors
+from aim_jax.weights.formats import graphs, torch_files
+from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.formats.files import read_tensors
 from aim_jax.weights.pretrained import flatten
 
 EPSILON = 1e-3  # epsilon of its batch norms, which have no scale

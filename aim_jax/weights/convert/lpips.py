@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from aim_jax.models import lpips
-from aim_jax.weights.convert.errors import WeightsError
-from aim_jax.weights.convert.files import read_tensors
+from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.formats.files import read_tensors
 from aim_jax.weights.pretrained import flatten
 
 EXPECTED = (
