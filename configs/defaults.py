@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from aim_jax.models.config import AiMConfig
+from aim_jax.models.lora import LoRA
 from aim_jax.sampling.config import SETTINGS, SamplingConfig
 
 
@@ -77,6 +78,9 @@ def aim_defaults() -> ConfigDict:
     config.caption_features = ""
     config.model = ConfigDict(dataclasses.asdict(AiMConfig()))
     config.model.scan_implementation = placeholder(str)  # None chooses by the devices
+    # Adapters of config.init, which is kept as it is; see docs/training.md. rank 0: none, all
+    # parameters are trained. alpha 0: twice the rank.
+    config.lora = ConfigDict(dataclasses.asdict(LoRA()))
     config.sample = ConfigDict(SamplingConfig().numbers() | {"per_class": 8, "classes": 10})
     return config
 

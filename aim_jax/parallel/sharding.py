@@ -223,6 +223,11 @@ def create_sharded(make: Callable[[], Any], mesh: Mesh, rules: Rules) -> Any:
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(abstract, mesh, rules))()
 
 
+def from_host(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Return an array that every process has completely on the devices of a sharding."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def devices_of(tree: Any) -> list[jax.Device]:
     """Return the devices that hold the arrays of a tree; while tracing, the first device.
 

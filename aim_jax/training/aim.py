@@ -20,6 +20,7 @@ from aim_jax.data.text import TextTokenizer
 from aim_jax.models.aim import AiM, init_params
 from aim_jax.models.captions import condition_of, condition_shapes
 from aim_jax.models.config import AiMConfig
+from aim_jax.models.lora import WHOLE, LoRA, init_adapters, merge
 from aim_jax.parallel.ownership import Claim, owned
 from aim_jax.parallel.sharding import (
     axis_rules,
@@ -27,6 +28,7 @@ from aim_jax.parallel.sharding import (
     batch_share,
     check_batch,
     create_sharded,
+    from_host,
     make_mesh,
     replicate,
     sharded_jit,
@@ -52,6 +54,7 @@ from aim_jax.utils.logging import reminding, say
 from aim_jax.utils.parameters import parameter_table
 from aim_jax.utils.random import random_key
 from aim_jax.weights.adapt import adapt_aim
+from aim_jax.weights.adapters import Origin, save_adapters
 from aim_jax.weights.directories import save_model
 from aim_jax.weights.load import load_pretrained
 from aim_jax.weights.pretrained import Pretrained
@@ -59,11 +62,22 @@ from aim_jax.weights.tokenizer import open_tokenizer
 
 
 def create_train_state(
-    config: AiMConfig, optimizer: optax.GradientTransformation, seed: int, ema: bool = False
+    config: AiMConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    ema: bool = False,
+    adapters: LoRA | None = None,
 ) -> TrainState:
-    """Create a fresh state; parameters and their copies are boxed with their logical axes."""
+    """Create a fresh state; parameters and their copies are boxed with their logical axes.
+
+    With adapters, its parameters are these alone.
+    """
     key = random_key(seed)
-    params = init_params(config, jax.random.fold_in(key, 1))
+    own_key = jax.random.fold_in(key, 1)
+    if adapters is None:
+        params = init_params(config, own_key)
+    else:
+        params = init_adapters(config, adapters, own_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -96,18 +110,26 @@ def loss_fn(
 def train_step(
     state: TrainState,
     batch: dict,
+    base: dict | None = None,
     *,
     config: AiMConfig,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[TrainState, dict]:
     """Run one optimizer step on a batch of `codes` (b, t) and its condition.
 
-    The condition is `labels` (b,), or `captions` for a text model; see `condition_of`.
+    The condition is `labels` (b,), or `captions` for a text model; see `condition_of`. With `base`,
+    the state holds adapters of these parameters, whose products are scaled by `scale`.
     """
     rng = state.step_key()
-    grad_fn = jax.grad(functools.partial(loss_fn, config=config), has_aux=True)
+
+    def loss(params: Any, batch: dict, rng: jax.Array) -> tuple[jax.Array, tuple[dict, None]]:
+        whole = params if base is None else merge(base, params, scale)
+        return loss_fn(whole, batch, rng, config)
+
+    grad_fn = jax.grad(loss, has_aux=True)
     grads, metrics, _ = accumulated_grads(grad_fn, state.params, batch, rng, accumulate)
     state, report = apply_gradients(state, grads, optimizer, ema_decay)
     return state, metrics | report
@@ -160,8 +182,11 @@ class Setup:
       mesh: The devices.
       rules: The mesh axes that each logical axis is sharded over.
       new_state: Creates a fresh, boxed TrainState.
-      train_step: Jitted (state, batch) -> (state, metrics); donates the state.
+      adapters: LoRA, or None if all parameters are trained.
+      train_step: Jitted (state, batch) -> (state, metrics); donates the state. With adapters,
+        (state, batch, base).
       eval_step: Jitted (params, padded batch) -> `EvalMetrics`.
+      merged: Jitted (base, adapters) -> params.
 
     Raises:
       ValueError: Model, optimizer, batch and mesh do not fit together.
@@ -174,17 +199,27 @@ class Setup:
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.rules = axis_rules(self.mesh, config.mesh.fsdp)
         check_batch(config.batch_size, config.accumulate, self.mesh)
+        lora = LoRA(**config.lora)
+        self.adapters = lora if lora.rank else None
+        scale = lora.scale if self.adapters else 1.0
         self.new_state = lambda: create_train_state(
-            self.model, self.optimizer, config.seed, config.ema_decay > 0
+            self.model, self.optimizer, config.seed, config.ema_decay > 0, self.adapters
         )
         self._batch = jax.ShapeDtypeStruct((config.batch_size, self.model.num_tokens), jnp.int32)
         abstract = jax.eval_shape(self.new_state)
         self._state = nn.unbox(abstract)
         self._shardings = shardings(abstract, self.mesh, self.rules)
+        whole = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
+        self._base = nn.unbox(whole)
+        self._base_shardings = shardings(whole, self.mesh, self.rules)
+        self.merged = sharded_jit(
+            lambda base, adapters: merge(base, adapters, scale),
+            self.mesh, self.rules, out_shardings=self._base_shardings,
+        )  # fmt: skip
         self.train_step = sharded_jit(
-            lambda state, batch: train_step(
-                state, batch, config=self.trained, optimizer=self.optimizer,
-                accumulate=config.accumulate, ema_decay=config.ema_decay,
+            lambda state, batch, base=None: train_step(
+                state, batch, base, config=self.trained, optimizer=self.optimizer,
+                accumulate=config.accumulate, ema_decay=config.ema_decay, scale=scale,
             ),
             self.mesh, self.rules, donate_argnums=0, out_shardings=(self._shardings, None),
         )  # fmt: skip
@@ -195,15 +230,26 @@ class Setup:
             self.mesh, self.rules,
         )  # fmt: skip
 
-    def abstract_arguments(self) -> tuple[TrainState, dict]:
-        """Return shapes, dtypes and shardings of the arguments of `train_step`."""
-        state = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self._state, self._shardings,
+    def place(self, params: dict) -> dict:
+        """Return the parameters of a whole model, given as host arrays, on the mesh in float32."""
+        return jax.tree.map(
+            lambda x, sharding: from_host(np.asarray(x, np.float32), sharding),
+            params, self._base_shardings,
         )  # fmt: skip
+
+    def abstract_arguments(self) -> tuple[Any, ...]:
+        """Return shapes, dtypes and shardings of the arguments of `train_step`."""
+
+        def placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
+            return x.update(sharding=sharding)
+
+        state = jax.tree.map(placed, self._state, self._shardings)
         sharding = batch_sharding(self.mesh)
         batch = {"codes": self._batch, **condition_shapes(self.model, self._batch.shape[0])}
-        return state, {name: x.update(sharding=sharding) for name, x in batch.items()}
+        batch = {name: placed(x, sharding) for name, x in batch.items()}
+        if self.adapters is None:
+            return state, batch
+        return state, batch, jax.tree.map(placed, self._base, self._base_shardings)
 
 
 @check_arguments
@@ -240,15 +286,39 @@ def _train(
     for line in data.summary:
         say(line)
     check_fit(model_config, tokenizer, data)
-    fresh = config.init and not has_checkpoint(workdir)
     text = data.captions.encoder if data.captions else None
-    start = open_start(config.init, model_config, text) if fresh else None
-    claim_workdir(workdir, config, data.identity)
+    adapters = setup.adapters
+    if adapters and not config.init:
+        raise ValueError(
+            f"config.lora.rank={adapters.rank}, but config.init names no model to adapt; set it to "
+            "a trained model."
+        )
+    start = None
+    origin = None
+    identity = data.identity
+    if config.init and (adapters or not has_checkpoint(workdir)):
+        trained = load_pretrained(config.init, as_stored=True)
+        start = adapted_start(trained, model_config, text)
+        if adapters:
+            origin = Origin.of(trained, tokenizer)
+            identity = identity | {"base": origin.base_fingerprint}
+        del trained
+    claim_workdir(workdir, config, identity)
 
     with reminding("creating the parameters, with compilation"):
         state = create_sharded(setup.new_state, mesh, setup.rules)
-    if start is not None:
+    base = None
+    if start is not None and origin is not None:
+        base = setup.place(start)
+        if WHOLE in start:
+            state = state.with_params(to_host(state.params) | {WHOLE: start[WHOLE]})
+    elif start is not None:
         state = state.with_params(start)
+    del start
+
+    def whole(params: Any) -> Any:
+        return params if base is None else setup.merged(base, params)
+
     say(
         f"AiM with {parameter_overview.count_parameters(state.params):,} parameters; "
         f"{data.train_size} training and {data.validation_size} validation images of "
@@ -260,14 +330,15 @@ def _train(
 
     def evaluate(state):
         batches = data.validation_batches()
-        step = lambda batch: setup.eval_step(state.eval_params, data.encode(batch))  # noqa: E731
+        params = whole(state.eval_params)
+        step = lambda batch: setup.eval_step(params, data.encode(batch))  # noqa: E731
         return loop.weighted_means(step, batches, config.batch_size // share[1], mesh)
 
     def as_model(state: TrainState) -> Pretrained:
         return Pretrained(
             name=str(workdir),
             aim_config=model_config,
-            aim_params=state.eval_params,
+            aim_params=whole(state.eval_params),
             vq_config=tokenizer.vq_config,
             vq_params=tokenizer.vq_params,
             class_names=data.class_names,
@@ -293,10 +364,15 @@ def _train(
             save_png(make_grid(images, config.sample.per_class, names), path)
 
     def export(state):
-        save_model(workdir / "model", as_model(state), config.export_dtype)
+        if adapters is None or origin is None:
+            save_model(workdir / "model", as_model(state), config.export_dtype)
+        else:
+            model = as_model(state)
+            save_adapters(workdir / "model", model, state.eval_params, adapters, origin)
 
     def encode_and_step(state, batch):
-        return setup.train_step(state, data.encode(batch, after=state))
+        batch = data.encode(batch, after=state)
+        return setup.train_step(state, batch, *([] if base is None else [base]))
 
     batches = data.train_batches()
     with closing_all() as at_end:
@@ -311,30 +387,28 @@ def _train(
         return loop.run(config, workdir, mesh, state, stage, claim)
 
 
-def open_start(
-    name_or_path: str, config: AiMConfig, text: TextTokenizer | FeatureFile | None = None
+def adapted_start(
+    start: Pretrained, config: AiMConfig, text: TextTokenizer | FeatureFile | None = None
 ) -> dict:
-    """Load the parameters of a trained AiM, adapt them to the model to train, and log the changes.
+    """Return the parameters of a trained AiM, adapted to the model to train; log the changes.
 
     Args:
-      name_or_path: The trained model.
+      start: The trained model of config.init, with parameters as stored.
       config: The model to train.
       text: Its text tokenizer; features of captions say nothing about a model.
 
     Raises:
-      FileNotFoundError, ValueError: There is no such model, it holds no AiM, an AiM of another
-        shape, or one of another text tokenizer.
+      ValueError: It holds no AiM, an AiM of another shape, or one of another text tokenizer.
     """
-    start = load_pretrained(name_or_path, as_stored=True)
     if start.aim_params is None or start.aim_config is None:
-        raise ValueError(f"config.init={name_or_path!r} holds no AiM; name a model that has one.")
+        raise ValueError(f"config.init={start.name!r} holds no AiM; name a model that has one.")
     params, changes = adapt_aim(start.aim_params, start.aim_config, config)
     if start.text != (None if isinstance(text, FeatureFile) else text):
         raise ValueError(
-            f"config.init={name_or_path!r} has another text tokenizer; set config.text_tokenizer "
+            f"config.init={start.name!r} has another text tokenizer; set config.text_tokenizer "
             "to its directory."
         )
-    say("\n  ".join([f"weights of {name_or_path}", *changes]))
+    say("\n  ".join([f"weights of {start.name}", *changes]))
     return params
 
 

@@ -27,6 +27,7 @@ NUMBERS: dict[str, Range] = {
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": NOT_NEGATIVE,
     "optimizer.spike_factor": NOT_NEGATIVE,
+    "lora.alpha": NOT_NEGATIVE,
 }
 # Smallest values of integers.
 INTEGERS: dict[str, int] = {
@@ -43,6 +44,7 @@ INTEGERS: dict[str, int] = {
     "restart_codes": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.skip_limit": 1,
+    "lora.rank": 0,
     "data.image_size": 1,
     "data.channels": 1,
     "data.resize_size": 0,
@@ -64,7 +66,8 @@ SWITCHES = ("decoder_only", "data.random_crop", "data.random_flip", "mesh.fsdp")
 # Settings of one of the two stages; all others are in both.
 OF_ONE_STAGE = (
     "restart_codes", "decoder_only", "lpips", "inception", "tokenizer", "codes", "sample.images",
-    "sample.classes", "sample.per_class", "discriminator.ch", "discriminator.depth",
+    "sample.classes", "sample.per_class", "discriminator.ch", "discriminator.depth", "lora.rank",
+    "lora.alpha",
 )  # fmt: skip
 
 

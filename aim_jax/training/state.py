@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax.struct import dataclass
 
+from aim_jax.parallel.sharding import from_host
 from aim_jax.utils.random import GENERATOR
 
 
@@ -55,8 +56,7 @@ class TrainState:
         """Return the state with new parameters, given as host arrays, and their averages reset."""
 
         def to_device(old: jax.Array, new: np.ndarray) -> jax.Array:
-            new = np.asarray(new, old.dtype)  # every process has the complete array
-            return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
+            return from_host(np.asarray(new, old.dtype), old.sharding)
 
         # `to_device` reads by index, so a larger array would be cropped silently.
         chex.assert_trees_all_equal_shapes(self.params, params)

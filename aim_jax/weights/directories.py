@@ -24,6 +24,7 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import replacing
 from aim_jax.weights import hub_files, orbax_files, seal
 from aim_jax.weights.model_files import (
+    ADAPTER_FILE,
     FORMAT,
     FORMAT_VERSION,
     MODEL_FILE,
@@ -129,7 +130,7 @@ def bundled_models() -> dict[str, Path]:
 
 
 def find_directory(name_or_path: str | os.PathLike) -> Path | None:
-    """Return the model directory of a bundled name, a directory or a workdir, or None.
+    """Return the directory of the model or adapters of a name, a directory or a workdir, or None.
 
     Raises:
       FileNotFoundError: It is a workdir without a model yet.
@@ -137,7 +138,7 @@ def find_directory(name_or_path: str | os.PathLike) -> Path | None:
     # An absolute path stays the same model: "./cifar10" is not the bundled one.
     path = bundled_models().get(str(name_or_path), Path(name_or_path).absolute())
     for directory in (path, path / "model"):
-        if description_file(directory):
+        if description_file(directory) or (directory / ADAPTER_FILE).is_file():
             return directory
     if (path / "checkpoints").is_dir():
         raise FileNotFoundError(

@@ -3,6 +3,7 @@
 Official weights of AiM and LlamaGen are converted on the way, into the cache directory.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.checksums import sha256
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub, seal
+from aim_jax.weights.adapters import load_adapted
 from aim_jax.weights.convert.official import to_jax
 from aim_jax.weights.directories import (
     bundled_models,
@@ -19,6 +21,7 @@ from aim_jax.weights.directories import (
 )
 from aim_jax.weights.formats.files import HUB_FILES, open_weights
 from aim_jax.weights.model_files import (
+    ADAPTER_FILE,
     FORMAT_VERSION,
     LEFTOVERS,
     MODEL_FILE,
@@ -82,8 +85,9 @@ def load_pretrained(
 
     Args:
       name_or_path: "fashion_mnist", "cifar10", ...; a model directory; a training workdir, whose
-        newest exported model (`model/`) is loaded; a file or directory of official weights; or
-        "hf://owner/name[/file][@revision]" on the hub, which is downloaded once.
+        newest exported model (`model/`) is loaded; adapters, which are merged into their model; a
+        file or directory of official weights; or "hf://owner/name[/file][@revision]" on the hub,
+        which is downloaded once.
       as_stored: Return parameters as NumPy arrays in their stored dtypes, instead of float32 on the
         first device.
       verify: Check the SHA-256 of all files first. A directory of the first version has none, which
@@ -96,6 +100,9 @@ def load_pretrained(
         a model.
     """
     path = find_model(name_or_path)
+    if (path / ADAPTER_FILE).is_file():
+        load = functools.partial(load_pretrained, as_stored=True, verify=verify)
+        return load_adapted(path, str(name_or_path), load, as_stored)
     return load_directory(path, str(name_or_path), as_stored=as_stored, verify=verify)
 
 

@@ -35,6 +35,7 @@ from aim_jax.utils.json_files import (
 )
 
 MODEL_FILE = "model.json"
+ADAPTER_FILE = "adapter.json"  # of a directory of adapters, see `adapters`
 PUBLISHED_FILE = "config.json"  # the name that hubs know; other libraries use it as well
 # Official tensors that are not weights; kept so that the conversion back gives the same file.
 LEFTOVERS = "official_buffers.safetensors"
@@ -77,6 +78,11 @@ def read_description(directory: Path) -> tuple[Path, dict[str, Any]]:
       ValueError: It is damaged, of another version, or describes no model.
     """
     file = description_file(directory) or directory / MODEL_FILE
+    if (directory / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{directory} holds adapters of another model; make one model of both with aim-jax "
+            f"publish --checkpoint {directory} --out DIR."
+        )
     return file, read_json(file, _check_model, "cannot be read as a model")
 
 
@@ -106,7 +112,7 @@ def _check_model(name: str, content: Any) -> None:
         raise ValueError(f"class_names: expected {classes} names (aim.num_classes), got {names}.")
 
 
-def _fields_of(kind: type) -> Check:
+def fields_of(kind: type) -> Check:
     """Check the fields of a configuration, which checks their values."""
     known = {field.name: anything for field in dataclasses.fields(kind)}
 
@@ -122,7 +128,7 @@ def _fields_of(kind: type) -> Check:
 
 def check_sampling(name: str, value: Any) -> None:
     """Check JSON values of fields of `SamplingConfig`, one number each."""
-    _fields_of(SamplingConfig)(name, value)
+    fields_of(SamplingConfig)(name, value)
     for key in SETTINGS.keys() & value.keys():
         check_type(f"{name}.{key}", value[key], float)  # not one per image
 
@@ -145,8 +151,8 @@ DATA_REQUIRED: dict[str, Check] = {
 DATA_OPTIONAL: dict[str, Check] = {"name": text(), "random_crop": flag, "random_flip": flag}
 REQUIRED: dict[str, Check] = {
     "version": integer(),
-    "aim": nullable(_fields_of(AiMConfig)),
-    "vq": nullable(_fields_of(VQConfig)),
+    "aim": nullable(fields_of(AiMConfig)),
+    "vq": nullable(fields_of(VQConfig)),
     "class_names": list_of(text()),
     "sampling": check_sampling,
     "info": record({}, {"data": _check_data}),

@@ -87,9 +87,10 @@ def test_a_text_model_trains_resumes_and_is_exported(config, tmp_path):
     np.testing.assert_array_equal(tokens, 4 * np.arange(3)[:, None] * np.ones((1, 4), int))
     # Another text tokenizer gives the tokens of captions another meaning.
     other = TextTokenizer.train(WORDS[:2] * 2, 266)
+    trained = load_pretrained(workdir, as_stored=True)
     with pytest.raises(ValueError, match="has another text tokenizer"):
-        aim.open_start(str(workdir), model.aim_config, other)
-    params = aim.open_start(str(workdir), model.aim_config, model.text)
+        aim.adapted_start(trained, model.aim_config, other)
+    params = aim.adapted_start(trained, model.aim_config, model.text)
     assert "caption_embedding" in params
 
 

@@ -1,5 +1,6 @@
 """The loop: what is called after which step, with what, and in which order."""
 
+import contextlib
 import functools
 import os
 import re
@@ -328,8 +329,30 @@ class Wandb(types.ModuleType):
         self.logged.append((step, scalars))
 
 
-def test_the_example_sends_scalars_to_weights_and_biases(
-    picture_folder, tiny_model_dir, tmp_path, monkeypatch
+class Mlflow(types.ModuleType):
+    """Stands in for MLflow."""
+
+    run = None
+
+    @contextlib.contextmanager
+    def start_run(self, run_name):
+        self.run, self.logged = {"name": run_name}, []
+        yield
+        self.run = self.run | {"ended": True}
+
+    def active_run(self):
+        return self.run
+
+    def log_dict(self, dictionary, artifact_file):
+        self.run["config"] = dictionary
+
+    def log_metrics(self, metrics, step):
+        self.logged.append((step, metrics))
+
+
+@pytest.mark.parametrize("logger", [Wandb("wandb"), Mlflow("mlflow")], ids=lambda x: x.__name__)
+def test_the_examples_send_scalars_to_loggers(
+    logger, picture_folder, tiny_model_dir, tmp_path, monkeypatch
 ):
     """The page's own code, on a small model and one device, for which programs compile sooner."""
     monkeypatch.setattr(aim, "make_mesh", lambda *_: make_mesh(devices=jax.devices()[:1]))
@@ -341,16 +364,16 @@ def test_the_example_sends_scalars_to_weights_and_biases(
     small.model.update(vars(TINY_AIM))
     small.data.update(name="folder", dir=str(picture_folder), image_size=4, channels=1)
     monkeypatch.setattr(fashion_mnist, "get_config", lambda: small)
-    wandb = Wandb("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, logger.__name__, logger)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "training.md").read_text()
-    (example,) = re.findall(r"```python\n(import wandb\n.*?)```", page, re.DOTALL)
+    (example,) = re.findall(rf"```python\n(import {logger.__name__}\n.*?)```", page, re.DOTALL)
     exec(compile(example, "docs/training.md", "exec"), {})
-    assert wandb.run["config"]["steps"] == 5
-    assert [step for step, _ in wandb.logged] == [2, 4, 5]
-    assert all(np.isfinite(scalars["loss"]) for _, scalars in wandb.logged)
-    assert ["val_loss" in scalars for _, scalars in wandb.logged] == [False, True, True]
+    assert logger.run["config"]["steps"] == 5
+    assert logger.run.get("ended", True)
+    assert [step for step, _ in logger.logged] == [2, 4, 5]
+    assert all(np.isfinite(scalars["loss"]) for _, scalars in logger.logged)
+    assert ["val_loss" in scalars for _, scalars in logger.logged] == [False, True, True]
     assert (tmp_path / "runs" / "fashion_mnist" / "model").is_dir()
 
 
