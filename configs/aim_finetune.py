@@ -1,7 +1,9 @@
 r"""Fine-tuning of converted AiM-B weights on your images: class folders, encoded in advance.
 
 20 epochs of 50,000 images at a tenth of the learning rate, with averaged parameters and the
-positions that the weights were trained with. Another number of classes gets a new class table.
+positions that the weights were trained with. Another number of classes gets a new class table. The
+side of larger images is named after a colon, aim_finetune:384 or aim_finetune:512; positions are
+interpolated. Encode the images at the same size: aim-jax extract_codes --image_size 384.
 
 aim-jax train --config aim_finetune --workdir runs/mine \
   --config.init=models/aim_b --config.tokenizer=models/aim_b --config.codes=codes/mine \
@@ -13,9 +15,13 @@ from ml_collections import ConfigDict
 from aim_jax.configs.defaults import imagenet_recipe
 
 
-def get_config() -> ConfigDict:
-    """Return the configuration."""
+def get_config(side: str = "256") -> ConfigDict:
+    """Return the configuration for images of a side in pixels."""
+    if not side.isdecimal() or int(side) % 16 or not int(side):
+        raise ValueError(f"image size {side!r}: expected a multiple of 16, such as 384.")
     config = imagenet_recipe("B", epochs=300)
+    config.data.image_size = int(side)
+    config.model.num_tokens = (int(side) // 16) ** 2
     config.init = config.tokenizer = "models/aim_b"
     config.codes = "codes/mine"
     config.batch_size = 256

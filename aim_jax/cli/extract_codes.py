@@ -48,6 +48,10 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "crop_range", 1.1, "Side of the larger square of ten_crop, as a multiple of the image size."
     )
+    flags.DEFINE_integer(
+        "image_size", 0, "Side of the images in pixels. Default: that of the tokenizer's training.",
+        lower_bound=0,
+    )  # fmt: skip
     flags.DEFINE_integer("batch_size", 128, "Images per step and device.", lower_bound=1)
     flags.DEFINE_integer("shard_size", 16384, "Images per file.", lower_bound=1)
     flags.DEFINE_integer(
@@ -64,7 +68,7 @@ def main() -> None:
     processes.initialize_from(f)
     extract(
         f.tokenizer, Path(f.out), data_name=f.data_name, data_dir=f.data, splits=f.split,
-        views=f.views, crop_range=f.crop_range, batch_size=f.batch_size,
+        image_size=f.image_size, views=f.views, crop_range=f.crop_range, batch_size=f.batch_size,
         shard_size=f.shard_size, workers=f.workers, part=f.part,
     )  # fmt: skip
 
@@ -76,6 +80,7 @@ def extract(
     data_name: str = "",
     data_dir: str = "",
     splits: Sequence[str] = ("train", "validation"),
+    image_size: int = 0,
     views: str = "centre_flip",
     crop_range: float = 1.1,
     batch_size: int = 128,
@@ -91,6 +96,7 @@ def extract(
       data_name: dataset; by default the one that the tokenizer was trained on.
       data_dir: directory with the images; see `open_images`.
       splits: splits to encode.
+      image_size: side of the images in pixels; 0 is that of the tokenizer's training.
       views: views to store of a training image; see `make_views`. Other splits store the centre
         crop.
       crop_range: side of the larger square of ten_crop, as a multiple of the image size.
@@ -117,6 +123,14 @@ def extract(
         raise ValueError(f"{tokenizer} does not record the images that it was trained on.")
     data_config = ConfigDict(model.info["data"])
     name = data_name or data_config.name
+    vq_config, _ = model.vq()
+    if image_size % vq_config.downsampling:
+        raise ValueError(
+            f"--image_size={image_size} is not a multiple of {vq_config.downsampling}, the side of "
+            "a token of this tokenizer."
+        )
+    if image_size:
+        data_config.update(image_size=image_size, resize_size=0)
     spec = image_spec(data_config)
     stored = {
         split: data.make_views(views if split == "train" else "centre", spec, crop_range)
@@ -125,7 +139,6 @@ def extract(
     sources = {split: data.open_images(name, split, data_dir or None) for split in splits}
     for source in sources.values():
         say(source.summary)
-    vq_config, _ = model.vq()
     side = spec.image_size // vq_config.downsampling
     with contextlib.ExitStack() as claimed:
         claims = {

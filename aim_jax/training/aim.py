@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,12 @@ def _train(
             class_names=data.class_names,
             sampling=settings.numbers(),
             text=text,
-            info={**tokenizer.info, "aim_steps": int(state.step), "seed": config.seed},
+            info={
+                **tokenizer.info,
+                **data_section(tokenizer, model_config.num_tokens),
+                "aim_steps": int(state.step),
+                "seed": config.seed,
+            },
         )
 
     def sample(state, path):
@@ -385,6 +391,19 @@ def _train(
             flops=training_flops(model_config),
         )
         return loop.run(config, workdir, mesh, state, stage, claim)
+
+
+def data_section(tokenizer: Pretrained, num_tokens: int) -> dict:
+    """Return the data section of a model with a number of tokens, for its info.
+
+    It is that of its tokenizer, but the images are larger or smaller if there are more tokens or
+    fewer.
+    """
+    data = tokenizer.info.get("data")
+    side = math.isqrt(num_tokens) * tokenizer.vq()[0].downsampling
+    if data is None or data["image_size"] == side:
+        return {}
+    return {"data": data | {"image_size": side, "resize_size": 0}}
 
 
 def adapted_start(

@@ -1,7 +1,9 @@
-"""Adaptation of trained weights to a model with other classes or another adaLN arrangement."""
+"""Adaptation of trained weights to a model with other classes, image sizes or adaLN maps."""
 
 import dataclasses
+import math
 
+import jax
 import numpy as np
 
 from aim_jax.models.config import AiMConfig, VQConfig
@@ -9,7 +11,7 @@ from aim_jax.models.layers import group_to_layer, layer_to_group
 
 # What two models must share for the weights of one to mean anything in the other.
 AIM_SHAPE = (
-    "vocab_size", "num_tokens", "d_model", "n_layer", "mixer", "d_state", "d_conv", "expand",
+    "vocab_size", "d_model", "n_layer", "mixer", "d_state", "d_conv", "expand",
     "headdim", "ngroups", "mlp_hidden", "positions", "condition", "caption_vocab",
     "caption_features",
 )  # fmt: skip
@@ -77,13 +79,14 @@ def adapt_aim(params: dict, source: AiMConfig, target: AiMConfig) -> tuple[dict,
 
     Args:
       params: Parameters of `source`, as NumPy arrays.
-      source, target: They may differ in the number of classes, the adaLN arrangement, and all
-        fields that do not affect the shape of a parameter.
+      source, target: They may differ in the number of classes and of tokens, the adaLN arrangement,
+        and all fields that do not affect the shape of a parameter.
 
     Returns:
       Parameters of `target`, and a line for each change to the weights. If the number of classes
       differs, every class starts as the null class: the model is unconditional at first, and learns
-      the contribution of each class.
+      the contribution of each class. If the number of tokens differs, positions are interpolated;
+      see `resized_positions`.
 
     Raises:
       ValueError: The two differ in fields that must agree; the message names them.
@@ -101,7 +104,46 @@ def adapt_aim(params: dict, source: AiMConfig, target: AiMConfig) -> tuple[dict,
         notes.append(
             f"{source.num_classes} -> {target.num_classes} classes: each starts as the null class"
         )
+    if source.num_tokens != target.num_tokens:
+        if source.positions:
+            table = np.asarray(params["position_embedding"]["embedding"])
+            table = resized_positions(table, target.num_tokens, target.position_offset)
+            params = params | {"position_embedding": {"embedding": table}}
+        sides = (
+            f"{math.sqrt(c.num_tokens):g} x {math.sqrt(c.num_tokens):g}" for c in (source, target)
+        )
+        notes.append(f"positions {' -> '.join(sides)}: interpolated")
     return params, notes
+
+
+def resized_positions(table: np.ndarray, num_tokens: int, offset: int) -> np.ndarray:
+    """Interpolate the position embeddings of a square grid of tokens for a grid of another size.
+
+    The rows of the grid are resized as an image by cubic interpolation, as is usual for position
+    embeddings of transformers (arXiv 2010.11929, section 3.2). The one row that belongs to no token
+    is kept.
+
+    Args:
+      table: (t + 1, d), rows of the embedding.
+      num_tokens: Tokens of the new grid.
+      offset: Row of the first token, 0 or 1; see `AiMConfig.position_offset`.
+
+    Returns:
+      (num_tokens + 1, d), in the dtype of `table`.
+
+    Raises:
+      ValueError: A grid is not square.
+    """
+    count, width = len(table) - 1, table.shape[1]
+    old, new = math.isqrt(count), math.isqrt(num_tokens)
+    for side, tokens in ((old, count), (new, num_tokens)):
+        if side * side != tokens:
+            raise ValueError(f"positions of {tokens} tokens are no square grid to interpolate.")
+    rows = np.asarray(table[offset : offset + count], np.float32).reshape(old, old, width)
+    grid = np.asarray(jax.image.resize(rows, (new, new, width), "cubic", antialias=False))
+    other = table[-1:] if offset == 0 else table[:1]
+    parts = [grid.reshape(num_tokens, width).astype(table.dtype), other]
+    return np.concatenate(parts if offset == 0 else parts[::-1])
 
 
 def _name(config: AiMConfig) -> str:

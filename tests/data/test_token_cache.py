@@ -607,6 +607,15 @@ def test_captions_of_a_folder_are_extracted_and_resumed(tmp_path, tokenizer):
         extract_program(str(tokenizer), out, **given)
 
 
+def test_images_are_encoded_at_another_size(tmp_path, tokenizer, picture_folder):
+    options = {"data_name": "folder", "data_dir": str(picture_folder), "splits": ["validation"]}
+    extract_program(str(tokenizer), tmp_path / "codes", image_size=8, **options)
+    assert TokenCache.open(tmp_path / "codes" / "validation").grid == (4, 4)
+    with pytest.raises(ValueError, match="--image_size=7 is not a multiple of 2"):
+        extract_program(str(tokenizer), tmp_path / "other", image_size=7, **options)
+    assert not (tmp_path / "other").exists()
+
+
 def test_extract_codes_program(tmp_path, tokenizer, picture_folder):
     out = tmp_path / "codes"
     with socket.socket() as free:

@@ -230,6 +230,22 @@ def test_training_of_adapters_resumes_exactly(config, trained, tmp_path):
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, resumed), whole)
 
 
+def test_a_model_of_other_images_starts_a_run(config, tiny_model, tmp_path):
+    """Of 2 x 2 tokens instead of 3 x 3; the exported model says the size of its images."""
+    larger = dataclasses.replace(TINY_AIM, num_tokens=9)
+    data = {"name": "", "image_size": 6, "channels": 1, "fit": "resize", "resize_size": 0}
+    start = dataclasses.replace(
+        tiny_model, aim_config=larger, aim_params=random_params(larger), info={"data": data}
+    )
+    config = config.copy_and_resolve_references()
+    config.init = config.tokenizer = str(save_model(tmp_path / "start", start))
+    config.steps, config.lora.rank = 2, 0
+    aim.train(config, tmp_path / "run")
+    model = load_pretrained(tmp_path / "run")
+    assert model.aim_config.num_tokens == 4 and model.info["data"]["image_size"] == 4
+    assert generate(model, ["two"], seed=0).images.shape == (1, 4, 4, 1)
+
+
 def test_what_adapters_need_is_said(config, trained, base, tmp_path, tiny_model):
     workdir, _ = trained
     config = config.copy_and_resolve_references()

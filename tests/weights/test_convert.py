@@ -26,10 +26,11 @@ from aim_jax.models import PRESETS, AiM, VQConfig
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.sampling.generate import generate, generate_tokens, prepare_decoder
 from aim_jax.weights import convert
-from aim_jax.weights.adapt import adapt_aim, rearrange_adaln
+from aim_jax.weights.adapt import adapt_aim, rearrange_adaln, resized_positions
 from aim_jax.weights.convert import official as conversion_official
 from aim_jax.weights.formats import files
 from aim_jax.weights.load import load_pretrained
+from aim_jax.weights.pretrained import flatten
 from benchmarks import conversion
 from tests.conftest import TINY_AIM, TINY_VQ
 from tests.torch_archives import View, saved
@@ -579,6 +580,41 @@ def test_weights_as_a_start_for_another_model(grouped):
     other = dataclasses.replace(config, d_model=32, mixer="mamba1")
     with pytest.raises(ValueError, match=r"d_model: 16 in the weights, 32 in the model; mixer: "):
         adapt_aim(params, config, other)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_positions_are_interpolated_for_a_larger_grid(offset):
+    rows, columns = np.mgrid[:6, :6]
+    grid = np.stack([rows, columns, np.ones((6, 6)), rows - 2 * columns], axis=-1)
+    other = np.full((1, 4), 9.0)
+    parts = [grid.reshape(36, 4), other]
+    table = np.concatenate(parts if offset == 0 else parts[::-1]).astype(np.float32)
+    for side in (12, 9, 4):
+        large = resized_positions(table, side * side, offset)
+        assert large.shape == (side * side + 1, 4) and large.dtype == table.dtype
+        np.testing.assert_array_equal(large[-1 if offset == 0 else 0], other[0])
+        found = large[offset : offset + side * side].reshape(side, side, 4)
+        # Of pixel centres: token i of the large grid is at (i + 1/2) 6 / side - 1/2 of the small.
+        places = (np.arange(side) + 0.5) * 6 / side - 0.5
+        inside = np.flatnonzero((places >= 1) & (places <= 4))  # cubic: two neighbours each way
+        at_rows, at_columns = np.meshgrid(places[inside], places[inside], indexing="ij")
+        expected = np.stack(
+            [at_rows, at_columns, np.ones_like(at_rows), at_rows - 2 * at_columns], axis=-1
+        )
+        np.testing.assert_allclose(found[np.ix_(inside, inside)], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="20 tokens are no square grid"):
+        resized_positions(table, 20, offset)
+
+
+def test_weights_as_a_start_for_larger_images(grouped):
+    params, config = grouped
+    target = dataclasses.replace(config, num_tokens=9)
+    adapted, notes = adapt_aim(params, config, target)
+    assert notes == ["positions 2 x 2 -> 3 x 3: interpolated"]
+    codes = np.arange(18).reshape(2, 9) % 16
+    assert np.isfinite(AiM(target).apply({"params": adapted}, codes, np.array([0, 1]))).all()
+    changed = {k for k, x in flatten(adapted).items() if x is not flatten(params)[k]}
+    assert changed == {"position_embedding.embedding"}
 
 
 # Hostile and damaged files. Whatever it is: one clear error, and nothing left behind.
