@@ -105,6 +105,22 @@ def _lasting(name: str) -> str:
     return os.fspath(Path(name).absolute())
 
 
+def read_adapter_file(path: Path) -> dict[str, Any]:
+    """Read and check the description of adapters in a directory.
+
+    Raises:
+      OSError, ValueError: It cannot be read, or describes no adapters.
+    """
+    content = read_json(path / ADAPTER_FILE, record(ENTRIES), "cannot be read as adapters")
+    classes = AiMConfig(**content["aim"]).num_classes
+    if len(content["class_names"]) not in (0, classes):
+        raise ValueError(
+            f"{path / ADAPTER_FILE}: class_names: expected {classes} names (aim.num_classes), got "
+            f"{len(content['class_names'])}."
+        )
+    return content
+
+
 def load_adapted(
     path: Path, name: str, load: Callable[[str], Pretrained], as_stored: bool
 ) -> Pretrained:
@@ -120,7 +136,7 @@ def load_adapted(
       FileNotFoundError: The base or the tokenizer is not where it was.
       ValueError: The adapters are damaged, or the base or tokenizer is another one.
     """
-    content = read_json(path / ADAPTER_FILE, record(ENTRIES), "cannot be read as adapters")
+    content = read_adapter_file(path)
     if not (path / ARRAYS).is_file() or sha256([path / ARRAYS]) != [content["sha256"]]:
         raise ValueError(f"{path}: {ARRAYS} is damaged or missing; copy the directory again.")
     base = _load_other(path, "base", content["base"], "AiM", load)

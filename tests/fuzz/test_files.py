@@ -28,6 +28,7 @@ from aim_jax.evaluation import report as reports
 from aim_jax.evaluation import scaling, sweep
 from aim_jax.evaluation.image_sets import ImageParts, NpzImages
 from aim_jax.models import AiMConfig, VQConfig
+from aim_jax.models.lora import LoRA
 from aim_jax.sampling import export_runner
 from aim_jax.sampling.config import SamplingConfig
 from aim_jax.training.checkpoint import FILE_LIST, claim_workdir
@@ -35,6 +36,7 @@ from aim_jax.training.monitor import keep_until
 from aim_jax.utils.json_files import read_json
 from aim_jax.utils.names import check_text, read_names
 from aim_jax.weights import hub_files
+from aim_jax.weights.adapters import read_adapter_file
 from aim_jax.weights.directories import bundled_models
 from aim_jax.weights.formats.files import open_weights
 from aim_jax.weights.model_files import check_sizes, read_description
@@ -82,6 +84,13 @@ def read_model(directory):
         assert math.isfinite(value)
     if "data" in content["info"]:
         image_spec(ConfigDict(content["info"]["data"]))
+
+
+def read_adapters(directory):
+    content = read_adapter_file(directory)
+    assert LoRA(**content["lora"]).rank >= 0 and AiMConfig(**content["aim"]).d_model > 0
+    for name in content["class_names"]:
+        check_text("name", name)
 
 
 def read_cache(directory):
@@ -204,11 +213,18 @@ ROW = {
 HEADER = {
     "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"a": "b"},
 }  # fmt: skip
+OTHER_MODEL = {"name": "cifar10", "fingerprint": "0" * 64}
+ADAPTERS = {
+    "format": "aim_jax adapter", "version": 1, "aim": {"d_model": 32, "headdim": 32, "num_classes": 2},
+    "lora": {"rank": 4, "alpha": 0.0}, "base": OTHER_MODEL, "tokenizer": OTHER_MODEL,
+    "class_names": ["a", "b"], "sampling": NUMBERS, "info": {}, "sha256": "0" * 64,
+}  # fmt: skip
 TORCH_FILES = ROOT / "tests" / "golden" / "torch_files"
 DESCRIPTION = json.loads((BUNDLED / "config.json").read_text())
 OFFICIAL = {"d_model": 16, "ssm_cfg": {"layer": "Mamba2"}}
 KINDS = {
     "model": Kind("model.json", DESCRIPTION, read_model),
+    "adapters": Kind("adapter.json", ADAPTERS, read_adapters),
     "published model": Kind("config.json", DESCRIPTION, read_model),
     "manifest": Kind("manifest.json", None, read_cache),
     "run": Kind(

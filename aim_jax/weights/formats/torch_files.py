@@ -261,14 +261,20 @@ def _default_dict(_factory: Any = None, content: Any = ()) -> _Dict:
     return _Dict(content)
 
 
+def _device(kind: str, index: int = 0) -> str:
+    if not (isinstance(kind, str) and isinstance(index, int)):
+        raise ValueError("a device is not described as torch does")
+    return f"{kind}:{index}"
+
+
 _ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": _Dict,
     "collections.Counter": _Dict,
     "collections.defaultdict": _Function(_default_dict),
     "argparse.Namespace": _Namespace,
     "torch.Size": _Function(tuple),
-    "torch.device": _Function(lambda *parts: ":".join(map(str, parts))),
-    "torch.serialization._get_layout": _Function(str),
+    "torch.device": _Function(_device),
+    "torch.serialization._get_layout": _Function(lambda name: name),
     "torch.nn.parameter.Parameter": _unsupported("Parameter"),
     "torch.Tensor": _unsupported("Tensor"),
     "torch._utils._rebuild_parameter": _Function(lambda tensor, *_: tensor),
