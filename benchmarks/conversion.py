@@ -23,7 +23,8 @@ import numpy as np
 
 from aim_jax.models import PRESETS, AiMConfig, VQConfig
 from aim_jax.weights import convert
-from aim_jax.weights.formats.files import SAFETENSORS, write_safetensors
+from aim_jax.weights.formats.file_names import SAFETENSORS
+from aim_jax.weights.formats.files import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 AIM_JAX = ("-m", "aim_jax")

@@ -77,7 +77,7 @@ SLOW = (
     "tests/training/test_captions.py::test_a_text_model_trains_resumes_and_is_exported",
     "tests/training/test_captions.py::test_setup_describes_the_batches_of_a_text_model",
     "tests/training/test_captions.py::test_the_loss_is_that_of_the_tokens_plus_the_weighted_captions",
-    "tests/training/test_loop.py::test_the_example_sends_scalars_to_weights_and_biases",
+    "tests/training/test_loop.py::test_the_examples_send_scalars_to_loggers",
     "tests/training/test_rate.py::test_rate_of_a_tiny_aim_is_measured",
     "tests/training/test_tokenizer.py::test_a_run_tells_all_parts_of_its_loss",
     "tests/training/test_tokenizer.py::test_dead_codes_begin_anew_from_what_pictures_are_encoded_to",

@@ -6,7 +6,8 @@ Examples:
   aim-jax sample --checkpoint cifar10 --progressive  # watch samples/grid.png
   aim-jax sample --checkpoint runs/t2i --captions "a red apple,a blue heart"
 
---checkpoint is the name of a bundled model, a model directory, or the workdir of a training run.
+--checkpoint is the name of a bundled model, a model directory, the workdir of a training run,
+official weights, or an address on the Hugging Face hub (hf://hp-l33/aim-base).
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,6 @@ from aim_jax.utils.json_files import choice, list_of, parse_json, read_json, rec
 from aim_jax.weights.adapt import adapt_aim
 from aim_jax.weights.directories import bundled_models
 from aim_jax.weights.fingerprints import parameter_fingerprints
-from aim_jax.weights.formats.files import open_weights, save_tensors
 from aim_jax.weights.model_files import ADAPTER_FILE, check_sampling, fields_of
 from aim_jax.weights.pretrained import Pretrained, flatten
 
@@ -76,6 +75,8 @@ def save_adapters(
       lora: Their rank and scale.
       origin: What they belong to.
     """
+    from aim_jax.weights.formats.files import save_tensors  # not needed for other training
+
     arrays = to_host(adapters)
     if jax.process_index() != 0:
         return
@@ -184,6 +185,8 @@ def _load_other(
 
 def _read(file: Path, expected: dict) -> dict:
     """Read arrays after comparing their names and shapes with those that are expected."""
+    from aim_jax.weights.formats.files import open_weights
+
     tensors = open_weights(file).tensors
     shapes = {name: array.shape for name, array in flatten(expected).items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:

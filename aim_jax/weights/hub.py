@@ -10,7 +10,7 @@ from aim_jax.data.text import TEXT_TOKENIZER_FILE
 from aim_jax.utils.cache import default_or_cached
 from aim_jax.utils.logging import say
 from aim_jax.utils.names import check_text, reason_of, short_list
-from aim_jax.weights.formats.files import HUB_FILES
+from aim_jax.weights.formats.file_names import HUB_FILES
 from aim_jax.weights.model_files import LEFTOVERS, MODEL_FILE, PUBLISHED_FILE
 
 PREFIX = "hf://"

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from aim_jax.utils.files import write_json
-from aim_jax.weights.formats.files import SAFETENSORS, open_weights, write_safetensors
+from aim_jax.weights.formats.file_names import SAFETENSORS
 from aim_jax.weights.formats.tensors import LazyTensor
 from aim_jax.weights.parts import PARTS, StoredPart
 from aim_jax.weights.pretrained import flatten
@@ -31,6 +31,8 @@ def save_params(directory: Path, params: Mapping[str, dict], most: int = MOST_BY
       params: Parameters by the name of their part.
       most: Largest number of bytes of a file; an array is never split.
     """
+    from aim_jax.weights.formats.files import write_safetensors  # not needed for training
+
     arrays = flatten(dict(params))
     groups: list[dict] = [{}]
     sizes = [0]
@@ -64,6 +66,8 @@ def open_params(directory: Path) -> dict[str, StoredPart]:
       FileNotFoundError: A file is missing.
       ValueError: A file is damaged, or holds what belongs to no part.
     """
+    from aim_jax.weights.formats.files import open_weights  # not needed for training
+
     opened = open_weights(directory / (INDEX if (directory / INDEX).is_file() else SAFETENSORS))
     by_part: dict[str, dict[str, LazyTensor]] = {part: {} for part in PARTS}
     for key, tensor in opened.tensors.items():

@@ -12,14 +12,12 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.checksums import sha256
 from aim_jax.utils.logging import say
 from aim_jax.weights import hub, seal
-from aim_jax.weights.adapters import load_adapted
-from aim_jax.weights.convert.official import to_jax
 from aim_jax.weights.directories import (
     bundled_models,
     find_directory,
     load_directory,
 )
-from aim_jax.weights.formats.files import HUB_FILES, open_weights
+from aim_jax.weights.formats.file_names import HUB_FILES
 from aim_jax.weights.model_files import (
     ADAPTER_FILE,
     FORMAT_VERSION,
@@ -62,6 +60,11 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
 
 def _converted(path: Path, name: str) -> Path:
     """Return the model directory of official weights, which is made in the cache if need be."""
+    from aim_jax.weights.convert.official import (
+        to_jax,  # needs safetensors, which training does not
+    )
+    from aim_jax.weights.formats.files import open_weights
+
     opened = open_weights(path)
     sums = sha256([file.resolve() for file in opened.files])
     key = seal.sum_of({"files": sums, "config": opened.config, "conversion": CONVERSION})
@@ -101,6 +104,8 @@ def load_pretrained(
     """
     path = find_model(name_or_path)
     if (path / ADAPTER_FILE).is_file():
+        from aim_jax.weights.adapters import load_adapted
+
         load = functools.partial(load_pretrained, as_stored=True, verify=verify)
         return load_adapted(path, str(name_or_path), load, as_stored)
     return load_directory(path, str(name_or_path), as_stored=as_stored, verify=verify)

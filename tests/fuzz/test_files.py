@@ -215,7 +215,8 @@ HEADER = {
 }  # fmt: skip
 OTHER_MODEL = {"name": "cifar10", "fingerprint": "0" * 64}
 ADAPTERS = {
-    "format": "aim_jax adapter", "version": 1, "aim": {"d_model": 32, "headdim": 32, "num_classes": 2},
+    "format": "aim_jax adapter", "version": 1,
+    "aim": {"d_model": 32, "headdim": 32, "num_classes": 2},
     "lora": {"rank": 4, "alpha": 0.0}, "base": OTHER_MODEL, "tokenizer": OTHER_MODEL,
     "class_names": ["a", "b"], "sampling": NUMBERS, "info": {}, "sha256": "0" * 64,
 }  # fmt: skip

@@ -26,7 +26,7 @@ from aim_jax.utils.logging import say
 from aim_jax.weights.adapt import rearrange_adaln
 from aim_jax.weights.convert import configs, rules
 from aim_jax.weights.directories import find_directory, load_directory, save_model
-from aim_jax.weights.formats import files, state_dicts, torch_files
+from aim_jax.weights.formats import file_names, files, state_dicts, torch_files
 from aim_jax.weights.formats.errors import WeightsError
 from aim_jax.weights.formats.tensors import LazyTensor
 from aim_jax.weights.model_files import LEFTOVERS
@@ -127,7 +127,7 @@ def _config(
             return infer(shapes, **overrides)
         shape = read(config, **overrides)
     except (TypeError, OverflowError, ValueError) as error:
-        prefix = "" if config is None else f"{files.CONFIG}: "
+        prefix = "" if config is None else f"{file_names.CONFIG}: "
         raise WeightsError(f"{prefix}{str(error).rstrip('.')}.") from None
     # Refuse impossible sizes before anything is built from them.
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
@@ -135,15 +135,17 @@ def _config(
         value = getattr(shape, field.name)
         kind = type(field.default)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise WeightsError(f"{files.CONFIG}: {field.name}={value!r}; expected {kind.__name__}.")
+            raise WeightsError(
+                f"{file_names.CONFIG}: {field.name}={value!r}; expected {kind.__name__}."
+            )
         if isinstance(value, int) and value > size:
             raise WeightsError(
-                f"{files.CONFIG}: {field.name}={value} exceeds the total number of weights."
+                f"{file_names.CONFIG}: {field.name}={value} exceeds the total number of weights."
             )
         depth: Any = len(value) if isinstance(value, tuple) else value
         if field.name in ("n_layer", "num_res_blocks", "ch_mult") and depth > len(tensors):
             raise WeightsError(
-                f"{files.CONFIG}: {field.name}={value} exceeds the total number of tensors."
+                f"{file_names.CONFIG}: {field.name}={value} exceeds the total number of tensors."
             )
     return shape
 
@@ -403,22 +405,22 @@ def to_torch(
         at_end(functools.partial(shutil.rmtree, work, ignore_errors=True))
         work.mkdir(parents=True)
         files.write_safetensors(
-            work / files.SAFETENSORS,
+            work / file_names.SAFETENSORS,
             {key.removeprefix(prefix): shape for key, shape in shapes.items()},
             _cast(itertools.chain(*streams), shapes, prefix),
             {"format": "pt"} | tied,  # tells the hub's loader where the tied matrix is
         )
         del model, parts, streams  # a pickle is made from the file, without a second copy in memory
         if out.suffix == "":
-            (work / files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (work / file_names.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             os.replace(work, out)
         elif out.suffix == ".safetensors":
-            os.replace(work / files.SAFETENSORS, out)
+            os.replace(work / file_names.SAFETENSORS, out)
         else:
             nest = "model" if out.suffix == ".pt" else None
-            tensors = files.open_weights(work / files.SAFETENSORS).tensors
-            torch_files.write_torch(work / files.TORCH, tensors, {} if prefix else tied, nest)
-            os.replace(work / files.TORCH, out)
+            tensors = files.open_weights(work / file_names.SAFETENSORS).tensors
+            torch_files.write_torch(work / file_names.TORCH, tensors, {} if prefix else tied, nest)
+            os.replace(work / file_names.TORCH, out)
     return out
 
 

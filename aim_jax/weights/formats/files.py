@@ -26,19 +26,10 @@ from aim_jax.utils.logging import say
 from aim_jax.utils.names import MOST_NAME, check_text, reason_of, short_list
 from aim_jax.weights.formats import state_dicts, torch_files
 from aim_jax.weights.formats.errors import WeightsError
+from aim_jax.weights.formats.file_names import CONFIG, HUB_FILES
 from aim_jax.weights.formats.tensors import LazyTensor
 from aim_jax.weights.pretrained import flatten
 
-SAFETENSORS = "model.safetensors"
-TORCH = "pytorch_model.bin"
-CONFIG = "config.json"
-DIFFUSERS = "diffusion_pytorch_model"
-# File names that a directory may hold, in order of preference.
-HUB_FILES = tuple(
-    f"{name}{index}"
-    for name in (SAFETENSORS, TORCH, f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin")
-    for index in ("", ".index.json")
-)
 MOST_FILE = 200  # characters of the name of a file in an index
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
