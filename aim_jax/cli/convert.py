@@ -111,6 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     from aim_jax.utils.names import read_names
     from aim_jax.weights import convert
     from aim_jax.weights.formats.files import save_tensors
+    from aim_jax.weights.load import find_model
 
     if args.program == "inception":
         from aim_jax.weights.convert.inception import load_inception
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         params = load_lpips(args.weights, args.heads, args.weights_key, args.prefix)
         out = save_tensors(params, args.out)
     elif args.program == "to-torch":
-        out = convert.to_torch(args.checkpoint, args.out, args.dtype)
+        out = convert.to_torch(find_model(args.checkpoint), args.out, args.dtype)
     else:
         names = read_names(args.class_names) if args.class_names else None
         adaln = "group" if args.adaln == "single" else args.adaln

@@ -29,9 +29,8 @@ from aim_jax.utils.checks import check_arguments
 from aim_jax.utils.files import write_json
 from aim_jax.utils.json_files import Check, anything, dict_of, list_of, read_json, record
 from aim_jax.utils.logging import say
-from aim_jax.weights import hub, seal
-from aim_jax.weights.directories import bundled_models
-from aim_jax.weights.load import find_model
+from aim_jax.weights import seal
+from aim_jax.weights.load import own_directory
 from aim_jax.weights.model_files import check_sampling, read_description
 from aim_jax.weights.pretrained import Pretrained
 
@@ -247,13 +246,10 @@ def check_writable(checkpoint: str, config: ConfigDict) -> None:
     """Check before a sweep that `write_defaults` will be able to change a model.
 
     Raises:
-      ValueError: if the model is bundled or on the hub, or guidance is not constant.
+      ValueError: if the model is not the user's own (see `own_directory`), or guidance is not
+        constant.
     """
-    if str(checkpoint) in bundled_models() or str(checkpoint).startswith(hub.PREFIX):
-        raise ValueError(
-            f"--write_defaults: {checkpoint} is read-only; make a copy with "
-            f"aim-jax publish --checkpoint {checkpoint} --out DIR and pass --checkpoint DIR."
-        )
+    own_directory(checkpoint)
     if config.sample.cfg_schedule not in (None, "constant"):
         raise ValueError(
             "--write_defaults: sampling defaults of a model cannot hold a guidance schedule; use "
@@ -267,7 +263,7 @@ def write_defaults(checkpoint: str, settings: Mapping) -> Path:
     Returns:
       The path of the changed file.
     """
-    file, content = read_description(find_model(checkpoint))
+    file, content = read_description(own_directory(checkpoint))
     if seal.is_sealed(content):
         seal.check_description(file, content)
     content["sampling"] |= {name: settings[name] for name in SETTINGS if name in settings}

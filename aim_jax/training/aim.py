@@ -335,11 +335,11 @@ def _train(
         step = lambda batch: setup.eval_step(params, data.encode(batch))  # noqa: E731
         return loop.weighted_means(step, batches, config.batch_size // share[1], mesh)
 
-    def as_model(state: TrainState) -> Pretrained:
+    def as_model(state: TrainState, params: Any) -> Pretrained:
         return Pretrained(
             name=str(workdir),
             aim_config=model_config,
-            aim_params=whole(state.eval_params),
+            aim_params=params,
             vq_config=tokenizer.vq_config,
             vq_params=tokenizer.vq_params,
             class_names=data.class_names,
@@ -354,7 +354,7 @@ def _train(
         )
 
     def sample(state, path):
-        model = as_model(state)
+        model = as_model(state, whole(state.eval_params))
         labels: list[int] | list[str]
         if data.captions:
             labels = example_captions(data.captions.validation_texts, config.sample.classes) or [""]
@@ -370,11 +370,11 @@ def _train(
             save_png(make_grid(images, config.sample.per_class, names), path)
 
     def export(state):
+        model = as_model(state, state.eval_params)
         if adapters is None or origin is None:
-            save_model(workdir / "model", as_model(state), config.export_dtype)
+            save_model(workdir / "model", model, config.export_dtype)
         else:
-            model = as_model(state)
-            save_adapters(workdir / "model", model, state.eval_params, adapters, origin)
+            save_adapters(workdir / "model", model, adapters, origin)
 
     def encode_and_step(state, batch):
         batch = data.encode(batch, after=state)

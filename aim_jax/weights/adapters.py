@@ -23,12 +23,14 @@ from aim_jax.utils.checksums import sha256
 from aim_jax.utils.files import replacing, write_json
 from aim_jax.utils.json_files import choice, list_of, parse_json, read_json, record, text
 from aim_jax.weights.adapt import adapt_aim
-from aim_jax.weights.directories import bundled_models
+from aim_jax.weights.directories import bundled_models, find_directory
 from aim_jax.weights.fingerprints import parameter_fingerprints
+from aim_jax.weights.hub import PREFIX
 from aim_jax.weights.model_files import ADAPTER_FILE, check_sampling, fields_of
 from aim_jax.weights.pretrained import Pretrained, flatten
 
 ARRAYS = "adapter.safetensors"
+MOST_TOKENS = 2**20  # of an image; no array of adapters bounds them
 FORMAT = "aim_jax adapter"
 VERSION = 1
 OTHER = record({"name": text(), "fingerprint": text()})
@@ -56,28 +58,30 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, base: Pretrained, tokenizer: Pretrained) -> "Origin":
-        """Return the origin of adapters; names of files become absolute."""
+        """Return the origin of adapters; names of files become absolute.
+
+        Raises:
+          ValueError: The base consists of adapters itself.
+        """
+        _refuse_adapters(base.name)
         return cls(
             _lasting(base.name), parameter_fingerprints(base)["AiM"],
             _lasting(tokenizer.name), parameter_fingerprints(tokenizer)["tokenizer"],
         )  # fmt: skip
 
 
-def save_adapters(
-    path: Path, model: Pretrained, adapters: dict, lora: LoRA, origin: Origin
-) -> None:
+def save_adapters(path: Path, model: Pretrained, lora: LoRA, origin: Origin) -> None:
     """Write adapters atomically, replacing older ones; with several processes, all call it.
 
     Args:
       path: Directory to write.
-      model: The adapted model, whose configuration and metadata are recorded.
-      adapters: See `init_adapters`.
+      model: The adapted model, with its adapters in place of its parameters.
       lora: Their rank and scale.
       origin: What they belong to.
     """
     from aim_jax.weights.formats.files import save_tensors  # not needed for other training
 
-    arrays = to_host(adapters)
+    arrays = to_host(model.aim_params)
     if jax.process_index() != 0:
         return
     content = {
@@ -140,16 +144,21 @@ def load_adapted(
     content = read_adapter_file(path)
     if not (path / ARRAYS).is_file() or sha256([path / ARRAYS]) != [content["sha256"]]:
         raise ValueError(f"{path}: {ARRAYS} is damaged or missing; copy the directory again.")
-    base = _load_other(path, "base", content["base"], "AiM", load)
-    same = content["tokenizer"]["name"] == content["base"]["name"]
-    tokenizer = base if same else _load_other(
-        path, "tokenizer", content["tokenizer"], "tokenizer", load
-    )  # fmt: skip
+    base = _load_other(path, content["base"]["name"], load)
+    tokenizer = base
+    if content["tokenizer"]["name"] != base.name:
+        tokenizer = _load_other(path, content["tokenizer"]["name"], load)
+    _check_same(path, base, "AiM", content["base"])
+    _check_same(path, tokenizer, "tokenizer", content["tokenizer"])
     config = AiMConfig(**content["aim"])
     lora = LoRA(**content["lora"])
     base_config, base_params = base.aim()
-    params, _ = adapt_aim(base_params, base_config, config)
     adapters = _read(path / ARRAYS, adapter_shapes(config, lora))
+    if config.num_tokens > MOST_TOKENS:
+        raise ValueError(f"{path / ADAPTER_FILE}: aim.num_tokens is over {MOST_TOKENS:,}.")
+    params, _ = adapt_aim(base_params, base_config, config)
+    # In float32, as in training: a smaller dtype would lose small changes.
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     params = merge(params, adapters, lora.scale)
     vq_config, vq_params = tokenizer.vq()
     return Pretrained(
@@ -165,22 +174,34 @@ def load_adapted(
     )
 
 
-def _load_other(
-    path: Path, what: str, entry: dict, part: str, load: Callable[[str], Pretrained]
-) -> Pretrained:
+def _load_other(path: Path, name: str, load: Callable[[str], Pretrained]) -> Pretrained:
     """Load the base or the tokenizer that adapters belong to."""
+    _refuse_adapters(name)
     try:
-        other = load(entry["name"])
+        return load(name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path} adapts {entry['name']}, which is needed beside it: {error}"
+            f"{path} adapts {name}, which is needed beside it: {error}"
         ) from None
+
+
+def _check_same(path: Path, other: Pretrained, part: str, entry: dict) -> None:
+    """Raise ValueError if a part of a model is another one than adapters were trained with."""
     if parameter_fingerprints(other).get(part) != entry["fingerprint"]:
         raise ValueError(
-            f"{path}: {entry['name']} is another {what} than the one that was adapted; its "
-            f"parameters have changed since. Restore it, and name it in {ADAPTER_FILE}."
+            f"{path}: the {part} of {other.name} is another one than in training; its parameters "
+            f"have changed since. Restore it, and name it in {ADAPTER_FILE}."
         )
-    return other
+
+
+def _refuse_adapters(name: str) -> None:
+    """Raise ValueError if a name is that of adapters, which would lead to others without end."""
+    directory = None if name.startswith(PREFIX) else find_directory(name)
+    if directory is not None and (directory / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{name} holds adapters; adapt one model made of them: aim-jax publish --checkpoint "
+            f"{name} --out DIR."
+        )
 
 
 def _read(file: Path, expected: dict) -> dict:
@@ -198,7 +219,7 @@ def _as(params: Any, like: Any) -> Any:
     """Return arrays as NumPy in the dtypes of others; or without others, float32 on a device."""
     if like is not None:
         dtypes = {name: x.dtype for name, x in flatten(like).items()}
-        flat = {name: np.asarray(x, dtypes[name]) for name, x in flatten(params).items()}
+        flat = {n: np.asarray(x, dtypes.get(n, np.float32)) for n, x in flatten(params).items()}
         return unflatten_dict({tuple(name.split(".")): x for name, x in flat.items()})
     device = jax.local_devices()[0]
     return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x, jnp.float32), device), params)

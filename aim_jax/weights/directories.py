@@ -76,13 +76,17 @@ def save_model(
         params = {name: to_host(getattr(model, name)) for name in ("aim_params", "vq_params")}
         model = dataclasses.replace(model, **params)
     if jax.process_index() == 0:
-        _write_model(path, model, dtype, files, layout)
+        write_model(path, model, dtype, files, layout)
     return path
 
 
-def _write_model(
+def write_model(
     path: Path, model: Pretrained, dtype: str | None, files: Mapping, layout: str
 ) -> None:
+    """Write a model directory from this process alone; see `save_model`.
+
+    Any process may write the published layout; Orbax writes from the first one.
+    """
     parts = {"aim": model.aim_params, "vq": model.vq_params}
     params = {part: _cast(x, dtype) for part, x in parts.items() if x is not None}
     dtypes = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
@@ -164,7 +168,7 @@ def load_directory(path: Path, name: str, *, as_stored: bool, verify: bool) -> P
     file, content = read_description(path)
     if verify:
         seal.check_model(file, content)
-    stored = _open_parts(file, [part for part in PARTS if content[part] is not None])
+    stored = _open_parts(file, content)
     aim_config = AiMConfig(**content["aim"]) if "aim" in stored else None
     vq_config = VQConfig(**content["vq"]) if "vq" in stored else None
     return Pretrained(
@@ -180,15 +184,17 @@ def load_directory(path: Path, name: str, *, as_stored: bool, verify: bool) -> P
     )
 
 
-def _open_parts(file: Path, parts: list[str]) -> dict[str, StoredPart]:
+def _open_parts(file: Path, content: dict) -> dict[str, StoredPart]:
     """Open the parameters of the parts of a model beside its description."""
     path = file.parent
+    parts = [part for part in PARTS if content[part] is not None]
     if file.name == MODEL_FILE:
         for part in parts:
             if not (path / part).is_dir():
                 raise ValueError(f"{path / part} is missing; the model directory is incomplete.")
         return {part: orbax_files.open_params(path / part) for part in parts}
-    stored = hub_files.open_params(path)
+    # Only files that the description lists are read: the others were not verified.
+    stored = hub_files.open_params(path, hub_files.INDEX in content.get(seal.FILES, {}))
     if wrong := sorted(set(parts) ^ stored.keys()):
         raise ValueError(
             f"{path}: {file.name} and the parameters differ in the parts of the model "

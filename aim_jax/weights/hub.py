@@ -30,21 +30,19 @@ class Released(NamedTuple):
     Attributes:
       what: The model.
       bytes: Size of the download.
-      parameters: Number of parameters of the AiM and its tokenizer.
     """
 
     what: str
     bytes: float
-    parameters: str
 
 
 # By address. Their sampling settings, positions and class names are those of `convert.to_jax`.
 RELEASED = {
-    "hf://hp-l33/aim-base": Released("AiM-B with VQ-f16, ImageNet 256", 0.88e9, "148M + 72M"),
-    "hf://hp-l33/aim-large": Released("AiM-L with VQ-f16, ImageNet 256", 1.69e9, "350M + 72M"),
-    "hf://hp-l33/aim-xlarge": Released("AiM-XL with VQ-f16, ImageNet 256", 3.34e9, "763M + 72M"),
-    "hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt": Released("VQ-f16", 0.29e9, "72M"),
-    "hf://FoundationVision/LlamaGen/vq_ds8_c2i.pt": Released("VQ-f8", 0.28e9, "70M"),
+    "hf://hp-l33/aim-base": Released("AiM-B with VQ-f16, ImageNet 256", 0.88e9),
+    "hf://hp-l33/aim-large": Released("AiM-L with VQ-f16, ImageNet 256", 1.69e9),
+    "hf://hp-l33/aim-xlarge": Released("AiM-XL with VQ-f16, ImageNet 256", 3.34e9),
+    "hf://FoundationVision/LlamaGen/vq_ds16_c2i.pt": Released("VQ-f16", 0.29e9),
+    "hf://FoundationVision/LlamaGen/vq_ds8_c2i.pt": Released("VQ-f8", 0.28e9),
 }
 
 
@@ -195,7 +193,11 @@ def upload(directory: Path, repository: str) -> None:
 
     advice = f"{directory} is complete; retry with hf upload {repository} {directory}."
     with _failures_of(repository, advice):
-        upload_folder(repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS)
+        # What an older version of the model has left there would be read beside this one.
+        upload_folder(
+            repo_id=repository, folder_path=str(directory), allow_patterns=PATTERNS,
+            delete_patterns=PATTERNS,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

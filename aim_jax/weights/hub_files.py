@@ -59,8 +59,12 @@ def save_params(directory: Path, params: Mapping[str, dict], most: int = MOST_BY
     return names
 
 
-def open_params(directory: Path) -> dict[str, StoredPart]:
+def open_params(directory: Path, in_several: bool = False) -> dict[str, StoredPart]:
     """Open the parameters in the files of a directory, by the name of their part.
+
+    Args:
+      directory: The directory.
+      in_several: Read the files of the index, instead of the single one.
 
     Raises:
       FileNotFoundError: A file is missing.
@@ -68,7 +72,7 @@ def open_params(directory: Path) -> dict[str, StoredPart]:
     """
     from aim_jax.weights.formats.files import open_weights  # not needed for training
 
-    opened = open_weights(directory / (INDEX if (directory / INDEX).is_file() else SAFETENSORS))
+    opened = open_weights(directory / (INDEX if in_several else SAFETENSORS))
     by_part: dict[str, dict[str, LazyTensor]] = {part: {} for part in PARTS}
     for key, tensor in opened.tensors.items():
         part, _, name = key.partition(".")

@@ -16,6 +16,7 @@ from aim_jax.weights.directories import (
     bundled_models,
     find_directory,
     load_directory,
+    write_model,
 )
 from aim_jax.weights.formats.file_names import HUB_FILES
 from aim_jax.weights.model_files import (
@@ -59,7 +60,10 @@ def find_model(name_or_path: str | os.PathLike) -> Path:
 
 
 def _converted(path: Path, name: str) -> Path:
-    """Return the model directory of official weights, which is made in the cache if need be."""
+    """Return the model directory of official weights, which is made in the cache if need be.
+
+    Each process makes it or finds it, as processes of a run need not share a cache.
+    """
     from aim_jax.weights.convert.official import (
         to_jax,  # needs safetensors, which training does not
     )
@@ -73,7 +77,7 @@ def _converted(path: Path, name: str) -> Path:
         if not description_file(target):
             size = sum(file.stat().st_size for file in opened.files)
             say(f"{name}: converting official weights of {size / 1e9:.2f} GB into {target}")
-            to_jax(path, target)
+            to_jax(path, target, write=functools.partial(write_model, layout="published"))
     return target
 
 
@@ -111,6 +115,27 @@ def load_pretrained(
     return load_directory(path, str(name_or_path), as_stored=as_stored, verify=verify)
 
 
+def own_directory(name_or_path: str | os.PathLike) -> Path:
+    """Return a model directory that belongs to the user, whose description may be changed.
+
+    Raises:
+      FileNotFoundError: There is no such model.
+      ValueError: The model is bundled or on the hub, or made of official weights or adapters.
+    """
+    name = str(name_or_path)
+    directory = None
+    if name not in bundled_models() and not name.startswith(hub.PREFIX):
+        directory = find_directory(name_or_path)
+        if directory is None and not Path(name_or_path).exists():
+            return find_model(name_or_path)  # raises
+    if directory is None or (directory / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{name} is read-only; make a copy with aim-jax publish --checkpoint {name} --out DIR, "
+            "and change the copy."
+        )
+    return directory
+
+
 @check_arguments
 def seal_model(name_or_path: str | os.PathLike) -> Path:
     """Write the checksums of a model directory again, after an edit of its description.
@@ -124,12 +149,7 @@ def seal_model(name_or_path: str | os.PathLike) -> Path:
       FileNotFoundError: There is no such model.
       ValueError: Its files are not those that were written, or the model is not the user's own.
     """
-    if str(name_or_path) in bundled_models() or str(name_or_path).startswith(hub.PREFIX):
-        raise ValueError(
-            f"{name_or_path} is read-only; make a copy with aim-jax publish --checkpoint "
-            f"{name_or_path} --out DIR, and edit and seal the copy."
-        )
-    file, content = read_description(find_model(name_or_path))
+    file, content = read_description(own_directory(name_or_path))
     sealed = seal.is_sealed(content)
     if sealed:
         seal.check_files(file, content)

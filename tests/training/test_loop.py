@@ -370,7 +370,7 @@ def test_the_examples_send_scalars_to_loggers(
     (example,) = re.findall(rf"```python\n(import {logger.__name__}\n.*?)```", page, re.DOTALL)
     exec(compile(example, "docs/training.md", "exec"), {})
     assert logger.run["config"]["steps"] == 5
-    assert logger.run.get("ended", True)
+    assert logger.run.get("ended") == (True if logger.__name__ == "mlflow" else None)
     assert [step for step, _ in logger.logged] == [2, 4, 5]
     assert all(np.isfinite(scalars["loss"]) for _, scalars in logger.logged)
     assert ["val_loss" in scalars for _, scalars in logger.logged] == [False, True, True]

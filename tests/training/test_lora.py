@@ -18,6 +18,7 @@ from aim_jax.models import AiM, AiMConfig
 from aim_jax.models.lora import WHOLE, LoRA, adapter_shapes, init_adapters, merge
 from aim_jax.training import aim
 from aim_jax.training.aim import Setup, loss_fn
+from aim_jax.weights.adapt import adapt_aim
 from aim_jax.weights.directories import save_model
 from aim_jax.weights.pretrained import flatten
 from aim_jax.weights.publish import publish
@@ -246,6 +247,39 @@ def test_a_model_of_other_images_starts_a_run(config, tiny_model, tmp_path):
     assert generate(model, ["two"], seed=0).images.shape == (1, 4, 4, 1)
 
 
+def test_a_base_of_another_dtype_and_arrangement(config, trained, base, tmp_path):
+    """The merged parameters are those of training, in float32, and in the dtypes of the base."""
+    half = load_pretrained(base, as_stored=True)
+    half_dir = save_model(tmp_path / "half", half, "float16")
+    config = config.copy_and_resolve_references()
+    config.init, config.steps = str(half_dir), 2
+    config.model.update(adaln="group", num_groups=2)
+    state = aim.train(config, tmp_path / "run")
+    start = load_pretrained(half_dir, as_stored=True)
+    whole, _ = adapt_aim(start.aim_params, start.aim_config, AiMConfig(**config.model))
+    adapters = jax.tree.map(np.asarray, state.eval_params)
+    whole = jax.tree.map(lambda x: x.astype(np.float32), whole)
+    expected = merge(whole, adapters, LoRA(4).scale)
+    loaded = load_pretrained(tmp_path / "run")
+    chex.assert_trees_all_close(loaded.aim_params, expected, rtol=1e-6)
+    stored = load_pretrained(tmp_path / "run", as_stored=True)
+    assert stored.aim_params["layers"]["mixer"]["x_proj"]["kernel"].dtype == np.float16
+    # Adapters of adapters are refused before training, and so are those of themselves.
+    config.init = str(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds adapters; adapt one model made of them"):
+        aim.train(config, tmp_path / "again")
+    file = tmp_path / "run" / "model" / "adapter.json"
+    content = json.loads(file.read_text())
+    own = {"base": content["base"] | {"name": str(tmp_path / "run")}}
+    for changed, message in (
+        (own, "holds adapters; adapt one model"),
+        ({"aim": content["aim"] | {"num_tokens": 2**24}}, r"num_tokens is over 1,048,576"),
+    ):
+        file.write_text(json.dumps(content | changed))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path / "run")
+
+
 def test_what_adapters_need_is_said(config, trained, base, tmp_path, tiny_model):
     workdir, _ = trained
     config = config.copy_and_resolve_references()
@@ -260,8 +294,15 @@ def test_what_adapters_need_is_said(config, trained, base, tmp_path, tiny_model)
     content = json.loads(file.read_text())
     for changed, message in (
         ({"base": content["base"] | {"name": "nowhere"}}, "adapts nowhere, which is needed"),
-        ({"base": content["base"] | {"fingerprint": "0"}}, "is another base than the one"),
-        ({"tokenizer": content["tokenizer"] | {"fingerprint": "0"}}, "is another tokenizer"),
+        ({"base": content["base"] | {"fingerprint": "0"}}, "the AiM of .* is another one than in"),
+        (
+            {"tokenizer": content["tokenizer"] | {"fingerprint": "0"}},
+            "the tokenizer of .* is another one than in training",
+        ),
+        (
+            {"tokenizer": {"name": content["base"]["name"], "fingerprint": "0"}},
+            "the tokenizer of .* is another one than in training",
+        ),
         ({"lora": {"rank": 3, "alpha": 0.0}}, "does not hold the arrays"),
         ({"lora": {"rank": "3"}}, r"adapter\.json.*lora"),
         ({"version": 2}, r"adapter\.json.*version"),

@@ -1,5 +1,6 @@
 """Models from and for the hub: the real client against a stand-in of the hub on this machine."""
 
+import fnmatch
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from aim_jax.models import PRESETS, VQConfig
 from aim_jax.weights import convert, hub
 from aim_jax.weights.convert.official import LEFTOVERS
 from aim_jax.weights.fingerprints import parameter_fingerprints
+from aim_jax.weights.load import own_directory
 from aim_jax.weights.publish import publish
 from benchmarks.conversion import write_random_official
 from tests.conftest import TINY_AIM, TINY_VQ
@@ -45,8 +47,22 @@ def server(tmp_path, monkeypatch):
 def uploads(monkeypatch, server):
     """Uploads, which copy directories into the folder of the stand-in."""
 
-    def upload_folder(repo_id, folder_path, allow_patterns):
-        shutil.copytree(folder_path, server.folder / repo_id)
+    def matching(folder, patterns):
+        """Files by their path, whose patterns match slashes too, as the hub's do."""
+        files = {file.relative_to(folder).as_posix(): file for file in Path(folder).rglob("*")}
+        return {
+            name: file
+            for name, file in files.items()
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        }
+
+    def upload_folder(repo_id, folder_path, allow_patterns, delete_patterns):
+        target = server.folder / repo_id
+        for file in matching(target, delete_patterns).values():
+            file.unlink()
+        for name, file in matching(folder_path, allow_patterns).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target / name)
 
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: None)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
@@ -100,6 +116,41 @@ def test_published_model_is_loaded_by_its_address(uploads, tiny_model, tiny_mode
     again = publish(out, tmp_path / "again")
     assert "was not measured" in (again / "README.md").read_text()
     assert_same(load_pretrained(again), tiny_model)
+
+
+def test_a_newer_model_replaces_what_an_older_one_left(
+    uploads, tiny_model, tiny_model_dir, tmp_path
+):
+    shutil.copytree(tiny_model_dir, uploads.folder / "someone" / "tiny")  # of another layout
+    publish(tiny_model_dir, tmp_path / "out", repository="someone/tiny")
+    assert_same(load_pretrained("hf://someone/tiny"), tiny_model)
+
+
+def test_files_that_the_description_does_not_list_are_not_read(
+    tiny_model_dir, tiny_model, tmp_path
+):
+    out = publish(tiny_model_dir, tmp_path / "out")
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"aim.x": "other"}}')
+    assert_same(load_pretrained(out), tiny_model)
+
+
+def test_every_process_converts_for_itself(server, monkeypatch, tmp_path):
+    source = official_repository(server.folder / "hp-l33" / "aim-base", "safetensors")
+    expected = load_pretrained(convert.to_jax(source, tmp_path / "direct"))
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert_same(load_pretrained(source), expected)
+
+
+def test_only_models_of_the_user_are_changed(server, tmp_path):
+    source = official_repository(server.folder / "hp-l33" / "aim-base", "safetensors")
+    load_pretrained(source)
+    for name in (source, "cifar10", "hf://hp-l33/aim-base"):
+        with pytest.raises(ValueError, match="is read-only; make a copy with aim-jax publish"):
+            own_directory(name)
+    with pytest.raises(FileNotFoundError, match="no model"):
+        own_directory(tmp_path / "nowhere")
+    copy = publish(source, tmp_path / "copy")
+    assert own_directory(copy) == copy
 
 
 def test_a_text_model_keeps_its_tokenizer(uploads, text_model, tmp_path):
@@ -282,8 +333,9 @@ def test_released_models_are_those_of_the_documentation():
     page = (Path(__file__).parents[2] / "docs" / "released_weights.md").read_text()
     for address, released in hub.RELEASED.items():
         assert address in page
-        assert hub.parse_address(address).repository in address
         assert 0 < released.bytes < 4e9
+    address = hub.parse_address("hf://owner/name/folder/file.pt@refs/pr/1")
+    assert address == ("owner/name", "folder/file.pt", "refs/pr/1")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Files of PyTorch without PyTorch: golden files of torch.save, hostile ones, and writing."""
 
+import collections
 import pickle
 import struct
 import sys
@@ -116,11 +117,17 @@ STATE = pickle.dumps({"__defaults__": (1,)}, 2)[2:-1]
 SIZE = b"ctorch\nSize\n"
 HOSTILE = {
     # A list of two thousand million numbered objects.
-    "memo": (b"\x80\x02}r\xff\xff\xff\x7f.", "it numbers an object 2147483647"),
+    "deep key": (b"\x80\x02})" + b"\x85" * 10**5 + b"Ns.", "a key is a tuple"),
+    "wide key": (b"\x80\x02})q\x01" + b"h\x01h\x01\x86q\x01" * 60 + b"Ns.", "a key is a tuple"),
+    "keys in an OrderedDict": (
+        b"\x80\x02ccollections\nOrderedDict\n])\x85\x85\x85N\x86a\x85R.",
+        "a key is a tuple",
+    ),
+    "keys in a set": (b"\x80\x02c__builtin__\nset\n])\x85\x85\x85a\x85R.", "a key is a tuple"),
     "attributes of a function": (b"\x80\x02" + SIZE + STATE + b"b.", "it changes a function"),
     "attributes of a class": (b"\x80\x02ccollections\nOrderedDict\n" + STATE + b"b.", "damaged"),
     "name as a function": (b"\x80\x02ctorch\nfloat32\n)R.", "damaged"),
-    "extension": (b"\x80\x02\x82\x01.", "damaged"),
+    "extension": (b"\x80\x02\x82\x01.", "an opcode that torch.save does not write"),
     "huge bytes": (b"\x80\x05\x96" + struct.pack("<Q", 2**60) + b".", "damaged"),
     "cut": (b"\x80\x02}", "damaged"),
     "no storage": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00))tR.", "damaged"),
@@ -143,6 +150,8 @@ def test_hostile_pickles(case, tmp_path):
         (View(ONES, 0, (2,), (-1,)), "the shape of a tensor is not one"),
         (View(ONES, 0, (2, 2), (1,)), "the shape of a tensor is not one"),
         (View(ONES, 0, (2.0,), (1,)), "the shape of a tensor is not one"),
+        (View(ONES, 0, (0,) * 70, (1,) * 70), "the shape of a tensor is not one"),
+        (View(ONES, 0, (256**255,) * 1000, (1,) * 1000), "the shape of a tensor is not one"),
     ],
 )
 def test_a_tensor_has_no_more_than_what_is_stored(view, message, tmp_path):
@@ -152,6 +161,38 @@ def test_a_tensor_has_no_more_than_what_is_stored(view, message, tmp_path):
     module.w = view
     with pytest.raises(WeightsError, match=message):
         torch_files.read_torchscript(saved(module, tmp_path / "s.pt", scripted=True))
+
+
+def test_plain_values_beside_tensors_are_read(tmp_path):
+    plain = {"set": {1, "a"}, "bytes": b"\xff", "complex": 1j, 3: (None, 2.5), (1, "a"): True}
+    plain["default"] = collections.defaultdict(list, {"a": [1]})
+    plain["counter"] = collections.Counter("aa")
+    content = torch_files.load_torch(saved(plain | {"w": ONES}, tmp_path / "w.pt"))
+    np.testing.assert_array_equal(content.pop("w"), ONES)
+    assert content == plain
+
+
+def test_strides_of_axes_of_one_do_not_matter(tmp_path):
+    view = View(ONES, 0, (1, 4), (2**47, 1))
+    content = torch_files.load_torch(saved({"w": view}, tmp_path / "w.pt"))
+    np.testing.assert_array_equal(content["w"], ONES[None])
+
+
+def test_a_torchscript_archive_of_many_names_for_one_tensor(tmp_path):
+    module = Module()
+    numbers = np.zeros(1000, np.float32)
+    for name in range(1000):
+        setattr(module, f"w{name}", View(numbers, 0, (1000,), (1,)))
+    with pytest.raises(WeightsError, match="many views of the same numbers"):
+        torch_files.read_torchscript(saved(module, tmp_path / "w.pt", scripted=True))
+    inner = Module()
+    inner.w = ONES
+    for _ in range(60):
+        outer = Module()
+        outer.a = outer.b = inner
+        inner = outer
+    tensors = torch_files.read_torchscript(saved(inner, tmp_path / "w.pt", scripted=True))
+    assert list(tensors) == ["a." * 60 + "w"]
 
 
 def test_a_storage_that_is_shorter_than_it_says(tmp_path):

@@ -1,7 +1,7 @@
 """Conversion between official PyTorch weights and the parameters of this library.
 
-`rules` maps tensors, `configs` maps configurations, `files` reads and writes files, and
-`directories` converts complete checkpoints to model directories and back.
+`rules` maps tensors, `configs` maps configurations, and `official` converts complete checkpoints to
+model directories and back. The files are read and written by `aim_jax.weights.formats`.
 """
 
 from aim_jax.weights.convert.configs import (

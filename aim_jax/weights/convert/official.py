@@ -166,6 +166,7 @@ def to_jax(
     prefix: str = "",
     vq_weights_key: str = "",
     vq_prefix: str = "",
+    write: Callable[..., Any] = save_model,
 ) -> Path:
     """Convert official weights into a model directory, which is written atomically.
 
@@ -184,6 +185,7 @@ def to_jax(
       weights_key: Dictionary of the pickle `weights` to read; see `open_weights`.
       prefix: Prefix of the names of the tensors to take; see `state_dicts.plain_names`.
       vq_weights_key, vq_prefix: The same for `vq`.
+      write: Writes the model directory, as `save_model`.
 
     Raises:
       FileNotFoundError: A file is missing.
@@ -236,7 +238,8 @@ def to_jax(
     if rules.USAGE_HISTORY in tokenizer.tensors:
         history = np.asarray(tokenizer.tensors[rules.USAGE_HISTORY])
         extra_files[LEFTOVERS] = lambda path: _write_history(path, history)
-    return save_model(out, dataclasses.replace(model, info=info), None, extra_files)
+    write(Path(out), dataclasses.replace(model, info=info), None, extra_files)
+    return Path(out)
 
 
 class Part(NamedTuple):

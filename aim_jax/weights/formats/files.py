@@ -7,7 +7,6 @@ of it. Files are untrusted, and nothing in them is run.
 import errno
 import functools
 import json
-import math
 import os
 import stat
 import struct
@@ -294,13 +293,7 @@ def _open_torch(path: Path, weights_key: str) -> tuple[dict[str, LazyTensor], st
             f"{', '.join(chosen.others)} (--weights_key chooses)"
         )
     tensors = _tensors(path, chosen.content)
-    # Views may repeat a little stored data; an output matrix tied to the embedding is a view.
-    stored = path.stat().st_size
-    if sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values()) > 2 * stored:
-        raise WeightsError(
-            f"{path}: declares more numbers than its {stored:,} bytes hold: many views of the same "
-            "numbers."
-        )
+    torch_files.check_size(path, tensors)
     return tensors, chosen.key
 
 

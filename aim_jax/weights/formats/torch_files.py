@@ -11,13 +11,12 @@ import itertools
 import math
 import operator
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +31,8 @@ PICKLE_MAGIC = b"\x80"  # of the files before zip files
 LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)
 ZIP_HEADER = 30  # bytes of the header of an entry, before its name
 ALIGNMENT = 64  # of numbers in a zip file, as torch.save aligns them
+MOST_AXES = 32  # of a tensor
+MOST_KEY = 8  # parts of a key that is a tuple
 
 # Storage classes of torch, and the names of its dtypes.
 DTYPES = {
@@ -94,12 +95,10 @@ def load_torch(path: Path) -> Any:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Return whether a zip file is a TorchScript archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(re.fullmatch(r"[^/]+/constants\.pkl", n) for n in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
+    """Return whether a zip file is a TorchScript archive; raise the errors of `check_zip`."""
+    check_zip(path)
+    with zipfile.ZipFile(path) as archive:
+        return any(re.fullmatch(r"[^/]+/constants\.pkl", n) for n in archive.namelist())
 
 
 def read_torchscript(path: Path) -> dict[str, np.ndarray]:
@@ -113,7 +112,11 @@ def read_torchscript(path: Path) -> dict[str, np.ndarray]:
         content = _load_zip(path, scripted=True)
         if not isinstance(content, Module):
             raise ValueError("it holds no module")
-        return {name: np.asarray(tensor) for name, tensor in _tensors_of(content)}
+        tensors = dict(_tensors_of(content, set()))
+        check_size(path, tensors)
+        return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    except WeightsError:
+        raise
     except Exception as error:  # a damaged or hostile pickle can make the loader raise anything
         raise WeightsError(
             f"{path}: is not a TorchScript archive of tensors ({reason_of(error)[:300]}). None of "
@@ -121,12 +124,32 @@ def read_torchscript(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _tensors_of(module: Module, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
+def _tensors_of(
+    module: Module, seen: set[int], prefix: str = ""
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield the tensors of a module by name; a module under two names counts once."""
+    seen.add(id(module))
     for name, value in vars(module).items():
-        if isinstance(value, Module):
-            yield from _tensors_of(value, f"{prefix}{name}.")
+        if isinstance(value, Module) and id(value) not in seen:
+            yield from _tensors_of(value, seen, f"{prefix}{name}.")
         elif isinstance(value, LazyTensor):
             yield prefix + name, value
+
+
+def check_size(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse tensors that are far larger than their file, as views of the same numbers can be.
+
+    Views may repeat a little stored data: an output matrix tied to the embedding is a view.
+
+    Raises:
+      WeightsError: They are.
+    """
+    stored = path.stat().st_size
+    if sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values()) > 2 * stored:
+        raise WeightsError(
+            f"{path}: declares more numbers than its {stored:,} bytes hold: many views of the same "
+            "numbers."
+        )
 
 
 def check_zip(path: Path) -> None:
@@ -202,6 +225,8 @@ def _load_legacy(path: Path) -> Any:
         reader = _Reader(path, file, places)
         result = reader.load()
         for key in _Reader(path, file, places).load():
+            if not isinstance(key, str):
+                raise ValueError("a storage is not named as torch does")
             (count,) = struct.unpack("<q", file.read(8))
             itemsize = reader.itemsizes.get(key, 1)
             place = file.tell(), count * itemsize
@@ -236,6 +261,10 @@ class _Function:
 class _Dict(dict):
     """Stand-in for the dictionaries of collections; their attributes are left out."""
 
+    def __init__(self, content: Any = ()):
+        pairs = list(content.items() if isinstance(content, dict) else content)
+        super().__init__((_hashed(key), value) for key, value in pairs)
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -257,8 +286,32 @@ def _unsupported(kind: str) -> _Function:
     return _Function(lambda *_: UnsupportedTensor(kind))
 
 
+def _hashed(value: Any, parts: int = MOST_KEY) -> Any:
+    """Return a key of a dictionary or an element of a set.
+
+    The hash of tuples in tuples can take time and stack without end, so they are refused.
+    """
+    plain = str | bytes | int | float | complex | None
+    if isinstance(value, tuple) and len(value) <= parts:
+        return tuple(_hashed(part, 0) for part in value)
+    if not isinstance(value, plain):
+        raise ValueError(f"a key is a {type(value).__name__}")
+    return value
+
+
 def _default_dict(_factory: Any = None, content: Any = ()) -> _Dict:
     return _Dict(content)
+
+
+def _set(elements: Any = ()) -> set:
+    return {_hashed(element) for element in list(elements)}
+
+
+def _encode(text: str, encoding: str = "latin-1") -> bytes:
+    """Return bytes, which a pickle of protocol 2 holds as text."""
+    if not isinstance(text, str) or encoding not in ("latin-1", "latin1"):
+        raise ValueError("bytes are not written as pickle does")
+    return text.encode("latin-1")
 
 
 def _device(kind: str, index: int = 0) -> str:
@@ -272,6 +325,11 @@ _ALLOWED: dict[str, Any] = {
     "collections.Counter": _Dict,
     "collections.defaultdict": _Function(_default_dict),
     "argparse.Namespace": _Namespace,
+    "builtins.set": _Function(_set),
+    "builtins.complex": _Function(complex),
+    "builtins.bytearray": _Function(_encode),
+    "_codecs.encode": _Function(_encode),
+    **{f"builtins.{name}": name for name in ("list", "dict", "int", "float")},  # of defaultdict
     "torch.Size": _Function(tuple),
     "torch.device": _Function(_device),
     "torch.serialization._get_layout": _Function(lambda name: name),
@@ -292,8 +350,14 @@ _TYPED_LISTS = frozenset({"build_intlist", "build_doublelist", "build_boollist",
                           "build_tensorlist", "restore_type_tag"})  # fmt: skip
 
 
-class _Reader(pickle.Unpickler):
+_Loader: Any = pickle._Unpickler  # type checkers do not know its stack
+
+
+class _Reader(_Loader):
     """Reads one pickle of a file of torch; see the module.
+
+    The loader in Python, whose steps can be changed: the one in C makes a list as long as the
+    largest number that a pickle gives an object, and takes keys of any depth.
 
     Args:
       path: The file.
@@ -301,6 +365,8 @@ class _Reader(pickle.Unpickler):
       places: First byte and size of every storage in the file by key; needed once tensors are read.
       scripted: Allow modules of TorchScript.
     """
+
+    dispatch: ClassVar[dict] = dict(_Loader.dispatch)
 
     def __init__(
         self,
@@ -314,9 +380,33 @@ class _Reader(pickle.Unpickler):
         self._places = places
         self._scripted = scripted
         self._storages: set[_Storage] = set()
-        super().__init__(_checked(stream), encoding="utf-8")
+        super().__init__(stream, encoding="utf-8")
+
+    def _check_pair(self) -> None:
+        _hashed(self.stack[-2])
+        super().load_setitem()
+
+    def _check_pairs(self) -> None:
+        for key in self.stack[::2]:  # the items since the last mark
+            _hashed(key)
+        super().load_setitems()
+
+    def _check_elements(self) -> None:
+        for element in self.stack:
+            _hashed(element)
+        super().load_additems()
+
+    def _refuse(self) -> None:
+        raise ValueError("it holds an opcode that torch.save does not write")
+
+    dispatch[pickle.SETITEM[0]] = _check_pair
+    dispatch[pickle.SETITEMS[0]] = _check_pairs
+    dispatch[pickle.ADDITEMS[0]] = _check_elements
+    for opcode in (pickle.FROZENSET, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER):
+        dispatch[opcode[0]] = _refuse
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 writes it
         full = f"{module}.{name}"
         if full in _ALLOWED:
             return _ALLOWED[full]
@@ -348,7 +438,7 @@ class _Reader(pickle.Unpickler):
         self, storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any,
         dtype: str, *_: Any,
     ) -> LazyTensor | UnsupportedTensor:  # fmt: skip
-        known = OF_NAME.get(dtype)
+        known = OF_NAME.get(dtype) if isinstance(dtype, str) else None
         itemsize = known.itemsize if known else 1
         typed = _Storage(storage.key, known, dtype, storage.length // itemsize)
         return self._tensor(typed, offset, shape, strides)
@@ -361,7 +451,8 @@ class _Reader(pickle.Unpickler):
         if storage.dtype is None:
             return UnsupportedTensor(storage.kind)
         numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+        is_shape = len(shape) == len(strides) <= MOST_AXES
+        if not is_shape or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
             raise ValueError("the shape of a tensor is not one")
         count = math.prod(shape)
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if count else 0
@@ -395,27 +486,13 @@ class _Reader(pickle.Unpickler):
             raw = np.fromfile(file, np.uint8, extent * size)
         if raw.size < extent * size:
             raise WeightsError(f"{self._path}: became shorter while it was read.")
-        steps = tuple(size * s for s in strides)
+        steps = tuple(size * s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
         view = np.lib.stride_tricks.as_strided(raw.view(storage.dtype), shape, steps)
         return np.ascontiguousarray(view).reshape(shape)
 
 
 def _other_itemsize(kind: str) -> int:
     return {"ComplexDoubleStorage": 16, "ComplexFloatStorage": 8, "QInt32Storage": 4}.get(kind, 1)
-
-
-def _checked(stream: BinaryIO) -> BinaryIO:
-    """Return a stream at its position, after checking the pickle that starts there.
-
-    A pickle numbers what it refers to again, and the loader makes a list of that length.
-    """
-    start = stream.tell()
-    for opcode, argument, position in pickletools.genops(stream):
-        numbered = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if numbered and isinstance(argument, int) and argument > (position or 0):
-            raise ValueError(f"it numbers an object {argument}")
-    stream.seek(start)
-    return stream
 
 
 # Writing
