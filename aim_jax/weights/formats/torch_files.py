@@ -83,9 +83,9 @@ def load_torch(path: Path) -> Any:
         return _load_zip(path, scripted=False) if zipped else _load_legacy(path)
     except _RefusedError as error:
         raise WeightsError(
-            f"{path}: is refused, because it holds {error} beside tensors, which could run code "
-            "when loaded; save the tensors alone (torch.save(model.state_dict(), FILE)) or as "
-            "safetensors. None of its code was run."
+            f"{path}: is refused, because it holds {reason_of(error)} beside tensors, which could "
+            "run code when loaded; save the tensors alone (torch.save(model.state_dict(), FILE)) "
+            "or as safetensors. None of its code was run."
         ) from None
     except Exception as error:  # a damaged or hostile pickle can make the loader raise anything
         raise WeightsError(
@@ -471,7 +471,7 @@ class _Reader(_Loader):
         """Check that the storages of all tensors are in the file, once the places are known."""
         for storage in self._storages:
             assert storage.dtype is not None
-            _, size = self._places.get(storage.key, (0, 0))
+            _, size = self._places.get(storage.key, (0, -1))
             if storage.length * storage.dtype.itemsize > size:
                 raise ValueError(f"storage {storage.key} declares more numbers than the file holds")
 
