@@ -64,9 +64,8 @@ def _converted(path: Path, name: str) -> Path:
 
     Each process makes it or finds it, as processes of a run need not share a cache.
     """
-    from aim_jax.weights.convert.official import (
-        to_jax,  # needs safetensors, which training does not
-    )
+    # They need safetensors, which training does not.
+    from aim_jax.weights.convert.official import to_jax
     from aim_jax.weights.formats.files import open_weights
 
     opened = open_weights(path)

@@ -232,7 +232,7 @@ def test_training_of_adapters_resumes_exactly(config, trained, tmp_path):
 
 
 def test_a_model_of_other_images_starts_a_run(config, tiny_model, tmp_path):
-    """Of 2 x 2 tokens instead of 3 x 3; the exported model says the size of its images."""
+    """The start has 3 x 3 tokens, the run 2 x 2; the exported model has the size of its images."""
     larger = dataclasses.replace(TINY_AIM, num_tokens=9)
     data = {"name": "", "image_size": 6, "channels": 1, "fit": "resize", "resize_size": 0}
     start = dataclasses.replace(
